@@ -1,0 +1,98 @@
+"""Batches of the user's data, and what a model makes of them: a loss, an evaluation."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, default_data_collator
+from transformers.trainer_utils import RemoveColumnsCollator
+
+from .config import GraspConfig
+from .errors import DataError, NonFiniteError
+
+Batch = dict[str, Any]
+Collator = Callable[[list], Batch]
+
+
+def check_dataset(dataset: Any, name: str) -> None:
+    """Raise `DataError` where `dataset` has no rows or no length."""
+    if not hasattr(dataset, "__len__"):
+        raise DataError(
+            f"{name} is a {type(dataset).__name__} without a length; expected a data set with rows to count"
+        )
+    if len(dataset) == 0:
+        raise DataError(f"{name} is empty; expected at least one labelled sample")
+
+
+def keeping_model_columns(model: PreTrainedModel, collator: Collator | None) -> Collator:
+    """Return `collator` (or the default one) behind a filter that keeps only what `model.forward` takes, and labels."""
+    columns = [*inspect.signature(model.forward).parameters, "label", "label_ids", "labels"]
+    return RemoveColumnsCollator(collator or default_data_collator, columns)
+
+
+def sample_batches(
+    dataset: Any, collator: Collator, accelerator: Accelerator, config: GraspConfig, *, seed: int
+) -> Iterator[Batch]:
+    """Yield `config.num_batches` shuffled training batches on the accelerator's device, epoch after epoch.
+
+    The published procedure drops a last batch that is not full; ours takes it, so that few labels are all seen.
+    """
+    loader = accelerator.prepare_data_loader(
+        DataLoader(
+            dataset,
+            batch_size=config.batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(seed),
+            collate_fn=collator,
+            drop_last=config.published and len(dataset) > config.batch_size,
+        )
+    )
+    left = config.num_batches
+    while True:
+        for batch in loader:
+            yield batch
+            left -= 1
+            if left == 0:
+                return
+
+
+def batch_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Any]:
+    """Return the loss of `model(**batch)`, a scalar, and the whole output.
+
+    Raises:
+        DataError: The batch holds no labels, or the model returns no loss.
+        NonFiniteError: The loss is NaN or infinite.
+    """
+    output = model(**batch)
+    if output.get("loss") is None:
+        raise DataError(
+            f"{type(model).__name__} returned no loss for a batch with {', '.join(sorted(batch))}; expected a data set "
+            "with labels (a column 'label' or 'labels')"
+        )
+    if not torch.isfinite(output["loss"]):
+        raise NonFiniteError(
+            f"the loss is {float(output['loss'])} on a batch of the data set; expected a finite number"
+        )
+    return output["loss"], output
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel, dataset: Any, collator: Collator, accelerator: Accelerator, batch_size: int
+) -> dict[str, float]:
+    """Return `loss`, the mean over samples of `model` in its present mode, and `accuracy` in [0, 1] for a classifier."""
+    loader = accelerator.prepare_data_loader(DataLoader(dataset, batch_size=batch_size, collate_fn=collator))
+    loss, correct, samples, classifies = 0.0, 0, 0, True
+    for batch in loader:
+        batch_mean, output = batch_loss(model, batch)
+        size = len(batch["labels"])
+        loss += float(batch_mean) * size
+        samples += size
+        classifies = classifies and output["logits"].ndim == 2 and batch["labels"].ndim == 1
+        if classifies:
+            correct += int((output["logits"].argmax(-1) == batch["labels"]).sum())
+    return {"loss": loss / samples, **({"accuracy": correct / samples} if classifies else {})}

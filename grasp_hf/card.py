@@ -1,0 +1,81 @@
+"""The model card of a merge, in the words and metadata that the Hub knows."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from .loading import task_of
+from .report import MergeReport
+
+TEXT = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ count }} into one `{{ model_class }}`, one source at a time, guided by gradients of labelled target data, with
+[grasp_hf](https://pypi.org/project/grasp-hf). The method follows [GRASP](https://arxiv.org/abs/2606.14900).
+
+## Usage
+
+```python
+from transformers import {{ model_class }}
+
+model = {{ model_class }}.from_pretrained("{{ model_id }}")
+```
+
+## Merge details
+
+### Merge method
+
+{{ method }}
+
+### Models merged
+
+Started from `{{ base }}`.
+
+{{ table }}
+
+The scores are means over units; every unit's score, coefficient and decision are in `grasp_report.json`. Losses are
+on held-out data of the target task: before the transfer, after it, and after fine-tuning.
+
+### Configuration
+
+```yaml
+{{ configuration }}```
+"""
+
+
+def hub_ids(report: MergeReport) -> list[str]:
+    """Return the Hub ids of the base and the merged sources, each once; local folders have no id."""
+    named = [(report.base, report.base_sha)] + [(step.source, step.sha) for step in report.steps]
+    return list(dict.fromkeys(name.partition("@")[0] for name, sha in named if sha))
+
+
+def model_card(model: PreTrainedModel, report: MergeReport, configuration: str, model_id: str) -> ModelCard:
+    """Return the card for `model` as merged by `report`, with `configuration` (YAML) in it."""
+    data = ModelCardData(
+        base_model=hub_ids(report) or None,
+        base_model_relation="merge" if hub_ids(report) else None,
+        library_name="transformers",
+        pipeline_tag=task_of(type(model)),
+        tags=["merge", "grasp", "grasp_hf"],
+    )
+    method = report.config.get("method")
+    described = {
+        "copy": "Units whose gradients agree with the target's were copied from each source.",
+        "blend": "Each unit moved part of the way to each source, with coefficients learned on the target data.",
+    }[str(method)]
+    return ModelCard.from_template(
+        data,
+        template_str=TEXT,
+        title=Path(model_id).name,
+        count="1 model merged" if len(report.steps) == 1 else f"{len(report.steps)} models merged",
+        model_class=type(model).__name__,
+        model_id=model_id,
+        method=f"`{method}`. {described}",
+        base=report.base if report.base_sha else Path(report.base).name,
+        table=report.table(),
+        configuration=configuration,
+    )

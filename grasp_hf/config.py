@@ -1,0 +1,217 @@
+"""What a merge does (`GraspConfig`) and what it is made of (`Recipe`), checked before anything is loaded."""
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from .errors import ConfigError
+
+PAPER = {
+    "method": "copy",
+    "unit": "parameter",
+    "threshold": 0.3,
+    "num_batches": 1,
+    "batch_size": 32,
+    "gate": False,
+    "initial_epochs": 3,
+    "finetune_epochs": 3,
+    "published": True,
+    "training_arguments": {
+        "learning_rate": 5.0e-5,
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.0,
+        "dataloader_drop_last": True,
+        "metric_for_best_model": "accuracy",
+    },
+}
+
+
+def _type_problem(value: Any, hint: Any) -> str | None:
+    """Say what `hint` expects where `value` is something else; a number in a string is never taken for a number."""
+    if get_origin(hint) is Literal:
+        return None if value in get_args(hint) else "expected one of " + ", ".join(map(repr, get_args(hint)))
+    options = get_args(hint) if get_origin(hint) not in (None, list, dict) else (hint,)
+    kinds = tuple(get_origin(option) or option for option in options)
+    if isinstance(value, bool):
+        fits = bool in kinds
+    else:
+        fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+    if fits and isinstance(value, list) and not all(isinstance(item, str) for item in value):
+        fits = False
+    if fits:
+        return None
+    names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    advice = " (YAML reads 5e-5 as text: write 5.0e-5)" if isinstance(value, str) and float in kinds else ""
+    return f"expected {names}{advice}"
+
+
+def _problems(cls: type, values: dict[str, Any]) -> list[str]:
+    """List every unknown key and every value of a wrong type among `values` for the dataclass `cls`."""
+    hints = typing.get_type_hints(cls)
+    found = []
+    for key, value in values.items():
+        if key not in hints:
+            found.append(f"{key}: unknown key, expected one of {', '.join(sorted(hints))}")
+        elif problem := _type_problem(value, hints[key]):
+            found.append(f"{key}: got {value!r}, {problem}")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraspConfig:
+    """How each source is measured, transferred and followed by fine-tuning.
+
+    Attributes:
+        method: `"blend"` moves each unit part of the way, `T + c (S - T)`, with a coefficient `c` learned on the
+            training data; `"copy"` replaces the units whose gradients agree.
+        unit: Tensors decided together. `"module"`: the tensors of one module, a normalisation layer with its
+            statistics. `"tensor"`: each tensor alone, but a normalisation layer still whole. `"parameter"`: each
+            parameter alone, statistics never moved, as published.
+        threshold: `copy` takes units whose gradient cosine is strictly greater than this; in [-1, 1].
+        num_batches: Batches of training data that each source is measured on. `copy` averages the cosine of each
+            batch; `blend` makes one descent step on the coefficients per batch.
+        batch_size: Samples per batch, in measuring and (unless `training_arguments` says otherwise) in fine-tuning.
+        coefficient_lr: Step size of Adam on the coefficients of `blend`. Adam moves a coefficient by at most about
+            this much per batch, so `num_batches * coefficient_lr` bounds how far one source can pull.
+        head: What to do with a source whose label names differ: `"match"` refuses it, `"keep"` leaves the target's
+            head as it is and merges the rest.
+        gate: Undo a transfer that raises the loss on the evaluation data (where there is any).
+        initial_epochs: Epochs of fine-tuning before the first source.
+        finetune_epochs: Epochs of fine-tuning after each source.
+        seed: Seed of the batches; fine-tuning after source k is seeded with `seed + k`.
+        published: Follow arXiv:2606.14900 to the letter, see `paper`.
+        training_arguments: Anything that `transformers.TrainingArguments` takes; what stands here wins.
+
+    Raises:
+        ConfigError: A value has the wrong type or is out of range; all problems are listed.
+    """
+
+    method: Literal["blend", "copy"] = "blend"
+    unit: Literal["module", "tensor", "parameter"] = "module"
+    threshold: float = 0.3
+    num_batches: int = 8
+    batch_size: int = 32
+    coefficient_lr: float = 0.05
+    head: Literal["match", "keep"] = "match"
+    gate: bool = True
+    initial_epochs: float = 3
+    finetune_epochs: float = 3
+    seed: int = 42
+    published: bool = False
+    training_arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = _problems(GraspConfig, vars(self)) or self._range_problems()
+        if problems:
+            raise ConfigError("the configuration has problems:\n- " + "\n- ".join(problems))
+
+    def _range_problems(self) -> list[str]:
+        checks = {
+            "threshold: expected a cosine in [-1, 1]": -1 <= self.threshold <= 1,
+            "num_batches: expected at least 1": self.num_batches >= 1,
+            "batch_size: expected at least 1": self.batch_size >= 1,
+            "coefficient_lr: expected a number in (0, 1]": 0 < self.coefficient_lr <= 1,
+            "initial_epochs: expected 0 or more": self.initial_epochs >= 0,
+            "finetune_epochs: expected 0 or more": self.finetune_epochs >= 0,
+            "published: the published procedure is method='copy', unit='parameter'": not self.published
+            or (self.method, self.unit) == ("copy", "parameter"),
+        }
+        return [
+            f"{message}, got {getattr(self, message.split(':')[0])!r}" for message, fine in checks.items() if not fine
+        ]
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> "GraspConfig":
+        """Return the procedure of arXiv:2606.14900 (GRASP) as its code runs it, for comparison.
+
+        Reproduced with its flaws: the target is measured in train mode (dropout on, its batch statistics changed by
+        the measurement) against a source in eval mode, on a single batch, with 1e-8 added to the denominator of the
+        cosine; parameters are copied one by one without the statistics that belong to them, heads included; nothing
+        is undone. Fine-tuning is AdamW with a cosine schedule that steps once an epoch, and the epoch with the best
+        accuracy on the evaluation data is kept. `overrides` replace single fields.
+        """
+        arguments = {**PAPER["training_arguments"], **overrides.pop("training_arguments", {})}  # type: ignore[dict-item]
+        return cls(**{**PAPER, "training_arguments": arguments, **overrides})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One merge as a file: which models, which data, which configuration.
+
+    Attributes:
+        sources: References `org/name`, `org/name@revision` or local folders, merged in this order.
+        base_model: Where the target starts; left out, it starts as the first source.
+        task: A pipeline name such as `image-classification`; left out, it is read from the base model's config.
+        data: The labelled data set, see `grasp_hf.data`.
+        preset: `"paper"` starts from `GraspConfig.paper()` instead of the defaults.
+        config: The method's settings; in the file they stand at the top level, beside `sources`.
+        folder: Folder that relative paths are looked up in; the recipe's own.
+    """
+
+    sources: list[str]
+    base_model: str | None = None
+    task: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    preset: Literal["default", "paper"] = "default"
+    config: GraspConfig = field(default_factory=GraspConfig)
+    folder: Path = Path()
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
+        """Read a recipe and apply `key=value` overrides (`training_arguments.learning_rate=1.0e-5` reaches inside).
+
+        Raises:
+            ConfigError: The file cannot be read, or holds unknown keys or wrong values; all are listed at once.
+        """
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text())
+            changes = [(key, yaml.safe_load(value)) for key, _, value in (text.partition("=") for text in overrides)]
+        except OSError as error:
+            raise ConfigError(f"recipe '{path}' cannot be read: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"recipe '{path}' is not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"recipe '{path}' holds {type(values).__name__}, expected keys such as sources and data")
+        for key, value in changes:
+            *sections, last = key.split(".")
+            section = values
+            for name in sections:
+                section = section.setdefault(name, {})
+            section[last] = value
+        return cls.from_dict(values, folder=path.parent, name=str(path))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, folder: Path = Path(), name: str = "recipe") -> "Recipe":
+        """Build a recipe from the keys of a recipe file; `folder` and `name` say where it came from."""
+        own = {f.name for f in dataclasses.fields(cls)} - {"config", "folder"}
+        recipe_values = {key: value for key, value in values.items() if key in own}
+        settings = {key: value for key, value in values.items() if key not in own}
+        problems = _problems(cls, recipe_values)
+        config_problems = _problems(GraspConfig, settings)
+        expected = ", ".join(sorted(own | {f.name for f in dataclasses.fields(GraspConfig)}))
+        problems += [
+            f"{p.split(':')[0]}: unknown key, expected one of {expected}" if "unknown key" in p else p
+            for p in config_problems
+        ]
+        if not values.get("sources"):
+            problems.append("sources: expected a list of at least one reference")
+        config = None
+        if not config_problems:
+            try:
+                config = GraspConfig.paper(**settings) if values.get("preset") == "paper" else GraspConfig(**settings)
+            except ConfigError as error:
+                problems += str(error).split("\n- ")[1:]
+        if problems or config is None:
+            raise ConfigError(f"{name} has problems:\n- " + "\n- ".join(problems))
+        return cls(**recipe_values, config=config, folder=folder)
+
+    def locate(self, reference: str) -> str:
+        """Return `reference` as a path where it names something in the recipe's folder, else unchanged."""
+        inside = self.folder / reference
+        return str(inside.resolve()) if inside.exists() else reference

@@ -1,0 +1,29 @@
+"""What can go wrong, named. Every error of this package is a `GraspError`; a user's mistake is also a `ValueError`."""
+
+
+class GraspError(Exception):
+    """Base of every error that this package raises."""
+
+
+class ConfigError(GraspError, ValueError):
+    """A recipe or configuration holds unknown keys or wrong values; all of them are listed."""
+
+
+class DataError(GraspError, ValueError):
+    """A data set is empty, has no labels, or holds labels that the model does not know."""
+
+
+class IncompatibleSourceError(GraspError, ValueError):
+    """A source cannot be merged into the target; all of its problems are listed."""
+
+
+class NonFiniteError(GraspError, ValueError):
+    """A weight, a loss or a gradient is NaN or infinite."""
+
+
+class OutputExistsError(GraspError, FileExistsError):
+    """The output folder already holds something that this package did not write."""
+
+
+class SourceNotFoundError(GraspError, FileNotFoundError):
+    """A model, an adapter, a revision or its weights are not where the reference says."""

@@ -1,0 +1,163 @@
+"""Fine-tuning between sources: one run of `transformers.Trainer`, whose best weights really come back."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from .batches import Collator
+from .config import GraspConfig
+from .errors import ConfigError, NonFiniteError
+from .loading import quiet_transformers
+
+
+def finetune_(
+    model: PreTrainedModel,
+    train_dataset: Any,
+    eval_dataset: Any,
+    collator: Collator,
+    config: GraspConfig,
+    *,
+    epochs: float,
+    seed: int,
+    directory: Path,
+) -> None:
+    """Change `model` in place by fine-tuning it; with evaluation data, the best epoch's weights are kept.
+
+    Args:
+        model: In any mode; left in train mode, on the Trainer's device.
+        train_dataset: Labelled samples.
+        eval_dataset: Held-out samples that choose the best epoch; `None` keeps the last one.
+        collator: Makes batches from samples and keeps only the model's columns.
+        config: Its `training_arguments` win over everything that is set here.
+        epochs: Epochs to train; nothing happens for 0.
+        seed: Seed of shuffling and dropout.
+        directory: Where the best epoch's weights are kept meanwhile.
+
+    Raises:
+        ConfigError: `training_arguments` holds something that `transformers.TrainingArguments` does not take.
+        NonFiniteError: The loss or a weight became NaN or infinite.
+    """
+    arguments = training_arguments(
+        config, epochs=epochs, seed=seed, directory=directory, evaluates=eval_dataset is not None
+    )
+    if arguments.num_train_epochs == 0 and arguments.max_steps <= 0:
+        return
+    by_accuracy = arguments.metric_for_best_model in ("accuracy", "eval_accuracy")
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=collator,
+        compute_metrics=_accuracy if by_accuracy else None,
+        preprocess_logits_for_metrics=_predictions if by_accuracy else None,
+        optimizers=_published_optimizer(model, arguments, len(train_dataset)) if config.published else (None, None),
+        callbacks=[_Progress()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        with checkpoints_in_runtime_names(model), quiet_transformers():
+            result = trainer.train()
+    finally:
+        # The Trainer leaves its autocast wrapper on the model, which would cast later gradient passes.
+        model.__dict__.pop("forward", None)
+        model.__dict__.pop("_original_forward", None)
+    if not math.isfinite(result.training_loss):
+        raise NonFiniteError(f"fine-tuning ended with the loss {result.training_loss}; try a lower learning_rate")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise NonFiniteError(f"fine-tuning made {name} NaN or infinite; try a lower learning_rate")
+
+
+def training_arguments(
+    config: GraspConfig, *, epochs: float, seed: int, directory: Path, evaluates: bool
+) -> TrainingArguments:
+    """Return the Trainer's arguments: quiet, one checkpoint of weights only, and what the user asked for on top."""
+    keeping_best = {
+        "eval_strategy": "epoch",
+        "save_strategy": "best",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "save_total_limit": 1,
+        "save_only_model": True,
+    }
+    values: dict[str, Any] = {
+        "output_dir": str(directory / "training"),
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "seed": seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        **(keeping_best if evaluates else {"save_strategy": "no"}),
+        **config.training_arguments,
+    }
+    if not evaluates:
+        values.pop("metric_for_best_model", None)
+    try:
+        return TrainingArguments(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"training_arguments: {error}") from error
+
+
+@contextmanager
+def checkpoints_in_runtime_names(model: PreTrainedModel) -> Iterator[None]:
+    """Let the Trainer's checkpoints use the names that the model has in memory.
+
+    transformers saves renamed models (ViT, Mixtral, old BERT) under their original names, and the Trainer loads its
+    best checkpoint by names in memory and skips what it does not find: most weights of a ViT stayed those of the last
+    epoch (transformers issue 48805).
+    """
+    conversions = vars(model).get("_weight_conversions")
+    vars(model)["_weight_conversions"] = []
+    try:
+        yield
+    finally:
+        del vars(model)["_weight_conversions"]
+        if conversions is not None:
+            vars(model)["_weight_conversions"] = conversions
+
+
+def _predictions(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float(np.mean(prediction.predictions == prediction.label_ids))}
+
+
+def _published_optimizer(
+    model: PreTrainedModel, arguments: TrainingArguments, samples: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """Return AdamW over all parameters with equal weight decay, and a cosine schedule that steps once an epoch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+    steps = max(1, samples // arguments.train_batch_size)
+    epochs = arguments.num_train_epochs
+
+    def factor(step: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * (step // steps) / epochs))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class _Progress(TrainerCallback):
+    """One progress bar that disappears when it is done, on a terminal or in a notebook."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar = tqdm(total=state.max_steps, desc="fine-tuning", unit="step", leave=False, disable=None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.update(1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.close()

@@ -1,0 +1,73 @@
+"""Gradient passes over a model that leave nothing behind: no gradient, no hook, no changed mode."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .batches import Batch, batch_loss
+
+Visit = Callable[[str, Tensor], None]
+
+
+@contextmanager
+def preserved_state(model: torch.nn.Module) -> Iterator[None]:
+    """Give every module its mode and every parameter its `requires_grad` and device back, and clear the gradients."""
+    modes = {module: module.training for module in model.modules()}
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    devices = {parameter.device for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, requires_grad in trainable.items():
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+        if len(devices) == 1:
+            model.to(devices.pop())
+
+
+@contextmanager
+def gradients_leaving(model: torch.nn.Module, visit: Visit) -> Iterator[None]:
+    """Inside the block, hand each gradient to `visit(name, gradient)` as soon as it is complete, and free it.
+
+    Every floating-point parameter takes part, also a frozen one. The model never holds more gradients than those that
+    backward is working on, and none are left, nor any hook, when the block ends or raises.
+    """
+    handles = []
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+
+    def hook_for(name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None  # backward has just accumulated it
+            visit(name, gradient)
+
+        return hook
+
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            parameter.grad = None
+            if parameter.is_floating_point():
+                handles.append(parameter.register_post_accumulate_grad_hook(hook_for(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in model.parameters():
+            parameter.grad = None
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def gradient_pass(model: PreTrainedModel, batch: Batch, accelerator: Accelerator, visit: Visit) -> None:
+    """Run one forward and backward pass in the model's present mode and hand each gradient to `visit`."""
+    with gradients_leaving(model, visit), torch.enable_grad():
+        loss, _ = batch_loss(model, batch)
+        accelerator.backward(loss)

@@ -1,0 +1,269 @@
+"""From files to models on the CPU: the target, and one source at a time, checked before it is used."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.pipelines import SUPPORTED_TASKS
+from transformers.utils import logging as transformers_logging
+
+from .errors import IncompatibleSourceError, NonFiniteError
+from .matching import head_tensors, label_names, label_problem, movable_tensors, tensor_problems
+from .sources import Source
+
+logger = logging.getLogger(__name__)
+
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass
+class LoadedSource:
+    """A source in memory.
+
+    Attributes:
+        model: The source as a model of the target's class, on the CPU, memory-mapped in its checkpoint's dtype.
+        candidates: Names of the tensors that may move: all of a full model, those that an adapter touches, and never
+            a head that does not fit.
+        own: Names of the tensors that are really the source's; the rest (a head that it lacks) were not in its files.
+    """
+
+    model: PreTrainedModel
+    candidates: set[str]
+    own: set[str]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep the progress bars and load reports of transformers off the terminal; their content is checked here."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_config(source: Source) -> PretrainedConfig:
+    """Return the model configuration of a full source.
+
+    Raises:
+        IncompatibleSourceError: It cannot be read, or names an architecture that transformers does not hold.
+    """
+    try:
+        return AutoConfig.from_pretrained(source.folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise IncompatibleSourceError(f"'{source.ref}': its config.json cannot be used: {error}") from error
+
+
+def model_class(config: PretrainedConfig, task: str | None = None, name: str = "model") -> type[PreTrainedModel]:
+    """Return the class for `task` (a pipeline name), or the one that the config names where `task` is left out.
+
+    Raises:
+        IncompatibleSourceError: There is no such task, or the architecture has no model for it.
+    """
+    if task is None:
+        found = getattr(transformers, (config.architectures or [""])[0], None)
+        if found is None or not task_of(found):
+            raise IncompatibleSourceError(
+                f"'{name}' names the architecture {config.architectures}, which has no task on top; say which one you "
+                f"want, for example task='text-classification'"
+            )
+        return found
+    if task not in SUPPORTED_TASKS:
+        raise IncompatibleSourceError(f"unknown task '{task}', expected one of {', '.join(sorted(SUPPORTED_TASKS))}")
+    for auto in SUPPORTED_TASKS[task]["pt"]:
+        if type(config) in auto._model_mapping:
+            found = auto._model_mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise IncompatibleSourceError(f"'{name}' is a {config.model_type}, which has no model for the task '{task}'")
+
+
+def task_of(cls: type[PreTrainedModel]) -> str | None:
+    """Return the pipeline name of the task that a model class solves; `None` where there is none."""
+    for task, details in SUPPORTED_TASKS.items():
+        for auto in details["pt"]:
+            if cls.__name__ in _class_names(auto) and auto is not transformers.AutoModel:
+                return str(task)
+    return None
+
+
+def _class_names(auto: Any) -> set[str]:
+    names: set[str] = set()
+    for value in auto._model_mapping._model_mapping.values():
+        names |= set(value) if isinstance(value, tuple | list) else {value}
+    return names
+
+
+def load_target(source: Source, *, task: str | None, dtype: torch.dtype, **model_kwargs: Any) -> PreTrainedModel:
+    """Load the model that a merge starts from, with a fresh head where its files hold none (or another number of labels).
+
+    Raises:
+        IncompatibleSourceError: It is an adapter, or its files lack weights below the head.
+    """
+    if source.kind == "adapter":
+        raise IncompatibleSourceError(f"'{source.ref}' is an adapter; expected a full model to start from")
+    cls = model_class(load_config(source), task, str(source.ref))
+    with quiet_transformers():
+        model, fresh = _from_pretrained(source, cls, dtype=dtype, **model_kwargs)
+    if lacking := sorted(fresh - head_tensors(model)):
+        raise IncompatibleSourceError(f"'{source.ref}' lacks weights of a {cls.__name__}: {', '.join(lacking[:5])}")
+    if fresh:
+        logger.warning("%s: the head (%s) is new and must be trained", source.ref, ", ".join(sorted(fresh)))
+    model.name_or_path = model.config._name_or_path = source.ref.name
+    return model
+
+
+def load_source(
+    source: Source, target: PreTrainedModel, *, base: Source | None, keep_head: bool = False
+) -> LoadedSource:
+    """Load one source as a model of the target's class and check that it fits.
+
+    Args:
+        source: Where the files are.
+        target: The model that it will be merged into; not changed.
+        base: The model that the target started from; an adapter must be an adapter of it.
+        keep_head: Leave the head out where the label names differ, instead of refusing the source.
+
+    Raises:
+        IncompatibleSourceError: It does not fit; all of its problems are listed.
+        NonFiniteError: A weight is NaN or infinite.
+    """
+    with quiet_transformers():
+        if source.kind == "adapter":
+            loaded = _load_adapter(source, target, base)
+        else:
+            loaded = _load_full(source, target)
+    _check_fit(source, loaded, target, keep_head)
+    for name, tensor in movable_tensors(loaded.model).items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"'{source.ref}': {name} holds NaN or infinite weights; expected finite ones")
+    return loaded
+
+
+def _load_full(source: Source, target: PreTrainedModel) -> LoadedSource:
+    config = load_config(source)
+    if problems := architecture_problems(config, target):
+        raise IncompatibleSourceError(_listed(source, problems))
+    model, fresh = _from_pretrained(source, type(target), dtype=_checkpoint_dtype(source), config=config)
+    names = set(movable_tensors(model))
+    return LoadedSource(model, candidates=names - fresh, own=names - fresh)
+
+
+def architecture_problems(config: PretrainedConfig, target: PreTrainedModel) -> list[str]:
+    """List what a source's config alone says against merging it into `target`."""
+    problems = []
+    if config.model_type != target.config.model_type:
+        problems.append(f"another architecture: got {config.model_type}, expected {target.config.model_type}")
+    if getattr(config, "quantization_config", None):
+        problems.append("its weights are quantized: expected float weights; dequantize it and save it first")
+    return problems
+
+
+def _from_pretrained(source: Source, cls: type[PreTrainedModel], **kwargs: Any) -> tuple[PreTrainedModel, set[str]]:
+    """Load the files of `source` as a `cls`; also return the names of the tensors that were not among them."""
+    try:
+        loaded: Any = cls.from_pretrained(
+            source.folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        raise IncompatibleSourceError(f"'{source.ref}' cannot be loaded as a {cls.__name__}: {error}") from error
+    model, info = loaded
+    tied = set(model.get_expanded_tied_weights_keys(all_submodels=True))
+    mismatched = {key for key, *_ in info["mismatched_keys"]}
+    return model, (set(info["missing_keys"]) | mismatched) - tied
+
+
+def _checkpoint_dtype(source: Source) -> torch.dtype:
+    """Return the dtype to load `source` in without a copy: the checkpoint's own, float32 where it holds several."""
+    floating = [FLOATING[name] for name in source.dtypes() if name in FLOATING]
+    return floating[0] if len(floating) == 1 else torch.float32
+
+
+def _load_adapter(source: Source, target: PreTrainedModel, base: Source | None) -> LoadedSource:
+    config = PeftConfig.from_pretrained(str(source.folder))
+    if problems := adapter_problems(config, base):
+        raise IncompatibleSourceError(_listed(source, problems))
+    assert base is not None  # else it were among the problems
+    labels = {key: getattr(target.config, key) for key in ("id2label", "label2id")} if label_names(target) else {}
+    model, fresh = _from_pretrained(base, type(target), dtype=_checkpoint_dtype(base), **labels)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(source.folder))
+        touched = _touched_modules(adapted)
+        merged = adapted.merge_and_unload()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise IncompatibleSourceError(f"'{source.ref}' cannot be applied to '{base.ref}': {error}") from error
+    names = movable_tensors(merged)
+    candidates = {name for name in names if any(name.startswith(f"{module}.") for module in touched)}
+    return LoadedSource(merged, candidates, own=(set(names) - fresh) | candidates)
+
+
+def adapter_problems(config: PeftConfig, base: Source | None) -> list[str]:
+    """List what an adapter's config alone says against applying it to `base`."""
+    problems = []
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(config.peft_type))
+    if config.is_prompt_learning or tuner is None or not hasattr(tuner, "merge_and_unload"):
+        problems.append(
+            f"an adapter of type {PeftType(config.peft_type).value} cannot be merged into weights; expected LoRA or alike"
+        )
+    named = config.base_model_name_or_path or ""
+    if base is None:
+        problems.append(
+            f"it is an adapter of '{named}', but where the target started is not known; load the target with "
+            "GraspMerger.from_pretrained"
+        )
+    elif not (named == base.ref.name or (os.path.isdir(named) and os.path.samefile(named, base.folder))):
+        problems.append(f"it is an adapter of '{named}', expected an adapter of '{base.ref.name}'")
+    elif config.revision and base.sha and config.revision not in (base.ref.revision, base.sha):
+        problems.append(f"it is an adapter of '{named}' at revision '{config.revision}', expected '{base.ref}'")
+    return problems
+
+
+def _touched_modules(adapted: PeftModel) -> set[str]:
+    """Return the runtime names of the base model's modules that the adapter changes or brings along."""
+    root = adapted.get_base_model()
+    touched = {name for name, module in root.named_modules() if isinstance(module, BaseTunerLayer)}
+    modules = dict(root.named_modules())
+    for key in get_peft_model_state_dict(adapted):
+        name = key.removeprefix("base_model.model.")
+        while name not in modules:
+            name = name.rpartition(".")[0]
+        # A module saved whole (a head) may hold its tensors in modules below it.
+        touched |= {name} - {""}
+    return touched
+
+
+def _check_fit(source: Source, loaded: LoadedSource, target: PreTrainedModel, keep_head: bool) -> None:
+    """Raise with all problems of a loaded source; take a head that does not fit out of what may move."""
+    head = head_tensors(target)
+    labels = label_problem(target, loaded.model)
+    lacking = sorted(name for name in movable_tensors(target) if name not in loaded.own)
+    if keep_head and (labels or set(lacking) & head):
+        loaded.candidates -= head
+        loaded.own -= head
+        labels, lacking = None, [name for name in lacking if name not in head]
+    ignored = set(movable_tensors(target)) - loaded.own
+    problems = tensor_problems(target, loaded.model, ignored)
+    if labels:
+        problems.append(labels)
+    if lacking and source.kind == "full":
+        advice = "; use head='keep' to merge the rest" if set(lacking) <= head else ""
+        problems.append(f"{len(lacking)} tensors are not in its files, starting with {lacking[0]}{advice}")
+    if problems:
+        raise IncompatibleSourceError(_listed(source, problems))
+
+
+def _listed(source: Source, problems: list[str]) -> str:
+    return f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(problems)

@@ -1,0 +1,113 @@
+"""Which tensors of two models belong together, in which units they move, and what stands in the way."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that are decided together.
+
+    Attributes:
+        name: The module's or the parameter's name in `named_modules()` or `named_parameters()`.
+        tensors: Names of the parameters and persistent buffers that move together.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+
+
+def movable_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and persistent buffer of `model` by its runtime name; tied weights appear once.
+
+    Runtime names are what `named_parameters()` says; names in a checkpoint file can differ (transformers renames on
+    load). Non-persistent buffers, such as position ids, are no part of a checkpoint and never move.
+    """
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
+            if name.removeprefix(f"{prefix}.") not in module._non_persistent_buffers_set:
+                tensors[name] = buffer
+    return tensors
+
+
+def partition(model: torch.nn.Module, unit: str) -> list[Unit]:
+    """Divide the movable tensors of `model` into units, in the order of `named_modules()`.
+
+    `unit` is `"module"` (all tensors that a module owns itself), `"tensor"` (one parameter each, but a module with
+    statistics stays whole) or `"parameter"` (one parameter each, statistics in no unit).
+    """
+    parameters = dict(model.named_parameters())
+    owned: dict[str, list[str]] = {}
+    for name in movable_tensors(model):
+        owned.setdefault(name.rpartition(".")[0], []).append(name)
+    units = []
+    for module, names in owned.items():
+        has_statistics = any(name not in parameters for name in names)
+        if unit == "module" or (unit == "tensor" and has_statistics):
+            units.append(Unit(module, tuple(names)))
+        else:
+            units += [Unit(name, (name,)) for name in names if name in parameters]
+    return units
+
+
+def head_tensors(model: PreTrainedModel) -> set[str]:
+    """Return the names of the tensors outside the base model: the head that a task puts on top."""
+    body = model.base_model_prefix + "."
+    if model.base_model is model:
+        return set()
+    return {name for name in movable_tensors(model) if not name.startswith(body)}
+
+
+def label_names(model: PreTrainedModel) -> list[str]:
+    """Return the label names of a classifier by class id; empty for a model that generates, which has no labels."""
+    if model.can_generate() or not model.config.id2label:
+        return []
+    return [str(model.config.id2label[index]) for index in sorted(model.config.id2label)]
+
+
+def tensor_problems(target: PreTrainedModel, source: PreTrainedModel, ignored: Collection[str] = ()) -> list[str]:
+    """List what keeps the tensors of `source` from taking the place of the target's: names, shapes, tied weights.
+
+    `ignored` names tensors of the target that stay whatever the source holds.
+    """
+    target_tensors, source_tensors = movable_tensors(target), movable_tensors(source)
+    ties = target.get_expanded_tied_weights_keys(all_submodels=True)
+    source_ties = source.get_expanded_tied_weights_keys(all_submodels=True)
+    problems = []
+    if ties != source_ties:
+        pairs = sorted(f"{a} = {b}" for a, b in set(ties.items()) ^ set(source_ties.items()))
+        problems.append(f"weights are tied in one model and not in the other: {_shortened(pairs)}")
+    kept = set(ignored)
+    missing = [name for name in target_tensors if name not in source_tensors and name not in kept]
+    extra = [name for name in source_tensors if name not in target_tensors]
+    if missing:
+        problems.append(f"{len(missing)} tensors of the target are not in the source: {_shortened(missing)}")
+    if extra:
+        problems.append(f"{len(extra)} tensors of the source are not in the target: {_shortened(extra)}")
+    problems += [
+        f"{name}: got shape {tuple(source_tensors[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in target_tensors.items()
+        if name in source_tensors and name not in kept and source_tensors[name].shape != tensor.shape
+    ]
+    return problems
+
+
+def label_problem(target: PreTrainedModel, source: PreTrainedModel) -> str | None:
+    """Say how the label names of two classifiers differ; `None` where they are the same, in the same order."""
+    got, expected = label_names(source), label_names(target)
+    if got == expected:
+        return None
+    how = "the same label names in another order" if sorted(got) == sorted(expected) else "other label names"
+    return (
+        f"{how}: got {_shortened(got, 12)}, expected {_shortened(expected, 12)}; set id2label right in the source's "
+        "config.json, or use head='keep' to leave the target's head as it is and merge the rest"
+    )
+
+
+def _shortened(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

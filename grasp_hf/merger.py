@@ -1,0 +1,376 @@
+"""The loop: for each source, pull, measure, transfer, fine-tune, record, free."""
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoProcessor, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import hub
+from .batches import Batch, Collator, check_dataset, evaluate, keeping_model_columns, sample_batches
+from .card import model_card
+from .config import GraspConfig
+from .errors import GraspError, OutputExistsError
+from .finetune import finetune_
+from .gradients import preserved_state
+from .loading import LoadedSource, load_source, load_target, quiet_transformers
+from .matching import Unit, movable_tensors, partition
+from .measure import Scores, blended, learned_coefficients, unit_cosines
+from .report import Decision, Evaluation, MergeReport, StepReport, UnitReport
+from .sources import Source, SourceRef
+from .transfer import overwrite_, place_
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "grasp_report.json"
+CONFIG_FILE = "grasp_config.yaml"
+PACKAGES = ("grasp_hf", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+
+
+def merge_pretrained(
+    base_model: str | None,
+    sources: Sequence[str],
+    *,
+    train_dataset: Any,
+    eval_dataset: Any = None,
+    data_collator: Collator | None = None,
+    config: GraspConfig | None = None,
+    **from_pretrained_kwargs: Any,
+) -> PreTrainedModel:
+    """Merge `sources` into `base_model`, one at a time, guided by gradients of `train_dataset`.
+
+    Args:
+        base_model: Hub id (`org/name`, `org/name@revision`) or folder; `None` starts from the first source.
+        sources: References of full models and PEFT adapters of the base model, in the order of merging.
+        train_dataset: Labelled samples of the task in hand, as for `transformers.Trainer`.
+        eval_dataset: Held-out samples; they judge each transfer and choose the best epoch.
+        data_collator: Makes batches from samples, as for `transformers.Trainer`.
+        config: How to merge; the defaults where left out.
+        from_pretrained_kwargs: As for `GraspMerger.from_pretrained`.
+
+    Returns:
+        The merged model.
+
+    Example:
+        >>> model = merge_pretrained("org/base", ["org/a", "org/lora-b@v1.0"], train_dataset=train)  # doctest: +SKIP
+    """
+    if base_model is None:
+        base_model, sources = sources[0], sources[1:]
+    merger = GraspMerger.from_pretrained(base_model, config=config, **from_pretrained_kwargs)
+    merger.merge(sources, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator)
+    return merger.model
+
+
+class GraspMerger:
+    """Merges sources into one model, one at a time; at no moment are two sources in memory.
+
+    Args:
+        model: The target; changed in place.
+        config: How to merge; the defaults where left out.
+        processing_class: Tokenizer or image processor, saved beside the model.
+        base: Where the model came from, so that adapters of it can be merged; `from_pretrained` sets it.
+
+    Attributes:
+        model: The target, a plain `PreTrainedModel`.
+        report: The record of all that was merged so far.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: GraspConfig | None = None,
+        *,
+        processing_class: Any = None,
+        base: Source | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config or GraspConfig()
+        self.processing_class = processing_class
+        self.base = base
+        self.report = MergeReport(
+            base=str(base.ref) if base else model.name_or_path or type(model).__name__,
+            base_sha=base.sha if base else None,
+            config=asdict(self.config),
+            versions={name: version(name) for name in PACKAGES},
+        )
+        self._accelerator = Accelerator()
+        if self._accelerator.num_processes > 1:
+            raise GraspError("grasp_hf runs in one process for now; start it without a launcher")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: str,
+        *,
+        config: GraspConfig | None = None,
+        task: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        **model_kwargs: Any,
+    ) -> "GraspMerger":
+        """Load the target, and the tokenizer or processor beside it.
+
+        Args:
+            model_id: Hub id, with `@revision` if wanted, or a folder.
+            config: How to merge.
+            task: Pipeline name such as `text-classification`; left out, the architecture in the model's config says.
+            revision: Branch, tag or commit, unless `model_id` names one.
+            token: Hub token; left out, the one that you are logged in with.
+            dtype: Of the target's weights. Sources are read in their own; fine-tuning wants float32.
+            model_kwargs: Passed on to the model class, such as `num_labels` or `id2label`.
+
+        Raises:
+            SourceNotFoundError: No such folder, repository, revision or weights.
+            IncompatibleSourceError: Not a model that can solve the task.
+        """
+        ref = SourceRef.parse(model_id)
+        base = hub.locate(replace(ref, revision=ref.revision or revision), token=token)
+        model = load_target(base, task=task, dtype=dtype, **model_kwargs)
+        return cls(model, config, processing_class=load_processing_class(base), base=base)
+
+    def merge(
+        self,
+        sources: Sequence[str],
+        *,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        data_collator: Collator | None = None,
+        token: str | None = None,
+    ) -> MergeReport:
+        """Merge `sources` in their order, after `config.initial_epochs` of fine-tuning if this is the first call.
+
+        Every source is a step that either succeeds or leaves the model as it was before it; steps done before an
+        error stay done, in `model` and in `report`.
+
+        Args:
+            sources: References of full models and PEFT adapters.
+            train_dataset: Labelled samples of the task in hand, as for `transformers.Trainer`.
+            eval_dataset: Held-out samples; they judge each transfer and choose the best epoch.
+            data_collator: Makes batches from samples; left out, the one that `transformers.Trainer` would take.
+            token: Hub token; left out, the one that you are logged in with.
+
+        Raises:
+            GraspError: With the number and name of the source that it happened at.
+        """
+        if not self.report.steps and self.config.initial_epochs:
+            with self._step(train_dataset, eval_dataset, data_collator) as (collator, directory):
+                epochs = self.config.initial_epochs
+                self._finetune(train_dataset, eval_dataset, collator, epochs, self.config.seed, directory)
+                self.report.start = self._evaluate(eval_dataset, collator)
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
+        for number, source in enumerate(sources, start=1):
+            try:
+                step = self.merge_source(source, token=token, **data)
+            except GraspError as error:
+                raise type(error)(f"while merging source {number}/{len(sources)} '{source}': {error}") from error
+            logger.info("%d/%d %s", number, len(sources), step.line())
+        return self.report
+
+    def merge_source(
+        self,
+        source: str,
+        *,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        data_collator: Collator | None = None,
+        token: str | None = None,
+    ) -> StepReport:
+        """Merge one source and fine-tune; arguments as for `merge`.
+
+        Returns:
+            What was measured, decided and changed; also the last entry of `report.steps`.
+
+        Raises:
+            GraspError: The source, the data or the numbers are not fit; the model is as it was before the call.
+        """
+        began = time.perf_counter()
+        seed = self.config.seed + len(self.report.steps) + 1
+        with self._step(train_dataset, eval_dataset, data_collator) as (collator, directory):
+            located = hub.locate(source, token=token)
+            loaded = load_source(located, self.model, base=self.base, keep_head=self.config.head == "keep")
+            before = self._evaluate(eval_dataset, collator)
+            step = StepReport(str(located.ref), located.sha, located.kind, True, [], 0, before, {}, {}, 0, 0.0)
+            batches = sample_batches(train_dataset, collator, self._accelerator, self.config, seed=seed)
+            self._transfer(loaded, step, batches, lambda: self._evaluate(eval_dataset, collator))
+            del loaded
+            self._finetune(train_dataset, eval_dataset, collator, self.config.finetune_epochs, seed, directory)
+            step.after = self._evaluate(eval_dataset, collator)
+        step.num_bytes = located.num_bytes
+        step.seconds = time.perf_counter() - began
+        self.report.steps.append(step)
+        self.report.data = {"train": _described(train_dataset), "eval": _described(eval_dataset)}
+        return step
+
+    def _transfer(
+        self, loaded: LoadedSource, step: StepReport, batches: Iterable[Batch], held_out: Callable[[], Evaluation]
+    ) -> None:
+        """Measure the source, move what the evidence says, and take it back if the held-out loss says so."""
+        every_unit = partition(self.model, self.config.unit)
+        units = [unit for unit in every_unit if loaded.candidates.issuperset(unit.tensors)]
+        step.other_units = len(every_unit) - len(units)
+        progress = tqdm(
+            batches, desc=f"measuring {step.source}", total=self.config.num_batches, leave=False, disable=None
+        )
+        coefficients, scores = self._measure(loaded, units, progress)
+        moving = [unit for unit in units if coefficients[unit.name] > 0]
+        tensors = movable_tensors(self.model)
+        start = {name: tensors[name].data for unit in moving for name in unit.tensors}
+        values = blended(start, movable_tensors(loaded.model), moving, coefficients)
+        kept = place_(tensors, values)
+        try:
+            step.after_transfer = held_out()
+        finally:
+            place_(tensors, kept)
+        if self.config.gate and step.before and moving:
+            step.accepted = step.after_transfer["loss"] <= step.before["loss"]
+        if step.accepted:
+            overwrite_(tensors, values)
+        step.units = _unit_reports(units, tensors, coefficients, scores, step.accepted)
+
+    def _measure(
+        self, loaded: LoadedSource, units: Sequence[Unit], batches: Iterable[Batch]
+    ) -> tuple[dict[str, float], Scores]:
+        """Return the coefficient (0 is staying, 1 is copying) and the score of each unit."""
+        source_values = movable_tensors(loaded.model)
+        if self.config.method == "blend":
+            return learned_coefficients(self.model, source_values, units, batches, self._accelerator, self.config)
+        own = {name: value for name, value in source_values.items() if name in loaded.own}
+        scores = unit_cosines(self.model, own, units, batches, self._accelerator, self.config)
+        above = {name for name, score in scores.items() if score is not None and score > self.config.threshold}
+        return {unit.name: float(unit.name in above) for unit in units}, scores
+
+    @contextmanager
+    def _step(
+        self, train_dataset: Any, eval_dataset: Any, data_collator: Collator | None
+    ) -> Iterator[tuple[Collator, Path]]:
+        """Check the data, bring the model to the accelerator, and put everything back if the block raises."""
+        check_dataset(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            check_dataset(eval_dataset, "eval_dataset")
+        if data_collator is None and isinstance(self.processing_class, PreTrainedTokenizerBase):
+            data_collator = DataCollatorWithPadding(self.processing_class)
+        collator = keeping_model_columns(self.model, data_collator)
+        with tempfile.TemporaryDirectory(prefix="grasp_hf-") as name, preserved_state(self.model):
+            snapshot = Path(name, "before.safetensors")
+            save_file({key: value.contiguous() for key, value in movable_tensors(self.model).items()}, snapshot)
+            self.model.to(self._accelerator.device)
+            try:
+                yield collator, Path(name)
+            except BaseException:
+                overwrite_(movable_tensors(self.model), load_file(snapshot))
+                raise
+
+    def _finetune(
+        self, train: Any, held_out: Any, collator: Collator, epochs: float, seed: int, directory: Path
+    ) -> None:
+        finetune_(self.model, train, held_out, collator, self.config, epochs=epochs, seed=seed, directory=directory)
+
+    def _evaluate(self, dataset: Any, collator: Collator) -> Evaluation:
+        if dataset is None:
+            return {}
+        with preserved_state(self.model):
+            self.model.eval()
+            return evaluate(self.model, dataset, collator, self._accelerator, self.config.batch_size)
+
+    def save_pretrained(self, save_directory: str | Path, *, model_id: str | None = None) -> None:
+        """Write the model, its tokenizer or processor, the card, the resolved configuration and the report.
+
+        The folder loads with `from_pretrained` of the model's class. An earlier merge in it is replaced.
+
+        Raises:
+            OutputExistsError: The folder holds something that is not a merge.
+        """
+        directory = Path(save_directory)
+        check_output(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with quiet_transformers():
+            self.model.save_pretrained(directory)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(directory)
+        configuration = yaml.safe_dump(self._resolved(), sort_keys=False)
+        (directory / CONFIG_FILE).write_text(configuration)
+        self.report.to_json(directory / REPORT_FILE)
+        model_card(self.model, self.report, configuration, model_id or directory.name).save(directory / "README.md")
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes to `repo_id`, as one commit, and return the commit's URL."""
+        with tempfile.TemporaryDirectory(prefix="grasp_hf-") as name:
+            self.save_pretrained(name, model_id=repo_id)
+            return hub.push_folder(Path(name), repo_id, private=private, token=token, revision=revision)
+
+    def _resolved(self) -> dict[str, Any]:
+        """Return the recipe of what was done, every Hub reference pinned to its commit."""
+
+        def pinned(name: str, sha: str | None) -> str:
+            return f"{name.partition('@')[0]}@{sha}" if sha else name
+
+        return {
+            "base_model": pinned(self.report.base, self.report.base_sha),
+            "sources": [pinned(step.source, step.sha) for step in self.report.steps],
+            **asdict(self.config),
+            "record": {"data": self.report.data, "versions": self.report.versions},
+        }
+
+
+def check_output(directory: Path) -> None:
+    """Raise `OutputExistsError` where `directory` holds something that is not an earlier merge."""
+    if directory.is_file() or (
+        directory.is_dir() and any(directory.iterdir()) and not (directory / REPORT_FILE).exists()
+    ):
+        raise OutputExistsError(
+            f"'{directory}' already holds something that is not a merge; expected a new or empty folder, or one with "
+            f"{REPORT_FILE} in it"
+        )
+
+
+def load_processing_class(source: Source) -> Any:
+    """Return the tokenizer or processor in the folder of `source`, `None` where there is none."""
+    try:
+        return AutoProcessor.from_pretrained(source.folder)
+    except (ValueError, OSError, KeyError):
+        return None
+
+
+def _described(dataset: Any) -> dict[str, Any] | None:
+    if dataset is None:
+        return None
+    return {"samples": len(dataset), "fingerprint": getattr(dataset, "_fingerprint", None)}
+
+
+def _unit_reports(
+    units: Sequence[Unit],
+    tensors: dict[str, Tensor],
+    coefficients: dict[str, float],
+    scores: Scores,
+    accepted: bool,
+) -> list[UnitReport]:
+    def decision(unit: str) -> Decision:
+        if coefficients[unit] > 0:
+            return "moved" if accepted else "undone"
+        return "undefined" if scores[unit] is None else "kept"
+
+    return [
+        UnitReport(
+            name=unit.name,
+            parameters=sum(tensors[name].numel() for name in unit.tensors),
+            score=scores[unit.name],
+            coefficient=coefficients[unit.name],
+            decision=decision(unit.name),
+        )
+        for unit in units
+    ]

@@ -1,0 +1,167 @@
+"""The record of a merge: what every source was worth, unit by unit, as data and as tables."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Evaluation = dict[str, float]
+Decision = Literal["moved", "kept", "undefined", "undone"]
+
+
+def markdown_table(rows: Sequence[dict[str, str]]) -> str:
+    """Return rows as a Markdown table with aligned columns, which also reads well in a terminal."""
+    columns = list(rows[0])
+    lines = [columns, *([row[column] for column in columns] for row in rows)]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
+    texts = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([texts[0], rule, *texts[1:]])
+
+
+def shown(value: float | None, digits: int = 3) -> str:
+    """Return a number for a table; a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+@dataclass
+class UnitReport:
+    """What was measured and decided for one unit.
+
+    Attributes:
+        name: The module or parameter.
+        parameters: Number of elements in the unit's tensors.
+        score: In [-1, 1]: with `copy`, the cosine of the two models' gradients; with `blend`, the cosine between the
+            way to the source and the way down. `None` is undefined: a gradient was missing or zero.
+        coefficient: How far the unit was to move towards the source, in [0, 1].
+        decision: `undefined` units stay as they are; `undone` ones moved and were taken back by the gate.
+    """
+
+    name: str
+    parameters: int
+    score: float | None
+    coefficient: float
+    decision: Decision
+
+
+@dataclass
+class StepReport:
+    """One source: what it is, what was measured, what was done, what it changed.
+
+    Attributes:
+        source: The reference as the user gave it.
+        sha: Commit of its files; `None` for a local folder.
+        kind: `full` or `adapter`.
+        accepted: `False` where the gate undid the transfer.
+        units: One row per unit that could have moved.
+        other_units: Number of units that could not: untouched by an adapter, or a head that does not fit.
+        before: Held-out loss (and accuracy) before the transfer; empty without evaluation data, as the next two.
+        after_transfer: The same after the transfer, before the gate's decision.
+        after: The same at the end of the step, after fine-tuning.
+        num_bytes: Size of the source's weight files.
+        seconds: Duration of the step.
+    """
+
+    source: str
+    sha: str | None
+    kind: str
+    accepted: bool
+    units: list[UnitReport]
+    other_units: int
+    before: Evaluation
+    after_transfer: Evaluation
+    after: Evaluation
+    num_bytes: int
+    seconds: float
+
+    @property
+    def moved(self) -> int:
+        """Number of units that took something from the source."""
+        return sum(unit.decision == "moved" for unit in self.units)
+
+    @property
+    def mean_coefficient(self) -> float:
+        """Mean coefficient over the parameters of all units that could have moved, also where the gate undid it."""
+        total = sum(unit.parameters for unit in self.units)
+        return sum(unit.coefficient * unit.parameters for unit in self.units) / total if total else 0.0
+
+    def row(self) -> dict[str, str]:
+        """Return the source's line of the summary table."""
+        scores = [unit.score for unit in self.units if unit.score is not None]
+        if not self.accepted:
+            decision = "rejected"
+        else:
+            decision = "merged" if self.moved else "nothing moved"
+        return {
+            "source": self.source,
+            "kind": self.kind,
+            "score": shown(sum(scores) / len(scores) if scores else None),
+            "moved": f"{self.moved}/{len(self.units)}",
+            "coefficient": shown(self.mean_coefficient),
+            "decision": decision,
+            "loss before": shown(self.before.get("loss")),
+            "transferred": shown(self.after_transfer.get("loss")),
+            "fine-tuned": shown(self.after.get("loss")),
+            "seconds": f"{self.seconds:.1f}",
+        }
+
+    def line(self) -> str:
+        """Return one line of text for the terminal."""
+        row = self.row()
+        return (
+            f"{row['source']} ({row['kind']}): {row['decision']}, {row['moved']} units, coefficient "
+            f"{row['coefficient']}, held-out loss {row['loss before']} -> {row['transferred']} -> "
+            f"{row['fine-tuned']}, {row['seconds']} s"
+        )
+
+    def unit_table(self) -> str:
+        """Return the decision on every unit as a Markdown table."""
+        return markdown_table(
+            [
+                {
+                    "unit": unit.name,
+                    "parameters": str(unit.parameters),
+                    "score": shown(unit.score),
+                    "coefficient": shown(unit.coefficient),
+                    "decision": unit.decision,
+                }
+                for unit in self.units
+            ]
+        )
+
+
+@dataclass
+class MergeReport:
+    """The whole merge, in order.
+
+    Attributes:
+        base: Where the target started, and the commit of its files (`None` for a local folder or a model object).
+        base_sha: See `base`.
+        start: Held-out loss (and accuracy) after the initial fine-tuning; empty without evaluation data.
+        steps: One entry per source.
+        config: The configuration of the merge.
+        data: What the target data was: number of samples and fingerprint.
+        versions: Versions of the packages that did it.
+    """
+
+    base: str
+    base_sha: str | None = None
+    start: Evaluation = field(default_factory=dict)
+    steps: list[StepReport] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def table(self) -> str:
+        """Return one line per source as a Markdown table."""
+        return markdown_table([step.row() for step in self.steps]) if self.steps else "no source merged"
+
+    def __str__(self) -> str:
+        return f"start: {self.base}, held-out loss {shown(self.start.get('loss'))}\n\n{self.table()}"
+
+    def to_json(self, path: Path) -> None:
+        """Write everything to `path`."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")

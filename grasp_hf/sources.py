@@ -1,0 +1,126 @@
+"""What a user names as a source, and what is found there: a full model or an adapter."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from safetensors import safe_open
+
+from .errors import IncompatibleSourceError, SourceNotFoundError
+
+FULL_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+@dataclass(frozen=True)
+class SourceRef:
+    """A reference to a model: a local folder, or a Hub id with an optional revision.
+
+    Attributes:
+        name: The folder, or `org/name`.
+        revision: Branch, tag or commit on the Hub; `None` is the main branch.
+    """
+
+    name: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "SourceRef":
+        """Read `org/name`, `org/name@revision`, or the path of a folder.
+
+        >>> SourceRef.parse("org/name@v1.0")
+        SourceRef(name='org/name', revision='v1.0')
+
+        Raises:
+            SourceNotFoundError: It names neither an existing folder nor a possible Hub id.
+        """
+        if Path(text).expanduser().is_dir():
+            return cls(str(Path(text).expanduser()))
+        name, _, revision = text.partition("@")
+        if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or text.endswith("@"):
+            raise SourceNotFoundError(
+                f"'{text}' is neither an existing folder nor a Hub id; expected 'org/name', 'org/name@revision' or a "
+                "folder that holds config.json or adapter_config.json"
+            )
+        return cls(name, revision or None)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this names a folder on this machine."""
+        return Path(self.name).is_dir()
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source whose files lie in a folder of this machine.
+
+    Attributes:
+        ref: What the user named.
+        folder: Where the files are.
+        sha: The commit that the files are of; `None` for a local folder.
+        kind: A full model, or an adapter of one.
+    """
+
+    ref: SourceRef
+    folder: Path
+    sha: str | None
+    kind: Literal["full", "adapter"]
+
+    @classmethod
+    def inspect(cls, ref: SourceRef, folder: Path, sha: str | None = None) -> "Source":
+        """Find out what lies in `folder`.
+
+        Raises:
+            SourceNotFoundError: No configuration, or no weights beside it.
+        """
+        files = sorted(path.name for path in folder.iterdir() if path.is_file())
+        kind: Literal["full", "adapter"] = "adapter" if "adapter_config.json" in files else "full"
+        if kind == "full" and "config.json" not in files:
+            raise SourceNotFoundError(
+                f"'{ref}' holds no config.json and no adapter_config.json, so it is neither a model nor an adapter; "
+                f"found: {', '.join(files) or 'no files'}"
+            )
+        expected = ADAPTER_WEIGHTS if kind == "adapter" else FULL_WEIGHTS
+        if not set(expected) & set(files):
+            raise SourceNotFoundError(
+                f"'{ref}' holds no weights: expected one of {', '.join(expected)}; found: {', '.join(files)}"
+            )
+        return cls(ref, folder, sha, kind)
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights, safetensors where there are any."""
+        stem = "adapter_model" if self.kind == "adapter" else "model"
+        return sorted(self.folder.glob(f"{stem}*.safetensors")) or sorted(self.folder.glob("*model*.bin"))
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights in bytes."""
+        return sum(path.stat().st_size for path in self.weight_files)
+
+    def dtypes(self) -> set[str]:
+        """Return the dtypes in the safetensors headers, in their spelling (`F32`, `BF16`); empty for `.bin` weights.
+
+        Raises:
+            IncompatibleSourceError: A weight file cannot be read.
+        """
+        found = set()
+        for path in self.weight_files:
+            if path.suffix != ".safetensors":
+                continue
+            try:
+                with safe_open(path, "pt") as file:
+                    found |= {file.get_slice(name).get_dtype() for name in file.keys()}
+            except Exception as error:
+                raise IncompatibleSourceError(
+                    f"'{self.ref}': {path.name} cannot be read as safetensors: {error}"
+                ) from error
+        return found

@@ -1,0 +1,181 @@
+"""Peak private memory of one GRASP step, in units of P, the bytes of the model's weights.
+
+Run it with `python -m tests.benchmarks.memory`. For each method `alignment` measures one source against the target on
+one batch, and `step` measures, transfers and fine-tunes for one epoch with AdamW. `activations` is what one plain pass
+forward and backward needs beside weights and gradients; it is part of the other numbers. Each measurement runs in a
+process of its own, on a ViT-base whose images are so small that activations hardly count.
+
+Private memory is `RssAnon` of Linux, the pages nothing else can give back, less what the interpreter held before the
+models were loaded. A safetensors file that is only mapped is page cache and not counted; the column `mapped` shows it.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+
+from tests.published import Batch, Example, alignment, finetune, transfer
+
+BASE: dict[str, Any] = {"image_size": 32, "patch_size": 16, "num_labels": 10}
+TINY = BASE | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+SIZES = {"base": BASE, "tiny": TINY}
+# Without these glibc keeps freed tensors, and the peak would depend on the order of earlier allocations.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def save_models(folder: Path, size: str) -> int:
+    """Save two random models as `folder/source` and `folder/target`; return the bytes of one model's weights."""
+    config = ViTConfig(**SIZES[size])
+    for name in ("source", "target"):
+        model = ViTForImageClassification(config)
+        model.save_pretrained(folder / name)
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def load_private(folder: Path) -> PreTrainedModel:
+    """Load a model whose weights are private memory: a target was trained before, and `torch.load` maps nothing."""
+    model = ViTForImageClassification.from_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def make_examples(n: int) -> list[Example]:
+    """Return `n` random images with labels."""
+    return [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 10} for i in range(n)]
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Stack examples into a batch."""
+    return {key: torch.stack([torch.as_tensor(example[key]) for example in examples]) for key in examples[0]}
+
+
+def activations(folder: Path) -> None:
+    """Run one plain forward and backward pass."""
+    load_private(folder / "target").train()(**collate(make_examples(2))).loss.backward()
+
+
+def published_alignment(folder: Path) -> None:
+    """Measure one source on one batch as published."""
+    target, source = load_private(folder / "target"), load_private(folder / "source")
+    alignment(source, target, [collate(make_examples(2))])
+
+
+def published_step(folder: Path) -> None:
+    """Measure, transfer and fine-tune for one epoch as published; the source stays alive, as it does there.
+
+    From the second epoch on, copying a new best state while the old one is alive takes 1 P more than is seen here.
+    """
+    target, source = load_private(folder / "target"), load_private(folder / "source")
+    cosines = alignment(source, target, [collate(make_examples(2))])
+    transfer(source, target, cosines, threshold=0.3)
+    finetune(target, make_examples(6), make_examples(2), epochs=1, seed=0, collate=collate, batch_size=2)
+
+
+def grasp_hf_alignment(folder: Path) -> None:
+    """Measure `folder/source` against the target on one batch with `grasp_hf`."""
+    # TO FILL IN: target = load_private(folder / "target"); one batch collate(make_examples(2)); nothing else.
+    raise SystemExit("grasp_hf_alignment is not written yet")
+
+
+def grasp_hf_step(folder: Path) -> None:
+    """Measure, transfer and fine-tune for one epoch with `grasp_hf` on the data of `published_step`."""
+    # TO FILL IN: target = load_private(folder / "target"); make_examples(6) to train on, make_examples(2) to validate.
+    raise SystemExit("grasp_hf_step is not written yet")
+
+
+MEASUREMENTS: dict[str, Callable[[Path], None]] = {
+    "activations": activations,
+    "published alignment": published_alignment,
+    "published step": published_step,
+    "grasp_hf alignment": grasp_hf_alignment,
+    "grasp_hf step": grasp_hf_step,
+}
+
+
+def resident() -> dict[str, int]:
+    """Return the bytes of private (`RssAnon`) and file-mapped (`RssFile`) memory of this process."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(fields[field].split()[0]) * 1024 for name, field in (("anon", "RssAnon"), ("mapped", "RssFile"))}
+
+
+class Peak(threading.Thread):
+    """Sample `resident()` every 2 ms and keep the largest values above those at the start."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.base, self.peak = resident(), {"anon": 0, "mapped": 0}
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        """Sample until `done` is set."""
+        while not self.done.wait(0.002):
+            now = resident()
+            self.peak = {name: max(self.peak[name], now[name] - self.base[name]) for name in now}
+
+
+def measure(name: str, folder: Path) -> dict[str, float]:
+    """Run one measurement in this process, after a run on tiny models that loads all code it needs."""
+    MEASUREMENTS[name](folder / "warm-up")
+    gc.collect()
+    sampler = Peak()
+    sampler.start()
+    start = time.perf_counter()
+    MEASUREMENTS[name](folder)
+    seconds = time.perf_counter() - start
+    sampler.done.set()
+    sampler.join()
+    return {**sampler.peak, "seconds": seconds}
+
+
+def measure_apart(name: str, folder: Path) -> dict[str, float]:
+    """Run one measurement in a new process."""
+    command = [sys.executable, "-m", "tests.benchmarks.memory", "--measure", name, "--folder", str(folder)]
+    run = subprocess.run(command, env=os.environ | MALLOC, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Print the table, and write it if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SIZES, default="base")
+    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), metavar="NAME")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
+    parser.add_argument("--measure", choices=MEASUREMENTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if args.measure:
+        print(json.dumps(measure(args.measure, args.folder)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_models(folder / "warm-up", "tiny")
+        weights = save_models(folder, args.model)
+        results = {name: measure_apart(name, folder) for name in args.only}
+    if "activations" in results:
+        results["activations"]["anon"] -= 2 * weights
+    print(f"P = {weights / 1e6:.1f} MB ({args.model}), {torch.get_num_threads()} threads")
+    print(f"{'':22}{'private':>10}{'mapped':>10}{'time':>10}")
+    for name, row in results.items():
+        print(f"{name:22}{row['anon'] / weights:8.2f} P{row['mapped'] / weights:8.2f} P{row['seconds']:8.1f} s")
+    if args.json:
+        numbers = {"model": args.model, "weights_bytes": weights, "measurements": results}
+        args.json.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

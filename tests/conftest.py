@@ -1,0 +1,49 @@
+"""A loopback Hub for the whole session, in place before `huggingface_hub` reads its environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from contextlib import ExitStack
+
+import pytest
+
+from tests.hub_server import HubServer
+
+if "huggingface_hub" in sys.modules:
+    raise RuntimeError("huggingface_hub was imported before conftest.py: the tests would talk to the real Hub")
+
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))]:
+    del os.environ[name]
+
+RESOURCES = ExitStack()
+ROOT = RESOURCES.enter_context(tempfile.TemporaryDirectory(prefix="grasp-hf-tests-", ignore_cleanup_errors=True))
+HUB = RESOURCES.enter_context(
+    HubServer(f"{ROOT}/hub", users={"hf_alice": "alice", "hf_bob": "bob"}, orgs={"org": ["alice"]})
+)
+os.environ |= {
+    "HF_ENDPOINT": HUB.url,
+    "HF_HOME": f"{ROOT}/home",
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+    "HF_HUB_ETAG_TIMEOUT": "2",
+    "DISABLE_SAFETENSORS_CONVERSION": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def pytest_unconfigure() -> None:
+    """Stop the Hub and remove its files and the cache."""
+    RESOURCES.close()
+
+
+@pytest.fixture(scope="session")
+def hub() -> HubServer:
+    """Return the session's Hub; alice ("hf_alice") and bob ("hf_bob") have tokens, alice is a member of "org".
+
+    No token is set: pass `token=`, or set `HF_TOKEN`, which clients read at each call, with `monkeypatch.setenv`.
+    """
+    return HUB
