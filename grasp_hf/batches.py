@@ -48,7 +48,7 @@ def sample_batches(
             shuffle=True,
             generator=torch.Generator().manual_seed(seed),
             collate_fn=collator,
-            drop_last=config.published and len(dataset) > config.batch_size,
+            drop_last=config.published and len(dataset) >= config.batch_size,
         )
     )
     left = config.num_batches

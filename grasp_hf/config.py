@@ -25,7 +25,6 @@ PAPER = {
         "learning_rate": 5.0e-5,
         "weight_decay": 0.01,
         "max_grad_norm": 0.0,
-        "dataloader_drop_last": True,
         "metric_for_best_model": "accuracy",
     },
 }

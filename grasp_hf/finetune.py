@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -47,12 +48,17 @@ def finetune_(
         NonFiniteError: The loss or a weight became NaN or infinite.
     """
     arguments = training_arguments(
-        config, epochs=epochs, seed=seed, directory=directory, evaluates=eval_dataset is not None
+        config,
+        epochs=epochs,
+        seed=seed,
+        directory=directory,
+        samples=len(train_dataset),
+        evaluates=eval_dataset is not None,
     )
     if arguments.num_train_epochs == 0 and arguments.max_steps <= 0:
         return
     by_accuracy = arguments.metric_for_best_model in ("accuracy", "eval_accuracy")
-    trainer = Trainer(
+    trainer = _WholeEvaluationTrainer(
         model=model,
         args=arguments,
         train_dataset=train_dataset,
@@ -64,6 +70,10 @@ def finetune_(
         callbacks=[_Progress()],
     )
     trainer.remove_callback(PrinterCallback)
+    if not model.can_generate():
+        # The Trainer takes every classifier for one that divides its loss by the samples of all accumulated batches;
+        # most do not, and their gradients would be gradient_accumulation_steps times too large.
+        trainer.model_accepts_loss_kwargs = False
     try:
         with checkpoints_in_runtime_names(model), quiet_transformers():
             result = trainer.train()
@@ -79,7 +89,7 @@ def finetune_(
 
 
 def training_arguments(
-    config: GraspConfig, *, epochs: float, seed: int, directory: Path, evaluates: bool
+    config: GraspConfig, *, epochs: float, seed: int, directory: Path, samples: int, evaluates: bool
 ) -> TrainingArguments:
     """Return the Trainer's arguments: quiet, one checkpoint of weights only, and what the user asked for on top."""
     keeping_best = {
@@ -99,6 +109,8 @@ def training_arguments(
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_drop_last": config.published and samples >= config.batch_size,
         **(keeping_best if evaluates else {"save_strategy": "no"}),
         **config.training_arguments,
     }
@@ -148,6 +160,17 @@ def _published_optimizer(
         return 0.5 * (1 + math.cos(math.pi * (step // steps) / epochs))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class _WholeEvaluationTrainer(Trainer):
+    """A Trainer whose `dataloader_drop_last` drops training samples only, never samples that it is judged on."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        self.args.dataloader_drop_last, drops = False, self.args.dataloader_drop_last
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drops
 
 
 class _Progress(TrainerCallback):

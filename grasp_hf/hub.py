@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 SUBFOLDERS = ["*/*"]
+TIMEOUT = 30.0
 
 
 def locate(reference: str | SourceRef, *, token: str | None = None) -> Source:
@@ -39,6 +40,30 @@ def locate(reference: str | SourceRef, *, token: str | None = None) -> Source:
         logger.warning("%s has no safetensors weights; its pickled weights are read with weights_only=True", ref)
         folder = _download(SourceRef(ref.name, folder.name), [*CONFIG_FILES, "*.bin"], token)
     return Source.inspect(ref, folder, sha=folder.name)
+
+
+def look_up(reference: str, *, token: str | None = None) -> tuple[Source, int]:
+    """Return what `reference` is and the bytes of its weights; of a Hub source, only configuration files are downloaded.
+
+    The folder of the returned source then holds no weights.
+
+    Raises:
+        SourceNotFoundError: As for `locate`.
+    """
+    ref = SourceRef.parse(reference)
+    if ref.is_local:
+        source = Source.inspect(ref, Path(ref.name))
+        return source, source.num_bytes
+    folder = _download(ref, CONFIG_FILES, token)
+    files = (
+        HfApi(token=token).model_info(ref.name, revision=folder.name, files_metadata=True, timeout=TIMEOUT).siblings
+        or []
+    )
+    sizes = {file.rfilename: file.size or 0 for file in files}
+    source = Source.inspect(ref, folder, folder.name, files=sorted(sizes))
+    weights = [name for name in sizes if "/" not in name and name.endswith(".safetensors")]
+    weights = weights or [name for name in sizes if "/" not in name and name.endswith(".bin")]
+    return source, sum(sizes[name] for name in weights)
 
 
 def _download(ref: SourceRef, patterns: list[str], token: str | None) -> Path:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,16 +14,16 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.pipelines import SUPPORTED_TASKS
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrainedModel, pipelines
 from transformers.utils import logging as transformers_logging
 
 from .errors import IncompatibleSourceError, NonFiniteError
-from .matching import head_tensors, label_names, label_problem, movable_tensors, tensor_problems
+from .matching import head_tensors, label_problem, movable_tensors, tensor_problems
 from .sources import Source
 
 logger = logging.getLogger(__name__)
 
+TASKS: dict[str, Any] = pipelines.SUPPORTED_TASKS
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -49,7 +50,9 @@ def quiet_transformers() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going away
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
@@ -82,9 +85,9 @@ def model_class(config: PretrainedConfig, task: str | None = None, name: str = "
                 f"want, for example task='text-classification'"
             )
         return found
-    if task not in SUPPORTED_TASKS:
-        raise IncompatibleSourceError(f"unknown task '{task}', expected one of {', '.join(sorted(SUPPORTED_TASKS))}")
-    for auto in SUPPORTED_TASKS[task]["pt"]:
+    if task not in TASKS:
+        raise IncompatibleSourceError(f"unknown task '{task}', expected one of {', '.join(sorted(TASKS))}")
+    for auto in TASKS[task]["pt"]:
         if type(config) in auto._model_mapping:
             found = auto._model_mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
@@ -93,7 +96,7 @@ def model_class(config: PretrainedConfig, task: str | None = None, name: str = "
 
 def task_of(cls: type[PreTrainedModel]) -> str | None:
     """Return the pipeline name of the task that a model class solves; `None` where there is none."""
-    for task, details in SUPPORTED_TASKS.items():
+    for task, details in TASKS.items():
         for auto in details["pt"]:
             if cls.__name__ in _class_names(auto) and auto is not transformers.AutoModel:
                 return str(task)
@@ -197,7 +200,7 @@ def _load_adapter(source: Source, target: PreTrainedModel, base: Source | None) 
     if problems := adapter_problems(config, base):
         raise IncompatibleSourceError(_listed(source, problems))
     assert base is not None  # else it were among the problems
-    labels = {key: getattr(target.config, key) for key in ("id2label", "label2id")} if label_names(target) else {}
+    labels = {} if target.can_generate() else {key: getattr(target.config, key) for key in ("id2label", "label2id")}
     model, fresh = _from_pretrained(base, type(target), dtype=_checkpoint_dtype(base), **labels)
     try:
         adapted = PeftModel.from_pretrained(model, str(source.folder))
@@ -254,8 +257,7 @@ def _check_fit(source: Source, loaded: LoadedSource, target: PreTrainedModel, ke
         loaded.candidates -= head
         loaded.own -= head
         labels, lacking = None, [name for name in lacking if name not in head]
-    ignored = set(movable_tensors(target)) - loaded.own
-    problems = tensor_problems(target, loaded.model, ignored)
+    problems = tensor_problems(target, loaded.model, set(movable_tensors(target)) - loaded.own)
     if labels:
         problems.append(labels)
     if lacking and source.kind == "full":
@@ -267,3 +269,12 @@ def _check_fit(source: Source, loaded: LoadedSource, target: PreTrainedModel, ke
 
 def _listed(source: Source, problems: list[str]) -> str:
     return f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(problems)
+
+
+def load_processing_class(source: Source) -> Any:
+    """Return the tokenizer or processor in the folder of `source`, `None` where there is none."""
+    try:
+        with quiet_transformers():
+            return AutoProcessor.from_pretrained(source.folder)
+    except (ValueError, OSError, KeyError):
+        return None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,9 @@ def head_tensors(model: PreTrainedModel) -> set[str]:
     return {name for name in movable_tensors(model) if not name.startswith(body)}
 
 
-def label_names(model: PreTrainedModel) -> list[str]:
-    """Return the label names of a classifier by class id; empty for a model that generates, which has no labels."""
-    if model.can_generate() or not model.config.id2label:
-        return []
-    return [str(model.config.id2label[index]) for index in sorted(model.config.id2label)]
+def label_names(config: PretrainedConfig) -> list[str]:
+    """Return the label names by class id."""
+    return [str(name) for _, name in sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))]
 
 
 def tensor_problems(target: PreTrainedModel, source: PreTrainedModel, ignored: Collection[str] = ()) -> list[str]:
@@ -98,9 +96,12 @@ def tensor_problems(target: PreTrainedModel, source: PreTrainedModel, ignored: C
 
 
 def label_problem(target: PreTrainedModel, source: PreTrainedModel) -> str | None:
-    """Say how the label names of two classifiers differ; `None` where they are the same, in the same order."""
-    got, expected = label_names(source), label_names(target)
-    if got == expected:
+    """Say how the label names of two classifiers differ; `None` where they are the same, in the same order.
+
+    A language model has no labels; its config still holds names for two.
+    """
+    got, expected = label_names(source.config), label_names(target.config)
+    if got == expected or target.can_generate():
         return None
     how = "the same label names in another order" if sorted(got) == sorted(expected) else "other label names"
     return (

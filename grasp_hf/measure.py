@@ -60,7 +60,9 @@ def unit_cosines(
     units: Sequence[Unit],
     batches: Iterable[Batch],
     accelerator: Accelerator,
-    config: GraspConfig,
+    *,
+    seed: int,
+    published: bool = False,
 ) -> Scores:
     """Return the gradient cosine of target and source per unit, the mean over `batches`; `None` where undefined.
 
@@ -69,16 +71,17 @@ def unit_cosines(
     needs no second gradient set, and is 1 for a model compared with itself. It is not the cosine of the summed
     gradients: the noise of a batch is shared by both models and pulls it up.
 
-    With `config.published` the target is in train mode: dropout is on and its batch statistics change.
+    With `published` the target is in train mode, its dropout drawn from `seed`, and its batch statistics change; the
+    denominator has 1e-8 added.
     """
     tensors = movable_tensors(target)
     scores: dict[str, list[float | None]] = {unit.name: [] for unit in units}
-    epsilon = PUBLISHED_EPSILON if config.published else 0.0
+    epsilon = PUBLISHED_EPSILON if published else 0.0
     with preserved_state(target), torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         for batch in batches:
             stored: dict[str, Tensor] = {}
-            target.train(config.published)
+            target.train(published)
             gradient_pass(target, batch, accelerator, stored.__setitem__)
             products = UnitProducts(units)
 
@@ -101,7 +104,8 @@ def learned_coefficients(
     units: Sequence[Unit],
     batches: Iterable[Batch],
     accelerator: Accelerator,
-    config: GraspConfig,
+    *,
+    lr: float,
 ) -> tuple[dict[str, float], Scores]:
     """Learn how far each unit should move towards the source, by descent on the loss of the blended model.
 
@@ -114,7 +118,7 @@ def learned_coefficients(
         way down, `<-dL/dW_u, S_u - T_u>` normalised, the mean over batches; `None` where a unit had no gradient.
     """
     tensors = movable_tensors(target)
-    descent = CoefficientDescent(len(units), config.coefficient_lr)
+    descent = CoefficientDescent(len(units), lr)
     scores: dict[str, list[float | None]] = {unit.name: [] for unit in units}
     start = {name: tensors[name].data for unit in units for name in unit.tensors}
     with preserved_state(target):
@@ -188,6 +192,14 @@ def gradient_alignment(
         statistics = {name: t.clone() for name, t in tensors.items() if not isinstance(t, torch.nn.Parameter)}
         try:
             units = partition(target, config.unit)
-            return unit_cosines(target, movable_tensors(source), units, batches, accelerator, config)
+            return unit_cosines(
+                target,
+                movable_tensors(source),
+                units,
+                batches,
+                accelerator,
+                seed=config.seed,
+                published=config.published,
+            )
         finally:
             overwrite_(tensors, statistics)

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoProcessor, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hub
 from .batches import Batch, Collator, check_dataset, evaluate, keeping_model_columns, sample_batches
@@ -25,7 +25,7 @@ from .config import GraspConfig
 from .errors import GraspError, OutputExistsError
 from .finetune import finetune_
 from .gradients import preserved_state
-from .loading import LoadedSource, load_source, load_target, quiet_transformers
+from .loading import LoadedSource, load_processing_class, load_source, load_target, quiet_transformers
 from .matching import Unit, movable_tensors, partition
 from .measure import Scores, blended, learned_coefficients, unit_cosines
 from .report import Decision, Evaluation, MergeReport, StepReport, UnitReport
@@ -204,7 +204,7 @@ class GraspMerger:
             before = self._evaluate(eval_dataset, collator)
             step = StepReport(str(located.ref), located.sha, located.kind, True, [], 0, before, {}, {}, 0, 0.0)
             batches = sample_batches(train_dataset, collator, self._accelerator, self.config, seed=seed)
-            self._transfer(loaded, step, batches, lambda: self._evaluate(eval_dataset, collator))
+            self._transfer(loaded, step, batches, lambda: self._evaluate(eval_dataset, collator), seed)
             del loaded
             self._finetune(train_dataset, eval_dataset, collator, self.config.finetune_epochs, seed, directory)
             step.after = self._evaluate(eval_dataset, collator)
@@ -215,7 +215,12 @@ class GraspMerger:
         return step
 
     def _transfer(
-        self, loaded: LoadedSource, step: StepReport, batches: Iterable[Batch], held_out: Callable[[], Evaluation]
+        self,
+        loaded: LoadedSource,
+        step: StepReport,
+        batches: Iterable[Batch],
+        held_out: Callable[[], Evaluation],
+        seed: int,
     ) -> None:
         """Measure the source, move what the evidence says, and take it back if the held-out loss says so."""
         every_unit = partition(self.model, self.config.unit)
@@ -224,7 +229,7 @@ class GraspMerger:
         progress = tqdm(
             batches, desc=f"measuring {step.source}", total=self.config.num_batches, leave=False, disable=None
         )
-        coefficients, scores = self._measure(loaded, units, progress)
+        coefficients, scores = self._measure(loaded, units, progress, seed)
         moving = [unit for unit in units if coefficients[unit.name] > 0]
         tensors = movable_tensors(self.model)
         start = {name: tensors[name].data for unit in moving for name in unit.tensors}
@@ -241,14 +246,18 @@ class GraspMerger:
         step.units = _unit_reports(units, tensors, coefficients, scores, step.accepted)
 
     def _measure(
-        self, loaded: LoadedSource, units: Sequence[Unit], batches: Iterable[Batch]
+        self, loaded: LoadedSource, units: Sequence[Unit], batches: Iterable[Batch], seed: int
     ) -> tuple[dict[str, float], Scores]:
         """Return the coefficient (0 is staying, 1 is copying) and the score of each unit."""
         source_values = movable_tensors(loaded.model)
         if self.config.method == "blend":
-            return learned_coefficients(self.model, source_values, units, batches, self._accelerator, self.config)
+            return learned_coefficients(
+                self.model, source_values, units, batches, self._accelerator, lr=self.config.coefficient_lr
+            )
         own = {name: value for name, value in source_values.items() if name in loaded.own}
-        scores = unit_cosines(self.model, own, units, batches, self._accelerator, self.config)
+        scores = unit_cosines(
+            self.model, own, units, batches, self._accelerator, seed=seed, published=self.config.published
+        )
         above = {name for name, score in scores.items() if score is not None and score > self.config.threshold}
         return {unit.name: float(unit.name in above) for unit in units}, scores
 
@@ -260,15 +269,12 @@ class GraspMerger:
         check_dataset(train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
-        if data_collator is None and isinstance(self.processing_class, PreTrainedTokenizerBase):
-            data_collator = DataCollatorWithPadding(self.processing_class)
-        collator = keeping_model_columns(self.model, data_collator)
         with tempfile.TemporaryDirectory(prefix="grasp_hf-") as name, preserved_state(self.model):
             snapshot = Path(name, "before.safetensors")
             save_file({key: value.contiguous() for key, value in movable_tensors(self.model).items()}, snapshot)
             self.model.to(self._accelerator.device)
             try:
-                yield collator, Path(name)
+                yield self._collator(data_collator), Path(name)
             except BaseException:
                 overwrite_(movable_tensors(self.model), load_file(snapshot))
                 raise
@@ -278,12 +284,24 @@ class GraspMerger:
     ) -> None:
         finetune_(self.model, train, held_out, collator, self.config, epochs=epochs, seed=seed, directory=directory)
 
+    def _collator(self, data_collator: Collator | None) -> Collator:
+        if data_collator is None and isinstance(self.processing_class, PreTrainedTokenizerBase):
+            data_collator = DataCollatorWithPadding(self.processing_class)
+        return keeping_model_columns(self.model, data_collator)
+
     def _evaluate(self, dataset: Any, collator: Collator) -> Evaluation:
         if dataset is None:
             return {}
         with preserved_state(self.model):
             self.model.eval()
             return evaluate(self.model, dataset, collator, self._accelerator, self.config.batch_size)
+
+    def evaluate(self, dataset: Any, *, data_collator: Collator | None = None) -> Evaluation:
+        """Return the mean `loss` over `dataset`, and the `accuracy` in [0, 1] of a classifier; changes nothing."""
+        check_dataset(dataset, "dataset")
+        with preserved_state(self.model):
+            self.model.to(self._accelerator.device)
+            return self._evaluate(dataset, self._collator(data_collator))
 
     def save_pretrained(self, save_directory: str | Path, *, model_id: str | None = None) -> None:
         """Write the model, its tokenizer or processor, the card, the resolved configuration and the report.
@@ -336,14 +354,6 @@ def check_output(directory: Path) -> None:
             f"'{directory}' already holds something that is not a merge; expected a new or empty folder, or one with "
             f"{REPORT_FILE} in it"
         )
-
-
-def load_processing_class(source: Source) -> Any:
-    """Return the tokenizer or processor in the folder of `source`, `None` where there is none."""
-    try:
-        return AutoProcessor.from_pretrained(source.folder)
-    except (ValueError, OSError, KeyError):
-        return None
 
 
 def _described(dataset: Any) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """What a user names as a source, and what is found there: a full model or an adapter."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -75,13 +76,15 @@ class Source:
     kind: Literal["full", "adapter"]
 
     @classmethod
-    def inspect(cls, ref: SourceRef, folder: Path, sha: str | None = None) -> "Source":
-        """Find out what lies in `folder`.
+    def inspect(
+        cls, ref: SourceRef, folder: Path, sha: str | None = None, files: Sequence[str] | None = None
+    ) -> "Source":
+        """Find out what lies in `folder`, or what would, where `files` are the names that a repository holds.
 
         Raises:
             SourceNotFoundError: No configuration, or no weights beside it.
         """
-        files = sorted(path.name for path in folder.iterdir() if path.is_file())
+        files = files or sorted(path.name for path in folder.iterdir() if path.is_file())
         kind: Literal["full", "adapter"] = "adapter" if "adapter_config.json" in files else "full"
         if kind == "full" and "config.json" not in files:
             raise SourceNotFoundError(

@@ -1,0 +1,100 @@
+"""The command line: `grasp-hf plan | merge | demo`."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import Recipe
+from .demo import run_demo
+from .errors import GraspError
+from .merger import check_output
+from .plan import plan, plan_table
+from .prepare import prepare
+
+EXAMPLES = {
+    "plan": "example:\n  grasp-hf plan recipes/digits/full.yaml",
+    "merge": (
+        "example:\n  grasp-hf merge recipes/digits/full.yaml --output merged method=copy threshold=0.2\n"
+        "  grasp-hf merge recipe.yaml --output merged training_arguments.learning_rate=1.0e-5 --push-to-hub me/merged"
+    ),
+    "demo": "example:\n  grasp-hf demo --output grasp-demo",
+}
+EXIT_CODES = "exit codes: 0 done, 1 a source, the data or the configuration is not fit, 2 wrong usage"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    logging.getLogger("grasp_hf").setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    try:
+        return {"plan": _plan, "merge": _merge, "demo": _demo}[options.command](options)
+    except GraspError as error:
+        if options.verbose:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grasp-hf",
+        description="Merge many fine-tuned models into one, one at a time, guided by gradients of your own data.",
+        epilog=EXIT_CODES,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="plan | merge | demo")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text[0].lower() + text[1:-1],
+            description=text,
+            epilog=f"{EXAMPLES[name]}\n\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("-v", "--verbose", action="store_true", help="show details, and tracebacks of errors")
+        return sub
+
+    plan = command("plan", "List every model of a recipe and all problems, before any weight is read.")
+    merge = command("merge", "Merge the sources of a recipe into one model folder.")
+    for sub in (plan, merge):
+        sub.add_argument("recipe", help="a YAML file, see recipes/")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
+    merge.add_argument("--output", required=True, type=Path, help="folder for the merged model")
+    merge.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the merged model to this repository")
+    merge.add_argument("--private", action="store_true", help="make the repository private where it is new")
+    demo = command(
+        "demo", "Make a small world of real handwritten digits, merge its models, and compare with controls."
+    )
+    demo.add_argument("--output", type=Path, default=Path("grasp-demo"), help="folder for it (default: grasp-demo)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the world and of the merge (default: 0)")
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> int:
+    rows = plan(Recipe.from_yaml(options.recipe, options.overrides))
+    print(plan_table(rows))
+    return int(any(row.problems for row in rows))
+
+
+def _merge(options: argparse.Namespace) -> int:
+    recipe = Recipe.from_yaml(options.recipe, options.overrides)
+    check_output(options.output)
+    merger, sources, data = prepare(recipe)
+    report = merger.merge(sources, **data.merge_arguments())
+    print(f"\n{report}\n")
+    if data.test is not None:
+        scores = merger.evaluate(data.test, data_collator=data.collator)
+        print("test: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    merger.save_pretrained(options.output)
+    print(f"saved: {options.output}")
+    if options.push_to_hub:
+        print(f"pushed: {merger.push_to_hub(options.push_to_hub, private=options.private or None)}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    print(run_demo(options.output, seed=options.seed))
+    return 0

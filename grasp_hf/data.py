@@ -1,0 +1,196 @@
+"""From a recipe's `data:` section to what training takes: splits, label names, processor, collator."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, default_data_collator
+
+from .batches import Collator
+from .config import Recipe
+from .errors import ConfigError, DataError
+
+SPLITS = ("train", "validation", "test")
+FILES = ("data_dir", "data_files")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """The keys of `data:` in a recipe.
+
+    Attributes:
+        path: What `datasets.load_dataset` takes (`imagefolder`, `csv`, `json`, `parquet`, a Hub id), or a folder that
+            `save_to_disk` wrote. There must be a split `train`; `validation` and `test` are used where they are.
+        name: Configuration of a data set on the Hub.
+        revision: Its branch, tag or commit.
+        data_dir: Folder of an `imagefolder`, relative to the recipe.
+        data_files: Files per split, relative to the recipe.
+        image: Column of the images.
+        text: Column of the texts.
+        label: Column of the labels: class ids or names. Not used by language models.
+        max_length: Tokens per sample; longer texts are cut.
+    """
+
+    path: str
+    name: str | None = None
+    revision: str | None = None
+    data_dir: str | None = None
+    data_files: Any = None
+    image: str = "image"
+    text: str = "text"
+    label: str = "label"
+    max_length: int = 128
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> "DataSection":
+        """Read the section and look its files up in the recipe's folder.
+
+        Raises:
+            ConfigError: `path` is missing, or a key is unknown; all problems are listed.
+        """
+        known = {f.name for f in fields(cls)}
+        problems = [
+            f"data.{key}: unknown key, expected one of {', '.join(sorted(known))}"
+            for key in recipe.data
+            if key not in known
+        ]
+        if "path" not in recipe.data:
+            problems.append("data.path: missing, expected imagefolder, csv, json, parquet, a folder or a Hub id")
+        problems += [
+            f"data.{key}: got {value!r}, expected a {kind.__name__}"
+            for key, value in recipe.data.items()
+            if key in known - {"data_files"} and not isinstance(value, kind := int if key == "max_length" else str)
+        ]
+        if problems:
+            raise ConfigError("the recipe has problems:\n- " + "\n- ".join(problems))
+
+        def located(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: located(item) for key, item in value.items()}
+            return [located(item) for item in value] if isinstance(value, list) else recipe.locate(value)
+
+        return cls(**{key: located(value) if key in ("path", *FILES) else value for key, value in recipe.data.items()})
+
+
+def load_splits(section: DataSection) -> DatasetDict:
+    """Load the splits that `section` names.
+
+    Raises:
+        DataError: It cannot be loaded, has no split `train`, or a split without rows.
+    """
+    try:
+        if (Path(section.path) / "dataset_dict.json").exists() or (Path(section.path) / "state.json").exists():
+            loaded = load_from_disk(section.path)
+        else:
+            names = ("name", "revision", *FILES)
+            options = {key: value for key in names if (value := getattr(section, key)) is not None}
+            loaded = load_dataset(section.path, **options)
+    except Exception as error:
+        # datasets raises classes of its own, of pyarrow and of the file systems beneath; all mean the same here.
+        raise DataError(f"data set '{section.path}' cannot be loaded: {error}") from error
+    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+    if "train" not in splits:
+        raise DataError(f"data set '{section.path}' has no split 'train'; found {', '.join(splits)}")
+    for name, split in splits.items():
+        if len(split) == 0:
+            raise DataError(f"split '{name}' of data set '{section.path}' is empty; expected labelled samples")
+    return DatasetDict({name: splits[name] for name in SPLITS if name in splits})
+
+
+def class_names(split: Dataset, column: str) -> list[str] | int:
+    """Return the label names in class order (of a `ClassLabel`, or of text labels, sorted), or how many ids there are.
+
+    Raises:
+        DataError: There is no such column, or a row has no label.
+    """
+    if column not in split.column_names:
+        raise DataError(f"the data set has no column '{column}' for labels; found {', '.join(split.column_names)}")
+    values = split.unique(column)
+    if any(value is None for value in values):
+        raise DataError(f"column '{column}' holds rows without a label; expected one for each")
+    feature = split.features[column]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    if all(isinstance(value, str) for value in values):
+        return sorted(values)
+    if not all(isinstance(value, int) and value >= 0 for value in values):
+        raise DataError(f"column '{column}' holds {values[:3]}; expected class names or class ids from 0")
+    return max(values) + 1
+
+
+def names_for_model(found: list[str] | int, known: list[str]) -> list[str]:
+    """Return the label names that the model should have.
+
+    Its own (`known`) where it knows all that the data holds; else the data's, so that it gets a new head.
+    """
+    if isinstance(found, int):
+        return known if found <= len(known) else [f"LABEL_{index}" for index in range(found)]
+    return known if set(found) <= set(known) else found
+
+
+def with_label_ids(splits: DatasetDict, column: str, names: list[str]) -> DatasetDict:
+    """Return the splits with a column `labels` of ids into `names`, which may be in another order than the data's.
+
+    Raises:
+        DataError: A row's label is not among `names`.
+    """
+    ids = {name: index for index, name in enumerate(names)}
+    return DatasetDict({name: _encoded(split, name, column, ids) for name, split in splits.items()})
+
+
+def _encoded(split: Dataset, split_name: str, column: str, ids: dict[str, int]) -> Dataset:
+    class_names(split, column)
+    feature = split.features[column]
+    values = [feature.int2str(value) for value in split[column]] if isinstance(feature, ClassLabel) else split[column]
+    known: dict[Any, int] = {**ids, **{index: index for index in ids.values()}}
+    if unknown := sorted({str(value) for value in values if value not in known}):
+        raise DataError(
+            f"split '{split_name}' has labels that the model does not know: {', '.join(unknown[:5])}; expected some of "
+            f"{', '.join(list(ids)[:12])}"
+        )
+    return split.remove_columns(column).add_column("labels", [known[value] for value in values])
+
+
+def with_images(splits: DatasetDict, column: str, processor: Callable) -> tuple[DatasetDict, Collator]:
+    """Return splits whose images become `pixel_values` when a sample is read, and their collator."""
+    _require(splits, column, "images")
+
+    def transform(samples: dict[str, list]) -> dict[str, Any]:
+        images = [image.convert("RGB") for image in samples[column]]
+        return {
+            "pixel_values": list(processor(images, return_tensors="pt")["pixel_values"]),
+            "labels": samples["labels"],
+        }
+
+    if not isinstance(splits["train"].features[column], Image):
+        splits = splits.cast_column(column, Image())
+    return splits.with_transform(transform), default_data_collator
+
+
+def with_tokens(
+    splits: DatasetDict, section: DataSection, tokenizer: Any, *, generates: bool
+) -> tuple[DatasetDict, Collator]:
+    """Return tokenized splits and their collator; for a language model the labels are the tokens themselves."""
+    _require(splits, section.text, "texts")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+    def tokenize(samples: dict[str, list]) -> dict[str, Any]:
+        return tokenizer(samples[section.text], truncation=True, max_length=section.max_length)
+
+    removed = [name for name in splits["train"].column_names if generates or name != "labels"]
+    splits = splits.map(tokenize, batched=True, remove_columns=removed)
+    collator = (
+        DataCollatorForLanguageModeling(tokenizer, mlm=False) if generates else DataCollatorWithPadding(tokenizer)
+    )
+    return splits, collator
+
+
+def _require(splits: DatasetDict, column: str, what: str) -> None:
+    for name, split in splits.items():
+        if column not in split.column_names:
+            raise DataError(
+                f"split '{name}' has no column '{column}' for {what}; found {', '.join(split.column_names)}"
+            )

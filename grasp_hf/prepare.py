@@ -1,0 +1,80 @@
+"""From a recipe to a merger and its data, ready to run."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import DatasetDict
+from transformers import PretrainedConfig, PreTrainedModel
+
+from . import hub
+from .batches import Collator
+from .config import Recipe
+from .data import DataSection, class_names, load_splits, names_for_model, with_images, with_label_ids, with_tokens
+from .errors import DataError
+from .loading import load_config, load_processing_class, model_class
+from .matching import label_names
+from .merger import GraspMerger
+
+
+@dataclass
+class TaskData:
+    """The user's data, ready for training: what `GraspMerger.merge` takes, and the test split for the end.
+
+    Attributes:
+        train: Labelled samples.
+        validation: Held-out samples, `None` where the data set has no such split.
+        test: Samples that are looked at once, when all is done.
+        collator: Makes batches of them.
+    """
+
+    train: Any
+    validation: Any
+    test: Any
+    collator: Collator
+
+    def merge_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of `GraspMerger.merge`."""
+        return {"train_dataset": self.train, "eval_dataset": self.validation, "data_collator": self.collator}
+
+
+def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, list[str], TaskData]:
+    """Load the base model and the data of `recipe`, and return the merger, the sources still to merge, and the data.
+
+    A base model that knows other labels than the data gets a new head with the data's label names.
+
+    Raises:
+        GraspError: The recipe, the base model or the data is not usable; nothing has been changed or written.
+    """
+    sources = [recipe.locate(source) for source in recipe.sources]
+    start = recipe.locate(recipe.base_model) if recipe.base_model else sources.pop(0)
+    section = DataSection.from_recipe(recipe)
+    base = hub.locate(start, token=token)
+    config = load_config(base)
+    cls = model_class(config, recipe.task, str(base.ref))
+    processor = load_processing_class(base)
+    if processor is None:
+        raise DataError(f"'{base.ref}' holds no tokenizer or image processor, which its data needs; add one to it")
+    splits, labels = labelled_splits(recipe, config, cls)
+    if cls.main_input_name == "pixel_values":
+        splits, collator = with_images(splits, section.image, processor)
+    else:
+        splits, collator = with_tokens(splits, section, processor, generates=cls.can_generate())
+    merger = GraspMerger.from_pretrained(start, config=recipe.config, task=recipe.task, token=token, **labels)
+    data = TaskData(splits["train"], splits.get("validation"), splits.get("test"), collator)
+    return merger, sources, data
+
+
+def labelled_splits(
+    recipe: Recipe, config: PretrainedConfig, cls: type[PreTrainedModel]
+) -> tuple[DatasetDict, dict[str, Any]]:
+    """Return the data with labels as class ids, and the label names that a model of this `config` should take on.
+
+    Language models have neither: the second is empty for them.
+    """
+    section = DataSection.from_recipe(recipe)
+    splits = load_splits(section)
+    if cls.can_generate():
+        return splits, {}
+    names = names_for_model(class_names(splits["train"], section.label), label_names(config))
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    return with_label_ids(splits, section.label, names), labels
