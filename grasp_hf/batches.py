@@ -75,7 +75,7 @@ def batch_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Any]:
         )
     if not torch.isfinite(output["loss"]):
         raise NonFiniteError(
-            f"the loss is {float(output['loss'])} on a batch of the data set; expected a finite number"
+            f"the loss is {output['loss'].item()} on a batch of the data set; expected a finite number"
         )
     return output["loss"], output
 

@@ -1,0 +1,101 @@
+"""Gradient passes: the right gradients, and nothing left behind."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from grasp_hf.gradients import gradient_pass, gradients_leaving, preserved_state
+from tests.models import KINDS, tiny_data, tiny_model
+
+
+def batch_of(kind: str) -> dict[str, Tensor]:
+    return tiny_data(kind, 6)[:6]
+
+
+def hooks_on(model: torch.nn.Module) -> int:
+    return sum(len(parameter._post_accumulate_grad_hooks or {}) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gpt2"])
+def test_visited_gradients_equal_those_of_a_plain_backward(kind: str) -> None:
+    model, batch = tiny_model(kind).eval(), batch_of(kind)
+    visited: dict[str, Tensor] = {}
+    gradient_pass(model, batch, Accelerator(), visited.__setitem__)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model(**batch).loss.backward()
+    assert set(visited) == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(visited[name], parameter.grad, atol=0, rtol=0)
+
+
+def test_gradients_are_freed_while_backward_goes_on() -> None:
+    model = tiny_model("vit").eval()
+    alive: list[int] = []
+    seen: list[weakref.ref[Tensor]] = []
+
+    def visit(name: str, gradient: Tensor) -> None:
+        alive.append(sum(reference() is not None for reference in seen))
+        seen.append(weakref.ref(gradient))
+
+    gradient_pass(model, batch_of("vit"), Accelerator(), visit)
+    assert len(alive) == len(list(model.parameters()))
+    # The one before may still be referenced by the frame of its own hook.
+    assert max(alive) <= 1
+
+
+def test_hooks_and_gradients_are_gone_when_the_block_raises() -> None:
+    model = tiny_model("bert")
+
+    def visit(name: str, gradient: Tensor) -> None:
+        raise KeyError(name)
+
+    with pytest.raises(KeyError, match="classifier"):
+        gradient_pass(model, batch_of("bert"), Accelerator(), visit)
+    assert hooks_on(model) == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_hooks_are_there_inside_the_block_only() -> None:
+    model = tiny_model("resnet")
+    with gradients_leaving(model, lambda name, gradient: None):
+        assert hooks_on(model) == len(list(model.parameters()))
+    assert hooks_on(model) == 0
+
+
+def test_frozen_parameters_are_measured_and_stay_frozen() -> None:
+    model = tiny_model("vit")
+    for parameter in model.vit.parameters():
+        parameter.requires_grad_(False)
+    visited: dict[str, Tensor] = {}
+    gradient_pass(model, batch_of("vit"), Accelerator(), visited.__setitem__)
+    assert set(visited) == dict(model.named_parameters()).keys()
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "classifier.weight",
+        "classifier.bias",
+    ]
+
+
+def test_preserved_state_restores_modes_and_requires_grad() -> None:
+    model = tiny_model("resnet").train()
+    model.resnet.embedder.eval()
+    next(model.parameters()).requires_grad_(False)
+    before = {name: module.training for name, module in model.named_modules()}
+    with pytest.raises(RuntimeError, match="inside"), preserved_state(model):
+        model.eval()
+        model.requires_grad_(True)
+        raise RuntimeError("inside")
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert [p.requires_grad for p in model.parameters()].count(False) == 1
+
+
+def test_nothing_keeps_the_model_alive() -> None:
+    model = tiny_model("resnet")
+    gradient_pass(model, batch_of("resnet"), Accelerator(), lambda name, gradient: None)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None

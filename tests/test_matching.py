@@ -1,0 +1,65 @@
+"""Units and the comparison of two models' tensors."""
+
+import pytest
+
+from grasp_hf.matching import Unit, head_tensors, label_problem, movable_tensors, partition, tensor_problems
+from tests.models import KINDS, tiny_model
+
+NORMALIZATION = "resnet.embedder.embedder.normalization"
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gpt2"])
+@pytest.mark.parametrize("unit", ["module", "tensor", "parameter"])
+def test_units_hold_every_tensor_once(kind: str, unit: str) -> None:
+    model = tiny_model(kind)
+    names = [name for part in partition(model, unit) for name in part.tensors]
+    expected = dict(model.named_parameters()) if unit == "parameter" else movable_tensors(model)
+    assert sorted(names) == sorted(expected)
+
+
+def test_a_normalisation_layer_moves_with_its_statistics() -> None:
+    model = tiny_model("resnet")
+    tensors = tuple(
+        f"{NORMALIZATION}.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    )
+    for unit in ("module", "tensor"):
+        assert Unit(NORMALIZATION, tensors) in partition(model, unit)
+    assert Unit(f"{NORMALIZATION}.weight", (f"{NORMALIZATION}.weight",)) in partition(model, "parameter")
+
+
+def test_weight_and_bias_of_a_module_are_one_unit() -> None:
+    units = {unit.name: unit.tensors for unit in partition(tiny_model("vit"), "module")}
+    name = "vit.layers.0.attention.q_proj"
+    assert units[name] == (f"{name}.weight", f"{name}.bias")
+
+
+def test_tied_weights_appear_once_and_position_ids_never() -> None:
+    assert "lm_head.weight" not in movable_tensors(tiny_model("gpt2"))
+    assert not [name for name in movable_tensors(tiny_model("bert")) if "position_ids" in name]
+
+
+def test_the_head_is_what_stands_on_the_base_model() -> None:
+    assert head_tensors(tiny_model("resnet")) == {"classifier.1.weight", "classifier.1.bias"}
+    assert head_tensors(tiny_model("bert")) == {"classifier.weight", "classifier.bias"}
+    assert head_tensors(tiny_model("gpt2")) == set()
+
+
+def test_equal_models_have_no_problems() -> None:
+    target, source = tiny_model("vit"), tiny_model("vit", seed=1)
+    assert tensor_problems(target, source) == []
+    assert label_problem(target, source) is None
+
+
+def test_labels_are_compared_in_order() -> None:
+    target = tiny_model("vit")
+    assert "in another order" in str(label_problem(target, tiny_model("vit", labels=["cat", "bird", "dog"])))
+    assert "other label names" in str(label_problem(target, tiny_model("vit", labels=["cat", "bird", "cow"])))
+    assert label_problem(tiny_model("gpt2"), tiny_model("gpt2")) is None
+
+
+def test_every_other_shape_is_named() -> None:
+    problems = tensor_problems(tiny_model("vit"), tiny_model("vit", labels=["a", "b"]))
+    assert problems == [
+        "classifier.weight: got shape (2, 16), expected (3, 16)",
+        "classifier.bias: got shape (2,), expected (3,)",
+    ]
