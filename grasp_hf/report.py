@@ -78,6 +78,11 @@ class StepReport:
     seconds: float
 
     @property
+    def name(self) -> str:
+        """The source for a reader: a Hub id as given, of a local folder its last part."""
+        return self.source if self.sha else Path(self.source).name
+
+    @property
     def moved(self) -> int:
         """Number of units that took something from the source."""
         return sum(unit.decision == "moved" for unit in self.units)
@@ -96,7 +101,7 @@ class StepReport:
         else:
             decision = "merged" if self.moved else "nothing moved"
         return {
-            "source": self.source,
+            "source": self.name,
             "kind": self.kind,
             "score": shown(sum(scores) / len(scores) if scores else None),
             "moved": f"{self.moved}/{len(self.units)}",

@@ -1,21 +1,31 @@
 """Tiny real models and data for the tests."""
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessorPil,
 )
+
+from grasp_hf import GraspConfig
 
 LABELS = ["bird", "cat", "dog"]
 KINDS = ("resnet", "vit", "bert")
@@ -73,3 +83,62 @@ def tiny_data(kind: str, samples: int, seed: int = 0) -> Dataset:
         tokens[:, 0] = labels
         columns = {"input_ids": tokens.numpy(), "labels": (tokens if kind == "gpt2" else labels).numpy()}
     return Dataset.from_dict(columns).with_format("torch")
+
+
+WORDS = ("red", "green", "blue", "small", "large")
+MEASURE_ONLY = GraspConfig(initial_epochs=0, finetune_epochs=0, num_batches=1, batch_size=8)
+
+
+def saved(model: PreTrainedModel, folder: Path) -> str:
+    """Write `model`, beside it the image processor or tokenizer that suits it, and return the folder's name."""
+    model.save_pretrained(folder)
+    if model.main_input_name == "pixel_values":
+        size = getattr(model.config, "image_size", 16)
+        processor = ViTImageProcessorPil(
+            size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        )
+        processor.save_pretrained(folder)
+    else:
+        tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of whole words that knows `WORDS`."""
+    special = ("[PAD]", "[UNK]", "[EOS]")
+    vocabulary = {word: index for index, word in enumerate((*special, *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]", model_max_length=16
+    )
+
+
+def saved_adapter(model: PreTrainedModel, base: str, folder: Path, seed: int = 1, **config: Any) -> str:
+    """Write a LoRA adapter of `model` with random weights that names `base`, and return the folder's name."""
+    torch.manual_seed(seed)
+    adapter = get_peft_model(model, LoraConfig(**{"r": 2, "init_lora_weights": False, **config}))
+    adapter.peft_config["default"].base_model_name_or_path = base
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape))
+    adapter.save_pretrained(folder)
+    return str(folder)
+
+
+def write_images(folder: Path, splits: dict[str, int], labels: Sequence[str] = LABELS, size: int = 8) -> Path:
+    """Write PNG files in a folder per split and label, `splits` many per label, dark to bright by label."""
+    generator = np.random.default_rng(0)
+    for split, count in splits.items():
+        for position, label in enumerate(labels):
+            (folder / split / label).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(60, size=(size, size, 3)) + 90 * position
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / label / f"{index}.png")
+    return folder
+
+
+def copied(folder: str, to: Path) -> Path:
+    """Copy a folder of files, so that a test can damage one of them."""
+    return Path(shutil.copytree(folder, to))

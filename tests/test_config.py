@@ -1,0 +1,261 @@
+"""The configuration and the recipe: what is refused, how it is said, and where paths lead."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grasp_hf import GraspConfig, Recipe
+from grasp_hf.data import DataSection
+from grasp_hf.errors import ConfigError
+
+
+def recipe_file(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults() -> None:
+    assert vars(GraspConfig()) == {
+        "method": "blend",
+        "unit": "module",
+        "threshold": 0.3,
+        "num_batches": 8,
+        "batch_size": 32,
+        "coefficient_lr": 0.05,
+        "head": "match",
+        "gate": True,
+        "initial_epochs": 3,
+        "finetune_epochs": 3,
+        "seed": 42,
+        "published": False,
+        "training_arguments": {},
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("method", "average", r"method: got 'average', expected one of 'blend', 'copy'"),
+        ("unit", "layer", r"unit: got 'layer', expected one of 'module', 'tensor', 'parameter'"),
+        ("head", None, r"head: got None, expected one of 'match', 'keep'"),
+        ("threshold", 1.5, r"threshold: expected a cosine in \[-1, 1\], got 1.5"),
+        ("threshold", -1.01, r"threshold: expected a cosine in \[-1, 1\], got -1.01"),
+        ("threshold", float("nan"), r"threshold: expected a cosine in \[-1, 1\], got nan"),
+        ("threshold", "3e-1", r"threshold: got '3e-1', expected float \(YAML reads 5e-5 as text: write 5.0e-5\)"),
+        ("threshold", True, r"threshold: got True, expected float"),
+        ("num_batches", 0, r"num_batches: expected at least 1, got 0"),
+        ("num_batches", 2.5, r"num_batches: got 2.5, expected int"),
+        ("num_batches", True, r"num_batches: got True, expected int"),
+        ("batch_size", -4, r"batch_size: expected at least 1, got -4"),
+        ("batch_size", "32", r"batch_size: got '32', expected int$"),
+        ("coefficient_lr", 0, r"coefficient_lr: expected a number in \(0, 1\], got 0"),
+        ("coefficient_lr", 1.1, r"coefficient_lr: expected a number in \(0, 1\], got 1.1"),
+        ("coefficient_lr", "5e-5", r"coefficient_lr: got '5e-5', .*write 5.0e-5"),
+        ("gate", 1, r"gate: got 1, expected bool"),
+        ("gate", "no", r"gate: got 'no', expected bool"),
+        ("initial_epochs", -1, r"initial_epochs: expected 0 or more, got -1"),
+        ("initial_epochs", float("inf"), r"initial_epochs"),
+        ("finetune_epochs", -0.5, r"finetune_epochs: expected 0 or more, got -0.5"),
+        ("seed", 1.0, r"seed: got 1.0, expected int"),
+        ("seed", -1, r"seed"),
+        ("seed", 2**32, r"seed"),
+        ("published", True, r"published: the published procedure is method='copy', unit='parameter', got True"),
+        ("training_arguments", None, r"training_arguments: got None, expected dict"),
+        ("training_arguments", ["bf16"], r"training_arguments: got \['bf16'\], expected dict"),
+    ],
+)
+def test_one_wrong_value(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GraspConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"threshold": -1},
+        {"threshold": 1},
+        {"num_batches": 1, "batch_size": 1},
+        {"coefficient_lr": 1},
+        {"initial_epochs": 0, "finetune_epochs": 0.5},
+        {"seed": 0},
+        {"published": True, "method": "copy", "unit": "parameter"},
+    ],
+)
+def test_the_ends_of_each_range_are_fine(values: dict[str, Any]) -> None:
+    config = GraspConfig(**values)
+    assert {name: getattr(config, name) for name in values} == values
+
+
+def test_all_wrong_types_are_listed_at_once() -> None:
+    with pytest.raises(ConfigError, match="the configuration has problems") as caught:
+        GraspConfig(method="mean", threshold="0.3", gate=0)  # type: ignore[arg-type]
+    assert [line.split(":")[0] for line in str(caught.value).split("\n- ")[1:]] == ["method", "threshold", "gate"]
+
+
+def test_all_values_out_of_range_are_listed_at_once() -> None:
+    with pytest.raises(ConfigError, match="the configuration has problems") as caught:
+        GraspConfig(threshold=2, num_batches=0, coefficient_lr=3, finetune_epochs=-1)
+    names = [line.split(":")[0] for line in str(caught.value).split("\n- ")[1:]]
+    assert names == ["threshold", "num_batches", "coefficient_lr", "finetune_epochs"]
+
+
+def test_paper_values_and_overrides() -> None:
+    paper = GraspConfig.paper()
+    assert (paper.method, paper.unit, paper.threshold, paper.published) == ("copy", "parameter", 0.3, True)
+    assert (paper.num_batches, paper.batch_size, paper.gate, paper.head) == (1, 32, False, "match")
+    assert (paper.initial_epochs, paper.finetune_epochs, paper.seed) == (3, 3, 42)
+    assert paper.training_arguments == {
+        "learning_rate": 5.0e-5,
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.0,
+        "metric_for_best_model": "accuracy",
+    }
+    changed = GraspConfig.paper(threshold=0.1, training_arguments={"learning_rate": 1e-3, "bf16": False})
+    assert changed.threshold == 0.1
+    assert changed.training_arguments == {**paper.training_arguments, "learning_rate": 1e-3, "bf16": False}
+    assert GraspConfig.paper() == paper, "an override must not stay behind"
+
+
+def test_a_recipe_with_overrides(tmp_path: Path) -> None:
+    text = "sources: [org/a, org/b@v1]\nmethod: copy\ntraining_arguments: {weight_decay: 0.1}\n"
+    overrides = [
+        "training_arguments.learning_rate=1.0e-5",
+        "threshold=0.2",
+        "sources=[org/c]",
+        "data.path=csv",
+        "base_model=org/base",
+        "gate=false",
+    ]
+    recipe = Recipe.from_yaml(recipe_file(tmp_path, text), overrides)
+    assert recipe.sources == ["org/c"]
+    assert (recipe.base_model, recipe.data, recipe.preset, recipe.task) == ("org/base", {"path": "csv"}, "default", None)
+    assert recipe.config == GraspConfig(
+        method="copy", threshold=0.2, gate=False, training_arguments={"weight_decay": 0.1, "learning_rate": 1e-5}
+    )
+    assert recipe.folder == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "override"),
+    [
+        ("sources: [org/a]", "sources.0=org/b"),
+        ("sources: [org/a]\ntraining_arguments:", "training_arguments.bf16=true"),
+        ("sources: [org/a]\nmethod: copy", "method.x=1"),
+        ("sources: [org/a]", "gate"),
+        ("sources: [org/a]", "threshold=[1"),
+    ],
+)
+def test_an_override_that_fits_nowhere_is_a_problem_of_the_recipe(text: str, override: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=override.split(".")[0].split("=")[0]):
+        Recipe.from_yaml(recipe_file(tmp_path, text), [override])
+
+
+def test_all_problems_of_a_recipe_are_in_one_error(tmp_path: Path) -> None:
+    text = "treshold: 0.2\nbase_model: 3\ncoefficient_lr: 5e-5\ndata: imagefolder\npreset: papers\n"
+    with pytest.raises(ConfigError, match="recipe.yaml has problems") as caught:
+        Recipe.from_yaml(recipe_file(tmp_path, text))
+    problems = dict(line.split(": ", 1) for line in str(caught.value).split("\n- ")[1:])
+    assert sorted(problems) == ["base_model", "coefficient_lr", "data", "preset", "sources", "treshold"]
+    assert problems["base_model"] == "got 3, expected str or null"
+    assert problems["coefficient_lr"] == "got '5e-5', expected float (YAML reads 5e-5 as text: write 5.0e-5)"
+    assert problems["data"] == "got 'imagefolder', expected dict"
+    assert problems["preset"] == "got 'papers', expected one of 'default', 'paper'"
+    assert problems["sources"] == "expected a list of at least one reference"
+    assert problems["treshold"].startswith("unknown key, expected one of base_model, batch_size, coefficient_lr, data")
+    assert "threshold" in problems["treshold"] and "config" not in problems["treshold"].split(", ")
+
+
+def test_ranges_are_listed_beside_the_recipe_s_own_problems(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has problems") as caught:
+        Recipe.from_yaml(recipe_file(tmp_path, "sources: []\nthreshold: 3\nnum_batches: 0\n"))
+    lines = str(caught.value).split("\n- ")[1:]
+    assert lines == [
+        "sources: expected a list of at least one reference",
+        "threshold: expected a cosine in [-1, 1], got 3",
+        "num_batches: expected at least 1, got 0",
+    ]
+
+
+def test_sources_that_are_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sources: got \[1, 'org/a'\], expected .*str"):
+        Recipe.from_yaml(recipe_file(tmp_path, "sources: [1, org/a]"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"sources: [a", r"recipe '.*recipe.yaml' is not valid YAML"),
+        (b"- a\n- b\n", r"recipe '.*recipe.yaml' holds list, expected keys such as sources and data"),
+        (b"", r"recipe '.*recipe.yaml' holds NoneType, expected keys"),
+        (b"\xff\xfe\x00", r"recipe '.*recipe.yaml'"),
+    ],
+)
+def test_a_file_that_is_no_recipe(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        Recipe.from_yaml(tmp_path / "recipe.yaml")
+
+
+def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"recipe '.*missing.yaml' cannot be read: No such file"):
+        Recipe.from_yaml(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match=r"cannot be read: Is a directory"):
+        Recipe.from_yaml(tmp_path)
+
+
+def test_the_paper_preset(tmp_path: Path) -> None:
+    text = "preset: paper\nsources: [org/a, org/b]\nthreshold: 0.1\ntraining_arguments: {learning_rate: 1.0e-3}\n"
+    recipe = Recipe.from_yaml(recipe_file(tmp_path, text))
+    assert recipe.config == GraspConfig.paper(threshold=0.1, training_arguments={"learning_rate": 1e-3})
+    assert recipe.config.training_arguments["max_grad_norm"] == 0.0
+
+
+def test_references_are_looked_up_in_the_recipe_s_folder(tmp_path: Path) -> None:
+    (tmp_path / "models" / "a").mkdir(parents=True)
+    recipe = Recipe.from_yaml(recipe_file(tmp_path, "sources: [models/a, org/b@v1]"))
+    assert recipe.locate("models/a") == str((tmp_path / "models" / "a").resolve())
+    assert recipe.locate("org/b@v1") == "org/b@v1"
+    assert recipe.locate(str(tmp_path)) == str(tmp_path.resolve())
+
+
+def test_data_files_are_looked_up_in_the_recipe_s_folder(tmp_path: Path) -> None:
+    for name in ("train.csv", "a.csv", "b.csv"):
+        (tmp_path / name).write_text("text,label\n")
+    data = {"path": "csv", "data_files": {"train": "train.csv", "validation": ["a.csv", "b.csv"]}, "max_length": 7}
+    section = DataSection.from_recipe(Recipe(sources=["a"], data=data, folder=tmp_path))
+    here = tmp_path.resolve()
+    assert section.data_files == {"train": str(here / "train.csv"), "validation": [str(here / "a.csv"), str(here / "b.csv")]}
+    assert (section.path, section.max_length, section.text, section.label) == ("csv", 7, "text", "label")
+
+
+def test_a_pattern_of_data_files_is_one_of_the_recipe_s_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n")
+    recipe = Recipe(sources=["a"], data={"path": "csv", "data_files": "*.csv"}, folder=tmp_path)
+    assert str(tmp_path.resolve()) in DataSection.from_recipe(recipe).data_files
+
+
+def test_all_problems_of_the_data_section_are_in_one_error() -> None:
+    data = {"dir": "images", "label": 3, "max_length": "long"}
+    with pytest.raises(ConfigError, match="the recipe has problems") as caught:
+        DataSection.from_recipe(Recipe(sources=["a"], data=data))
+    assert str(caught.value).split("\n- ")[1:] == [
+        "data.dir: unknown key, expected one of data_dir, data_files, image, label, max_length, name, path, revision, "
+        "text",
+        "data.path: missing, expected imagefolder, csv, json, parquet, a folder or a Hub id",
+        "data.label: got 3, expected a str",
+        "data.max_length: got 'long', expected a int",
+    ]
+
+
+@pytest.mark.parametrize("value", [3, None, {"train": 3}])
+def test_data_files_of_a_wrong_type(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"data.data_files: got "):
+        DataSection.from_recipe(Recipe(sources=["a"], data={"path": "csv", "data_files": value}))
+
+
+@pytest.mark.parametrize("value", [True, 0, -3])
+def test_a_length_that_is_none(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"data.max_length: "):
+        DataSection.from_recipe(Recipe(sources=["a"], data={"path": "csv", "max_length": value}))
