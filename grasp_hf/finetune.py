@@ -47,6 +47,9 @@ def finetune_(
         ConfigError: `training_arguments` holds something that `transformers.TrainingArguments` does not take.
         NonFiniteError: The loss or a weight became NaN or infinite.
     """
+    asked = config.training_arguments
+    if asked.get("num_train_epochs", epochs) == 0 and asked.get("max_steps", 0) <= 0:
+        return
     arguments = training_arguments(
         config,
         epochs=epochs,
@@ -55,8 +58,6 @@ def finetune_(
         samples=len(train_dataset),
         evaluates=eval_dataset is not None,
     )
-    if arguments.num_train_epochs == 0 and arguments.max_steps <= 0:
-        return
     by_accuracy = arguments.metric_for_best_model in ("accuracy", "eval_accuracy")
     trainer = _WholeEvaluationTrainer(
         model=model,

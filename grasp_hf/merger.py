@@ -105,9 +105,13 @@ class GraspMerger:
             config=asdict(self.config),
             versions={name: version(name) for name in PACKAGES},
         )
-        self._accelerator = Accelerator()
         if self._accelerator.num_processes > 1:
             raise GraspError("grasp_hf runs in one process for now; start it without a launcher")
+
+    @property
+    def _accelerator(self) -> Accelerator:
+        # Made anew for each use: TrainingArguments resets the state that all Accelerators share.
+        return Accelerator()
 
     @classmethod
     def from_pretrained(

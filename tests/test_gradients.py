@@ -68,7 +68,7 @@ def test_hooks_are_there_inside_the_block_only() -> None:
 
 def test_frozen_parameters_are_measured_and_stay_frozen() -> None:
     model = tiny_model("vit")
-    for parameter in model.vit.parameters():
+    for parameter in model.base_model.parameters():
         parameter.requires_grad_(False)
     visited: dict[str, Tensor] = {}
     gradient_pass(model, batch_of("vit"), Accelerator(), visited.__setitem__)

@@ -1,8 +1,9 @@
 """Peak private memory of one GRASP step, in units of P, the bytes of the model's weights.
 
-Run it with `python -m tests.benchmarks.memory`. For each method `alignment` measures one source against the target on
-one batch, and `step` measures, transfers and fine-tunes for one epoch with AdamW. `activations` is what one plain pass
-forward and backward needs beside weights and gradients; it is part of the other numbers. Each measurement runs in a
+Run it with `python -m tests.benchmarks.memory`. `alignment` measures one source against the target and transfers what
+the evidence says; the published `step` also fine-tunes for one epoch with AdamW, and the `run` of grasp_hf fine-tunes,
+merges a source and fine-tunes again, twice. `activations` is what one plain pass forward and backward needs beside
+weights and gradients; it is part of the other numbers. Each measurement runs in a
 process of its own, on a ViT-base whose images are so small that activations hardly count.
 
 Private memory is `RssAnon` of Linux, the pages nothing else can give back, less what the interpreter held before the
@@ -26,6 +27,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
+from grasp_hf import GraspConfig, GraspMerger
 from tests.published import Batch, Example, alignment, finetune, transfer
 
 BASE: dict[str, Any] = {"image_size": 32, "patch_size": 16, "num_labels": 10}
@@ -84,16 +86,24 @@ def published_step(folder: Path) -> None:
     finetune(target, make_examples(6), make_examples(2), epochs=1, seed=0, collate=collate, batch_size=2)
 
 
-def grasp_hf_alignment(folder: Path) -> None:
-    """Measure `folder/source` against the target on one batch with `grasp_hf`."""
-    # TO FILL IN: target = load_private(folder / "target"); one batch collate(make_examples(2)); nothing else.
-    raise SystemExit("grasp_hf_alignment is not written yet")
+def grasp_hf_alignment(folder: Path, method: str = "blend") -> None:
+    """Measure one source on four batches and transfer what the evidence says, with `grasp_hf`."""
+    settings: dict[str, Any] = {"method": method, "batch_size": 2, "num_batches": 4, "finetune_epochs": 0}
+    merger = GraspMerger(load_private(folder / "target"), GraspConfig(**settings))
+    merger.merge_source(str(folder / "source"), train_dataset=make_examples(6), eval_dataset=make_examples(2))
 
 
-def grasp_hf_step(folder: Path) -> None:
-    """Measure, transfer and fine-tune for one epoch with `grasp_hf` on the data of `published_step`."""
-    # TO FILL IN: target = load_private(folder / "target"); make_examples(6) to train on, make_examples(2) to validate.
-    raise SystemExit("grasp_hf_step is not written yet")
+def grasp_hf_copy_alignment(folder: Path) -> None:
+    """Do the same with `method: copy`."""
+    grasp_hf_alignment(folder, method="copy")
+
+
+def grasp_hf_run(folder: Path) -> None:
+    """Merge two sources, fine-tuning for two epochs before the first and after each, with `grasp_hf`."""
+    config = GraspConfig(batch_size=2, num_batches=4, initial_epochs=2, finetune_epochs=2)
+    merger = GraspMerger(load_private(folder / "target"), config)
+    source = str(folder / "source")
+    merger.merge([source, source], train_dataset=make_examples(6), eval_dataset=make_examples(2))
 
 
 MEASUREMENTS: dict[str, Callable[[Path], None]] = {
@@ -101,7 +111,8 @@ MEASUREMENTS: dict[str, Callable[[Path], None]] = {
     "published alignment": published_alignment,
     "published step": published_step,
     "grasp_hf alignment": grasp_hf_alignment,
-    "grasp_hf step": grasp_hf_step,
+    "grasp_hf copy alignment": grasp_hf_copy_alignment,
+    "grasp_hf run of 2": grasp_hf_run,
 }
 
 
@@ -169,9 +180,9 @@ def main() -> None:
     if "activations" in results:
         results["activations"]["anon"] -= 2 * weights
     print(f"P = {weights / 1e6:.1f} MB ({args.model}), {torch.get_num_threads()} threads")
-    print(f"{'':22}{'private':>10}{'mapped':>10}{'time':>10}")
+    print(f"{'':24}{'private':>10}{'mapped':>10}{'time':>10}")
     for name, row in results.items():
-        print(f"{name:22}{row['anon'] / weights:8.2f} P{row['mapped'] / weights:8.2f} P{row['seconds']:8.1f} s")
+        print(f"{name:24}{row['anon'] / weights:8.2f} P{row['mapped'] / weights:8.2f} P{row['seconds']:8.1f} s")
     if args.json:
         numbers = {"model": args.model, "weights_bytes": weights, "measurements": results}
         args.json.write_text(json.dumps(numbers, indent=2) + "\n")

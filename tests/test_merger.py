@@ -1,0 +1,215 @@
+"""The loop: what moves, what stays, what is undone, what is left on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
+from grasp_hf.errors import DataError, GraspError, NonFiniteError, OutputExistsError
+from grasp_hf.matching import movable_tensors
+from tests.models import KINDS, perturbed, saved, tiny_data, tiny_model
+
+STILL: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "batch_size": 8, "num_batches": 2}
+
+
+def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_unchanged(model: torch.nn.Module, before: dict[str, Tensor]) -> None:
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def data_for(kind: str) -> dict[str, Any]:
+    return {"train_dataset": tiny_data(kind, 24, seed=1), "eval_dataset": tiny_data(kind, 12, seed=2)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*((kind, torch.float32) for kind in (*KINDS, "gpt2")), ("bert", torch.bfloat16), ("gpt2", torch.bfloat16)],
+)
+def test_a_threshold_that_lets_nothing_through_changes_nothing(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    source = saved(perturbed(tiny_model(kind), 1), tmp_path / "source")
+    target = perturbed(tiny_model(kind), 2).to(dtype).train()
+    frozen = next(target.parameters()).requires_grad_(False)
+    before = state_of(target)
+    merger = GraspMerger(target, GraspConfig(method="copy", threshold=1.0, **STILL))
+    report = merger.merge([source], **data_for(kind))
+    assert report.steps[0].moved == 0
+    assert_unchanged(target, before)
+    assert target.training and not frozen.requires_grad
+    assert {p.dtype for p in target.parameters()} == {dtype}
+    assert all(p.grad is None for p in target.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copying_everything_gives_the_source_with_its_statistics(kind: str, tmp_path: Path) -> None:
+    source = perturbed(tiny_model(kind), 1)
+    target = perturbed(tiny_model(kind), 2)
+    before = state_of(target)
+    merger = GraspMerger(target, GraspConfig(method="copy", threshold=-1.0, gate=False, **STILL))
+    step = merger.merge_source(saved(source, tmp_path / "source"), **data_for(kind))
+    undefined = {unit.name for unit in step.units if unit.decision == "undefined"}
+    source_tensors = movable_tensors(source)
+    for name, value in movable_tensors(target).items():
+        expected = before[name] if name.rpartition(".")[0] in undefined else source_tensors[name]
+        assert torch.equal(value, expected), name
+    assert step.moved + len(undefined) == len(step.units)
+
+
+def test_a_blend_moves_weights_and_statistics_by_the_coefficients_of_the_report(tmp_path: Path) -> None:
+    source, target = perturbed(tiny_model("resnet"), 1, scale=0.2), perturbed(tiny_model("resnet"), 2)
+    before = {name: value.clone() for name, value in movable_tensors(target).items()}
+    merger = GraspMerger(target, GraspConfig(gate=False, **STILL))
+    step = merger.merge_source(saved(source, tmp_path / "source"), **data_for("resnet"))
+    coefficients = {unit.name: unit.coefficient for unit in step.units}
+    assert sum(value > 0 for value in coefficients.values()) >= 3
+    after, ends = movable_tensors(target), movable_tensors(source)
+    for name, start in before.items():
+        if start.is_floating_point():
+            expected = start + coefficients[name.rpartition(".")[0]] * (ends[name] - start)
+            torch.testing.assert_close(after[name].detach(), expected.detach(), atol=1e-6, rtol=0)
+
+
+def test_the_gate_undoes_a_harmful_transfer_bit_for_bit(tmp_path: Path) -> None:
+    target = tiny_model("vit")
+    merger = GraspMerger(target, GraspConfig(method="copy", threshold=-1.0, **{**STILL, "initial_epochs": 4}))
+    merger.merge([], **data_for("vit"))
+    before = state_of(target)
+    step = merger.merge_source(saved(perturbed(tiny_model("vit"), 1, scale=1.0), tmp_path / "bad"), **data_for("vit"))
+    assert not step.accepted and step.moved == 0
+    assert step.after_transfer["loss"] > step.before["loss"] == step.after["loss"]
+    assert {unit.decision for unit in step.units} <= {"undone", "undefined"}
+    assert_unchanged(target, before)
+
+
+def test_a_source_that_solves_the_task_is_accepted(tmp_path: Path) -> None:
+    expert = GraspMerger(
+        tiny_model("resnet"), GraspConfig(initial_epochs=20, batch_size=8, training_arguments={"learning_rate": 0.01})
+    )
+    expert.merge([], **data_for("resnet"))
+    source = saved(expert.model, tmp_path / "expert")
+    merger = GraspMerger(tiny_model("resnet"), GraspConfig(**{**STILL, "num_batches": 16}))
+    step = merger.merge_source(source, **data_for("resnet"))
+    assert step.accepted and step.moved > 3
+    assert step.after["loss"] < step.before["loss"] - 0.1
+
+
+@pytest.mark.parametrize("method", ["copy", "blend"])
+def test_a_head_with_other_labels_is_never_touched(method: str, tmp_path: Path) -> None:
+    source = perturbed(tiny_model("vit", labels=["car", "bus", "tram"]), 1)
+    target = perturbed(tiny_model("vit"), 2)
+    head = {name: value.clone() for name, value in target.state_dict().items() if name.startswith("classifier")}
+    config = GraspConfig(method=method, threshold=-1.0, head="keep", gate=False, **STILL)  # type: ignore[arg-type]
+    step = GraspMerger(target, config).merge_source(saved(source, tmp_path / "source"), **data_for("vit"))
+    assert step.moved > 0 and step.other_units == 1
+    for name, value in head.items():
+        assert torch.equal(target.state_dict()[name], value)
+
+
+def test_a_failing_fine_tune_gives_the_target_back_as_it_was(tmp_path: Path) -> None:
+    source = saved(perturbed(tiny_model("resnet"), 1), tmp_path / "source")
+    target = perturbed(tiny_model("resnet"), 2)
+    before = state_of(target)
+    config = GraspConfig(
+        initial_epochs=0,
+        finetune_epochs=2,
+        batch_size=8,
+        training_arguments={"learning_rate": 1e38, "max_grad_norm": 0.0},
+    )
+    merger = GraspMerger(target, config)
+    with pytest.raises(NonFiniteError, match=f"while merging source 1/1 '{source}': .*lower learning_rate"):
+        merger.merge([source], **data_for("resnet"))
+    assert_unchanged(target, before)
+    assert merger.report.steps == []
+
+
+def test_steps_before_an_error_stay_done(tmp_path: Path) -> None:
+    good = saved(perturbed(tiny_model("vit"), 1), tmp_path / "good")
+    other = saved(tiny_model("resnet"), tmp_path / "other")
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(**STILL))
+    with pytest.raises(
+        GraspError, match="(?s)while merging source 2/2 .*another architecture: got resnet, expected vit"
+    ):
+        merger.merge([good, other], **data_for("vit"))
+    assert [step.source for step in merger.report.steps] == [good]
+
+
+def test_the_same_merge_twice_gives_the_same_weights(tmp_path: Path) -> None:
+    sources = [saved(perturbed(tiny_model("bert"), seed), tmp_path / str(seed)) for seed in (1, 2)]
+    base = saved(tiny_model("bert"), tmp_path / "base")
+    config = GraspConfig(initial_epochs=1, finetune_epochs=1, batch_size=8)
+    first, second = (merge_pretrained(base, sources, config=config, **data_for("bert")) for _ in range(2))
+    assert_unchanged(first, state_of(second))
+
+
+def test_without_a_base_model_the_first_source_is_the_start(tmp_path: Path) -> None:
+    sources = [saved(perturbed(tiny_model("vit"), seed), tmp_path / str(seed)) for seed in (1, 2)]
+    config = GraspConfig(method="copy", threshold=1.0, **STILL)
+    model = merge_pretrained(None, sources, config=config, **data_for("vit"))
+    assert_unchanged(model, state_of(AutoModelForImageClassification.from_pretrained(sources[0])))
+
+
+def test_no_evaluation_data_means_no_gate_and_no_losses(tmp_path: Path) -> None:
+    source = saved(perturbed(tiny_model("bert"), 1), tmp_path / "source")
+    config = GraspConfig(initial_epochs=1, finetune_epochs=1, batch_size=8)
+    merger = GraspMerger(tiny_model("bert"), config)
+    step = merger.merge([source], train_dataset=tiny_data("bert", 24)).steps[0]
+    assert step.accepted and step.before == step.after == {}
+    assert "–" in step.line()
+
+
+def test_an_empty_data_set_is_refused_before_anything_is_loaded() -> None:
+    merger = GraspMerger(tiny_model("vit"))
+    with pytest.raises(DataError, match="train_dataset is empty"):
+        merger.merge(["org/nowhere"], train_dataset=[])
+    with pytest.raises(DataError, match="eval_dataset is empty"):
+        merger.merge(["org/nowhere"], train_dataset=tiny_data("vit", 4), eval_dataset=[])
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_the_saved_folder_loads_and_says_what_was_done(kind: str, tmp_path: Path) -> None:
+    sources = [saved(perturbed(tiny_model(kind), seed), tmp_path / str(seed)) for seed in (1, 2)]
+    base = saved(tiny_model(kind), tmp_path / "base")
+    merger = GraspMerger.from_pretrained(base, config=GraspConfig(initial_epochs=1, finetune_epochs=1, batch_size=8))
+    merger.merge(sources, **data_for(kind))
+    merger.save_pretrained(tmp_path / "merged")
+    merger.save_pretrained(tmp_path / "merged")  # an earlier merge may be replaced
+
+    auto = AutoModelForImageClassification if kind == "vit" else AutoModelForSequenceClassification
+    batch = tiny_data(kind, 4)[:4]
+    assert torch.equal(auto.from_pretrained(tmp_path / "merged")(**batch).logits, merger.model.eval()(**batch).logits)
+
+    report = json.loads((tmp_path / "merged/grasp_report.json").read_text())
+    assert [step["source"] for step in report["steps"]] == sources
+    assert report["steps"][0]["units"][0].keys() == {"name", "parameters", "score", "coefficient", "decision"}
+    assert report["steps"][1]["after"]["loss"] == pytest.approx(merger.report.steps[1].after["loss"])
+    recipe = yaml.safe_load((tmp_path / "merged/grasp_config.yaml").read_text())
+    assert (recipe["sources"], recipe["seed"], recipe["record"]["data"]["train"]["samples"]) == (sources, 42, 24)
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "base_model_relation" not in card and str(tmp_path) not in card.split("### Configuration")[0]
+    assert f"| {Path(sources[0]).name} " in str(merger.report)
+
+
+def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputExistsError, match="already holds something that is not a merge"):
+        GraspMerger(tiny_model("vit")).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_each_source_is_gone_before_the_next_also_from_memory_maps(tmp_path: Path) -> None:
+    """What was copied lives in the target's own storage: no file of a source stays mapped."""
+    source = saved(perturbed(tiny_model("vit"), 1), tmp_path / "source")
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(method="copy", threshold=-1.0, gate=False, **STILL))
+    storages = {name: tensor.data_ptr() for name, tensor in movable_tensors(merger.model).items()}
+    assert merger.merge_source(source, **data_for("vit")).moved > 0
+    assert {name: tensor.data_ptr() for name, tensor in movable_tensors(merger.model).items()} == storages
+    assert f"{source}/" not in Path("/proc/self/maps").read_text()
