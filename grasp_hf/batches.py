@@ -89,10 +89,22 @@ def evaluate(
     loss, correct, samples, classifies = 0.0, 0, 0, True
     for batch in loader:
         batch_mean, output = batch_loss(model, batch)
-        size = len(batch["labels"])
+        size = len(next(iter(batch.values())))
         loss += float(batch_mean) * size
         samples += size
-        classifies = classifies and output["logits"].ndim == 2 and batch["labels"].ndim == 1
+        classifies = classifies and _is_classification(batch, output)
         if classifies:
             correct += int((output["logits"].argmax(-1) == batch["labels"]).sum())
     return {"loss": loss / samples, **({"accuracy": correct / samples} if classifies else {})}
+
+
+def _is_classification(batch: Batch, output: Any) -> bool:
+    """Whether there is one class id per sample, and one logit per class for it."""
+    labels, logits = batch.get("labels"), output.get("logits")
+    return (
+        labels is not None
+        and logits is not None
+        and labels.ndim == 1
+        and logits.ndim == 2
+        and not labels.is_floating_point()
+    )

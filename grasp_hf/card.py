@@ -15,7 +15,7 @@ TEXT = """---
 # {{ title }}
 
 {{ count }} into one `{{ model_class }}`, one source at a time, guided by gradients of labelled target data, with
-[grasp_hf](https://pypi.org/project/grasp-hf). The method follows [GRASP](https://arxiv.org/abs/2606.14900).
+grasp_hf. The method follows [GRASP](https://arxiv.org/abs/2606.14900).
 
 ## Usage
 
@@ -53,8 +53,8 @@ def hub_ids(report: MergeReport) -> list[str]:
     return list(dict.fromkeys(name.partition("@")[0] for name, sha in named if sha))
 
 
-def model_card(model: PreTrainedModel, report: MergeReport, configuration: str, model_id: str) -> ModelCard:
-    """Return the card for `model` as merged by `report`, with `configuration` (YAML) in it."""
+def model_card(model: PreTrainedModel, report: MergeReport, model_id: str) -> ModelCard:
+    """Return the card for `model` as merged by `report`, under the name of `model_id`."""
     data = ModelCardData(
         base_model=hub_ids(report) or None,
         base_model_relation="merge" if hub_ids(report) else None,
@@ -75,7 +75,7 @@ def model_card(model: PreTrainedModel, report: MergeReport, configuration: str, 
         model_class=type(model).__name__,
         model_id=model_id,
         method=f"`{method}`. {described}",
-        base=report.base if report.base_sha else Path(report.base).name,
+        base=report.base,
         table=report.table(),
-        configuration=configuration,
+        configuration=report.configuration(),
     )

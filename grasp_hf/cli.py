@@ -3,7 +3,8 @@
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import disable_progress_bars
@@ -28,18 +29,35 @@ EXIT_CODES = "exit codes: 0 done, 1 a source, the data or the configuration is n
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    options = _parser().parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
-    logging.getLogger("grasp_hf").setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments in one run only: overrides behind an option are left over.
+    if rest and (options.command == "demo" or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command != "demo":
+        options.overrides += rest
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return {"plan": _plan, "merge": _merge, "demo": _demo}[options.command](options)
+        with _lines_on_stdout(logging.DEBUG if options.verbose else logging.INFO):
+            return {"plan": _plan, "merge": _merge, "demo": _demo}[options.command](options)
     except GraspError as error:
         if options.verbose:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+@contextmanager
+def _lines_on_stdout(level: int) -> Iterator[None]:
+    """Print what the package logs, such as the line of each source, as the output of the command."""
+    logger, handler = logging.getLogger("grasp_hf"), logging.StreamHandler(sys.stdout)
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _parser() -> argparse.ArgumentParser:

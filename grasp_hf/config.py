@@ -1,6 +1,8 @@
 """What a merge does (`GraspConfig`) and what it is made of (`Recipe`), checked before anything is loaded."""
 
 import dataclasses
+import difflib
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
+from transformers import TrainingArguments
 
 from .errors import ConfigError
 
@@ -45,6 +48,7 @@ def _type_problem(value: Any, hint: Any) -> str | None:
     if fits:
         return None
     names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    names = names.replace("list", "list of str")
     advice = " (YAML reads 5e-5 as text: write 5.0e-5)" if isinstance(value, str) and float in kinds else ""
     return f"expected {names}{advice}"
 
@@ -58,6 +62,21 @@ def _problems(cls: type, values: dict[str, Any]) -> list[str]:
             found.append(f"{key}: unknown key, expected one of {', '.join(sorted(hints))}")
         elif problem := _type_problem(value, hints[key]):
             found.append(f"{key}: got {value!r}, {problem}")
+    return found
+
+
+def training_argument_problems(values: dict[str, Any]) -> list[str]:
+    """List what `transformers.TrainingArguments` would not take: unknown names, and text where a number is due."""
+    hints = typing.get_type_hints(TrainingArguments)
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    found = []
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            advice = f", did you mean {close[0]}" if close else ", see transformers.TrainingArguments"
+            found.append(f"training_arguments.{key}: unknown key{advice}")
+        elif isinstance(value, str) and set(get_args(hints[key]) or (hints[key],)) <= {int, float, bool, type(None)}:
+            found.append(f"training_arguments.{key}: got {value!r}, {_type_problem(value, hints[key])}")
     return found
 
 
@@ -106,6 +125,8 @@ class GraspConfig:
 
     def __post_init__(self) -> None:
         problems = _problems(GraspConfig, vars(self)) or self._range_problems()
+        if isinstance(self.training_arguments, dict):
+            problems += training_argument_problems(self.training_arguments)
         if problems:
             raise ConfigError("the configuration has problems:\n- " + "\n- ".join(problems))
 
@@ -115,8 +136,9 @@ class GraspConfig:
             "num_batches: expected at least 1": self.num_batches >= 1,
             "batch_size: expected at least 1": self.batch_size >= 1,
             "coefficient_lr: expected a number in (0, 1]": 0 < self.coefficient_lr <= 1,
-            "initial_epochs: expected 0 or more": self.initial_epochs >= 0,
-            "finetune_epochs: expected 0 or more": self.finetune_epochs >= 0,
+            "initial_epochs: expected a finite number of 0 or more": 0 <= self.initial_epochs < math.inf,
+            "finetune_epochs: expected a finite number of 0 or more": 0 <= self.finetune_epochs < math.inf,
+            "seed: expected 0 to 2**32 - 1000": 0 <= self.seed <= 2**32 - 1000,
             "published: the published procedure is method='copy', unit='parameter'": not self.published
             or (self.method, self.unit) == ("copy", "parameter"),
         }
@@ -136,6 +158,26 @@ class GraspConfig:
         """
         arguments = {**PAPER["training_arguments"], **overrides.pop("training_arguments", {})}  # type: ignore[dict-item]
         return cls(**{**PAPER, "training_arguments": arguments, **overrides})
+
+
+def _override_(values: dict[str, Any], text: str) -> None:
+    """Change `values` as `text`, a `key=value` or `section.key=value`, says."""
+    key, equals, value = text.partition("=")
+    *sections, last = key.split(".")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{text}': its value is not valid YAML: {error}") from error
+    section: Any = values
+    for name in sections:
+        if section.get(name) is None:
+            section[name] = {}
+        section = section[name]
+        if not isinstance(section, dict):
+            raise ConfigError(f"override '{text}': '{name}' holds {section!r}, expected a section with keys")
+    if not equals or not last:
+        raise ConfigError(f"override '{text}': expected key=value or section.key=value")
+    section[last] = parsed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,20 +211,17 @@ class Recipe:
         """
         path = Path(path)
         try:
-            values = yaml.safe_load(path.read_text())
-            changes = [(key, yaml.safe_load(value)) for key, _, value in (text.partition("=") for text in overrides)]
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"recipe '{path}' cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"recipe '{path}' is not a text file in UTF-8: {error}") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"recipe '{path}' is not valid YAML: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"recipe '{path}' holds {type(values).__name__}, expected keys such as sources and data")
-        for key, value in changes:
-            *sections, last = key.split(".")
-            section = values
-            for name in sections:
-                section = section.setdefault(name, {})
-            section[last] = value
+        for text in overrides:
+            _override_(values, text)
         return cls.from_dict(values, folder=path.parent, name=str(path))
 
     @classmethod
@@ -200,6 +239,8 @@ class Recipe:
         ]
         if not values.get("sources"):
             problems.append("sources: expected a list of at least one reference")
+        elif values.get("base_model") is None and len(values["sources"]) == 1:
+            problems.append("sources: one model alone has nothing to merge with; name a base_model or another source")
         config = None
         if not config_problems:
             try:
@@ -214,3 +255,8 @@ class Recipe:
         """Return `reference` as a path where it names something in the recipe's folder, else unchanged."""
         inside = self.folder / reference
         return str(inside.resolve()) if inside.exists() else reference
+
+    def locate_pattern(self, reference: str) -> str:
+        """Return `reference` as `locate` does, and a pattern such as `*.csv` in the recipe's folder where it fits files."""
+        matched = any(character in reference for character in "*?[") and any(self.folder.glob(reference))
+        return str(self.folder.resolve() / reference) if matched else self.locate(reference)

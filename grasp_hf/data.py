@@ -58,20 +58,33 @@ class DataSection:
         ]
         if "path" not in recipe.data:
             problems.append("data.path: missing, expected imagefolder, csv, json, parquet, a folder or a Hub id")
-        problems += [
-            f"data.{key}: got {value!r}, expected a {kind.__name__}"
-            for key, value in recipe.data.items()
-            if key in known - {"data_files"} and not isinstance(value, kind := int if key == "max_length" else str)
-        ]
+        problems += [problem for key in recipe.data if (problem := cls._type_problem(key, recipe.data[key]))]
         if problems:
             raise ConfigError("the recipe has problems:\n- " + "\n- ".join(problems))
 
         def located(value: Any) -> Any:
             if isinstance(value, dict):
                 return {key: located(item) for key, item in value.items()}
-            return [located(item) for item in value] if isinstance(value, list) else recipe.locate(value)
+            return [located(item) for item in value] if isinstance(value, list) else recipe.locate_pattern(value)
 
         return cls(**{key: located(value) if key in ("path", *FILES) else value for key, value in recipe.data.items()})
+
+    @staticmethod
+    def _type_problem(key: str, value: Any) -> str | None:
+        """Say what is wrong with the value of a known key; unknown keys have their own message."""
+
+        def is_files(files: Any) -> bool:
+            if isinstance(files, dict):
+                return all(isinstance(name, str) and is_files(item) for name, item in files.items())
+            return isinstance(files, str) or (isinstance(files, list) and all(isinstance(f, str) for f in files))
+
+        if key == "data_files":
+            fits, expected = is_files(value), "a file, a list of files, or files per split"
+        elif key == "max_length":
+            fits, expected = type(value) is int and value > 0, "a number of tokens above 0"
+        else:
+            fits, expected = isinstance(value, str) or key not in {f.name for f in fields(DataSection)}, "text"
+        return None if fits else f"data.{key}: got {value!r}, expected {expected}"
 
 
 def load_splits(section: DataSection) -> DatasetDict:
@@ -143,6 +156,11 @@ def with_label_ids(splits: DatasetDict, column: str, names: list[str]) -> Datase
 def _encoded(split: Dataset, split_name: str, column: str, ids: dict[str, int]) -> Dataset:
     class_names(split, column)
     feature = split.features[column]
+    if isinstance(feature, ClassLabel) and any(value < 0 for value in split.unique(column)):
+        raise DataError(
+            f"split '{split_name}' has rows whose label is hidden (-1), as the test splits of public benchmarks do; "
+            "expected a label in every row: leave the split out, with data_files or another data set"
+        )
     values = [feature.int2str(value) for value in split[column]] if isinstance(feature, ClassLabel) else split[column]
     known: dict[Any, int] = {**ids, **{index: index for index in ids.values()}}
     if unknown := sorted({str(value) for value in values if value not in known}):
@@ -150,7 +168,9 @@ def _encoded(split: Dataset, split_name: str, column: str, ids: dict[str, int]) 
             f"split '{split_name}' has labels that the model does not know: {', '.join(unknown[:5])}; expected some of "
             f"{', '.join(list(ids)[:12])}"
         )
-    return split.remove_columns(column).add_column("labels", [known[value] for value in values])
+    replaced = [name for name in (column, "labels") if name in split.column_names]
+    encoded = split.add_column("class ids", [known[value] for value in values])
+    return encoded.remove_columns(list(dict.fromkeys(replaced))).rename_column("class ids", "labels")
 
 
 def with_images(splits: DatasetDict, column: str, processor: Callable) -> tuple[DatasetDict, Collator]:
@@ -189,8 +209,13 @@ def with_tokens(
 
 
 def _require(splits: DatasetDict, column: str, what: str) -> None:
+    """Raise `DataError` where a split has no such column, or a row with nothing in it."""
     for name, split in splits.items():
         if column not in split.column_names:
             raise DataError(
                 f"split '{name}' has no column '{column}' for {what}; found {', '.join(split.column_names)}"
+            )
+        if split.data.column(column).null_count:
+            raise DataError(
+                f"split '{name}' has rows without anything in column '{column}'; expected {what} in every row"
             )

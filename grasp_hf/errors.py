@@ -25,5 +25,9 @@ class OutputExistsError(GraspError, FileExistsError):
     """The output folder already holds something that this package did not write."""
 
 
+class PushError(GraspError, ConnectionError):
+    """The Hub did not take the merged model; it is still in memory, or in the folder that it was saved to."""
+
+
 class SourceNotFoundError(GraspError, FileNotFoundError):
     """A model, an adapter, a revision or its weights are not where the reference says."""

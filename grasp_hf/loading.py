@@ -1,29 +1,30 @@
 """From files to models on the CPU: the target, and one source at a time, checked before it is used."""
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrainedModel, pipelines
 from transformers.utils import logging as transformers_logging
 
+from .adapters import adapter_problems, apply_adapter_, load_adapter_config
 from .errors import IncompatibleSourceError, NonFiniteError
-from .matching import head_tensors, label_problem, movable_tensors, tensor_problems
+from .matching import head_tensors, label_names, label_problem, movable_tensors, tensor_problems
 from .sources import Source
 
 logger = logging.getLogger(__name__)
 
 TASKS: dict[str, Any] = pipelines.SUPPORTED_TASKS
+UNREADABLE = (ValueError, RuntimeError, OSError, EOFError, UnpicklingError, SafetensorError)
+PROCESSING_FILES = ("tokenizer*.json", "vocab*", "*.model", "preprocessor_config.json", "processor_config.json")
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -63,31 +64,48 @@ def load_config(source: Source) -> PretrainedConfig:
     """Return the model configuration of a full source.
 
     Raises:
-        IncompatibleSourceError: It cannot be read, or names an architecture that transformers does not hold.
+        IncompatibleSourceError: It cannot be read, names an architecture that transformers does not hold, or is that of
+            quantized weights.
     """
     try:
-        return AutoConfig.from_pretrained(source.folder)
-    except (ValueError, OSError, KeyError) as error:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
         raise IncompatibleSourceError(f"'{source.ref}': its config.json cannot be used: {error}") from error
+    if getattr(config, "quantization_config", None):
+        raise IncompatibleSourceError(
+            f"'{source.ref}': its weights are quantized, expected float weights; dequantize it and save it first"
+        )
+    return config
 
 
 def model_class(config: PretrainedConfig, task: str | None = None, name: str = "model") -> type[PreTrainedModel]:
-    """Return the class for `task` (a pipeline name), or the one that the config names where `task` is left out.
+    """Return the class for `task`, or the one that the config names where `task` is left out.
+
+    Args:
+        config: The model's configuration.
+        task: A pipeline name (`text-classification`) or an auto class (`AutoModelForQuestionAnswering`).
+        name: What errors call the model.
 
     Raises:
         IncompatibleSourceError: There is no such task, or the architecture has no model for it.
     """
     if task is None:
         found = getattr(transformers, (config.architectures or [""])[0], None)
-        if found is None or not task_of(found):
+        if found is None or found.__name__ in _class_names(transformers.AutoModel):
             raise IncompatibleSourceError(
                 f"'{name}' names the architecture {config.architectures}, which has no task on top; say which one you "
-                f"want, for example task='text-classification'"
+                "want, for example task='text-classification'"
             )
         return found
-    if task not in TASKS:
-        raise IncompatibleSourceError(f"unknown task '{task}', expected one of {', '.join(sorted(TASKS))}")
-    for auto in TASKS[task]["pt"]:
+    if task.startswith("AutoModelFor") and hasattr(transformers, task):
+        autos = [getattr(transformers, task)]
+    elif task in TASKS:
+        autos = TASKS[task]["pt"]
+    else:
+        raise IncompatibleSourceError(
+            f"unknown task '{task}', expected the name of an AutoModelFor class, or one of {', '.join(sorted(TASKS))}"
+        )
+    for auto in autos:
         if type(config) in auto._model_mapping:
             found = auto._model_mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
@@ -110,23 +128,44 @@ def _class_names(auto: Any) -> set[str]:
     return names
 
 
-def load_target(source: Source, *, task: str | None, dtype: torch.dtype, **model_kwargs: Any) -> PreTrainedModel:
-    """Load the model that a merge starts from, with a fresh head where its files hold none (or another number of labels).
+def load_target(
+    source: Source, *, task: str | None, dtype: torch.dtype, seed: int, new_head: bool = False, **model_kwargs: Any
+) -> PreTrainedModel:
+    """Load the model that a merge starts from.
+
+    It gets a fresh head, drawn from `seed`, where its files hold none or one of another size, or with `new_head`.
 
     Raises:
-        IncompatibleSourceError: It is an adapter, or its files lack weights below the head.
+        IncompatibleSourceError: It is an adapter, or its files lack most of the weights below the head.
     """
     if source.kind == "adapter":
         raise IncompatibleSourceError(f"'{source.ref}' is an adapter; expected a full model to start from")
     cls = model_class(load_config(source), task, str(source.ref))
-    with quiet_transformers():
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         model, fresh = _from_pretrained(source, cls, dtype=dtype, **model_kwargs)
-    if lacking := sorted(fresh - head_tensors(model)):
-        raise IncompatibleSourceError(f"'{source.ref}' lacks weights of a {cls.__name__}: {', '.join(lacking[:5])}")
+        if new_head:
+            fresh |= _reinitialize_head_(model)
+    body = set(movable_tensors(model)) - head_tensors(model)
+    if len(fresh & body) > len(body) / 2:
+        raise IncompatibleSourceError(
+            f"'{source.ref}' lacks most weights of a {cls.__name__}, starting with {min(fresh & body)}"
+        )
     if fresh:
-        logger.warning("%s: the head (%s) is new and must be trained", source.ref, ", ".join(sorted(fresh)))
+        logger.warning("%s: new weights, which must be trained: %s", source.ref, ", ".join(sorted(fresh)))
     model.name_or_path = model.config._name_or_path = source.ref.name
     return model
+
+
+def _reinitialize_head_(model: PreTrainedModel) -> set[str]:
+    """Change the head of `model` to fresh random weights, and return the names of its tensors."""
+    names = head_tensors(model)
+    for module_name in {name.rpartition(".")[0] for name in names}:
+        module = model.get_submodule(module_name)
+        for marked in (module, *module.parameters(recurse=False)):
+            vars(marked).pop("_is_hf_initialized", None)  # transformers leaves alone what was loaded
+        model._init_weights(module)
+    return names
 
 
 def load_source(
@@ -170,8 +209,6 @@ def architecture_problems(config: PretrainedConfig, target: PreTrainedModel) -> 
     problems = []
     if config.model_type != target.config.model_type:
         problems.append(f"another architecture: got {config.model_type}, expected {target.config.model_type}")
-    if getattr(config, "quantization_config", None):
-        problems.append("its weights are quantized: expected float weights; dequantize it and save it first")
     return problems
 
 
@@ -181,7 +218,7 @@ def _from_pretrained(source: Source, cls: type[PreTrainedModel], **kwargs: Any) 
         loaded: Any = cls.from_pretrained(
             source.folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be loaded as a {cls.__name__}: {error}") from error
     model, info = loaded
     tied = set(model.get_expanded_tied_weights_keys(all_submodels=True))
@@ -196,56 +233,24 @@ def _checkpoint_dtype(source: Source) -> torch.dtype:
 
 
 def _load_adapter(source: Source, target: PreTrainedModel, base: Source | None) -> LoadedSource:
-    config = PeftConfig.from_pretrained(str(source.folder))
+    config = load_adapter_config(source)
     if problems := adapter_problems(config, base):
         raise IncompatibleSourceError(_listed(source, problems))
     assert base is not None  # else it were among the problems
-    labels = {} if target.can_generate() else {key: getattr(target.config, key) for key in ("id2label", "label2id")}
-    model, fresh = _from_pretrained(base, type(target), dtype=_checkpoint_dtype(base), **labels)
+    model, fresh = _from_pretrained(base, type(target), dtype=_checkpoint_dtype(base), **_labels_of(target))
+    if not target.can_generate() and label_names(load_config(base)) != label_names(target.config):
+        fresh |= head_tensors(model)
     try:
-        adapted = PeftModel.from_pretrained(model, str(source.folder))
-        touched = _touched_modules(adapted)
-        merged = adapted.merge_and_unload()
-    except (ValueError, RuntimeError, OSError) as error:
+        merged, touched = apply_adapter_(model, source)
+    except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be applied to '{base.ref}': {error}") from error
     names = movable_tensors(merged)
     candidates = {name for name in names if any(name.startswith(f"{module}.") for module in touched)}
     return LoadedSource(merged, candidates, own=(set(names) - fresh) | candidates)
 
 
-def adapter_problems(config: PeftConfig, base: Source | None) -> list[str]:
-    """List what an adapter's config alone says against applying it to `base`."""
-    problems = []
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(config.peft_type))
-    if config.is_prompt_learning or tuner is None or not hasattr(tuner, "merge_and_unload"):
-        problems.append(
-            f"an adapter of type {PeftType(config.peft_type).value} cannot be merged into weights; expected LoRA or alike"
-        )
-    named = config.base_model_name_or_path or ""
-    if base is None:
-        problems.append(
-            f"it is an adapter of '{named}', but where the target started is not known; load the target with "
-            "GraspMerger.from_pretrained"
-        )
-    elif not (named == base.ref.name or (os.path.isdir(named) and os.path.samefile(named, base.folder))):
-        problems.append(f"it is an adapter of '{named}', expected an adapter of '{base.ref.name}'")
-    elif config.revision and base.sha and config.revision not in (base.ref.revision, base.sha):
-        problems.append(f"it is an adapter of '{named}' at revision '{config.revision}', expected '{base.ref}'")
-    return problems
-
-
-def _touched_modules(adapted: PeftModel) -> set[str]:
-    """Return the runtime names of the base model's modules that the adapter changes or brings along."""
-    root = adapted.get_base_model()
-    touched = {name for name, module in root.named_modules() if isinstance(module, BaseTunerLayer)}
-    modules = dict(root.named_modules())
-    for key in get_peft_model_state_dict(adapted):
-        name = key.removeprefix("base_model.model.")
-        while name not in modules:
-            name = name.rpartition(".")[0]
-        # A module saved whole (a head) may hold its tensors in modules below it.
-        touched |= {name} - {""}
-    return touched
+def _labels_of(target: PreTrainedModel) -> dict[str, Any]:
+    return {} if target.can_generate() else {key: getattr(target.config, key) for key in ("id2label", "label2id")}
 
 
 def _check_fit(source: Source, loaded: LoadedSource, target: PreTrainedModel, keep_head: bool) -> None:
@@ -257,7 +262,9 @@ def _check_fit(source: Source, loaded: LoadedSource, target: PreTrainedModel, ke
         loaded.candidates -= head
         loaded.own -= head
         labels, lacking = None, [name for name in lacking if name not in head]
-    problems = tensor_problems(target, loaded.model, set(movable_tensors(target)) - loaded.own)
+    problems = tensor_problems(
+        target, loaded.model, (set(movable_tensors(target)) - loaded.own) | (head if labels else set())
+    )
     if labels:
         problems.append(labels)
     if lacking and source.kind == "full":
@@ -273,8 +280,11 @@ def _listed(source: Source, problems: list[str]) -> str:
 
 def load_processing_class(source: Source) -> Any:
     """Return the tokenizer or processor in the folder of `source`, `None` where there is none."""
+    # Without these, transformers makes up a tokenizer that knows no word.
+    if not any(path for pattern in PROCESSING_FILES for path in source.folder.glob(pattern)):
+        return None
     try:
         with quiet_transformers():
-            return AutoProcessor.from_pretrained(source.folder)
+            return AutoProcessor.from_pretrained(source.folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError):
         return None

@@ -33,7 +33,7 @@ class UnitProducts:
     def add(self, tensor: str, a: Tensor, b: Tensor) -> None:
         """Take in the vectors of one tensor."""
         products = torch.stack([inner_product(a, b), inner_product(a, a), inner_product(b, b)])
-        self._products[self._unit_of[tensor]][tensor] = products.double()
+        self._products[self._unit_of[tensor]][tensor] = products
 
     def sums(self) -> dict[str, tuple[float, float, float] | None]:
         """Return the three sums per unit; `None` for a unit of which no tensor was taken in.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,10 +18,10 @@ from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hub
-from .batches import Batch, Collator, check_dataset, evaluate, keeping_model_columns, sample_batches
+from .batches import Batch, Collator, batch_loss, check_dataset, evaluate, keeping_model_columns, sample_batches
 from .card import model_card
 from .config import GraspConfig
-from .errors import GraspError, OutputExistsError
+from .errors import ConfigError, GraspError, OutputExistsError
 from .finetune import finetune_
 from .gradients import preserved_state
 from .loading import LoadedSource, load_processing_class, load_source, load_target, quiet_transformers
@@ -67,6 +66,8 @@ def merge_pretrained(
         >>> model = merge_pretrained("org/base", ["org/a", "org/lora-b@v1.0"], train_dataset=train)  # doctest: +SKIP
     """
     if base_model is None:
+        if not sources:
+            raise ConfigError("there is nothing to merge: expected a base model or at least one source")
         base_model, sources = sources[0], sources[1:]
     merger = GraspMerger.from_pretrained(base_model, config=config, **from_pretrained_kwargs)
     merger.merge(sources, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator)
@@ -105,6 +106,7 @@ class GraspMerger:
             config=asdict(self.config),
             versions={name: version(name) for name in PACKAGES},
         )
+        self._initially_finetuned = False
         if self._accelerator.num_processes > 1:
             raise GraspError("grasp_hf runs in one process for now; start it without a launcher")
 
@@ -123,6 +125,7 @@ class GraspMerger:
         revision: str | None = None,
         token: str | None = None,
         dtype: torch.dtype = torch.float32,
+        new_head: bool = False,
         **model_kwargs: Any,
     ) -> "GraspMerger":
         """Load the target, and the tokenizer or processor beside it.
@@ -134,6 +137,7 @@ class GraspMerger:
             revision: Branch, tag or commit, unless `model_id` names one.
             token: Hub token; left out, the one that you are logged in with.
             dtype: Of the target's weights. Sources are read in their own; fine-tuning wants float32.
+            new_head: Draw the head anew although the files hold one that fits, because the labels mean something else.
             model_kwargs: Passed on to the model class, such as `num_labels` or `id2label`.
 
         Raises:
@@ -142,7 +146,8 @@ class GraspMerger:
         """
         ref = SourceRef.parse(model_id)
         base = hub.locate(replace(ref, revision=ref.revision or revision), token=token)
-        model = load_target(base, task=task, dtype=dtype, **model_kwargs)
+        seed = (config or GraspConfig()).seed
+        model = load_target(base, task=task, dtype=dtype, seed=seed, new_head=new_head, **model_kwargs)
         return cls(model, config, processing_class=load_processing_class(base), base=base)
 
     def merge(
@@ -157,7 +162,8 @@ class GraspMerger:
         """Merge `sources` in their order, after `config.initial_epochs` of fine-tuning if this is the first call.
 
         Every source is a step that either succeeds or leaves the model as it was before it; steps done before an
-        error stay done, in `model` and in `report`.
+        error stay done, in `model` and in `report`. During a step the temporary directory (`TMPDIR`) holds the weights
+        as they were before it, and those of the best epoch.
 
         Args:
             sources: References of full models and PEFT adapters.
@@ -169,11 +175,12 @@ class GraspMerger:
         Raises:
             GraspError: With the number and name of the source that it happened at.
         """
-        if not self.report.steps and self.config.initial_epochs:
+        if not self._initially_finetuned:
             with self._step(train_dataset, eval_dataset, data_collator) as (collator, directory):
                 epochs = self.config.initial_epochs
                 self._finetune(train_dataset, eval_dataset, collator, epochs, self.config.seed, directory)
                 self.report.start = self._evaluate(eval_dataset, collator)
+            self._initially_finetuned = True
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
         for number, source in enumerate(sources, start=1):
             try:
@@ -277,8 +284,10 @@ class GraspMerger:
             snapshot = Path(name, "before.safetensors")
             save_file({key: value.contiguous() for key, value in movable_tensors(self.model).items()}, snapshot)
             self.model.to(self._accelerator.device)
+            collator = self._collator(data_collator)
             try:
-                yield self._collator(data_collator), Path(name)
+                self._check_loss(train_dataset, collator)
+                yield collator, Path(name)
             except BaseException:
                 overwrite_(movable_tensors(self.model), load_file(snapshot))
                 raise
@@ -292,6 +301,13 @@ class GraspMerger:
         if data_collator is None and isinstance(self.processing_class, PreTrainedTokenizerBase):
             data_collator = DataCollatorWithPadding(self.processing_class)
         return keeping_model_columns(self.model, data_collator)
+
+    def _check_loss(self, dataset: Any, collator: Collator) -> None:
+        """Raise where the model makes no finite loss of a batch; the Trainer would, but in its own words and later."""
+        batch = next(sample_batches(dataset, collator, self._accelerator, self.config, seed=self.config.seed))
+        with torch.no_grad(), preserved_state(self.model):
+            self.model.eval()
+            batch_loss(self.model, batch)
 
     def _evaluate(self, dataset: Any, collator: Collator) -> Evaluation:
         if dataset is None:
@@ -307,7 +323,7 @@ class GraspMerger:
             self.model.to(self._accelerator.device)
             return self._evaluate(dataset, self._collator(data_collator))
 
-    def save_pretrained(self, save_directory: str | Path, *, model_id: str | None = None) -> None:
+    def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the model, its tokenizer or processor, the card, the resolved configuration and the report.
 
         The folder loads with `from_pretrained` of the model's class. An earlier merge in it is replaced.
@@ -317,36 +333,32 @@ class GraspMerger:
         """
         directory = Path(save_directory)
         check_output(directory)
+        self._write(directory, self.report, model_id=directory.name)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes to `repo_id`, as one commit, and return the commit's URL.
+
+        What is uploaded names local folders by their last part only.
+
+        Raises:
+            PushError: The token may not write there, or the Hub could not be reached.
+        """
+        repo_id = hub.create_repo(repo_id, private=private, token=token)
+        with tempfile.TemporaryDirectory(prefix="grasp_hf-") as name:
+            self._write(Path(name), self.report.without_paths(), model_id=repo_id)
+            return hub.push_folder(Path(name), repo_id, token=token, revision=revision)
+
+    def _write(self, directory: Path, report: MergeReport, *, model_id: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with quiet_transformers():
             self.model.save_pretrained(directory)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(directory)
-        configuration = yaml.safe_dump(self._resolved(), sort_keys=False)
-        (directory / CONFIG_FILE).write_text(configuration)
-        self.report.to_json(directory / REPORT_FILE)
-        model_card(self.model, self.report, configuration, model_id or directory.name).save(directory / "README.md")
-
-    def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
-    ) -> str:
-        """Upload what `save_pretrained` writes to `repo_id`, as one commit, and return the commit's URL."""
-        with tempfile.TemporaryDirectory(prefix="grasp_hf-") as name:
-            self.save_pretrained(name, model_id=repo_id)
-            return hub.push_folder(Path(name), repo_id, private=private, token=token, revision=revision)
-
-    def _resolved(self) -> dict[str, Any]:
-        """Return the recipe of what was done, every Hub reference pinned to its commit."""
-
-        def pinned(name: str, sha: str | None) -> str:
-            return f"{name.partition('@')[0]}@{sha}" if sha else name
-
-        return {
-            "base_model": pinned(self.report.base, self.report.base_sha),
-            "sources": [pinned(step.source, step.sha) for step in self.report.steps],
-            **asdict(self.config),
-            "record": {"data": self.report.data, "versions": self.report.versions},
-        }
+        (directory / CONFIG_FILE).write_text(report.configuration())
+        report.to_json(directory / REPORT_FILE)
+        model_card(self.model, report.without_paths(), model_id).save(directory / "README.md")
 
 
 def check_output(directory: Path) -> None:
@@ -381,7 +393,7 @@ def _unit_reports(
     return [
         UnitReport(
             name=unit.name,
-            parameters=sum(tensors[name].numel() for name in unit.tensors),
+            elements=sum(tensors[name].numel() for name in unit.tensors),
             score=scores[unit.name],
             coefficient=coefficients[unit.name],
             decision=decision(unit.name),

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 from transformers import PreTrainedModel
 
 from . import hub
+from .adapters import adapter_problems, load_adapter_config
 from .config import Recipe
 from .errors import GraspError
-from .loading import adapter_problems, architecture_problems, load_config, model_class
+from .loading import architecture_problems, load_config, model_class
 from .matching import head_tensors, label_problem, tensor_problems
 from .prepare import labelled_splits
 from .report import markdown_table
@@ -87,7 +87,7 @@ def _check(
     planned: PlannedSource, source: Source, target: PreTrainedModel | None, base: Source | None, *, keep_head: bool
 ) -> None:
     if source.kind == "adapter":
-        config = PeftConfig.from_pretrained(str(source.folder))
+        config = load_adapter_config(source)
         planned.architecture = str(getattr(config.peft_type, "value", config.peft_type))
         planned.problems += adapter_problems(config, base)
         return

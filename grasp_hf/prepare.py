@@ -10,10 +10,12 @@ from . import hub
 from .batches import Collator
 from .config import Recipe
 from .data import DataSection, class_names, load_splits, names_for_model, with_images, with_label_ids, with_tokens
-from .errors import DataError
-from .loading import load_config, load_processing_class, model_class
+from .errors import ConfigError, DataError
+from .loading import load_config, load_processing_class, model_class, task_of
 from .matching import label_names
 from .merger import GraspMerger
+
+PREPARED = ("image-classification", "text-classification", "text-generation")
 
 
 @dataclass
@@ -51,15 +53,25 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     base = hub.locate(start, token=token)
     config = load_config(base)
     cls = model_class(config, recipe.task, str(base.ref))
+    if task_of(cls) not in PREPARED:
+        raise ConfigError(
+            f"a recipe prepares data for {', '.join(PREPARED)}, but '{base.ref}' is a {cls.__name__}; from Python, "
+            "GraspMerger.merge takes a data set that you have prepared for it"
+        )
     processor = load_processing_class(base)
     if processor is None:
         raise DataError(f"'{base.ref}' holds no tokenizer or image processor, which its data needs; add one to it")
-    splits, labels = labelled_splits(recipe, config, cls)
+    splits, model_kwargs = labelled_splits(recipe, config, cls)
+    new_head = bool(model_kwargs) and list(model_kwargs["id2label"].values()) != label_names(config)
     if cls.main_input_name == "pixel_values":
         splits, collator = with_images(splits, section.image, processor)
     else:
         splits, collator = with_tokens(splits, section, processor, generates=cls.can_generate())
-    merger = GraspMerger.from_pretrained(start, config=recipe.config, task=recipe.task, token=token, **labels)
+        if config.pad_token_id is None:
+            model_kwargs["pad_token_id"] = processor.pad_token_id
+    merger = GraspMerger.from_pretrained(
+        start, config=recipe.config, task=recipe.task, token=token, new_head=new_head, **model_kwargs
+    )
     data = TaskData(splits["train"], splits.get("validation"), splits.get("test"), collator)
     return merger, sources, data
 

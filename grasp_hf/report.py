@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 Evaluation = dict[str, float]
 Decision = Literal["moved", "kept", "undefined", "undone"]
@@ -33,7 +35,7 @@ class UnitReport:
 
     Attributes:
         name: The module or parameter.
-        parameters: Number of elements in the unit's tensors.
+        elements: Number of numbers in the unit's tensors.
         score: In [-1, 1]: with `copy`, the cosine of the two models' gradients; with `blend`, the cosine between the
             way to the source and the way down. `None` is undefined: a gradient was missing or zero.
         coefficient: How far the unit was to move towards the source, in [0, 1].
@@ -41,7 +43,7 @@ class UnitReport:
     """
 
     name: str
-    parameters: int
+    elements: int
     score: float | None
     coefficient: float
     decision: Decision
@@ -89,9 +91,9 @@ class StepReport:
 
     @property
     def mean_coefficient(self) -> float:
-        """Mean coefficient over the parameters of all units that could have moved, also where the gate undid it."""
-        total = sum(unit.parameters for unit in self.units)
-        return sum(unit.coefficient * unit.parameters for unit in self.units) / total if total else 0.0
+        """Mean coefficient over the elements of all units that could have moved, also where the gate undid it."""
+        total = sum(unit.elements for unit in self.units)
+        return sum(unit.coefficient * unit.elements for unit in self.units) / total if total else 0.0
 
     def row(self) -> dict[str, str]:
         """Return the source's line of the summary table."""
@@ -128,7 +130,7 @@ class StepReport:
             [
                 {
                     "unit": unit.name,
-                    "parameters": str(unit.parameters),
+                    "elements": str(unit.elements),
                     "score": shown(unit.score),
                     "coefficient": shown(unit.coefficient),
                     "decision": unit.decision,
@@ -159,6 +161,25 @@ class MergeReport:
     config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+
+    def without_paths(self) -> "MergeReport":
+        """Return a copy that names local folders by their last part, for others to read."""
+        base = self.base if self.base_sha else Path(self.base).name
+        return replace(self, base=base, steps=[replace(step, source=step.name) for step in self.steps])
+
+    def configuration(self) -> str:
+        """Return the merge as YAML: base model and sources (Hub references pinned to their commit), settings, record."""
+
+        def pinned(name: str, sha: str | None) -> str:
+            return f"{name.partition('@')[0]}@{sha}" if sha else name
+
+        values = {
+            "base_model": pinned(self.base, self.base_sha),
+            "sources": [pinned(step.source, step.sha) for step in self.steps],
+            **self.config,
+            "record": {"data": self.data, "versions": self.versions},
+        }
+        return yaml.safe_dump(values, sort_keys=False)
 
     def table(self) -> str:
         """Return one line per source as a Markdown table."""

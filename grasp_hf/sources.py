@@ -40,9 +40,13 @@ class SourceRef:
         Raises:
             SourceNotFoundError: It names neither an existing folder nor a possible Hub id.
         """
-        if Path(text).expanduser().is_dir():
+        if text and Path(text).expanduser().is_dir():
             return cls(str(Path(text).expanduser()))
         name, _, revision = text.partition("@")
+        if name and Path(name).expanduser().is_dir():
+            raise SourceNotFoundError(
+                f"'{text}': '{name}' is a folder, which has no revisions; leave out '@{revision}'"
+            )
         if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or text.endswith("@"):
             raise SourceNotFoundError(
                 f"'{text}' is neither an existing folder nor a Hub id; expected 'org/name', 'org/name@revision' or a "
@@ -101,8 +105,11 @@ class Source:
     @property
     def weight_files(self) -> list[Path]:
         """The files that hold the weights, safetensors where there are any."""
-        stem = "adapter_model" if self.kind == "adapter" else "model"
-        return sorted(self.folder.glob(f"{stem}*.safetensors")) or sorted(self.folder.glob("*model*.bin"))
+        stems = ("adapter_model", "adapter_model") if self.kind == "adapter" else ("model", "pytorch_model")
+        for stem, ending in zip(stems, ("safetensors", "bin"), strict=True):
+            if files := [*self.folder.glob(f"{stem}.{ending}"), *sorted(self.folder.glob(f"{stem}-*.{ending}"))]:
+                return files
+        return []
 
     @property
     def num_bytes(self) -> int:

@@ -123,7 +123,7 @@ def saved_adapter(model: PreTrainedModel, base: str, folder: Path, seed: int = 1
         for name, parameter in adapter.named_parameters():
             if "modules_to_save" in name:
                 parameter.add_(torch.randn(parameter.shape))
-    adapter.save_pretrained(folder)
+    adapter.save_pretrained(str(folder))
     return str(folder)
 
 

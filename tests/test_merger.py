@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
 from grasp_hf.errors import DataError, GraspError, NonFiniteError, OutputExistsError
 from grasp_hf.matching import movable_tensors
-from tests.models import KINDS, perturbed, saved, tiny_data, tiny_model
+from tests.models import KINDS, LABELS, perturbed, saved, tiny_data, tiny_model
 
 STILL: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "batch_size": 8, "num_batches": 2}
 
@@ -37,7 +37,8 @@ def data_for(kind: str) -> dict[str, Any]:
 )
 def test_a_threshold_that_lets_nothing_through_changes_nothing(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source = saved(perturbed(tiny_model(kind), 1), tmp_path / "source")
-    target = perturbed(tiny_model(kind), 2).to(dtype).train()
+    target = perturbed(tiny_model(kind), 2).train()
+    target = target.bfloat16() if dtype == torch.bfloat16 else target
     frozen = next(target.parameters()).requires_grad_(False)
     before = state_of(target)
     merger = GraspMerger(target, GraspConfig(method="copy", threshold=1.0, **STILL))
@@ -189,7 +190,7 @@ def test_the_saved_folder_loads_and_says_what_was_done(kind: str, tmp_path: Path
 
     report = json.loads((tmp_path / "merged/grasp_report.json").read_text())
     assert [step["source"] for step in report["steps"]] == sources
-    assert report["steps"][0]["units"][0].keys() == {"name", "parameters", "score", "coefficient", "decision"}
+    assert report["steps"][0]["units"][0].keys() == {"name", "elements", "score", "coefficient", "decision"}
     assert report["steps"][1]["after"]["loss"] == pytest.approx(merger.report.steps[1].after["loss"])
     recipe = yaml.safe_load((tmp_path / "merged/grasp_config.yaml").read_text())
     assert (recipe["sources"], recipe["seed"], recipe["record"]["data"]["train"]["samples"]) == (sources, 42, 24)
@@ -213,3 +214,29 @@ def test_each_source_is_gone_before_the_next_also_from_memory_maps(tmp_path: Pat
     assert merger.merge_source(source, **data_for("vit")).moved > 0
     assert {name: tensor.data_ptr() for name, tensor in movable_tensors(merger.model).items()} == storages
     assert f"{source}/" not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("task", ["token-classification", "fill-mask", "AutoModelForQuestionAnswering"])
+def test_any_model_with_a_loss_can_be_merged_when_the_user_brings_the_data(task: str, tmp_path: Path) -> None:
+    labels = ["start", "end"] if task == "AutoModelForQuestionAnswering" else LABELS
+    sources = [saved(perturbed(tiny_model("bert", labels=labels), seed), tmp_path / str(seed)) for seed in (1, 2)]
+    tokens = tiny_data("bert", 16).remove_columns("labels")
+    if task == "AutoModelForQuestionAnswering":
+        data = tokens.add_column("start_positions", [1] * 16).add_column("end_positions", [2] * 16)
+    elif task == "token-classification":
+        data = tokens.map(lambda sample: {"labels": sample["input_ids"] % 3})
+    else:
+        data = tokens.map(lambda sample: {"labels": sample["input_ids"]})
+    config = GraspConfig(head="keep", **{**STILL, "num_batches": 4})
+    merger = GraspMerger.from_pretrained(sources[0], config=config, task=task)
+    step = merger.merge(sources[1:], train_dataset=data, eval_dataset=data).steps[0]
+    assert step.moved > 0 and step.after["loss"] <= step.before["loss"]
+    assert "accuracy" not in step.after
+
+
+def test_batches_without_labels_are_refused_before_training() -> None:
+    merger = GraspMerger(tiny_model("bert"))
+    with pytest.raises(
+        DataError, match="returned no loss for a batch with .*input_ids.*; expected a data set with labels"
+    ):
+        merger.merge([], train_dataset=tiny_data("bert", 8).remove_columns("labels"))

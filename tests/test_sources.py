@@ -77,7 +77,7 @@ def test_an_adapter(tmp_path: Path) -> None:
 
 
 def test_shards(tmp_path: Path) -> None:
-    model = tiny_model("vit").to(torch.bfloat16)
+    model = tiny_model("vit").bfloat16()
     model.save_pretrained(tmp_path, max_shard_size="8KB")
     source = inspected(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
@@ -118,7 +118,10 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "expected"),
-    [("config.json", "model.safetensors, model.safetensors.index.json"), ("adapter_config.json", "adapter_model.safe")],
+    [
+        ("config.json", "model.safetensors, model.safetensors.index.json"),
+        ("adapter_config.json", "adapter_model.safe"),
+    ],
 )
 def test_no_weights(config: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / config).write_text("{}")

@@ -1,0 +1,85 @@
+"""PEFT adapters as sources: what they say of themselves, and what they make of their base model."""
+
+import os
+from json import JSONDecodeError
+
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
+from transformers import PreTrainedModel
+
+from . import hub
+from .errors import IncompatibleSourceError
+from .sources import Source, SourceRef
+
+
+def load_adapter_config(source: Source) -> PeftConfig:
+    """Return the configuration of an adapter.
+
+    Raises:
+        IncompatibleSourceError: It cannot be read, or is of a type that PEFT does not know.
+    """
+    try:
+        return PeftConfig.from_pretrained(str(source.folder))
+    except (ValueError, KeyError, TypeError, OSError, JSONDecodeError) as error:
+        message = f"'{source.ref}': its adapter_config.json cannot be used: {type(error).__name__}: {error}"
+        raise IncompatibleSourceError(message) from error
+
+
+def adapter_problems(config: PeftConfig, base: Source | None) -> list[str]:
+    """List what an adapter's config alone says against applying it to `base`."""
+    problems = []
+    kind = PeftType(config.peft_type)
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
+    if config.is_prompt_learning or tuner is None or not hasattr(tuner, "merge_and_unload"):
+        problems.append(f"an adapter of type {kind.value} cannot be merged into weights; expected LoRA or alike")
+    named = config.base_model_name_or_path or ""
+    if base is None:
+        problems.append(
+            f"it is an adapter of '{named}', but where the target started is not known; load the target with "
+            "GraspMerger.from_pretrained"
+        )
+    elif not (named == base.ref.name or (os.path.isdir(named) and os.path.samefile(named, base.folder))):
+        problems.append(f"it is an adapter of '{named}', expected an adapter of '{base.ref.name}'")
+    elif config.revision and base.sha and not _is_commit(named, config.revision, base):
+        problems.append(f"it is an adapter of '{named}' at revision '{config.revision}', expected '{base.ref}'")
+    return problems
+
+
+def _is_commit(name: str, revision: str, base: Source) -> bool:
+    """Whether `revision` (a branch, a tag, a sha) is the commit that `base` was taken from."""
+    return revision in (base.sha, base.ref.revision) or hub.commit_of(SourceRef(name, revision)) == base.sha
+
+
+def apply_adapter_(base: PreTrainedModel, adapter: Source) -> tuple[PreTrainedModel, set[str]]:
+    """Change `base` in place to what the adapter makes of it, and return it with the modules that were touched.
+
+    Raises:
+        IncompatibleSourceError: The adapter's file lacks weights, or holds some that belong nowhere.
+        ValueError, RuntimeError, OSError: PEFT cannot read it or apply it to this model.
+    """
+    adapted = PeftModel.from_pretrained(base, str(adapter.folder))
+    # Saving embedding layers is left out because PEFT would ask the Hub about the base model.
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    found = set(load_peft_weights(str(adapter.folder), device="cpu"))
+    if found != expected:
+        some = sorted(found ^ expected)
+        raise IncompatibleSourceError(
+            f"'{adapter.ref}' does not fit its own configuration on this model: {len(expected - found)} weights are not "
+            f"in its file and {len(found - expected)} belong nowhere, starting with {some[0]}"
+        )
+    touched = _touched_modules(adapted, expected)
+    return adapted.merge_and_unload(), touched
+
+
+def _touched_modules(adapted: PeftModel, keys: set[str]) -> set[str]:
+    """Return the runtime names of the base model's modules that the adapter changes or brings along whole."""
+    modules = dict(adapted.get_base_model().named_modules())
+    touched = {name for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+    for key in keys:
+        name = key.removeprefix("base_model.model.")
+        while name not in modules:
+            name = name.rpartition(".")[0]
+        touched |= {name} - {""}
+    return touched

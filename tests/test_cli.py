@@ -1,0 +1,272 @@
+"""The command line: what it prints and where, exit codes, and that nothing of the user's is overwritten."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForImageClassification
+
+from grasp_hf.cli import main
+from grasp_hf.errors import ConfigError
+from tests.hub_server import HubServer
+from tests.models import perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
+
+QUICK = {"initial_epochs": 0, "finetune_epochs": 1, "num_batches": 2, "batch_size": 4, "gate": False}
+DATA = {"path": "imagefolder", "data_dir": "images"}
+LORA: dict[str, Any] = {"target_modules": ["q_proj"]}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """Return a folder with a base, two fine-tunes and an adapter of it, images, and a recipe of all."""
+    base = saved(tiny_model("vit"), tmp_path / "base")
+    for seed in (1, 2):
+        saved(perturbed(tiny_model("vit"), seed=seed), tmp_path / f"fine-{seed}")
+    saved_adapter(tiny_model("vit"), base, tmp_path / "lora", **LORA)
+    write_images(tmp_path / "images", {"train": 4, "validation": 2, "test": 1})
+    write_recipe(tmp_path, sources=["fine-1", "lora", "fine-2"])
+    return tmp_path
+
+
+def write_recipe(folder: Path, **values: Any) -> str:
+    recipe = {"base_model": "base", "data": DATA, **QUICK, **values}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return str(folder / "recipe.yaml")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    code = "from grasp_hf.cli import main; raise SystemExit(main())"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("command", ["plan", "merge", "demo"])
+def test_the_help_of_each_command_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        main([command, "-h"])
+    text = capsys.readouterr().out
+    assert f"example:\n  grasp-hf {command} " in text
+    assert "exit codes: 0 done, 1 a source, the data or the configuration is not fit, 2 wrong usage" in text
+
+
+def test_the_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"    {command} " in text for command in ("plan", "merge", "demo"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "plan | merge | demo"),
+        (["merge"], "recipe"),
+        (["merge", "recipe.yaml"], "--output"),
+        (["blend", "recipe.yaml"], "invalid choice: 'blend'"),
+        (["plan", "recipe.yaml", "--outptu", "x"], "unrecognized arguments: --outptu"),
+        (["demo", "--seed", "one"], "invalid int value: 'one'"),
+    ],
+)
+def test_wrong_usage_is_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        main(arguments)
+    output = capsys.readouterr()
+    assert message in output.err and output.out == ""
+
+
+def test_a_plan_without_problems(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(world / "recipe.yaml")]) == 0
+    output = capsys.readouterr()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.out.splitlines()]
+    assert lines[0] == ["", "model", "kind", "architecture", "revision", "MB", "problems"]
+    assert [line[:5] + line[6:] for line in lines[2:]] == [
+        ["base", "base", "full", "vit", "local", "none"],
+        ["source", "fine-1", "full", "vit", "local", "none"],
+        ["source", "lora", "adapter", "LORA", "local", "none"],
+        ["source", "fine-2", "full", "vit", "local", "none"],
+    ]
+
+
+def test_a_plan_lists_all_problems_of_all_sources(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tiny_model("resnet"), world / "resnet")
+    saved(tiny_model("vit", labels=["x", "y", "z", "w"]), world / "labels")
+    saved_adapter(tiny_model("vit"), "org/elsewhere", world / "stray", **LORA)
+    (world / "damaged").mkdir()
+    (world / "damaged" / "adapter_config.json").write_text("{")
+    (world / "damaged" / "adapter_model.safetensors").write_bytes(b"")
+    (world / "empty").mkdir()
+    names = ["resnet", "labels", "fine-1", "stray", "empty", "damaged", "./nowhere"]
+    assert main(["plan", write_recipe(world, sources=names)]) == 1
+    text = capsys.readouterr().out
+    problems = [line for line in text.splitlines() if line.startswith("- ")]
+    expected = [
+        ("resnet", "another architecture: got resnet, expected vit"),
+        ("labels", "other label names: got x, y, z, w, expected bird, cat, dog"),
+        ("stray", "it is an adapter of 'org/elsewhere', expected an adapter of '"),
+        ("empty", "holds no config.json and no adapter_config.json"),
+        ("damaged", "damaged'"),
+        ("nowhere", "is neither an existing folder nor a Hub id"),
+    ]
+    assert len(problems) == len(expected)
+    for line, (name, problem) in zip(problems, expected, strict=True):
+        assert f"{name}: " in line and problem in line
+    counts = [line.strip("|").split("|")[6].strip() for line in text.splitlines()[2:10]]
+    assert counts == ["none", "1", "1", "none", "1", "1", "1", "1"]
+
+
+def test_a_plan_says_what_the_data_lacks(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(world, sources=["fine-1"], data={**DATA, "label": "animal"})
+    assert main(["plan", recipe]) == 1
+    assert "no column 'animal' for labels; found image, label" in capsys.readouterr().out
+
+
+def test_head_keep_in_a_plan(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tiny_model("vit", labels=["x", "y"]), world / "labels")
+    recipe = write_recipe(world, sources=["labels"])
+    assert main(["plan", recipe]) == 1
+    assert main(["plan", recipe, "head=keep"]) == 0
+    assert "other label names" in capsys.readouterr().out
+
+
+def test_a_merge_in_a_process_of_its_own(world: Path) -> None:
+    output = world / "merged"
+    done = run("merge", str(world / "recipe.yaml"), "--output", str(output), "method=copy", "threshold=-1")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for number, name in enumerate(["fine-1", "lora", "fine-2"], start=1):
+        assert len([line for line in lines if line.startswith(f"{number}/3 ") and f"{name} (" in line]) == 1
+    assert "merged, 20/20 units" in next(line for line in lines if line.startswith("1/3 "))
+    assert "merged, 2/2 units" in next(line for line in lines if line.startswith("2/3 "))
+    assert any(line.startswith("| source ") for line in lines)
+    assert any(line.startswith("test: loss ") and ", accuracy " in line for line in lines)
+    assert lines[-1] == f"saved: {output}"
+    assert "error" not in done.stderr.lower() and "Traceback" not in done.stderr
+    assert "held-out loss" not in done.stderr
+
+    model = AutoModelForImageClassification.from_pretrained(output)
+    report = json.loads((output / "grasp_report.json").read_text())
+    steps = [(Path(step["source"]).name, step["kind"]) for step in report["steps"]]
+    assert steps == [("fine-1", "full"), ("lora", "adapter"), ("fine-2", "full")]
+    assert report["config"]["method"] == "copy" and report["config"]["threshold"] == -1
+    assert report["data"]["train"]["samples"] == 12 and report["data"]["eval"]["samples"] == 6
+    with torch.no_grad():
+        assert torch.isfinite(model(tiny_data("vit", 2)[:]["pixel_values"]).logits).all()
+    assert list(model.config.id2label.values()) == ["bird", "cat", "dog"]
+
+
+def test_an_error_in_a_process_of_its_own(world: Path) -> None:
+    done = run("merge", write_recipe(world, sources=["fine-1", "nowhere/at/all"]), "--output", str(world / "merged"))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: while merging source 2/2 'nowhere/at/all': ")
+    assert "Traceback" not in done.stderr and "error:" not in done.stdout
+    assert done.stdout.startswith("1/2 ")
+    assert not (world / "merged").exists()
+
+
+def test_the_console_script_says_what_the_function_does() -> None:
+    script = Path(sys.executable).with_name("grasp-hf")
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    done = subprocess.run([script, "plan"], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "the following arguments are required: recipe" in done.stderr
+
+
+def test_a_merge_here(world: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    output = world / "merged"
+    arguments = ["merge", str(world / "recipe.yaml"), "--output", str(output)]
+    assert main(arguments) == 0
+    assert [record.getMessage().split(" ")[0] for record in caplog.records if record.name == "grasp_hf.merger"] == [
+        "1/3",
+        "2/3",
+        "3/3",
+    ]
+    first = capsys.readouterr()
+    assert f"saved: {output}" in first.out
+    weights = (output / "model.safetensors").read_bytes()
+    assert main([*arguments, "seed=7"]) == 0, "an earlier merge is replaced"
+    assert (output / "model.safetensors").read_bytes() != weights
+    assert main(arguments) == 0
+    assert (output / "model.safetensors").read_bytes() == weights, "the same recipe gives the same weights"
+
+
+def test_an_output_folder_that_holds_something_else(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("base", "images"):
+        before = {path: path.read_bytes() for path in (world / name).rglob("*") if path.is_file()}
+        assert main(["merge", str(world / "recipe.yaml"), "--output", str(world / name)]) == 1
+        output = capsys.readouterr()
+        assert f"error: '{world / name}' already holds something that is not a merge" in output.err
+        assert output.out == "", "nothing was merged before the folder was looked at"
+        assert {path: path.read_bytes() for path in (world / name).rglob("*") if path.is_file()} == before
+    assert main(["merge", str(world / "recipe.yaml"), "--output", str(world / "recipe.yaml")]) == 1
+
+
+@pytest.mark.parametrize("command", ["plan", "merge"])
+def test_all_problems_of_a_recipe_are_printed(command: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(world, sources=[], treshold=0.2)
+    assert main([command, recipe, "gate=1", *(["--output", str(world / "out")] if command == "merge" else [])]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    lines = output.err.splitlines()
+    assert lines[0] == f"error: {recipe} has problems:"
+    assert sorted(line.split(":")[0] for line in lines[1:]) == ["- gate", "- sources", "- treshold"]
+
+
+def test_verbose_shows_the_traceback(world: Path) -> None:
+    with pytest.raises(ConfigError, match="gate: got 1"):
+        main(["plan", str(world / "recipe.yaml"), "gate=1", "-v"])
+
+
+@pytest.mark.parametrize("key", ["training_arguments.learning_rat=1.0e-3", "training_arguments.learning_rate=1e-3"])
+def test_training_arguments_are_checked_before_anything_is_merged(
+    key: str, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(world / "recipe.yaml"), key]) == 1
+    assert main(["merge", str(world / "recipe.yaml"), "--output", str(world / "merged"), key]) == 1
+    output = capsys.readouterr()
+    assert "error: " in output.err and "learning_rat" in output.err
+    assert "while merging" not in output.err
+
+
+def test_a_data_section_with_an_unknown_key(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(world / "recipe.yaml"), "--output", str(world / "merged"), "data.colour=red"]) == 1
+    assert "- data.colour: unknown key, expected one of data_dir, data_files, image" in capsys.readouterr().err
+
+
+def test_a_recipe_without_data(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(world, sources=["fine-1"], data={})
+    assert main(["plan", recipe]) == 0
+    assert main(["merge", recipe, "--output", str(world / "merged")]) == 1
+    assert "- data.path: missing, expected imagefolder, csv" in capsys.readouterr().err
+
+
+def test_a_recipe_with_one_model_has_nothing_to_merge(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(world, sources=["fine-1"], base_model=None)
+    assert main(["merge", recipe, "--output", str(world / "merged")]) == 1
+    assert "sources" in capsys.readouterr().err
+
+
+def test_a_merge_is_pushed(
+    hub: HubServer, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    merge = ["merge", str(world / "recipe.yaml"), "--output", str(world / "merged")]
+    assert main([*merge, "--push-to-hub", "org/cli-merged", "--private"]) == 0
+    assert f"pushed: {hub.url}/org/cli-merged/commit/" in capsys.readouterr().out
+    assert hub.repos["org/cli-merged"].private
+    loaded = AutoModelForImageClassification.from_pretrained("org/cli-merged")
+    here = AutoModelForImageClassification.from_pretrained(world / "merged")
+    for name, value in here.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_a_push_that_is_refused(hub: HubServer, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    merge = ["merge", str(world / "recipe.yaml"), "--output", str(world / "merged")]
+    assert main([*merge, "--push-to-hub", "org/cli-refused"]) == 1
+    assert "error: " in (output := capsys.readouterr()).err and "org/cli-refused" in output.err
+    assert "org/cli-refused" not in hub.repos

@@ -1,0 +1,330 @@
+"""From files to training samples: splits, labels by name, processors, and whole merges of each kind of data."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from transformers import AutoTokenizer, PreTrainedModel
+
+from grasp_hf import GraspConfig, Recipe
+from grasp_hf.data import DataSection, class_names, load_splits, names_for_model, with_label_ids, with_tokens
+from grasp_hf.errors import DataError
+from grasp_hf.matching import label_names
+from grasp_hf.prepare import prepare
+from tests.models import LABELS, perturbed, saved, tiny_model, tiny_tokenizer, write_images
+
+ROWS = {"text": ["red small", "green large", "blue red"], "label": ["bird", "cat", "dog"]}
+
+
+def write_texts(folder: Path, kind: str, rows: dict[str, dict[str, list]]) -> dict[str, Any]:
+    """Write one file per split (or a folder of `save_to_disk`) and return the `data:` section that names them."""
+    if kind == "folder":
+        DatasetDict({split: Dataset.from_dict(columns) for split, columns in rows.items()}).save_to_disk(
+            folder / "set"
+        )
+        return {"path": "set"}
+    for split, columns in rows.items():
+        split_set = Dataset.from_dict(columns)
+        {"csv": split_set.to_csv, "json": split_set.to_json, "parquet": split_set.to_parquet}[kind](
+            folder / f"{split}.{kind}"
+        )
+    return {"path": kind, "data_files": {split: f"{split}.{kind}" for split in rows}}
+
+
+def section(folder: Path, data: dict[str, Any]) -> DataSection:
+    return DataSection.from_recipe(Recipe(sources=["a"], data=data, folder=folder))
+
+
+def typed(column: str, values: list, names: list[str]) -> Dataset:
+    split = Dataset.from_dict({column: values}, features=Features({column: ClassLabel(names=names)}))
+    return split.add_column("id", list(range(len(values))))
+
+
+def repeated(times: int) -> dict[str, list]:
+    return {column: values * times for column, values in ROWS.items()}
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet", "folder"])
+def test_text_files(kind: str, tmp_path: Path) -> None:
+    data = write_texts(tmp_path, kind, {"train": repeated(2), "validation": ROWS, "extra": ROWS})
+    splits = load_splits(section(tmp_path, data))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 6, "validation": 3}
+    assert splits["validation"].to_dict() == ROWS
+    assert class_names(splits["train"], "label") == ["bird", "cat", "dog"]
+
+
+def test_one_file_is_the_training_split(tmp_path: Path) -> None:
+    write_texts(tmp_path, "csv", {"train": ROWS})
+    assert list(load_splits(section(tmp_path, {"path": "csv", "data_files": "train.csv"}))) == ["train"]
+    Dataset.from_dict(ROWS).save_to_disk(tmp_path / "one")
+    splits = load_splits(section(tmp_path, {"path": "one"}))
+    assert {name: split.to_dict() for name, split in splits.items()} == {"train": ROWS}
+
+
+def test_an_image_folder(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", {"train": 2, "validation": 1, "test": 1})
+    splits = load_splits(section(tmp_path, {"path": "imagefolder", "data_dir": "images"}))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 6, "validation": 3, "test": 3}
+    assert class_names(splits["train"], "label") == LABELS
+    assert splits["train"][0]["image"].size == (8, 8)
+
+
+def test_data_that_cannot_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="data set 'csv' cannot be loaded: .*missing.csv"):
+        load_splits(section(tmp_path, {"path": "csv", "data_files": "missing.csv"}))
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match="data set 'parquet' cannot be loaded: "):
+        load_splits(section(tmp_path, {"path": "parquet", "data_files": "broken.parquet"}))
+
+
+def test_no_training_split(tmp_path: Path) -> None:
+    data = write_texts(tmp_path, "json", {"validation": ROWS, "test": ROWS})
+    with pytest.raises(DataError, match="data set 'json' has no split 'train'; found validation, test"):
+        load_splits(section(tmp_path, data))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("csv", "data set 'csv' cannot be loaded: .*validation.* no data"),
+        ("json", "data set 'json' cannot be loaded: "),
+        ("folder", "data set '.*set' cannot be loaded: "),
+    ],
+)
+def test_an_empty_split(kind: str, message: str, tmp_path: Path) -> None:
+    data = write_texts(tmp_path, kind, {"train": ROWS, "validation": {"text": [], "label": []}})
+    with pytest.raises(DataError, match=message):
+        load_splits(section(tmp_path, data))
+
+
+def test_the_names_of_labels() -> None:
+    assert class_names(typed("label", [0, 1, 0], ["z", "a"]), "label") == ["z", "a"]
+    assert class_names(Dataset.from_dict({"label": ["z", "a", "z"]}), "label") == ["a", "z"]
+    assert class_names(Dataset.from_dict({"label": [0, 4, 2]}), "label") == 5
+
+
+def test_a_missing_column_lists_those_found() -> None:
+    with pytest.raises(DataError, match="no column 'class' for labels; found text, label"):
+        class_names(Dataset.from_dict(ROWS), "class")
+
+
+@pytest.mark.parametrize("values", [["a", None], [1, None], [0.0, 1.0], [-1, 0]])
+def test_rows_without_a_usable_label(values: list) -> None:
+    with pytest.raises(
+        DataError, match="column 'label' holds (rows without a label|.*; expected class names or class ids)"
+    ):
+        class_names(Dataset.from_dict({"label": values}), "label")
+
+
+def test_the_names_that_a_model_takes_on() -> None:
+    known = ["dog", "bird", "cat"]
+    assert names_for_model(["bird", "cat", "dog"], known) == known
+    assert names_for_model(["bird"], known) == known
+    assert names_for_model(["bird", "cow"], known) == ["bird", "cow"]
+    assert names_for_model(3, known) == known
+    assert names_for_model(4, known) == ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]
+
+
+@pytest.mark.parametrize("kind", ["ClassLabel", "names", "ids"])
+def test_labels_are_mapped_by_name(kind: str) -> None:
+    if kind == "ClassLabel":
+        split = typed("animal", [0, 1, 2, 1], ["bird", "cat", "dog"])
+    else:
+        names = ["bird", "cat", "dog", "cat"]
+        split = Dataset.from_dict({"animal": names if kind == "names" else [1, 2, 0, 2], "id": [0, 1, 2, 3]})
+    encoded = with_label_ids(DatasetDict(train=split), "animal", ["dog", "bird", "cat"])["train"]
+    assert encoded.column_names == ["id", "labels"]
+    assert encoded["labels"][:] == [1, 2, 0, 2]
+
+
+def test_a_column_that_is_called_labels_already() -> None:
+    splits = DatasetDict(train=Dataset.from_dict({"labels": ["b", "a"], "id": [0, 1]}))
+    assert with_label_ids(splits, "labels", ["a", "b"])["train"]["labels"][:] == [1, 0]
+    both = DatasetDict(train=Dataset.from_dict({"label": ["b", "a"], "labels": [7, 7]}))
+    assert with_label_ids(both, "label", ["a", "b"])["train"]["labels"][:] == [1, 0]
+
+
+def test_a_label_that_training_does_not_know() -> None:
+    splits = DatasetDict(
+        train=Dataset.from_dict({"label": ["a", "b"], "id": [0, 1]}),
+        validation=Dataset.from_dict({"label": ["a", "c", "d"], "id": [0, 1, 2]}),
+    )
+    message = "split 'validation' has labels that the model does not know: c, d; expected some of a, b"
+    with pytest.raises(DataError, match=message):
+        with_label_ids(splits, "label", ["a", "b"])
+    ids = DatasetDict(
+        train=Dataset.from_dict({"label": [0, 1], "id": [0, 1]}), test=Dataset.from_dict({"label": [2], "id": [0]})
+    )
+    with pytest.raises(DataError, match="split 'test' has labels that the model does not know: 2"):
+        with_label_ids(ids, "label", ["a", "b"])
+
+
+def test_a_test_split_whose_labels_are_hidden() -> None:
+    # Public benchmarks mark them with -1, which a ClassLabel holds but cannot name.
+    names = ["a", "b"]
+    splits = DatasetDict(train=typed("label", [0, 1], names), test=typed("label", [-1, -1], names))
+    with pytest.raises(DataError, match="split 'test'.*label"):
+        with_label_ids(splits, "label", names)
+
+
+def test_tokens_of_a_sentence(tmp_path: Path) -> None:
+    splits = DatasetDict(
+        train=Dataset.from_dict({"text": ["red small blue", "large"], "labels": [1, 0], "id": [8, 9]})
+    )
+    part = section(tmp_path, {"path": "csv", "max_length": 2})
+    encoded, collator = with_tokens(splits, part, tiny_tokenizer(), generates=False)
+    assert encoded["train"]["input_ids"][:] == [[3, 6], [7]]
+    assert encoded["train"]["labels"][:] == [1, 0]
+    assert {"id", "text"}.isdisjoint(encoded["train"].column_names)
+    batch = collator([encoded["train"][i] for i in (0, 1)])
+    assert batch["input_ids"].tolist() == [[3, 6], [7, 0]]
+    assert batch["labels"].tolist() == [1, 0]
+
+
+def test_tokens_of_a_language_model(tmp_path: Path) -> None:
+    splits = DatasetDict(train=Dataset.from_dict({"text": ["red small blue", "large"], "labels": [1, 0]}))
+    encoded, collator = with_tokens(splits, section(tmp_path, {"path": "csv"}), tiny_tokenizer(), generates=True)
+    batch = collator([encoded["train"][i] for i in (0, 1)])
+    assert batch["labels"].tolist() == [[3, 6, 5], [7, -100, -100]]
+
+
+def test_a_row_without_text(tmp_path: Path) -> None:
+    splits = DatasetDict(train=Dataset.from_dict({"text": ["red", None], "labels": [1, 0]}))
+    with pytest.raises(DataError, match="split 'train'.*'text'"):
+        with_tokens(splits, section(tmp_path, {"path": "csv"}), tiny_tokenizer(), generates=False)
+
+
+def quick(**changes: Any) -> GraspConfig:
+    return GraspConfig(initial_epochs=0, finetune_epochs=1, num_batches=2, batch_size=4, **changes)
+
+
+def merged(folder: Path, data: dict[str, Any], **fields: Any) -> tuple[PreTrainedModel, Any]:
+    """Merge `other` into `base` of the folder, save, and check that the saved model gives equal logits."""
+    recipe = Recipe(sources=["other"], base_model="base", data=data, config=quick(gate=False), folder=folder, **fields)
+    merger, sources, task_data = prepare(recipe)
+    report = merger.merge(sources, **task_data.merge_arguments())
+    assert len(report.steps) == 1 and report.steps[0].moved > 0
+    losses = [report.steps[0].before["loss"], report.steps[0].after_transfer["loss"], report.steps[0].after["loss"]]
+    assert all(map(math.isfinite, losses)) and len(set(losses)) > 1
+    assert math.isfinite(merger.evaluate(task_data.test, data_collator=task_data.collator)["loss"])
+    merger.save_pretrained(folder / "merged")
+    loaded = type(merger.model).from_pretrained(folder / "merged")
+    batch = task_data.collator([task_data.train[i] for i in range(3)])
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, merger.model.eval()(**batch).logits)
+    return merger.model, task_data
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_a_merge_on_images(kind: str, tmp_path: Path) -> None:
+    labels = ["dog", "bird", "cat"]  # the folders are in the order bird, cat, dog
+    base = tiny_model(kind, labels=labels)
+    saved(base, tmp_path / "base")
+    saved(perturbed(base, seed=1), tmp_path / "other")
+    write_images(tmp_path / "images", {"train": 4, "validation": 2, "test": 1}, size=11)
+    model, data = merged(tmp_path, {"path": "imagefolder", "data_dir": "images"})
+    assert label_names(model.config) == labels
+    side = 8 if kind == "vit" else 16
+    sample = data.train[0]
+    assert sample["pixel_values"].shape == (3, side, side) and sample["labels"] == 1
+    assert -1 <= sample["pixel_values"].min() and sample["pixel_values"].max() < -0.4, "birds are dark"
+    assert [data.test[i]["labels"] for i in range(3)] == [1, 2, 0]
+
+
+def test_a_merge_on_texts(tmp_path: Path) -> None:
+    base = tiny_model("bert")
+    saved(base, tmp_path / "base")
+    saved(perturbed(base, seed=1), tmp_path / "other")
+    data = write_texts(tmp_path, "csv", {"train": repeated(4), "validation": repeated(2), "test": ROWS})
+    model, prepared = merged(tmp_path, data)
+    assert label_names(model.config) == LABELS
+    assert prepared.train[1]["input_ids"] == [4, 7] and prepared.train[1]["labels"] == 1
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer("red small")["input_ids"] == [3, 6]
+
+
+@pytest.mark.parametrize("task", [None, "text-generation"])
+def test_a_merge_of_language_models(task: str | None, tmp_path: Path) -> None:
+    base = tiny_model("gpt2")
+    saved(base, tmp_path / "base")
+    saved(perturbed(base, seed=1), tmp_path / "other")
+    texts = {"text": ROWS["text"] * 4}
+    data = write_texts(tmp_path, "json", {"train": texts, "validation": texts, "test": texts})
+    model, prepared = merged(tmp_path, data, task=task)
+    assert type(model).__name__ == "GPT2LMHeadModel"
+    assert prepared.train.column_names == ["input_ids", "attention_mask"]
+
+
+def prepared_base(folder: Path, labels: list[str], rows: dict[str, list]) -> Any:
+    """Return the model that `prepare` makes of a tiny BERT with `labels` for data with `rows`."""
+    saved(tiny_model("bert", labels=labels), folder / "base")
+    data = write_texts(folder, "json", {"train": rows})
+    recipe = Recipe(sources=["base", "other"], data=data, config=quick(), folder=folder)
+    merger, sources, _ = prepare(recipe)
+    assert sources == ["other"]
+    return merger.model
+
+
+def test_the_head_stays_where_the_names_are_the_same(tmp_path: Path) -> None:
+    model = prepared_base(tmp_path, ["dog", "bird", "cat"], ROWS)
+    assert torch.equal(model.get_parameter("classifier.weight"), tiny_model("bert").get_parameter("classifier.weight"))
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], ["a", "b", "c"], ["a", "b", "c", "d"]])
+def test_a_fresh_head_where_the_names_differ(labels: list[str], tmp_path: Path) -> None:
+    model = prepared_base(tmp_path, labels, ROWS)
+    old = tiny_model("bert", labels=labels)
+    assert model.config.id2label == {0: "bird", 1: "cat", 2: "dog"}
+    assert model.config.label2id == {"bird": 0, "cat": 1, "dog": 2}
+    assert model.num_labels == 3 and model.get_parameter("classifier.weight").shape == (3, 16)
+    assert not torch.equal(model.get_parameter("classifier.weight"), old.get_parameter("classifier.weight")), (
+        "the head of other labels must not stay"
+    )
+    assert torch.equal(model.get_parameter("bert.pooler.dense.weight"), old.get_parameter("bert.pooler.dense.weight"))
+
+
+def test_class_ids_need_enough_outputs(tmp_path: Path) -> None:
+    model = prepared_base(tmp_path, LABELS, {"text": ROWS["text"], "label": [0, 1, 3]})
+    assert label_names(model.config) == ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert", "gpt2"])
+def test_a_base_without_tokenizer_or_processor(kind: str, tmp_path: Path) -> None:
+    tiny_model(kind).save_pretrained(tmp_path / "base")
+    data = write_texts(tmp_path, "csv", {"train": ROWS})
+    recipe = Recipe(sources=["base"], data=data, folder=tmp_path)
+    with pytest.raises(DataError, match="base' holds no tokenizer or image processor, which its data needs; add one"):
+        prepare(recipe)
+
+
+def test_a_column_of_texts_that_is_not_there(tmp_path: Path) -> None:
+    saved(tiny_model("bert"), tmp_path / "base")
+    data = write_texts(tmp_path, "csv", {"train": ROWS}) | {"text": "sentence"}
+    with pytest.raises(DataError, match="split 'train' has no column 'sentence' for texts; found text, labels"):
+        prepare(Recipe(sources=["base"], data=data, folder=tmp_path))
+
+
+def test_a_column_of_images_that_is_not_there(tmp_path: Path) -> None:
+    saved(tiny_model("vit"), tmp_path / "base")
+    write_images(tmp_path / "images", {"train": 1})
+    data = {"path": "imagefolder", "data_dir": "images", "image": "picture"}
+    with pytest.raises(DataError, match="split 'train' has no column 'picture' for images; found image, labels"):
+        prepare(Recipe(sources=["base"], data=data, folder=tmp_path))
+    with pytest.raises(DataError, match="no column 'animal' for labels; found image, label"):
+        prepare(Recipe(sources=["base"], data={**data, "label": "animal"}, folder=tmp_path))
+
+
+def test_texts_for_a_model_of_images(tmp_path: Path) -> None:
+    saved(tiny_model("vit"), tmp_path / "base")
+    data = write_texts(tmp_path, "csv", {"train": ROWS})
+    with pytest.raises(DataError, match="split 'train' has no column 'image' for images; found text, labels"):
+        prepare(Recipe(sources=["base"], data=data, folder=tmp_path))
+
+
+def test_a_value_column_of_another_type_is_not_taken_for_labels() -> None:
+    split = Dataset.from_dict({"label": [1.5]}, features=Features({"label": Value("float32")}))
+    with pytest.raises(DataError, match=r"column 'label' holds \[1.5\]; expected class names or class ids from 0"):
+        class_names(split, "label")

@@ -1,0 +1,323 @@
+"""Models of the Hub: which commit, which files, whose token, and what is pushed back."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification, AutoTokenizer
+
+from grasp_hf import GraspConfig, GraspMerger, Recipe
+from grasp_hf.errors import GraspError, IncompatibleSourceError, SourceNotFoundError
+from grasp_hf.hub import locate, look_up
+from grasp_hf.matching import movable_tensors
+from grasp_hf.plan import plan
+from tests.hub_server import HubServer
+from tests.models import MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
+
+TOKEN = "hf_alice"
+LORA: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}
+COPY_ALL = GraspConfig(**{**vars(MEASURE_ONLY), "method": "copy", "threshold": -1.0, "gate": False})
+
+
+@pytest.fixture(scope="module")
+def shas(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Publish a base, two versions of a fine-tune, an adapter, and repositories in which something is missing."""
+    root = tmp_path_factory.mktemp("models")
+    base = saved(tiny_model("vit"), root / "base")
+    made = {"base": hub.add_repo("org/hub-base", base)}
+    for version in (1, 2):
+        folder = saved(perturbed(tiny_model("vit"), seed=version), root / f"v{version}")
+        made[f"v{version}"] = hub.add_repo("org/hub-fine", folder, tag=f"v{version}")
+    made["private"] = hub.add_repo("org/hub-private", root / "v1", private=True)
+    adapter = saved_adapter(tiny_model("vit"), "org/hub-base", root / "adapter", **LORA)
+    made["adapter"] = hub.add_repo("org/hub-lora", adapter)
+    (root / "empty").mkdir()
+    (root / "empty" / "config.json").write_text((root / "base" / "config.json").read_text())
+    made["empty"] = hub.add_repo("org/hub-empty", root / "empty")
+    both = copied(base, root / "both")
+    torch.save(load_file(both / "model.safetensors"), both / "pytorch_model.bin")
+    (both / "onnx").mkdir()
+    (both / "onnx" / "model.safetensors").write_bytes(b"another export")
+    made["both"] = hub.add_repo("org/hub-both", both)
+    (both / "model.safetensors").unlink()
+    made["pickled"] = hub.add_repo("org/hub-pickled", both)
+    return made
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Give a test a cache of its own, so that every file it needs is downloaded."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield tmp_path / "cache"
+
+
+def downloads(hub: HubServer, since: int) -> list[str]:
+    """Return the paths of all contents asked for since request number `since`."""
+    return [
+        path for method, path in hub.requests[since:] if method == "GET" and ("/resolve/" in path or "/lfs" in path)
+    ]
+
+
+def test_a_revision_picks_the_weights(hub: HubServer, shas: dict[str, str]) -> None:
+    merger = GraspMerger.from_pretrained("org/hub-base", config=COPY_ALL)
+    assert (merger.report.base, merger.report.base_sha) == ("org/hub-base", shas["base"])
+    references = {"org/hub-fine@v1": "v1", f"org/hub-fine@{shas['v2']}": "v2", "org/hub-fine": "v2"}
+    for reference, version in references.items():
+        step = merger.merge([reference], train_dataset=tiny_data("vit", 8)).steps[-1]
+        assert (step.source, step.sha, step.kind) == (reference, shas[version], "full")
+        expected = movable_tensors(perturbed(tiny_model("vit"), seed=int(version[1])))
+        moved = [unit.name for unit in step.units if unit.decision == "moved"]
+        assert "classifier" in moved
+        weights = movable_tensors(merger.model)
+        assert torch.equal(weights["classifier.weight"], expected["classifier.weight"])
+        assert torch.equal(weights["vit.layers.1.mlp.fc1.weight"], expected["vit.layers.1.mlp.fc1.weight"])
+
+
+def test_the_revision_of_the_base(hub: HubServer, shas: dict[str, str]) -> None:
+    for merger in (
+        GraspMerger.from_pretrained("org/hub-fine@v1"),
+        GraspMerger.from_pretrained("org/hub-fine", revision="v1"),
+    ):
+        assert merger.report.base_sha == shas["v1"]
+        expected = perturbed(tiny_model("vit"), seed=1)
+        assert torch.equal(
+            merger.model.get_parameter("classifier.weight"), expected.get_parameter("classifier.weight")
+        )
+
+
+def test_an_adapter_by_id(hub: HubServer, shas: dict[str, str]) -> None:
+    merger = GraspMerger.from_pretrained("org/hub-base", config=COPY_ALL)
+    step = merger.merge(["org/hub-lora"], train_dataset=tiny_data("vit", 8)).steps[0]
+    assert (step.kind, step.sha, step.moved, len(step.units)) == ("adapter", shas["adapter"], 3, 3)
+
+
+def test_reading_an_adapter_asks_the_hub_nothing(hub: HubServer, tmp_path: Path) -> None:
+    # peft looks up the vocabulary of the base on the Hub, without a token and on the main branch.
+    hub.add_repo("org/hub-bert", saved(tiny_model("bert"), tmp_path / "bert"), private=True)
+    adapter = saved_adapter(tiny_model("bert"), "org/hub-bert", tmp_path / "lora", target_modules=["query"])
+    merger = GraspMerger.from_pretrained("org/hub-bert", token=TOKEN, config=COPY_ALL)
+    since = len(hub.requests)
+    merger.merge([adapter], train_dataset=tiny_data("bert", 8))
+    assert hub.requests[since:] == []
+
+
+@pytest.mark.parametrize("find", [locate, look_up])
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("org/hub-missing", "'org/hub-missing': no such model on the Hub, or it is private: check the spelling"),
+        ("org/hub-private", "'org/hub-private': no such model on the Hub, or it is private: .* pass a token"),
+        ("org/hub-fine@v3", "'org/hub-fine' has no revision 'v3': expected a branch, tag or sha"),
+        ("org/hub-empty", "'org/hub-empty' holds no weights: expected one of model.safetensors.*found: .*config.json"),
+        ("org/hub--bad", "'org/hub--bad' is not a Hub id"),
+    ],
+)
+def test_what_is_not_there(find: Any, reference: str, message: str, hub: HubServer, shas: dict[str, str]) -> None:
+    with pytest.raises(SourceNotFoundError, match=message):
+        find(reference)
+
+
+def test_a_missing_source_is_named_in_a_merge(hub: HubServer, shas: dict[str, str]) -> None:
+    merger = GraspMerger.from_pretrained("org/hub-base", config=COPY_ALL)
+    with pytest.raises(
+        SourceNotFoundError, match="^while merging source 2/2 'org/hub-fine@v3': 'org/hub-fine' has no"
+    ):
+        merger.merge(["org/hub-fine@v1", "org/hub-fine@v3"], train_dataset=tiny_data("vit", 8))
+    assert [step.source for step in merger.report.steps] == ["org/hub-fine@v1"]
+
+
+def test_a_repository_without_weights_is_not_called_pickled(
+    hub: HubServer, shas: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(SourceNotFoundError, match="holds no weights"):
+        locate("org/hub-empty")
+    assert "pickled" not in caplog.text
+
+
+def test_a_private_repository_needs_a_token(
+    hub: HubServer, shas: dict[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for token in ("hf_bob", "hf_nobody"):
+        with pytest.raises(SourceNotFoundError, match="'org/hub-private'"):
+            locate("org/hub-private", token=token)
+    assert locate("org/hub-private", token=TOKEN).sha == shas["private"]
+    merger = GraspMerger.from_pretrained("org/hub-private", token=TOKEN, config=COPY_ALL)
+    assert torch.equal(
+        merger.model.get_parameter("classifier.weight"),
+        perturbed(tiny_model("vit"), seed=1).get_parameter("classifier.weight"),
+    )
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert look_up("org/hub-private")[0].sha == shas["private"]
+
+
+def test_only_safetensors_are_downloaded_where_there_are_both(
+    hub: HubServer, shas: dict[str, str], cache: Path
+) -> None:
+    since = len(hub.requests)
+    source = locate("org/hub-both")
+    names = {path.relative_to(source.folder).as_posix() for path in source.folder.rglob("*") if path.is_file()}
+    assert names == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert not any("pytorch_model.bin" in path or "onnx" in path for path in downloads(hub, since))
+
+
+def test_pickled_weights_where_there_are_no_others(
+    hub: HubServer, shas: dict[str, str], cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    merger = GraspMerger.from_pretrained("org/hub-pickled")
+    assert torch.equal(
+        merger.model.get_parameter("classifier.weight"), tiny_model("vit").get_parameter("classifier.weight")
+    )
+    assert "org/hub-pickled has no safetensors weights; its pickled weights are read with weights_only" in caplog.text
+
+
+def test_a_look_up_and_a_plan_download_no_weights(hub: HubServer, shas: dict[str, str], cache: Path) -> None:
+    since = len(hub.requests)
+    references = ["org/hub-fine@v1", "org/hub-lora", "org/hub-both", "org/hub-pickled", "org/hub-missing"]
+    rows = plan(Recipe(sources=references, base_model="org/hub-base"))
+    asked = downloads(hub, since)
+    assert asked and not any("/lfs/" in path or path.endswith((".safetensors", ".bin")) for path in asked)
+    assert not [path for path in cache.rglob("*") if path.suffix in (".safetensors", ".bin")]
+
+    assert [row.role for row in rows] == ["base"] + ["source"] * 5
+    assert [row.kind for row in rows] == ["full", "full", "adapter", "full", "full", ""]
+    assert [row.sha for row in rows] == [*(shas[n] for n in ("base", "v1", "adapter", "both", "pickled")), None]
+    assert [row.architecture for row in rows] == ["vit", "vit", "LORA", "vit", "vit", ""]
+    assert [len(row.problems) for row in rows] == [0, 0, 0, 0, 0, 1]
+    for row in rows[:5]:
+        source = locate(row.reference)
+        assert row.num_bytes == source.num_bytes > 0
+
+
+def test_the_hub_out_of_reach(hub: HubServer, shas: dict[str, str], cache: Path) -> None:
+    hub.fail("/api/models/org/hub-fine", 500, times=50)
+    try:
+        for find in (locate, look_up):
+            with pytest.raises(
+                SourceNotFoundError, match="'org/hub-fine' could not be downloaded, and no complete copy"
+            ):
+                find("org/hub-fine")
+    finally:
+        hub.failures.clear()
+    locate("org/hub-fine")
+    hub.fail("/api/models/org/hub-fine", 500, times=50)
+    try:
+        assert locate("org/hub-fine").sha == shas["v2"], "the copy in the cache serves"
+        with pytest.raises(SourceNotFoundError, match="org/hub-fine"):
+            look_up("org/hub-fine")
+    finally:
+        hub.failures.clear()
+
+
+def test_without_a_network_the_cache_serves(
+    hub: HubServer, shas: dict[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locate("org/hub-fine")
+    look_up("org/hub-base")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    since = len(hub.requests)
+    assert locate("org/hub-fine").sha == shas["v2"]
+    with pytest.raises(SourceNotFoundError, match="org/hub-base"):
+        locate("org/hub-base")  # only its configuration is here
+    with pytest.raises(SourceNotFoundError, match="org/hub-lora"):
+        locate("org/hub-lora")
+    with pytest.raises(SourceNotFoundError, match="org/hub-fine"):
+        look_up("org/hub-fine")
+    assert hub.requests[since:] == []
+
+
+def merger_of_three(local: str) -> GraspMerger:
+    merger = GraspMerger.from_pretrained("org/hub-base", config=COPY_ALL)
+    sources = ["org/hub-fine@v1", "org/hub-lora", "org/hub-fine@v2", local, "org/hub-base"]
+    merger.merge(sources, train_dataset=tiny_data("vit", 8))
+    return merger
+
+
+@pytest.mark.parametrize("private", [None, True])
+def test_a_push_comes_back_equal(private: bool | None, hub: HubServer, shas: dict[str, str], tmp_path: Path) -> None:
+    local = saved(perturbed(tiny_model("vit"), seed=9), tmp_path / "here")
+    merger = merger_of_three(local)
+    repo_id = f"org/hub-merged-{private}"
+    url = merger.push_to_hub(repo_id, private=private, token=TOKEN)
+    assert url.startswith(f"{hub.url}/{repo_id}/commit/")
+    assert hub.repos[repo_id].private is bool(private)
+
+    token = TOKEN if private else None
+    if private:
+        with pytest.raises(OSError, match=repo_id):
+            AutoModelForImageClassification.from_pretrained(repo_id)
+    loaded = AutoModelForImageClassification.from_pretrained(repo_id, token=token)
+    pixels = tiny_data("vit", 4)[:]["pixel_values"]
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels).logits, merger.model.eval()(pixels).logits)
+    assert GraspMerger.from_pretrained(repo_id, token=token).processing_class is not None
+
+    card = ModelCard.load(repo_id, token=token)
+    assert card.data.base_model == ["org/hub-base", "org/hub-fine", "org/hub-lora"]
+    assert card.data.base_model_relation == "merge"
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-classification")
+    assert {"merge", "grasp", "grasp_hf"} <= set(card.data.tags)
+    assert f'ViTForImageClassification.from_pretrained("{repo_id}")' in card.text
+    for sha in (shas["v1"], shas["v2"], shas["adapter"]):
+        assert f"@{sha}" in card.text
+
+
+def test_what_is_pushed_names_no_folder_of_this_machine(hub: HubServer, shas: dict[str, str], tmp_path: Path) -> None:
+    local = saved(perturbed(tiny_model("vit"), seed=9), tmp_path / "here")
+    base = saved(tiny_model("vit"), tmp_path / "base")
+    merger = GraspMerger.from_pretrained(base, config=COPY_ALL)
+    merger.merge([local, "org/hub-fine@v1"], train_dataset=tiny_data("vit", 8))
+    merger.push_to_hub("org/hub-local", token=TOKEN)
+    assert ModelCard.load("org/hub-local").data.base_model == ["org/hub-fine"]
+    tree = hub.repos["org/hub-local"].commits[hub.repos["org/hub-local"].resolve("main")]
+    texts = {name: (hub.root / entry.key).read_bytes() for name, entry in tree.items() if entry.sha256 is None}
+    assert {"README.md", "config.json", "grasp_config.yaml", "grasp_report.json"} <= set(texts)
+    assert [name for name, text in texts.items() if str(tmp_path).encode() in text] == []
+
+
+def test_a_push_to_a_branch(hub: HubServer, shas: dict[str, str]) -> None:
+    merger = GraspMerger.from_pretrained("org/hub-fine@v1", config=COPY_ALL)
+    merger.push_to_hub("org/hub-branch", token=TOKEN, revision="trial")
+    repo = hub.repos["org/hub-branch"]
+    assert "model.safetensors" in repo.commits[repo.branches["trial"]]
+    assert "model.safetensors" not in repo.commits[repo.branches["main"]]
+    merger.push_to_hub("org/hub-branch", token=TOKEN, revision="trial")
+    assert locate("org/hub-branch@trial").sha == repo.branches["trial"]
+
+
+def test_the_tokenizer_is_pushed_too(hub: HubServer, tmp_path: Path) -> None:
+    merger = GraspMerger.from_pretrained(saved(tiny_model("bert"), tmp_path / "bert"))
+    merger.push_to_hub("alice/hub-bert", token=TOKEN)
+    assert AutoTokenizer.from_pretrained("alice/hub-bert")("red small")["input_ids"] == [3, 6]
+
+
+@pytest.mark.parametrize("token", [None, "hf_bob", "hf_nobody"])
+def test_a_push_without_the_right_to_it(token: str | None, hub: HubServer, shas: dict[str, str]) -> None:
+    merger = GraspMerger.from_pretrained("org/hub-base")
+    with pytest.raises(GraspError, match="org/hub-forbidden"):
+        merger.push_to_hub("org/hub-forbidden", token=token)
+    assert "org/hub-forbidden" not in hub.repos
+
+
+def test_the_token_is_written_nowhere(
+    hub: HubServer, shas: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    merger = GraspMerger.from_pretrained("org/hub-private", token=TOKEN, config=COPY_ALL)
+    merger.merge(["org/hub-fine@v1"], train_dataset=tiny_data("vit", 8), token=TOKEN)
+    with pytest.raises(IncompatibleSourceError, match="adapter") as caught:
+        merger.merge(["org/hub-lora"], train_dataset=tiny_data("vit", 8), token=TOKEN)
+    merger.save_pretrained(tmp_path / "merged")
+    merger.push_to_hub("org/hub-silent", token=TOKEN)
+    assert caplog.records
+    assert TOKEN not in caplog.text and TOKEN not in str(caught.value)
+    files = [path for path in (tmp_path / "merged").rglob("*") if path.is_file()]
+    assert len(files) >= 6
+    assert [path.name for path in files if TOKEN.encode() in path.read_bytes()] == []
+    tree = hub.repos["org/hub-silent"].commits[hub.repos["org/hub-silent"].resolve("main")]
+    assert [name for name, entry in tree.items() if TOKEN.encode() in (hub.root / entry.key).read_bytes()] == []

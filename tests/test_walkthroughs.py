@@ -1,0 +1,120 @@
+"""What a new user runs, run: the demo, every recipe, the notebook, the README's examples."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbclient import NotebookClient
+from transformers import AutoModelForImageClassification
+
+import grasp_hf
+from grasp_hf import Recipe
+from grasp_hf.cli import main
+from grasp_hf.demo import run_demo
+from grasp_hf.errors import OutputExistsError
+from grasp_hf.merger import REPORT_FILE
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A folder with the demo in it, as its recipes expect it, and what the demo said."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    yield folder, run_demo(folder / "grasp-demo")
+
+
+def test_the_demo_shows_every_source_every_control_and_an_honest_verdict(demo: tuple[Path, str]) -> None:
+    folder, text = demo
+    rows = re.findall(r"^\| (\S.*?) +\| (0\.\d{3}) ± 0\.\d{3} ", text, flags=re.MULTILINE)
+    names = [name for name, _ in rows]
+    assert [name.split()[0] for name in names] == ["source"] * 5 + ["fine-tuning"] * 2 + ["published", "grasp_hf,"]
+    assert sum("(adapter)" in name for name in names) == 1
+    scores = {name: float(score) for name, score in rows}
+    best = max(scores, key=scores.__getitem__)
+    assert ("grasp_hf is first" if best.startswith("grasp_hf") else f"First is {best}") in text
+    assert scores["grasp_hf, default"] > scores["source scanned (full)"] > 0.1
+    model = AutoModelForImageClassification.from_pretrained(folder / "grasp-demo/merged")
+    assert sorted(model.config.label2id) == sorted(path.name for path in (folder / "grasp-demo/data/test").iterdir())
+
+
+def test_the_demo_does_not_touch_a_folder_with_something_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputExistsError, match="holds something else"):
+        run_demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs_by_the_command_in_its_header(
+    recipe: Path, demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo[0])
+    command = re.search(r"^#   grasp-hf (.*)$", recipe.read_text(), flags=re.MULTILINE)
+    assert command, "a recipe begins with the command that runs it"
+    name, path, *rest = command[1].split()
+    assert (name, path) == ("merge", str(recipe.relative_to(ROOT)))
+    assert main(["plan", path]) == 0
+    output = Path(recipe.stem)
+    assert main([name, path, *rest[:-1], str(output)]) == 0
+    printed = capsys.readouterr().out
+    sources = yaml.safe_load(recipe.read_text())["sources"]
+    expected = sources if "base_model" in recipe.read_text() else sources[1:]
+    assert re.findall(r"^\d/\d (\w+) ", printed, flags=re.MULTILINE) == [Path(source).name for source in expected]
+    assert re.search(r"^test: loss \d+\.\d+, accuracy 0\.\d+$", printed, flags=re.MULTILINE)
+    assert (output / REPORT_FILE).exists()
+    AutoModelForImageClassification.from_pretrained(output)
+
+
+def test_the_recipes_hold_every_kind_of_source(demo: tuple[Path, str]) -> None:
+    kinds = {
+        recipe.stem: {
+            "adapter"
+            if (demo[0] / recipe.parent.relative_to(ROOT) / source / "adapter_config.json").exists()
+            else "full"
+            for source in yaml.safe_load(recipe.read_text())["sources"]
+        }
+        for recipe in RECIPES
+    }
+    assert kinds == {"full": {"full"}, "lora": {"adapter"}, "mixed": {"full", "adapter"}, "paper": {"full"}}
+
+
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    notebook = nbformat.read(ROOT / "notebooks/quick_start.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "outputs are not kept under version control"
+    assert "colab-badge.svg" in notebook.cells[0].source
+    kernel = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute(env=kernel)
+    last = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
+    assert "'score'" in last.outputs[-1]["data"]["text/plain"]
+    assert (tmp_path / "merged/model.safetensors").exists()
+
+
+def test_the_readmes_python_uses_public_names_only() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        compile(block, "README.md", "exec")
+        for names in re.findall(r"^from grasp_hf import (.*)$", block, flags=re.MULTILINE):
+            assert set(names.split(", ")) <= set(grasp_hf.__all__)
+
+
+def test_the_readmes_recipe_is_a_recipe() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    recipe = Recipe.from_dict(yaml.safe_load(block))
+    assert recipe.config.training_arguments == {"learning_rate": 2.0e-5}
+
+
+def test_the_readmes_commands_are_the_ones_that_are_checked() -> None:
+    commands = re.findall(
+        r"^python -m pip install -c .ci/constraints.txt -e '.\[(\w+)\]' && (.*)$", README, re.MULTILINE
+    )
+    assert commands == [("demo", "grasp-hf demo"), ("test", "python -m pytest")]
