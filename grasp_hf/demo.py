@@ -52,7 +52,7 @@ def run_demo(directory: Path, *, seed: int = 0) -> str:
         rate = recipe.config.training_arguments["learning_rate"]
         paper = GraspConfig.paper(seed=seed, training_arguments={"learning_rate": rate})
         logger.info("\npublished method (arXiv:2606.14900) with the same labels, steps and learning rate")
-        published = ("published method", _accuracy(recipe.locate("base"), paper, sources, data))
+        published = ("published method, from the base", _accuracy(recipe.locate("base"), paper, sources, data))
         scores = [*alone, *_fine_tuning_alone(recipe, sources, data), published, ours]
     minutes = (time.perf_counter() - began) / 60
     return f"\n{_table(scores, data)}\n\n{_verdict(scores, data)}\n{directory / 'merged'} holds the merged model ({minutes:.1f} min)."

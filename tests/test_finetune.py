@@ -112,7 +112,7 @@ def test_mixed_precision_leaves_no_autocast_on_the_model(tmp_path: Path) -> None
 def test_unknown_training_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="training_arguments.learning_rat: unknown key, did you mean learning_rate"):
         tuned(tiny_model("vit"), tmp_path, learning_rat=0.1)
-    with pytest.raises(ConfigError, match="training_arguments: .*save_strategi.*sometimes"):
+    with pytest.raises(ConfigError, match="training_arguments: sometimes is not a valid SaveStrategy"):
         tuned(tiny_model("vit"), tmp_path, save_strategy="sometimes")
 
 
