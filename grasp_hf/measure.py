@@ -1,7 +1,10 @@
 """What the user's data says of a source: the cosine of gradients, or the coefficients that lower the loss."""
 
 import math
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +17,34 @@ from .batches import Batch, Collator, check_dataset, keeping_model_columns, samp
 from .config import GraspConfig
 from .errors import NonFiniteError
 from .gradients import gradient_pass, preserved_state
+from .mapped import MappedTensors
 from .matching import Unit, movable_tensors, partition
-from .transfer import interpolate, overwrite_, placed
+from .transfer import interpolate_, overwrite_, placed
 
 Scores = dict[str, float | None]
+
+
+class Scratch:
+    """The files of one step: the target as it was at its start, and room for one set of its gradients.
+
+    Args:
+        directory: Where the files are made.
+        tensors: The target's tensors, copied to a file now.
+
+    Attributes:
+        directory: See above.
+        start: The target's tensors as they were.
+    """
+
+    def __init__(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+        self.directory = directory
+        self.start = MappedTensors.copy_of(directory / "start", tensors)
+        self._parameters = {name: t for name, t in tensors.items() if isinstance(t, torch.nn.Parameter)}
+
+    @cached_property
+    def gradients(self) -> MappedTensors:
+        """Room for the gradient of each parameter; the file is made when it is first needed."""
+        return MappedTensors(self.directory / "gradients", self._parameters)
 
 
 class UnitProducts:
@@ -61,15 +88,16 @@ def unit_cosines(
     batches: Iterable[Batch],
     accelerator: Accelerator,
     *,
+    scratch: Scratch,
     seed: int,
     published: bool = False,
 ) -> Scores:
     """Return the gradient cosine of target and source per unit, the mean over `batches`; `None` where undefined.
 
-    For each batch the target's gradient is stored (one set), the source's values take the place of the target's, and
-    each of the source's gradients meets the stored one and both are freed. The mean of the cosines of single batches
-    needs no second gradient set, and is 1 for a model compared with itself. It is not the cosine of the summed
-    gradients: the noise of a batch is shared by both models and pulls it up.
+    For each batch the target's gradient is stored in a file (one set, no private memory), the source's values take the
+    place of the target's, and each of the source's gradients meets the stored one and is freed. The mean of the cosines
+    of single batches needs no second gradient set, and is 1 for a model compared with itself. It is not the cosine of
+    the summed gradients: the noise of a batch is shared by both models and pulls it up.
 
     With `published` the target is in train mode, its dropout drawn from `seed`, and its batch statistics change; the
     denominator has 1e-8 added.
@@ -80,18 +108,21 @@ def unit_cosines(
     with preserved_state(target), torch.random.fork_rng():
         torch.manual_seed(seed)
         for batch in batches:
-            stored: dict[str, Tensor] = {}
-            target.train(published)
-            gradient_pass(target, batch, accelerator, stored.__setitem__)
+            stored: set[str] = set()
             products = UnitProducts(units)
 
-            def meet(name: str, gradient: Tensor, products: UnitProducts = products, stored: dict = stored) -> None:
-                other = stored.pop(name, None)
-                if other is not None and name in products:
-                    products.add(name, gradient, other)
+            def store(name: str, gradient: Tensor, stored: set[str] = stored) -> None:
+                scratch.gradients[name].copy_(gradient)
+                stored.add(name)
 
+            def meet(name: str, gradient: Tensor, products: UnitProducts = products, stored: set = stored) -> None:
+                if name in stored and name in products:
+                    products.add(name, gradient, scratch.gradients[name].to(gradient.device))
+
+            target.train(published)
+            gradient_pass(target, batch, accelerator, store)
             target.eval()
-            with placed(tensors, source_values):
+            with placed(tensors, source_values, scratch.start):
                 gradient_pass(target, batch, accelerator, meet)
             for name, sums in products.sums().items():
                 scores[name].append(None if sums is None else cosine(*sums, epsilon=epsilon))
@@ -105,13 +136,15 @@ def learned_coefficients(
     batches: Iterable[Batch],
     accelerator: Accelerator,
     *,
+    scratch: Scratch,
     lr: float,
 ) -> tuple[dict[str, float], Scores]:
     """Learn how far each unit should move towards the source, by descent on the loss of the blended model.
 
     The weights are `W_u = T_u + c_u (S_u - T_u)`, with statistics blended alike; after each batch every `c_u` makes
     one step of projected Adam along `dL/dc_u = <dL/dW_u, S_u - T_u>`. The inner product is taken in the gradient hook
-    and the gradient freed, so no gradient is stored. The model is in eval mode and comes back unchanged.
+    and the gradient freed, so no gradient is stored; `W` is written where `T` was, and `T` is read from its file. The
+    model is in eval mode and comes back unchanged.
 
     Returns:
         The coefficients in [0, 1] per unit, and scores in [-1, 1]: the cosine between the way to the source and the
@@ -120,40 +153,45 @@ def learned_coefficients(
     tensors = movable_tensors(target)
     descent = CoefficientDescent(len(units), lr)
     scores: dict[str, list[float | None]] = {unit.name: [] for unit in units}
-    start = {name: tensors[name].data for unit in units for name in unit.tensors}
+    moved: set[str] = set()
     with preserved_state(target):
         target.eval()
-        for batch in batches:
-            coefficients = dict(zip(scores, descent.values, strict=True))
-            products = UnitProducts(units)
+        try:
+            for batch in batches:
+                coefficients = dict(zip(scores, descent.values, strict=True))
+                moving = [unit for unit in units if coefficients[unit.name] > 0 or unit.name in moved]
+                blend_(tensors, scratch.start, source_values, moving, coefficients)
+                moved |= {unit.name for unit in moving}
+                products = UnitProducts(units)
 
-            def meet(name: str, gradient: Tensor, products: UnitProducts = products) -> None:
-                if name in products:
-                    way = source_values[name].to(gradient.device, gradient.dtype) - start[name]
-                    products.add(name, -gradient, way)
+                def meet(name: str, gradient: Tensor, products: UnitProducts = products) -> None:
+                    if name in products:
+                        device, dtype = gradient.device, gradient.dtype
+                        way = source_values[name].to(device, dtype) - scratch.start[name].to(device)
+                        products.add(name, -gradient, way)
 
-            with placed(tensors, blended(start, source_values, units, coefficients)):
                 gradient_pass(target, batch, accelerator, meet)
-            sums = products.sums()
-            descent.step([-row[0] if row else 0.0 for row in sums.values()])
-            for name, row in sums.items():
-                scores[name].append(cosine(*row) if row else None)
+                sums = products.sums()
+                descent.step([-row[0] if row else 0.0 for row in sums.values()])
+                for name, row in sums.items():
+                    scores[name].append(cosine(*row) if row else None)
+        finally:
+            overwrite_(tensors, {n: scratch.start[n] for unit in units if unit.name in moved for n in unit.tensors})
     coefficients = dict(zip(scores, descent.values, strict=True))
     return coefficients, {name: mean_defined(values) for name, values in scores.items()}
 
 
-def blended(
+def blend_(
+    tensors: Mapping[str, Tensor],
     start: Mapping[str, Tensor],
     source_values: Mapping[str, Tensor],
     units: Sequence[Unit],
     coefficients: Mapping[str, float],
-) -> dict[str, Tensor]:
-    """Return the tensors of all units, each as far from `start` towards the source as its unit's coefficient says."""
-    return {
-        name: interpolate(start[name], source_values[name], coefficients[unit.name])
-        for unit in units
-        for name in unit.tensors
-    }
+) -> None:
+    """Change the tensors of `units` in place: as far from `start` towards the source as each unit's coefficient says."""
+    for unit in units:
+        for name in unit.tensors:
+            interpolate_(tensors[name], start[name], source_values[name], coefficients[unit.name])
 
 
 def gradient_alignment(
@@ -186,20 +224,21 @@ def gradient_alignment(
     accelerator = Accelerator()
     collator = keeping_model_columns(target, data_collator)
     batches = sample_batches(dataset, collator, accelerator, config, seed=config.seed)
-    with preserved_state(target):
+    with tempfile.TemporaryDirectory(prefix="grasp_hf-") as directory, preserved_state(target):
         target.to(accelerator.device)
         tensors = movable_tensors(target)
-        statistics = {name: t.clone() for name, t in tensors.items() if not isinstance(t, torch.nn.Parameter)}
+        scratch = Scratch(Path(directory), tensors)
         try:
-            units = partition(target, config.unit)
             return unit_cosines(
                 target,
                 movable_tensors(source),
-                units,
+                partition(target, config.unit),
                 batches,
                 accelerator,
+                scratch=scratch,
                 seed=config.seed,
                 published=config.published,
             )
         finally:
-            overwrite_(tensors, statistics)
+            statistics = {name for name, tensor in tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
+            overwrite_(tensors, {name: scratch.start[name] for name in statistics})

@@ -3,16 +3,15 @@
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,10 +25,10 @@ from .finetune import finetune_
 from .gradients import preserved_state
 from .loading import LoadedSource, load_processing_class, load_source, load_target, quiet_transformers
 from .matching import Unit, movable_tensors, partition
-from .measure import Scores, blended, learned_coefficients, unit_cosines
+from .measure import Scores, Scratch, blend_, learned_coefficients, unit_cosines
 from .report import Decision, Evaluation, MergeReport, StepReport, UnitReport
 from .sources import Source, SourceRef
-from .transfer import overwrite_, place_
+from .transfer import overwrite_
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +71,15 @@ def merge_pretrained(
     merger = GraspMerger.from_pretrained(base_model, config=config, **from_pretrained_kwargs)
     merger.merge(sources, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator)
     return merger.model
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What the model learns from, what it is judged by, and how batches are made of both."""
+
+    train: Any
+    held_out: Any
+    collator: Collator
 
 
 class GraspMerger:
@@ -176,15 +184,14 @@ class GraspMerger:
             GraspError: With the number and name of the source that it happened at.
         """
         if not self._initially_finetuned:
-            with self._step(train_dataset, eval_dataset, data_collator) as (collator, directory):
-                epochs = self.config.initial_epochs
-                self._finetune(train_dataset, eval_dataset, collator, epochs, self.config.seed, directory)
-                self.report.start = self._evaluate(eval_dataset, collator)
+            with self._step(train_dataset, eval_dataset, data_collator) as (data, scratch):
+                self._finetune(data, self.config.initial_epochs, self.config.seed, scratch)
+                self.report.start = self._evaluate(data.held_out, data.collator)
             self._initially_finetuned = True
-        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
+        arguments = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
         for number, source in enumerate(sources, start=1):
             try:
-                step = self.merge_source(source, token=token, **data)
+                step = self.merge_source(source, token=token, **arguments)
             except GraspError as error:
                 raise type(error)(f"while merging source {number}/{len(sources)} '{source}': {error}") from error
             logger.info("%d/%d %s", number, len(sources), step.line())
@@ -209,102 +216,100 @@ class GraspMerger:
         """
         began = time.perf_counter()
         seed = self.config.seed + len(self.report.steps) + 1
-        with self._step(train_dataset, eval_dataset, data_collator) as (collator, directory):
+        with self._step(train_dataset, eval_dataset, data_collator) as (data, scratch):
             located = hub.locate(source, token=token)
             loaded = load_source(located, self.model, base=self.base, keep_head=self.config.head == "keep")
-            before = self._evaluate(eval_dataset, collator)
+            before = self._evaluate(data.held_out, data.collator)
             step = StepReport(str(located.ref), located.sha, located.kind, True, [], 0, before, {}, {}, 0, 0.0)
-            batches = sample_batches(train_dataset, collator, self._accelerator, self.config, seed=seed)
-            self._transfer(loaded, step, batches, lambda: self._evaluate(eval_dataset, collator), seed)
+            self._transfer(loaded, step, data, scratch, seed)
             del loaded
-            self._finetune(train_dataset, eval_dataset, collator, self.config.finetune_epochs, seed, directory)
-            step.after = self._evaluate(eval_dataset, collator)
+            self._finetune(data, self.config.finetune_epochs, seed, scratch)
+            step.after = self._evaluate(data.held_out, data.collator)
         step.num_bytes = located.num_bytes
         step.seconds = time.perf_counter() - began
         self.report.steps.append(step)
         self.report.data = {"train": _described(train_dataset), "eval": _described(eval_dataset)}
         return step
 
-    def _transfer(
-        self,
-        loaded: LoadedSource,
-        step: StepReport,
-        batches: Iterable[Batch],
-        held_out: Callable[[], Evaluation],
-        seed: int,
-    ) -> None:
+    def _transfer(self, loaded: LoadedSource, step: StepReport, data: "_Data", scratch: Scratch, seed: int) -> None:
         """Measure the source, move what the evidence says, and take it back if the held-out loss says so."""
         every_unit = partition(self.model, self.config.unit)
         units = [unit for unit in every_unit if loaded.candidates.issuperset(unit.tensors)]
         step.other_units = len(every_unit) - len(units)
-        progress = tqdm(
-            batches, desc=f"measuring {step.source}", total=self.config.num_batches, leave=False, disable=None
+        batches = tqdm(
+            sample_batches(data.train, data.collator, self._accelerator, self.config, seed=seed),
+            desc=f"measuring {step.name}",
+            total=self.config.num_batches,
+            leave=False,
+            disable=None,
         )
-        coefficients, scores = self._measure(loaded, units, progress, seed)
+        coefficients, scores = self._measure(loaded, units, batches, scratch, seed)
         moving = [unit for unit in units if coefficients[unit.name] > 0]
         tensors = movable_tensors(self.model)
-        start = {name: tensors[name].data for unit in moving for name in unit.tensors}
-        values = blended(start, movable_tensors(loaded.model), moving, coefficients)
-        kept = place_(tensors, values)
-        try:
-            step.after_transfer = held_out()
-        finally:
-            place_(tensors, kept)
+        blend_(tensors, scratch.start, movable_tensors(loaded.model), moving, coefficients)
+        step.after_transfer = self._evaluate(data.held_out, data.collator)
         if self.config.gate and step.before and moving:
             step.accepted = step.after_transfer["loss"] <= step.before["loss"]
-        if step.accepted:
-            overwrite_(tensors, values)
+        if not step.accepted:
+            overwrite_(tensors, {name: scratch.start[name] for unit in moving for name in unit.tensors})
         step.units = _unit_reports(units, tensors, coefficients, scores, step.accepted)
 
     def _measure(
-        self, loaded: LoadedSource, units: Sequence[Unit], batches: Iterable[Batch], seed: int
+        self, loaded: LoadedSource, units: Sequence[Unit], batches: Iterable[Batch], scratch: Scratch, seed: int
     ) -> tuple[dict[str, float], Scores]:
         """Return the coefficient (0 is staying, 1 is copying) and the score of each unit."""
-        source_values = movable_tensors(loaded.model)
-        if self.config.method == "blend":
+        config, source_values = self.config, movable_tensors(loaded.model)
+        if config.method == "blend":
             return learned_coefficients(
-                self.model, source_values, units, batches, self._accelerator, lr=self.config.coefficient_lr
+                self.model, source_values, units, batches, self._accelerator, scratch=scratch, lr=config.coefficient_lr
             )
         own = {name: value for name, value in source_values.items() if name in loaded.own}
         scores = unit_cosines(
-            self.model, own, units, batches, self._accelerator, seed=seed, published=self.config.published
+            self.model, own, units, batches, self._accelerator, scratch=scratch, seed=seed, published=config.published
         )
-        above = {name for name, score in scores.items() if score is not None and score > self.config.threshold}
+        above = {name for name, score in scores.items() if score is not None and score > config.threshold}
         return {unit.name: float(unit.name in above) for unit in units}, scores
 
     @contextmanager
     def _step(
         self, train_dataset: Any, eval_dataset: Any, data_collator: Collator | None
-    ) -> Iterator[tuple[Collator, Path]]:
+    ) -> Iterator[tuple["_Data", Scratch]]:
         """Check the data, bring the model to the accelerator, and put everything back if the block raises."""
         check_dataset(train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
+        data = _Data(train_dataset, eval_dataset, self._collator(data_collator))
         with tempfile.TemporaryDirectory(prefix="grasp_hf-") as name, preserved_state(self.model):
-            snapshot = Path(name, "before.safetensors")
-            save_file({key: value.contiguous() for key, value in movable_tensors(self.model).items()}, snapshot)
             self.model.to(self._accelerator.device)
-            collator = self._collator(data_collator)
+            scratch = Scratch(Path(name), movable_tensors(self.model))
             try:
-                self._check_loss(train_dataset, collator)
-                yield collator, Path(name)
+                self._check_loss(data)
+                yield data, scratch
             except BaseException:
-                overwrite_(movable_tensors(self.model), load_file(snapshot))
+                overwrite_(movable_tensors(self.model), scratch.start)
                 raise
 
-    def _finetune(
-        self, train: Any, held_out: Any, collator: Collator, epochs: float, seed: int, directory: Path
-    ) -> None:
-        finetune_(self.model, train, held_out, collator, self.config, epochs=epochs, seed=seed, directory=directory)
+    def _finetune(self, data: "_Data", epochs: float, seed: int, scratch: Scratch) -> None:
+        finetune_(
+            self.model,
+            data.train,
+            data.held_out,
+            data.collator,
+            self.config,
+            epochs=epochs,
+            seed=seed,
+            directory=scratch.directory,
+        )
 
     def _collator(self, data_collator: Collator | None) -> Collator:
         if data_collator is None and isinstance(self.processing_class, PreTrainedTokenizerBase):
             data_collator = DataCollatorWithPadding(self.processing_class)
         return keeping_model_columns(self.model, data_collator)
 
-    def _check_loss(self, dataset: Any, collator: Collator) -> None:
+    def _check_loss(self, data: "_Data") -> None:
         """Raise where the model makes no finite loss of a batch; the Trainer would, but in its own words and later."""
-        batch = next(sample_batches(dataset, collator, self._accelerator, self.config, seed=self.config.seed))
+        config = self.config
+        batch = next(sample_batches(data.train, data.collator, self._accelerator, config, seed=config.seed))
         with torch.no_grad(), preserved_state(self.model):
             self.model.eval()
             batch_loss(self.model, batch)

@@ -4,31 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
-
-
-def place_(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Change `tensors` in place to hold the storage of `values`, and return what they held.
-
-    Nothing is copied where device and dtype agree: only pointers move, so `place_(tensors, kept)` undoes it bit for
-    bit and at no cost.
-    """
-    kept = {}
-    for name, value in values.items():
-        tensor = tensors[name]
-        kept[name] = tensor.data
-        tensor.data = value.detach().to(tensor.device, tensor.dtype)
-    return kept
-
-
-@contextmanager
-def placed(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let `tensors` hold `values` inside the `with` block and what they held before after it, whatever happens."""
-    kept = place_(tensors, values)
-    try:
-        yield
-    finally:
-        place_(tensors, kept)
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -38,14 +14,44 @@ def overwrite_(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> N
         tensors[name].data.copy_(value)
 
 
-def interpolate(start: Tensor, end: Tensor, coefficient: float) -> Tensor:
-    """Return `start + coefficient * (end - start)` in the dtype and on the device of `start`.
+@torch.no_grad()
+def interpolate_(tensor: Tensor, start: Tensor, end: Tensor, coefficient: float) -> None:
+    """Change `tensor` in place to `start + coefficient * (end - start)`, exactly an end for 0 and for 1.
 
-    A coefficient of 0 returns `start` itself. Integer tensors (such as the batch count of a BatchNorm) have no point
-    in between: they are `end` for a coefficient of at least one half.
+    Integer tensors (such as the batch count of a BatchNorm) have no point in between: they are `end` for a coefficient
+    of at least one half.
     """
-    if coefficient == 0:
-        return start
-    if not start.is_floating_point():
-        return end.to(start.device, start.dtype) if coefficient >= 0.5 else start
-    return torch.lerp(start, end.to(start.device, start.dtype), coefficient)
+    if coefficient == 0 or (coefficient < 0.5 and not tensor.is_floating_point()):
+        tensor.data.copy_(start)
+    elif coefficient == 1 or not tensor.is_floating_point():
+        tensor.data.copy_(end)
+    else:
+        device, dtype = tensor.device, tensor.dtype
+        torch.lerp(start.to(device, dtype), end.to(device, dtype), coefficient, out=tensor.data)
+
+
+@contextmanager
+def placed(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let `tensors` hold `values` inside the block, and after it what they held before, whatever happens.
+
+    Where device and dtype agree only pointers move, which costs nothing and is undone bit for bit. A parameter on
+    another device or in another dtype is overwritten, so that there is never room for two, and comes back from `start`,
+    which must hold what it held. Buffers are small; they keep their storage, and what measuring has made of it.
+    """
+    kept: dict[str, Tensor] = {}
+    overwritten = []
+    try:
+        for name, value in values.items():
+            tensor = tensors[name]
+            same = value.device == tensor.device and value.dtype == tensor.dtype
+            if same or not isinstance(tensor, nn.Parameter):
+                kept[name] = tensor.data
+                tensor.data = value.detach().to(tensor.device, tensor.dtype)
+            else:
+                overwritten.append(name)
+                overwrite_(tensors, {name: value})
+        yield
+    finally:
+        for name, data in kept.items():
+            tensors[name].data = data
+        overwrite_(tensors, {name: start[name] for name in overwritten})

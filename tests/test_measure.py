@@ -1,5 +1,7 @@
 """Scores and coefficients on real models, against plain autograd and finite differences."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,7 @@ from accelerate import Accelerator
 from grasp_hf import GraspConfig, gradient_alignment
 from grasp_hf.errors import DataError, NonFiniteError
 from grasp_hf.matching import movable_tensors, partition
-from grasp_hf.measure import blended, learned_coefficients
-from grasp_hf.transfer import placed
+from grasp_hf.measure import Scratch, learned_coefficients
 from tests.models import KINDS, LABELS, perturbed, tiny_data, tiny_model
 
 CONFIG = GraspConfig(num_batches=3, batch_size=8)
@@ -76,27 +77,38 @@ def test_a_unit_without_gradient_is_undefined() -> None:
     assert scores["classifier"] == pytest.approx(1.0)
 
 
-def measured(kind: str, lr: float, batches: int) -> tuple[Any, Any, Any, Any, Any]:
+def measured(kind: str, lr: float, batches: int, directory: Path) -> tuple[Any, Any, Any, Any, Any]:
     target, source = perturbed(tiny_model(kind), 1).eval(), perturbed(tiny_model(kind), 2)
     units, batch = partition(target, "module"), tiny_data(kind, 12)[:12]
-    found = learned_coefficients(target, movable_tensors(source), units, [batch] * batches, Accelerator(), lr=lr)
+    scratch = Scratch(directory, movable_tensors(target))
+    found = learned_coefficients(
+        target, movable_tensors(source), units, [batch] * batches, Accelerator(), scratch=scratch, lr=lr
+    )
     return target, source, units, batch, found
 
 
+def blended(target: Any, source: Any, units: Any, coefficients: dict[str, float], *, statistics: bool) -> Any:
+    """A copy of `target` moved towards `source`, by the textbook."""
+    model, ends = copy.deepcopy(target), movable_tensors(source)
+    tensors, parameters = movable_tensors(model), dict(model.named_parameters())
+    with torch.no_grad():
+        for unit in units:
+            for name in unit.tensors:
+                if tensors[name].is_floating_point() and (statistics or name in parameters):
+                    tensors[name].add_(coefficients.get(unit.name, 0.0) * (ends[name] - tensors[name]))
+    return model
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_sign_of_the_first_step_is_that_of_the_finite_difference(kind: str) -> None:
-    target, source, units, batch, (coefficients, _) = measured(kind, lr=0.05, batches=1)
-    tensors, values = movable_tensors(target), movable_tensors(source)
-    start = {name: tensor.data for name, tensor in tensors.items()}
-    parameters = dict(target.named_parameters())
+def test_the_sign_of_the_first_step_is_that_of_the_finite_difference(kind: str, tmp_path: Path) -> None:
+    target, source, units, batch, (coefficients, _) = measured(kind, lr=0.05, batches=1, directory=tmp_path)
+    checked = 0
     with torch.no_grad():
         base = float(target(**batch).loss)
-        checked = 0
         for unit in units:
             # Statistics have no gradient: the slope is that of the parameters alone.
-            moved = blended(start, values, [unit], {unit.name: 1e-2})
-            with placed(tensors, {name: value for name, value in moved.items() if name in parameters}):
-                difference = float(target(**batch).loss) - base
+            moved = blended(target, source, [unit], {unit.name: 1e-2}, statistics=False)
+            difference = float(moved(**batch).loss) - base
             if abs(difference) > 1e-5:
                 checked += 1
                 assert (coefficients[unit.name] > 0) == (difference < 0), unit.name
@@ -104,17 +116,35 @@ def test_the_sign_of_the_first_step_is_that_of_the_finite_difference(kind: str) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_learned_coefficients_lower_the_loss_and_leave_the_model_alone(kind: str) -> None:
-    target, source, units, batch, (coefficients, scores) = measured(kind, lr=0.05, batches=8)
+def test_learned_coefficients_lower_the_loss_and_leave_the_model_alone(kind: str, tmp_path: Path) -> None:
+    before = state_of(perturbed(tiny_model(kind), 1))
+    target, source, units, batch, (coefficients, scores) = measured(kind, lr=0.05, batches=8, directory=tmp_path)
     assert all(0 <= value <= 1 for value in coefficients.values()) and any(coefficients.values())
     assert all(score is None or -1 - 1e-6 <= score <= 1 + 1e-6 for score in scores.values())
-    tensors = movable_tensors(target)
-    start = {name: tensor.data for name, tensor in tensors.items()}
     with torch.no_grad():
-        before = float(target(**batch).loss)
-        with placed(tensors, blended(start, movable_tensors(source), units, coefficients)):
-            assert float(target(**batch).loss) < before
-        assert float(target(**batch).loss) == before
+        after = blended(target, source, units, coefficients, statistics=True)
+        assert float(after(**batch).loss) < float(target(**batch).loss)
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_failing_measurement_leaves_the_model_alone(tmp_path: Path) -> None:
+    target, source = tiny_model("vit"), perturbed(tiny_model("vit"), 2)
+    before, batch = state_of(target), tiny_data("vit", 12)[:12]
+    scratch = Scratch(tmp_path, movable_tensors(target))
+    batches = iter([batch, batch, {"pixel_values": batch["pixel_values"]}])
+    with pytest.raises(DataError, match="returned no loss"):
+        learned_coefficients(
+            target,
+            movable_tensors(source),
+            partition(target, "module"),
+            batches,
+            Accelerator(),
+            scratch=scratch,
+            lr=0.5,
+        )
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_batches_without_labels_are_refused() -> None:

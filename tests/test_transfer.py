@@ -1,36 +1,49 @@
 """Placing, interpolating and scoring tensors, against closed forms."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from grasp_hf.alignment import CoefficientDescent, cosine, inner_product, mean_defined
-from grasp_hf.transfer import interpolate, overwrite_, place_, placed
+from grasp_hf.mapped import MappedTensors
+from grasp_hf.transfer import interpolate_, overwrite_, placed
 
 
-def test_place_moves_pointers_and_undoes_bit_for_bit() -> None:
+def test_placing_moves_pointers_and_is_undone_bit_for_bit() -> None:
     weight, value = torch.nn.Parameter(torch.randn(3)), torch.randn(3)
     before, storage = weight.detach().clone(), weight.data_ptr()
-    kept = place_({"w": weight}, {"w": value})
-    assert weight.data_ptr() == value.data_ptr()
-    place_({"w": weight}, kept)
+    with placed({"w": weight}, {"w": value}, {}):
+        assert weight.data_ptr() == value.data_ptr()
     assert weight.data_ptr() == storage
     assert torch.equal(weight.detach(), before)
 
 
 def test_placed_restores_when_the_block_raises() -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
-    with pytest.raises(KeyError, match="inside"), placed({"w": weight}, {"w": torch.ones(2)}):
+    with pytest.raises(KeyError, match="inside"), placed({"w": weight}, {"w": torch.ones(2)}, {}):
         assert weight.tolist() == [1, 1]
         raise KeyError("inside")
     assert weight.tolist() == [0, 0]
 
 
-def test_placed_keeps_the_dtype_of_the_target() -> None:
+def test_a_parameter_of_another_dtype_is_overwritten_and_comes_back_from_the_start() -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
-    with placed({"w": weight}, {"w": torch.ones(2, dtype=torch.bfloat16)}):
+    start, storage = {"w": weight.detach().clone()}, weight.data_ptr()
+    with placed({"w": weight}, {"w": torch.ones(2, dtype=torch.bfloat16)}, start):
         assert weight.dtype == torch.float32
+        assert weight.data_ptr() == storage
+        assert weight.tolist() == [1, 1]
+    assert weight.tolist() == [0, 0]
+
+
+def test_a_buffer_keeps_what_measuring_made_of_it() -> None:
+    buffer = torch.zeros(2)
+    with placed({"b": buffer}, {"b": torch.ones(2, dtype=torch.bfloat16)}, {}):
+        buffer.add_(5)
+        assert buffer.tolist() == [6, 6]
+    assert buffer.tolist() == [0, 0]
 
 
 def test_overwrite_uses_the_targets_own_storage() -> None:
@@ -42,12 +55,33 @@ def test_overwrite_uses_the_targets_own_storage() -> None:
 
 
 def test_interpolate() -> None:
-    start, end = torch.tensor([0.0, 2.0]), torch.tensor([4.0, 2.0])
-    assert interpolate(start, end, 0.25).tolist() == [1.0, 2.0]
-    assert interpolate(start, end, 0) is start
-    count, other = torch.tensor(3), torch.tensor(9)
-    assert int(interpolate(count, other, 0.4)) == 3
-    assert int(interpolate(count, other, 0.5)) == 9
+    start, end, tensor = torch.tensor([0.0, 2.0]), torch.tensor([4.0, 2.0]), torch.empty(2)
+    interpolate_(tensor, start, end, 0.25)
+    assert tensor.tolist() == [1.0, 2.0]
+    for coefficient, expected in ((0.0, start), (1.0, end)):
+        interpolate_(tensor, start, end, coefficient)
+        assert torch.equal(tensor, expected)
+    count = torch.tensor(0)
+    for coefficient, expected_count in ((0.4, 3), (0.5, 9), (1.0, 9)):
+        interpolate_(count, torch.tensor(3), torch.tensor(9), coefficient)
+        assert int(count) == expected_count
+
+
+def test_mapped_tensors_live_in_their_file(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 5), "b": torch.tensor(7), "c": torch.randn(4).bfloat16(), "d": torch.empty(0)}
+    mapped = MappedTensors.copy_of(tmp_path / "file", tensors)
+    assert list(mapped) == list(tensors) and len(mapped) == 4
+    for name, tensor in tensors.items():
+        assert mapped[name].dtype == tensor.dtype and torch.equal(mapped[name], tensor)
+    mapped["a"].fill_(1.5)
+    again = torch.from_file(str(tmp_path / "file"), size=15, dtype=torch.float32)
+    assert again.tolist() == [1.5] * 15
+    assert f"{tmp_path}/file" in Path("/proc/self/maps").read_text()
+
+
+def test_a_disk_without_room_is_an_error_when_the_file_is_made(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left on device|File too large"):
+        MappedTensors(tmp_path / "file", {"a": torch.empty(2**48, device="meta")})
 
 
 def test_inner_product_is_computed_in_float32() -> None:

@@ -1,0 +1,61 @@
+"""Tensors that live in a file: pages of the system's cache, which it can write out, and no private memory."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes
+
+
+class MappedTensors(Mapping[str, Tensor]):
+    """Room for tensors in one new file, mapped into memory and shared with it.
+
+    Writing to a tensor writes to the file. The space is taken when the file is made, so a full disk is an `OSError`
+    then and not a crash later.
+
+    Args:
+        path: The file; an existing one is overwritten.
+        like: Tensors whose names, shapes and dtypes the new ones have; nothing is copied.
+
+    Raises:
+        OSError: There is no room for the file.
+    """
+
+    def __init__(self, path: Path, like: Mapping[str, Tensor]) -> None:
+        offsets, size = {}, 0
+        for name, tensor in like.items():
+            offsets[name] = size
+            size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+        with open(path, "wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(size, 1))
+            else:  # macOS has no such call; a full disk is then noticed late
+                file.truncate(max(size, 1))
+        memory = torch.from_file(str(path), shared=True, size=max(size, 1), dtype=torch.uint8)
+        self._tensors = {
+            name: memory[offset : offset + like[name].numel() * like[name].element_size()]
+            .view(like[name].dtype)
+            .view(like[name].shape)
+            for name, offset in offsets.items()
+        }
+
+    @classmethod
+    @torch.no_grad()
+    def copy_of(cls, path: Path, tensors: Mapping[str, Tensor]) -> "MappedTensors":
+        """Write `tensors`, from any device, to a new file at `path`, one after the other."""
+        mapped = cls(path, tensors)
+        for name, tensor in tensors.items():
+            mapped[name].copy_(tensor)
+        return mapped
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
