@@ -98,12 +98,27 @@ def grasp_hf_copy_alignment(folder: Path) -> None:
     grasp_hf_alignment(folder, method="copy")
 
 
-def grasp_hf_run(folder: Path) -> None:
+def grasp_hf_run(folder: Path, **training_arguments: Any) -> None:
     """Merge two sources, fine-tuning for two epochs before the first and after each, with `grasp_hf`."""
-    config = GraspConfig(batch_size=2, num_batches=4, initial_epochs=2, finetune_epochs=2)
+    config = GraspConfig(
+        batch_size=2, num_batches=4, initial_epochs=2, finetune_epochs=2, training_arguments=training_arguments
+    )
     merger = GraspMerger(load_private(folder / "target"), config)
     source = str(folder / "source")
     merger.merge([source, source], train_dataset=make_examples(6), eval_dataset=make_examples(2))
+
+
+def grasp_hf_adafactor(folder: Path) -> None:
+    """Do the same with Adafactor instead of AdamW."""
+    grasp_hf_run(folder, optim="adafactor")
+
+
+def grasp_hf_many(folder: Path, sources: int) -> None:
+    """Measure and transfer `sources` sources in a row."""
+    settings: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "batch_size": 2, "num_batches": 2}
+    merger = GraspMerger(load_private(folder / "target"), GraspConfig(**settings))
+    source = str(folder / "source")
+    merger.merge([source] * sources, train_dataset=make_examples(6), eval_dataset=make_examples(2))
 
 
 MEASUREMENTS: dict[str, Callable[[Path], None]] = {
@@ -113,6 +128,9 @@ MEASUREMENTS: dict[str, Callable[[Path], None]] = {
     "grasp_hf alignment": grasp_hf_alignment,
     "grasp_hf copy alignment": grasp_hf_copy_alignment,
     "grasp_hf run of 2": grasp_hf_run,
+    "grasp_hf run, Adafactor": grasp_hf_adafactor,
+    "grasp_hf 2 sources": lambda folder: grasp_hf_many(folder, 2),
+    "grasp_hf 32 sources": lambda folder: grasp_hf_many(folder, 32),
 }
 
 
