@@ -1,7 +1,7 @@
 """PEFT adapters as sources: what they say of themselves, and what they make of their base model."""
 
-import os
 from json import JSONDecodeError
+from pathlib import Path
 
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -27,7 +27,7 @@ def load_adapter_config(source: Source) -> PeftConfig:
         raise IncompatibleSourceError(message) from error
 
 
-def adapter_problems(config: PeftConfig, base: Source | None) -> list[str]:
+def adapter_problems(config: PeftConfig, adapter: Source, base: Source | None) -> list[str]:
     """List what an adapter's config alone says against applying it to `base`."""
     problems = []
     kind = PeftType(config.peft_type)
@@ -40,11 +40,20 @@ def adapter_problems(config: PeftConfig, base: Source | None) -> list[str]:
             f"it is an adapter of '{named}', but where the target started is not known; load the target with "
             "GraspMerger.from_pretrained"
         )
-    elif not (named == base.ref.name or (os.path.isdir(named) and os.path.samefile(named, base.folder))):
-        problems.append(f"it is an adapter of '{named}', expected an adapter of '{base.ref.name}'")
+    elif named != base.ref.name and not _is_folder(named, adapter, base):
+        problems.append(
+            f"it is an adapter of '{named}', expected an adapter of '{base.ref.name}'; if they are the same, name it so "
+            "in base_model_name_or_path of adapter_config.json"
+        )
     elif config.revision and base.sha and not _is_commit(named, config.revision, base):
         problems.append(f"it is an adapter of '{named}' at revision '{config.revision}', expected '{base.ref}'")
     return problems
+
+
+def _is_folder(name: str, adapter: Source, base: Source) -> bool:
+    """Whether `name` is the folder of `base`, seen from here or from the adapter's own folder."""
+    paths = (Path(name), adapter.folder / name)
+    return bool(name) and any(path.is_dir() and path.samefile(base.folder) for path in paths)
 
 
 def _is_commit(name: str, revision: str, base: Source) -> bool:
@@ -52,17 +61,23 @@ def _is_commit(name: str, revision: str, base: Source) -> bool:
     return revision in (base.sha, base.ref.revision) or hub.commit_of(SourceRef(name, revision)) == base.sha
 
 
-def apply_adapter_(base: PreTrainedModel, adapter: Source) -> tuple[PreTrainedModel, set[str]]:
+def apply_adapter_(
+    base: PreTrainedModel, adapter: Source, *, ignore_mismatched_sizes: bool = False
+) -> tuple[PreTrainedModel, set[str]]:
     """Change `base` in place to what the adapter makes of it, and return it with the modules that were touched.
+
+    With `ignore_mismatched_sizes`, tensors of other shapes (a head of other labels) are left out.
 
     Raises:
         IncompatibleSourceError: The adapter's file lacks weights, or holds some that belong nowhere.
         ValueError, RuntimeError, OSError: PEFT cannot read it or apply it to this model.
     """
-    adapted = PeftModel.from_pretrained(base, str(adapter.folder))
+    adapted = PeftModel.from_pretrained(base, str(adapter.folder), ignore_mismatched_sizes=ignore_mismatched_sizes)
     # Saving embedding layers is left out because PEFT would ask the Hub about the base model.
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    found = set(load_peft_weights(str(adapter.folder), device="cpu"))
+    # The weights below an adapted embedding or output layer are saved along, although they are the base model's.
+    found = {key for key in load_peft_weights(str(adapter.folder), device="cpu") if ".base_layer." not in key}
+    expected = {key for key in expected if ".base_layer." not in key}
     if found != expected:
         some = sorted(found ^ expected)
         raise IncompatibleSourceError(

@@ -6,12 +6,23 @@ import torch
 from torch import Tensor
 
 PUBLISHED_EPSILON = 1e-8
+CPU_PIECE = 2**17  # elements; pieces of this size stay in a core's cache
+DEVICE_PIECE = 2**24
 
 
-def inner_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return `<a, b>` over all elements as a scalar tensor on their device, computed in float32 or better."""
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return torch.dot(a.detach().flatten().to(dtype), b.detach().flatten().to(dtype))
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """Return `<a, b>`, `<a, a>` and `<b, b>` over all elements, shape `(3,)`, on their device.
+
+    Computed in float64, since squares of short gradients vanish in float32 (float32 where the device has no other), in
+    pieces, so that no copy of the whole is made.
+    """
+    dtype = torch.float32 if a.device.type == "mps" else torch.float64
+    piece = CPU_PIECE if a.device.type == "cpu" else DEVICE_PIECE
+    total = torch.zeros(3, dtype=dtype, device=a.device)
+    for x, y in zip(a.detach().flatten().split(piece), b.detach().flatten().split(piece), strict=True):
+        x, y = x.to(dtype), y.to(dtype)
+        total += torch.stack([torch.dot(x, y), torch.dot(x, x), torch.dot(y, y)])
+    return total
 
 
 def cosine(dot: float, square_a: float, square_b: float, *, epsilon: float = 0.0) -> float | None:

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 
@@ -67,6 +68,18 @@ def batch_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Any]:
         DataError: The batch holds no labels, or the model returns no loss.
         NonFiniteError: The loss is NaN or infinite.
     """
+    if not {model.main_input_name, "inputs_embeds"} & set(batch):
+        raise DataError(
+            f"a batch holds {', '.join(sorted(batch)) or 'nothing that the model takes'}, expected {model.main_input_name}; "
+            "prepare the data set with the model's tokenizer or processor"
+        )
+    labels, classes = batch.get("labels"), model.config.num_labels or 0
+    if isinstance(labels, Tensor) and "Classification" in type(model).__name__ and _is_class_ids(labels):
+        if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise DataError(
+                f"a batch holds labels from {int(labels.min())} to {int(labels.max())}, expected 0 to {classes - 1}, the "
+                f"label ids of the {type(model).__name__}"
+            )
     output = model(**batch)
     if output.get("loss") is None:
         raise DataError(
@@ -87,7 +100,7 @@ def evaluate(
     """Return `loss`, the mean over samples of `model` in its present mode, and `accuracy` in [0, 1] for a classifier."""
     loader = accelerator.prepare_data_loader(DataLoader(dataset, batch_size=batch_size, collate_fn=collator))
     loss, correct, samples, classifies = 0.0, 0, 0, True
-    for batch in loader:
+    for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None):
         batch_mean, output = batch_loss(model, batch)
         size = len(next(iter(batch.values())))
         loss += float(batch_mean) * size
@@ -98,13 +111,12 @@ def evaluate(
     return {"loss": loss / samples, **({"accuracy": correct / samples} if classifies else {})}
 
 
+def _is_class_ids(labels: Tensor) -> bool:
+    """Whether there is one class id per sample."""
+    return labels.ndim == 1 and not labels.is_floating_point()
+
+
 def _is_classification(batch: Batch, output: Any) -> bool:
     """Whether there is one class id per sample, and one logit per class for it."""
     labels, logits = batch.get("labels"), output.get("logits")
-    return (
-        labels is not None
-        and logits is not None
-        and labels.ndim == 1
-        and logits.ndim == 2
-        and not labels.is_floating_point()
-    )
+    return labels is not None and logits is not None and _is_class_ids(labels) and logits.ndim == 2

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
+from yaml import YAMLError
 
 from .loading import task_of
 from .report import MergeReport
@@ -53,13 +54,48 @@ def hub_ids(report: MergeReport) -> list[str]:
     return list(dict.fromkeys(name.partition("@")[0] for name, sha in named if sha))
 
 
+def declared_license(folder: Path) -> str | None:
+    """Return the licence that the card in `folder` declares; `None` where there is no card or no licence in it."""
+    card = folder / "README.md"
+    try:
+        return ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    except (ValueError, OSError, YAMLError):
+        return None
+
+
+def shared_license(report: MergeReport) -> str | None:
+    """Return the licence that the base and all sources declare; `None` where they differ or one declares none."""
+    licenses = {report.base_license, *(step.license for step in report.steps)}
+    return licenses.pop() if len(licenses) == 1 else None
+
+
+def _evaluation_rows(report: MergeReport, task: str | None) -> list[EvalResult]:
+    """Return the last held-out loss and accuracy as rows of the card's metadata."""
+    last = report.steps[-1].after if report.steps else report.start
+    return [
+        EvalResult(
+            task_type=task or "other",
+            dataset_type="held-out",
+            dataset_name="held-out data of the target task",
+            metric_type=name,
+            metric_value=round(value, 4),
+        )
+        for name, value in last.items()
+    ]
+
+
 def model_card(model: PreTrainedModel, report: MergeReport, model_id: str) -> ModelCard:
     """Return the card for `model` as merged by `report`, under the name of `model_id`."""
+    task = task_of(type(model))
+    rows = _evaluation_rows(report, task)
     data = ModelCardData(
         base_model=hub_ids(report) or None,
         base_model_relation="merge" if hub_ids(report) else None,
         library_name="transformers",
-        pipeline_tag=task_of(type(model)),
+        pipeline_tag=task,
+        license=shared_license(report),
+        model_name=Path(model_id).name if rows else None,
+        eval_results=rows or None,
         tags=["merge", "grasp", "grasp_hf"],
     )
     method = report.config.get("method")

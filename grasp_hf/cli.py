@@ -11,10 +11,10 @@ from datasets import disable_progress_bars
 
 from .config import Recipe
 from .demo import run_demo
-from .errors import GraspError
-from .merger import check_output
-from .plan import plan, plan_table
+from .errors import ConfigError, GraspError
+from .plan import plan, plan_table, problem_list
 from .prepare import prepare
+from .saving import check_output
 
 EXAMPLES = {
     "plan": "example:\n  grasp-hf plan recipes/digits/full.yaml",
@@ -24,7 +24,7 @@ EXAMPLES = {
     ),
     "demo": "example:\n  grasp-hf demo --output grasp-demo",
 }
-EXIT_CODES = "exit codes: 0 done, 1 a source, the data or the configuration is not fit, 2 wrong usage"
+EXIT_CODES = "exit codes: 0 done, 1 a source, the data or the configuration is not fit, 2 wrong usage, 130 interrupted"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command != "demo":
         options.overrides += rest
+        if wrong := [text for text in options.overrides if "=" not in text]:
+            parser.error(f"expected key=value, got: {' '.join(wrong)}")
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
@@ -46,18 +48,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 @contextmanager
 def _lines_on_stdout(level: int) -> Iterator[None]:
-    """Print what the package logs, such as the line of each source, as the output of the command."""
-    logger, handler = logging.getLogger("grasp_hf"), logging.StreamHandler(sys.stdout)
-    logger.addHandler(handler)
+    """Print what the package logs: lines such as that of each source on stdout, warnings on stderr."""
+    logger = logging.getLogger("grasp_hf")
+    lines, warnings = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    lines.addFilter(lambda record: record.levelno < logging.WARNING)
+    warnings.setLevel(logging.WARNING)
     logger.setLevel(level)
+    for handler in (lines, warnings):
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        for handler in (lines, warnings):
+            logger.removeHandler(handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,9 +114,19 @@ def _plan(options: argparse.Namespace) -> int:
 def _merge(options: argparse.Namespace) -> int:
     recipe = Recipe.from_yaml(options.recipe, options.overrides)
     check_output(options.output)
+    if problems := problem_list(plan(recipe)):
+        raise ConfigError("nothing was merged, because of these problems:\n" + "\n".join(problems))
     merger, sources, data = prepare(recipe)
-    report = merger.merge(sources, **data.merge_arguments())
-    print(f"\n{report}\n")
+    try:
+        merger.merge(sources, **data.merge_arguments())
+    except (GraspError, KeyboardInterrupt):
+        if merger.report.steps:
+            merger.save_pretrained(options.output)
+            print(
+                f"saved what was merged before: {len(merger.report.steps)} of {len(sources)} sources, {options.output}"
+            )
+        raise
+    print(f"\n{merger.report}\n")
     if data.test is not None:
         scores = merger.evaluate(data.test, data_collator=data.collator)
         print("test: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))

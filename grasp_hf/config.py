@@ -6,9 +6,11 @@ import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
 import yaml
 from transformers import TrainingArguments
 
@@ -65,6 +67,15 @@ def _problems(cls: type, values: dict[str, Any]) -> list[str]:
     return found
 
 
+def _plain(value: Any) -> Any:
+    """Return numpy scalars and enumerations in `value` as what YAML and JSON can hold."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Enum):
+        return value.value
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def training_argument_problems(values: dict[str, Any]) -> list[str]:
     """List what `transformers.TrainingArguments` would not take: unknown names, and text where a number is due."""
     hints = typing.get_type_hints(TrainingArguments)
@@ -75,8 +86,11 @@ def training_argument_problems(values: dict[str, Any]) -> list[str]:
             close = difflib.get_close_matches(str(key), known, n=1)
             advice = f", did you mean {close[0]}" if close else ", see transformers.TrainingArguments"
             found.append(f"training_arguments.{key}: unknown key{advice}")
-        elif isinstance(value, str) and set(get_args(hints[key]) or (hints[key],)) <= {int, float, bool, type(None)}:
-            found.append(f"training_arguments.{key}: got {value!r}, {_type_problem(value, hints[key])}")
+        elif set(get_args(hints[key]) or (hints[key],)) <= {int, float, bool, type(None)}:
+            if problem := _type_problem(value, hints[key]):
+                found.append(f"training_arguments.{key}: got {value!r}, {problem}")
+            elif key.endswith("_batch_size") and value is not None and value < 1:
+                found.append(f"training_arguments.{key}: got {value!r}, expected at least 1")
     return found
 
 
@@ -124,6 +138,8 @@ class GraspConfig:
     training_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _plain(value))
         problems = _problems(GraspConfig, vars(self)) or self._range_problems()
         if isinstance(self.training_arguments, dict):
             problems += training_argument_problems(self.training_arguments)
@@ -139,7 +155,7 @@ class GraspConfig:
             "initial_epochs: expected a finite number of 0 or more": 0 <= self.initial_epochs < math.inf,
             "finetune_epochs: expected a finite number of 0 or more": 0 <= self.finetune_epochs < math.inf,
             "seed: expected 0 to 2**32 - 1000": 0 <= self.seed <= 2**32 - 1000,
-            "published: the published procedure is method='copy', unit='parameter'": not self.published
+            "published: expected method='copy' and unit='parameter' with it": not self.published
             or (self.method, self.unit) == ("copy", "parameter"),
         }
         return [
@@ -189,6 +205,7 @@ class Recipe:
         base_model: Where the target starts; left out, it starts as the first source.
         task: A pipeline name such as `image-classification`; left out, it is read from the base model's config.
         data: The labelled data set, see `grasp_hf.data`.
+        record: What an earlier merge wrote of its run; not used.
         preset: `"paper"` starts from `GraspConfig.paper()` instead of the defaults.
         config: The method's settings; in the file they stand at the top level, beside `sources`.
         folder: Folder that relative paths are looked up in; the recipe's own.
@@ -198,6 +215,7 @@ class Recipe:
     base_model: str | None = None
     task: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
     preset: Literal["default", "paper"] = "default"
     config: GraspConfig = field(default_factory=GraspConfig)
     folder: Path = Path()
@@ -239,7 +257,7 @@ class Recipe:
         ]
         if not values.get("sources"):
             problems.append("sources: expected a list of at least one reference")
-        elif values.get("base_model") is None and len(values["sources"]) == 1:
+        elif values.get("base_model") is None and isinstance(values["sources"], list) and len(values["sources"]) == 1:
             problems.append("sources: one model alone has nothing to merge with; name a base_model or another source")
         config = None
         if not config_problems:

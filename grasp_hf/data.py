@@ -128,7 +128,7 @@ def class_names(split: Dataset, column: str) -> list[str] | int:
         return list(feature.names)
     if all(isinstance(value, str) for value in values):
         return sorted(values)
-    if not all(isinstance(value, int) and value >= 0 for value in values):
+    if not all(type(value) is int and value >= 0 for value in values):
         raise DataError(f"column '{column}' holds {values[:3]}; expected class names or class ids from 0")
     return max(values) + 1
 
@@ -136,10 +136,11 @@ def class_names(split: Dataset, column: str) -> list[str] | int:
 def names_for_model(found: list[str] | int, known: list[str]) -> list[str]:
     """Return the label names that the model should have.
 
-    Its own (`known`) where it knows all that the data holds; else the data's, so that it gets a new head.
+    Its own (`known`) where it knows all that the data holds; else the data's, so that it gets a new head. Of class ids
+    without names, only their number can be compared.
     """
     if isinstance(found, int):
-        return known if found <= len(known) else [f"LABEL_{index}" for index in range(found)]
+        return known if found == len(known) else [f"LABEL_{index}" for index in range(found)]
     return known if set(found) <= set(known) else found
 
 
@@ -197,8 +198,10 @@ def with_tokens(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
+    max_length = min(section.max_length, tokenizer.model_max_length)
+
     def tokenize(samples: dict[str, list]) -> dict[str, Any]:
-        return tokenizer(samples[section.text], truncation=True, max_length=section.max_length)
+        return tokenizer(samples[section.text], truncation=True, max_length=max_length)
 
     removed = [name for name in splits["train"].column_names if generates or name != "labels"]
     splits = splits.map(tokenize, batched=True, remove_columns=removed)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,12 +63,19 @@ def _build(directory: Path, seed: int) -> None:
     marker = directory / "world.yaml"
     if directory.exists() and any(directory.iterdir()):
         if not marker.exists() or yaml.safe_load(marker.read_text()) != {"seed": seed}:
-            raise OutputExistsError(f"'{directory}' holds something else; name a new folder with --output")
+            raise OutputExistsError(
+                f"'{directory}' holds something else, or the demo of another seed; name a new folder with --output"
+            )
         logger.info("using the models in %s again", directory)
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    build_world(directory, seed=seed)
-    marker.write_text(yaml.safe_dump({"seed": seed}))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{directory.name}-", dir=directory.parent) as name:
+        world = Path(name) / "world"
+        build_world(world, seed=seed)
+        (world / marker.name).write_text(yaml.safe_dump({"seed": seed}))
+        if directory.exists():
+            directory.rmdir()
+        world.rename(directory)
 
 
 def _sources_alone(merger: GraspMerger, sources: list[str], data: TaskData) -> list[Score]:

@@ -80,7 +80,7 @@ def build_world(directory: Path, *, seed: int = 0, progress: Callable[[str], Non
             progress(f"training source {name!r} ({kind}) on {len(few[0])} digits")
             source: nn.Module = copy.deepcopy(base)
             if name == ADAPTER:
-                source = add_adapter(source, directory / "base")
+                source = add_adapter(source, Path("../../base"))
             rate = 5e-3 if name == ADAPTER else 4e-3
             train_(source, *to_tensors(few), epochs=12, learning_rate=rate)
             save(source, directory / "sources" / name)
@@ -174,11 +174,11 @@ def to_tensors(digits: Digits) -> tuple[Tensor, Tensor]:
 
 
 def add_adapter(model: nn.Module, base: Path) -> nn.Module:
-    """Return the model wrapped in a LoRA adapter on every convolution, with a classifier of its own."""
+    """Return the model wrapped in a LoRA adapter of `base` on every convolution, with a classifier of its own."""
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["convolution"], modules_to_save=["classifier"])
     with quiet_transformers():
         wrapped = get_peft_model(model, config)
-    wrapped.peft_config["default"].base_model_name_or_path = str(base.resolve())
+    wrapped.peft_config["default"].base_model_name_or_path = str(base)
     return wrapped
 
 

@@ -58,7 +58,17 @@ def finetune_(
         samples=len(train_dataset),
         evaluates=eval_dataset is not None,
     )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "every parameter is frozen; set initial_epochs=0 and finetune_epochs=0, or requires_grad_(True)"
+        )
     by_accuracy = arguments.metric_for_best_model in ("accuracy", "eval_accuracy")
+    if by_accuracy and eval_dataset is not None and model.can_generate():
+        raise ConfigError(
+            f"a {type(model).__name__} has no accuracy to choose the best epoch by; set metric_for_best_model: loss in "
+            "training_arguments"
+        )
+    forward = vars(model).get("forward")
     trainer = _WholeEvaluationTrainer(
         model=model,
         args=arguments,
@@ -80,8 +90,10 @@ def finetune_(
             result = trainer.train()
     finally:
         # The Trainer leaves its autocast wrapper on the model, which would cast later gradient passes.
-        model.__dict__.pop("forward", None)
-        model.__dict__.pop("_original_forward", None)
+        vars(model).pop("_original_forward", None)
+        vars(model).pop("forward", None)
+        if forward is not None:
+            vars(model)["forward"] = forward
     if not math.isfinite(result.training_loss):
         raise NonFiniteError(f"fine-tuning ended with the loss {result.training_loss}; try a lower learning_rate")
     for name, parameter in model.named_parameters():
@@ -141,8 +153,9 @@ def checkpoints_in_runtime_names(model: PreTrainedModel) -> Iterator[None]:
             vars(model)["_weight_conversions"] = conversions
 
 
-def _predictions(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.argmax(dim=-1)
+def _predictions(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Return the class of each sample; an encoder-decoder gives more outputs after its logits."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:
@@ -154,7 +167,7 @@ def _published_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Return AdamW over all parameters with equal weight decay, and a cosine schedule that steps once an epoch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
-    steps = max(1, samples // arguments.train_batch_size)
+    steps = max(1, samples // (arguments.train_batch_size * arguments.gradient_accumulation_steps))
     epochs = arguments.num_train_epochs
 
     def factor(step: int) -> float:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -66,8 +65,12 @@ def gradients_leaving(model: torch.nn.Module, visit: Visit) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def gradient_pass(model: PreTrainedModel, batch: Batch, accelerator: Accelerator, visit: Visit) -> None:
-    """Run one forward and backward pass in the model's present mode and hand each gradient to `visit`."""
+def gradient_pass(model: PreTrainedModel, batch: Batch, visit: Visit) -> None:
+    """Run one forward and backward pass in the model's present mode and hand each gradient to `visit`.
+
+    Accelerate has chosen the device and made the batches, but its own backward would scale the loss by settings that
+    belong to training (gradient accumulation, mixed precision).
+    """
     with gradients_leaving(model, visit), torch.enable_grad():
         loss, _ = batch_loss(model, batch)
-        accelerator.backward(loss)
+        loss.backward()

@@ -24,7 +24,7 @@ from .sources import Source, SourceRef
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 SAFETENSORS = ["model.safetensors", "model-*.safetensors", "adapter_model.safetensors"]
 PICKLED = ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"]
 SUBFOLDERS = ["*/*"]

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from .adapters import adapter_problems, apply_adapter_, load_adapter_config
 from .errors import IncompatibleSourceError, NonFiniteError
-from .matching import head_tensors, label_names, label_problem, movable_tensors, tensor_problems
+from .matching import head_tensors, label_problem, movable_tensors, tensor_problems
 from .sources import Source
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def model_class(config: PretrainedConfig, task: str | None = None, name: str = "
     """
     if task is None:
         found = getattr(transformers, (config.architectures or [""])[0], None)
-        if found is None or found.__name__ in _class_names(transformers.AutoModel):
+        if found is None or is_headless(config):
             raise IncompatibleSourceError(
                 f"'{name}' names the architecture {config.architectures}, which has no task on top; say which one you "
                 "want, for example task='text-classification'"
@@ -110,6 +110,11 @@ def model_class(config: PretrainedConfig, task: str | None = None, name: str = "
             found = auto._model_mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
     raise IncompatibleSourceError(f"'{name}' is a {config.model_type}, which has no model for the task '{task}'")
+
+
+def is_headless(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint names an architecture without a task on top, such as `BertModel`."""
+    return (config.architectures or [""])[0] in _class_names(transformers.AutoModel)
 
 
 def task_of(cls: type[PreTrainedModel]) -> str | None:
@@ -145,7 +150,7 @@ def load_target(
         torch.manual_seed(seed)
         model, fresh = _from_pretrained(source, cls, dtype=dtype, **model_kwargs)
         if new_head:
-            fresh |= _reinitialize_head_(model)
+            fresh |= _reinitialize_head_(model, source)
     body = set(movable_tensors(model)) - head_tensors(model)
     if len(fresh & body) > len(body) / 2:
         raise IncompatibleSourceError(
@@ -157,9 +162,14 @@ def load_target(
     return model
 
 
-def _reinitialize_head_(model: PreTrainedModel) -> set[str]:
+def _reinitialize_head_(model: PreTrainedModel, source: Source) -> set[str]:
     """Change the head of `model` to fresh random weights, and return the names of its tensors."""
     names = head_tensors(model)
+    if not names:
+        raise IncompatibleSourceError(
+            f"'{source.ref}' has other label names than the data, and its head cannot be told from the rest of a "
+            f"{type(model).__name__}; expected a base model with the data's label names in its config.json"
+        )
     for module_name in {name.rpartition(".")[0] for name in names}:
         module = model.get_submodule(module_name)
         for marked in (module, *module.parameters(recurse=False)):
@@ -185,7 +195,7 @@ def load_source(
     """
     with quiet_transformers():
         if source.kind == "adapter":
-            loaded = _load_adapter(source, target, base)
+            loaded = _load_adapter(source, target, base, keep_head)
         else:
             loaded = _load_full(source, target)
     _check_fit(source, loaded, target, keep_head)
@@ -232,25 +242,22 @@ def _checkpoint_dtype(source: Source) -> torch.dtype:
     return floating[0] if len(floating) == 1 else torch.float32
 
 
-def _load_adapter(source: Source, target: PreTrainedModel, base: Source | None) -> LoadedSource:
+def _load_adapter(source: Source, target: PreTrainedModel, base: Source | None, keep_head: bool) -> LoadedSource:
     config = load_adapter_config(source)
-    if problems := adapter_problems(config, base):
+    if problems := adapter_problems(config, source, base):
         raise IncompatibleSourceError(_listed(source, problems))
     assert base is not None  # else it were among the problems
-    model, fresh = _from_pretrained(base, type(target), dtype=_checkpoint_dtype(base), **_labels_of(target))
-    if not target.can_generate() and label_names(load_config(base)) != label_names(target.config):
-        fresh |= head_tensors(model)
+    labels = {} if target.can_generate() else {key: getattr(target.config, key) for key in ("id2label", "label2id")}
+    model, fresh = _from_pretrained(base, type(target), dtype=_checkpoint_dtype(base), **labels)
     try:
-        merged, touched = apply_adapter_(model, source)
+        merged, touched = apply_adapter_(model, source, ignore_mismatched_sizes=keep_head)
     except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be applied to '{base.ref}': {error}") from error
     names = movable_tensors(merged)
     candidates = {name for name in names if any(name.startswith(f"{module}.") for module in touched)}
+    # An adapter does not say what its labels are called: they are those of its base model, and so is an unchanged head.
+    merged.config.id2label = load_config(base).id2label
     return LoadedSource(merged, candidates, own=(set(names) - fresh) | candidates)
-
-
-def _labels_of(target: PreTrainedModel) -> dict[str, Any]:
-    return {} if target.can_generate() else {key: getattr(target.config, key) for key in ("id2label", "label2id")}
 
 
 def _check_fit(source: Source, loaded: LoadedSource, target: PreTrainedModel, keep_head: bool) -> None:
@@ -258,12 +265,13 @@ def _check_fit(source: Source, loaded: LoadedSource, target: PreTrainedModel, ke
     head = head_tensors(target)
     labels = label_problem(target, loaded.model)
     lacking = sorted(name for name in movable_tensors(target) if name not in loaded.own)
-    if keep_head and (labels or set(lacking) & head):
+    brings_head = bool(loaded.candidates & head) or (bool(labels) and not head)
+    if (labels or set(lacking) & head) and ((keep_head and head) or (source.kind == "adapter" and not brings_head)):
         loaded.candidates -= head
         loaded.own -= head
         labels, lacking = None, [name for name in lacking if name not in head]
     problems = tensor_problems(
-        target, loaded.model, (set(movable_tensors(target)) - loaded.own) | (head if labels else set())
+        target, loaded.model, set(movable_tensors(target)) - loaded.own | (head if labels else set())
     )
     if labels:
         problems.append(labels)

@@ -38,7 +38,7 @@ def movable_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
 def partition(model: torch.nn.Module, unit: str) -> list[Unit]:
     """Divide the movable tensors of `model` into units, in the order of `named_modules()`.
 
-    `unit` is `"module"` (all tensors that a module owns itself), `"tensor"` (one parameter each, but a module with
+    `unit` is `"module"` (all tensors that a module owns itself; those of the model's own are one unit each), `"tensor"` (one parameter each, but a module with
     statistics stays whole) or `"parameter"` (one parameter each, statistics in no unit).
     """
     parameters = dict(model.named_parameters())
@@ -48,19 +48,26 @@ def partition(model: torch.nn.Module, unit: str) -> list[Unit]:
     units = []
     for module, names in owned.items():
         has_statistics = any(name not in parameters for name in names)
-        if unit == "module" or (unit == "tensor" and has_statistics):
+        if module and (unit == "module" or (unit == "tensor" and has_statistics)):
             units.append(Unit(module, tuple(names)))
         else:
-            units += [Unit(name, (name,)) for name in names if name in parameters]
+            units += [Unit(name, (name,)) for name in names if name in parameters or unit != "parameter"]
     return units
 
 
 def head_tensors(model: PreTrainedModel) -> set[str]:
-    """Return the names of the tensors outside the base model: the head that a task puts on top."""
-    body = model.base_model_prefix + "."
-    if model.base_model is model:
+    """Return the names of the tensors of the head that a task puts on top; empty where there is no telling.
+
+    The head is what stands outside the base model, or, in a classifier that is its own base model (CLIP, SigLIP), its
+    last child.
+    """
+    names = list(movable_tensors(model))
+    if model.base_model is not model:
+        return {name for name in names if not name.startswith(f"{model.base_model_prefix}.")}
+    children = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    if model.can_generate() or len(children) < 2:
         return set()
-    return {name for name in movable_tensors(model) if not name.startswith(body)}
+    return {name for name in names if name.startswith(f"{children[-1]}.")}
 
 
 def label_names(config: PretrainedConfig) -> list[str]:

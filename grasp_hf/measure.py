@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .alignment import PUBLISHED_EPSILON, CoefficientDescent, cosine, inner_product, mean_defined
+from .alignment import PUBLISHED_EPSILON, CoefficientDescent, cosine, inner_products, mean_defined
 from .batches import Batch, Collator, check_dataset, keeping_model_columns, sample_batches
 from .config import GraspConfig
-from .errors import NonFiniteError
+from .errors import IncompatibleSourceError, NonFiniteError
 from .gradients import gradient_pass, preserved_state
 from .mapped import MappedTensors
-from .matching import Unit, movable_tensors, partition
+from .matching import Unit, movable_tensors, partition, tensor_problems
 from .transfer import interpolate_, overwrite_, placed
 
 Scores = dict[str, float | None]
@@ -59,8 +59,7 @@ class UnitProducts:
 
     def add(self, tensor: str, a: Tensor, b: Tensor) -> None:
         """Take in the vectors of one tensor."""
-        products = torch.stack([inner_product(a, b), inner_product(a, a), inner_product(b, b)])
-        self._products[self._unit_of[tensor]][tensor] = products
+        self._products[self._unit_of[tensor]][tensor] = inner_products(a, b)
 
     def sums(self) -> dict[str, tuple[float, float, float] | None]:
         """Return the three sums per unit; `None` for a unit of which no tensor was taken in.
@@ -86,7 +85,6 @@ def unit_cosines(
     source_values: Mapping[str, Tensor],
     units: Sequence[Unit],
     batches: Iterable[Batch],
-    accelerator: Accelerator,
     *,
     scratch: Scratch,
     seed: int,
@@ -120,10 +118,10 @@ def unit_cosines(
                     products.add(name, gradient, scratch.gradients[name].to(gradient.device))
 
             target.train(published)
-            gradient_pass(target, batch, accelerator, store)
+            gradient_pass(target, batch, store)
             target.eval()
             with placed(tensors, source_values, scratch.start):
-                gradient_pass(target, batch, accelerator, meet)
+                gradient_pass(target, batch, meet)
             for name, sums in products.sums().items():
                 scores[name].append(None if sums is None else cosine(*sums, epsilon=epsilon))
     return {name: mean_defined(values) for name, values in scores.items()}
@@ -134,15 +132,15 @@ def learned_coefficients(
     source_values: Mapping[str, Tensor],
     units: Sequence[Unit],
     batches: Iterable[Batch],
-    accelerator: Accelerator,
     *,
     scratch: Scratch,
     lr: float,
 ) -> tuple[dict[str, float], Scores]:
     """Learn how far each unit should move towards the source, by descent on the loss of the blended model.
 
-    The weights are `W_u = T_u + c_u (S_u - T_u)`, with statistics blended alike; after each batch every `c_u` makes
-    one step of projected Adam along `dL/dc_u = <dL/dW_u, S_u - T_u>`. The inner product is taken in the gradient hook
+    The weights are `W_u = T_u + c_u (S_u - T_u)`; after each batch every `c_u` makes one step of projected Adam along
+    `<dL/dW_u, S_u - T_u>`, which is `dL/dc_u` through the parameters. Statistics of normalisation layers are blended
+    with them but have no gradient, so that what they add to the slope is left out. The inner product is taken in the gradient hook
     and the gradient freed, so no gradient is stored; `W` is written where `T` was, and `T` is read from its file. The
     model is in eval mode and comes back unchanged.
 
@@ -170,7 +168,7 @@ def learned_coefficients(
                         way = source_values[name].to(device, dtype) - scratch.start[name].to(device)
                         products.add(name, -gradient, way)
 
-                gradient_pass(target, batch, accelerator, meet)
+                gradient_pass(target, batch, meet)
                 sums = products.sums()
                 descent.step([-row[0] if row else 0.0 for row in sums.values()])
                 for name, row in sums.items():
@@ -215,12 +213,18 @@ def gradient_alignment(
         Unit name -> cosine in [-1, 1], the mean over batches; `None` where a gradient is missing or zero, so that
         the cosine is undefined.
 
+    Raises:
+        IncompatibleSourceError: The models differ in tensors or shapes; all differences are listed.
+        DataError, NonFiniteError: The data set is empty or has no labels; a loss or a gradient is not finite.
+
     Example:
         >>> gradient_alignment(model, model, dataset)["classifier"]  # doctest: +SKIP
         1.0
     """
     config = config or GraspConfig()
     check_dataset(dataset, "dataset")
+    if problems := tensor_problems(target, source):
+        raise IncompatibleSourceError("the two models cannot be compared:\n- " + "\n- ".join(problems))
     accelerator = Accelerator()
     collator = keeping_model_columns(target, data_collator)
     batches = sample_batches(dataset, collator, accelerator, config, seed=config.seed)
@@ -234,7 +238,6 @@ def gradient_alignment(
                 movable_tensors(source),
                 partition(target, config.unit),
                 batches,
-                accelerator,
                 scratch=scratch,
                 seed=config.seed,
                 published=config.published,

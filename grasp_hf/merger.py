@@ -1,8 +1,11 @@
 """The loop: for each source, pull, measure, transfer, fine-tune, record, free."""
 
 import logging
+import resource
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,22 +21,21 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from . import hub
 from .batches import Batch, Collator, batch_loss, check_dataset, evaluate, keeping_model_columns, sample_batches
-from .card import model_card
+from .card import declared_license
 from .config import GraspConfig
-from .errors import ConfigError, GraspError, OutputExistsError
+from .errors import ConfigError, GraspError
 from .finetune import finetune_
 from .gradients import preserved_state
-from .loading import LoadedSource, load_processing_class, load_source, load_target, quiet_transformers
+from .loading import LoadedSource, load_processing_class, load_source, load_target
 from .matching import Unit, movable_tensors, partition
 from .measure import Scores, Scratch, blend_, learned_coefficients, unit_cosines
 from .report import Decision, Evaluation, MergeReport, StepReport, UnitReport
+from .saving import check_output, save_merge
 from .sources import Source, SourceRef
 from .transfer import overwrite_
 
 logger = logging.getLogger(__name__)
 
-REPORT_FILE = "grasp_report.json"
-CONFIG_FILE = "grasp_config.yaml"
 PACKAGES = ("grasp_hf", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
 
@@ -86,7 +88,8 @@ class GraspMerger:
     """Merges sources into one model, one at a time; at no moment are two sources in memory.
 
     Args:
-        model: The target; changed in place.
+        model: The target; changed in place. Frozen parameters are measured and merged like the others; they only stay out
+            of fine-tuning.
         config: How to merge; the defaults where left out.
         processing_class: Tokenizer or image processor, saved beside the model.
         base: Where the model came from, so that adapters of it can be merged; `from_pretrained` sets it.
@@ -104,6 +107,10 @@ class GraspMerger:
         processing_class: Any = None,
         base: Source | None = None,
     ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise ConfigError(
+                f"got a {type(model).__name__}, expected a PreTrainedModel; merge a PeftModel first, with merge_and_unload()"
+            )
         self.model = model
         self.config = config or GraspConfig()
         self.processing_class = processing_class
@@ -111,6 +118,7 @@ class GraspMerger:
         self.report = MergeReport(
             base=str(base.ref) if base else model.name_or_path or type(model).__name__,
             base_sha=base.sha if base else None,
+            base_license=declared_license(base.folder) if base else None,
             config=asdict(self.config),
             versions={name: version(name) for name in PACKAGES},
         )
@@ -183,6 +191,11 @@ class GraspMerger:
         Raises:
             GraspError: With the number and name of the source that it happened at.
         """
+        if isinstance(sources, str):
+            raise ConfigError(f"sources: got '{sources}', expected a list of references")
+        sources = [str(source) for source in sources]
+        if eval_dataset is None:
+            logger.warning("no evaluation data: transfers are not judged, and fine-tuning keeps its last epoch")
         if not self._initially_finetuned:
             with self._step(train_dataset, eval_dataset, data_collator) as (data, scratch):
                 self._finetune(data, self.config.initial_epochs, self.config.seed, scratch)
@@ -206,7 +219,7 @@ class GraspMerger:
         data_collator: Collator | None = None,
         token: str | None = None,
     ) -> StepReport:
-        """Merge one source and fine-tune; arguments as for `merge`.
+        """Merge one source and fine-tune; arguments as for `merge`, without fine-tuning before the first.
 
         Returns:
             What was measured, decided and changed; also the last entry of `report.steps`.
@@ -214,21 +227,36 @@ class GraspMerger:
         Raises:
             GraspError: The source, the data or the numbers are not fit; the model is as it was before the call.
         """
+        try:
+            step = self._merge_source(str(source), train_dataset, eval_dataset, data_collator, token)
+        except BaseException as error:
+            # A caught exception would keep the source, and the optimizer, alive through the frames that it names.
+            traceback.clear_frames(error.__traceback__)
+            if not isinstance(error, GraspError):
+                error.add_note(f"while merging source '{source}'")
+            raise
+        self.report.steps.append(step)
+        self.report.data = {"train": _described(train_dataset), "eval": _described(eval_dataset)}
+        self._initially_finetuned = True
+        return step
+
+    def _merge_source(
+        self, source: str, train: Any, held_out: Any, data_collator: Collator | None, token: str | None
+    ) -> StepReport:
         began = time.perf_counter()
         seed = self.config.seed + len(self.report.steps) + 1
-        with self._step(train_dataset, eval_dataset, data_collator) as (data, scratch):
+        with self._step(train, held_out, data_collator) as (data, scratch):
             located = hub.locate(source, token=token)
             loaded = load_source(located, self.model, base=self.base, keep_head=self.config.head == "keep")
-            before = self._evaluate(data.held_out, data.collator)
-            step = StepReport(str(located.ref), located.sha, located.kind, True, [], 0, before, {}, {}, 0, 0.0)
+            step = StepReport(str(located.ref), located.sha, located.kind, num_bytes=located.num_bytes)
+            step.license = declared_license(located.folder)
+            step.before = self._evaluate(data.held_out, data.collator)
             self._transfer(loaded, step, data, scratch, seed)
             del loaded
             self._finetune(data, self.config.finetune_epochs, seed, scratch)
             step.after = self._evaluate(data.held_out, data.collator)
-        step.num_bytes = located.num_bytes
         step.seconds = time.perf_counter() - began
-        self.report.steps.append(step)
-        self.report.data = {"train": _described(train_dataset), "eval": _described(eval_dataset)}
+        step.peak_memory = _peak_memory()
         return step
 
     def _transfer(self, loaded: LoadedSource, step: StepReport, data: "_Data", scratch: Scratch, seed: int) -> None:
@@ -261,12 +289,10 @@ class GraspMerger:
         config, source_values = self.config, movable_tensors(loaded.model)
         if config.method == "blend":
             return learned_coefficients(
-                self.model, source_values, units, batches, self._accelerator, scratch=scratch, lr=config.coefficient_lr
+                self.model, source_values, units, batches, scratch=scratch, lr=config.coefficient_lr
             )
         own = {name: value for name, value in source_values.items() if name in loaded.own}
-        scores = unit_cosines(
-            self.model, own, units, batches, self._accelerator, scratch=scratch, seed=seed, published=config.published
-        )
+        scores = unit_cosines(self.model, own, units, batches, scratch=scratch, seed=seed, published=config.published)
         above = {name for name, score in scores.items() if score is not None and score > config.threshold}
         return {unit.name: float(unit.name in above) for unit in units}, scores
 
@@ -304,6 +330,8 @@ class GraspMerger:
     def _collator(self, data_collator: Collator | None) -> Collator:
         if data_collator is None and isinstance(self.processing_class, PreTrainedTokenizerBase):
             data_collator = DataCollatorWithPadding(self.processing_class)
+        if data_collator is not None and self.config.training_arguments.get("remove_unused_columns") is False:
+            return data_collator
         return keeping_model_columns(self.model, data_collator)
 
     def _check_loss(self, data: "_Data") -> None:
@@ -336,9 +364,8 @@ class GraspMerger:
         Raises:
             OutputExistsError: The folder holds something that is not a merge.
         """
-        directory = Path(save_directory)
-        check_output(directory)
-        self._write(directory, self.report, model_id=directory.name)
+        check_output(Path(save_directory))
+        save_merge(Path(save_directory), self.model, self.processing_class, self.report)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
@@ -352,29 +379,16 @@ class GraspMerger:
         """
         repo_id = hub.create_repo(repo_id, private=private, token=token)
         with tempfile.TemporaryDirectory(prefix="grasp_hf-") as name:
-            self._write(Path(name), self.report.without_paths(), model_id=repo_id)
+            report = self.report.without_paths()
+            save_merge(Path(name), self.model, self.processing_class, report, model_id=repo_id)
             return hub.push_folder(Path(name), repo_id, token=token, revision=revision)
 
-    def _write(self, directory: Path, report: MergeReport, *, model_id: str) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        with quiet_transformers():
-            self.model.save_pretrained(directory)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(directory)
-        (directory / CONFIG_FILE).write_text(report.configuration())
-        report.to_json(directory / REPORT_FILE)
-        model_card(self.model, report.without_paths(), model_id).save(directory / "README.md")
 
-
-def check_output(directory: Path) -> None:
-    """Raise `OutputExistsError` where `directory` holds something that is not an earlier merge."""
-    if directory.is_file() or (
-        directory.is_dir() and any(directory.iterdir()) and not (directory / REPORT_FILE).exists()
-    ):
-        raise OutputExistsError(
-            f"'{directory}' already holds something that is not a merge; expected a new or empty folder, or one with "
-            f"{REPORT_FILE} in it"
-        )
+def _peak_memory() -> int:
+    """Return the largest memory that this process has held so far, in bytes: of the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _described(dataset: Any) -> dict[str, Any] | None:

@@ -4,15 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from . import hub
 from .adapters import adapter_problems, load_adapter_config
 from .config import Recipe
 from .errors import GraspError
-from .loading import architecture_problems, load_config, model_class
+from .loading import architecture_problems, is_headless, load_config, model_class
 from .matching import head_tensors, label_problem, tensor_problems
-from .prepare import labelled_splits
+from .prepare import check_prepared, labelled_splits, required_processing_class
 from .report import markdown_table
 from .sources import Source
 
@@ -60,18 +60,20 @@ def plan(recipe: Recipe, *, token: str | None = None) -> list[PlannedSource]:
     adapter are known only when it is loaded.
     """
     references = [recipe.base_model, *recipe.sources] if recipe.base_model else recipe.sources
-    rows, target, base = [], None, None
-    for position, reference in enumerate(recipe.locate(name) for name in references):
-        planned = PlannedSource(reference, role="source" if position else "base")
+    rows: list[PlannedSource] = []
+    target: _Target | None = None
+    for reference in map(recipe.locate, references):
+        planned = PlannedSource(reference, role="source" if rows else "base")
         rows.append(planned)
         try:
             source, planned.num_bytes = hub.look_up(reference, token=token)
             planned.kind, planned.sha = source.kind, source.sha
-            if position == 0:
-                target, base = _meta_model(source, recipe), source
-                planned.architecture = target.config.model_type
+            if planned.role == "base":
+                target = _plan_base(planned, source, recipe)
+            elif source.kind == "adapter":
+                _plan_adapter(planned, source, target)
             else:
-                _check(planned, source, target, base, keep_head=recipe.config.head == "keep")
+                _plan_full(planned, source, target)
         except GraspError as error:
             planned.problems.append(str(error))
     return rows
@@ -79,39 +81,75 @@ def plan(recipe: Recipe, *, token: str | None = None) -> list[PlannedSource]:
 
 def plan_table(rows: list[PlannedSource]) -> str:
     """Return the plan as a Markdown table, and below it every problem in full."""
-    problems = [f"- {row.reference}: {problem}" for row in rows for problem in row.problems]
+    problems = problem_list(rows)
     return "\n".join([markdown_table([row.row() for row in rows]), *([""] if problems else []), *problems])
 
 
-def _check(
-    planned: PlannedSource, source: Source, target: PreTrainedModel | None, base: Source | None, *, keep_head: bool
-) -> None:
-    if source.kind == "adapter":
-        config = load_adapter_config(source)
-        planned.architecture = str(getattr(config.peft_type, "value", config.peft_type))
-        planned.problems += adapter_problems(config, base)
-        return
-    model_config = load_config(source)
-    planned.architecture = model_config.model_type
-    if target is None:
-        return
-    planned.problems += architecture_problems(model_config, target)
-    if planned.problems:
-        return
-    with torch.device("meta"):
-        model = type(target)(model_config)
-    labels = label_problem(target, model)
-    if labels and not keep_head:
-        planned.problems.append(labels)
-    planned.problems += tensor_problems(target, model, ignored=head_tensors(target) if labels else ())
+def problem_list(rows: list[PlannedSource]) -> list[str]:
+    """Return every problem of the plan as a line that names its model."""
+    return [f"- {row.reference}: {problem}" for row in rows for problem in row.problems]
 
 
-def _meta_model(source: Source, recipe: Recipe) -> PreTrainedModel:
-    """Return the target without weights, with the label names that the data gives it."""
-    config = load_config(source)
-    cls = model_class(config, recipe.task, str(source.ref))
-    if recipe.data:
+@dataclass
+class _Target:
+    """What sources are compared with: the base, as a model without weights, and what the recipe wants of it."""
+
+    base: Source
+    model: PreTrainedModel
+    has_labels: bool  # of the data; where that cannot be read, label names are not compared
+    keep_head: bool
+
+    def label_problem(self, source: PreTrainedModel) -> str | None:
+        return label_problem(self.model, source) if self.has_labels else None
+
+    def without_weights(self, config: PretrainedConfig) -> PreTrainedModel:
+        with torch.device("meta"):
+            return type(self.model)(config)
+
+
+def _plan_base(planned: PlannedSource, base: Source, recipe: Recipe) -> _Target:
+    config = load_config(base)
+    planned.architecture = config.model_type
+    cls = model_class(config, recipe.task, str(base.ref))
+    has_labels = False
+    try:
+        check_prepared(cls, base)
+        required_processing_class(base)
         _, labels = labelled_splits(recipe, config, cls)
         config.update(labels)
+        has_labels = True
+    except GraspError as error:
+        planned.problems.append(str(error))
     with torch.device("meta"):
-        return cls(config)
+        return _Target(base, cls(config), has_labels, keep_head=recipe.config.head == "keep")
+
+
+def _plan_adapter(planned: PlannedSource, adapter: Source, target: _Target | None) -> None:
+    config = load_adapter_config(adapter)
+    planned.architecture = str(getattr(config.peft_type, "value", config.peft_type))
+    if target is None:
+        return
+    planned.problems += adapter_problems(config, adapter, target.base)
+    heads = {name.partition(".")[0] for name in head_tensors(target.model)}
+    if heads & set(getattr(config, "modules_to_save", None) or ()) and not target.keep_head:
+        labels = target.label_problem(target.without_weights(load_config(target.base)))
+        planned.problems += [labels] if labels else []
+
+
+def _plan_full(planned: PlannedSource, source: Source, target: _Target | None) -> None:
+    config = load_config(source)
+    planned.architecture = config.model_type
+    if source.ref.is_local:
+        source.dtypes()  # raises where a file is damaged
+    if target is None:
+        return
+    planned.problems += architecture_problems(config, target.model)
+    if is_headless(config) and not target.keep_head:
+        planned.problems.append("it has no head, only a base model; use head='keep' to merge the rest")
+    if planned.problems:
+        return
+    model = target.without_weights(config)
+    labels = target.label_problem(model)
+    if labels and not target.keep_head:
+        planned.problems.append(labels)
+    planned.problems += tensor_problems(target.model, model, ignored=head_tensors(target.model) if labels else ())

@@ -14,6 +14,7 @@ from .errors import ConfigError, DataError
 from .loading import load_config, load_processing_class, model_class, task_of
 from .matching import label_names
 from .merger import GraspMerger
+from .sources import Source
 
 PREPARED = ("image-classification", "text-classification", "text-generation")
 
@@ -53,14 +54,8 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     base = hub.locate(start, token=token)
     config = load_config(base)
     cls = model_class(config, recipe.task, str(base.ref))
-    if task_of(cls) not in PREPARED:
-        raise ConfigError(
-            f"a recipe prepares data for {', '.join(PREPARED)}, but '{base.ref}' is a {cls.__name__}; from Python, "
-            "GraspMerger.merge takes a data set that you have prepared for it"
-        )
-    processor = load_processing_class(base)
-    if processor is None:
-        raise DataError(f"'{base.ref}' holds no tokenizer or image processor, which its data needs; add one to it")
+    check_prepared(cls, base)
+    processor = required_processing_class(base)
     splits, model_kwargs = labelled_splits(recipe, config, cls)
     new_head = bool(model_kwargs) and list(model_kwargs["id2label"].values()) != label_names(config)
     if cls.main_input_name == "pixel_values":
@@ -72,6 +67,7 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     merger = GraspMerger.from_pretrained(
         start, config=recipe.config, task=recipe.task, token=token, new_head=new_head, **model_kwargs
     )
+    merger.report.recipe = {"task": task_of(cls), "data": vars(section)}
     data = TaskData(splits["train"], splits.get("validation"), splits.get("test"), collator)
     return merger, sources, data
 
@@ -90,3 +86,20 @@ def labelled_splits(
     names = names_for_model(class_names(splits["train"], section.label), label_names(config))
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     return with_label_ids(splits, section.label, names), labels
+
+
+def check_prepared(cls: type[PreTrainedModel], base: Source) -> None:
+    """Raise `ConfigError` where a recipe cannot prepare data for the task of `cls`."""
+    if task_of(cls) not in PREPARED:
+        raise ConfigError(
+            f"a recipe prepares data for {', '.join(PREPARED)}, but '{base.ref}' is a {cls.__name__}; from Python, "
+            "GraspMerger.merge takes a data set that you have prepared for it"
+        )
+
+
+def required_processing_class(base: Source) -> Any:
+    """Return the tokenizer or image processor of `base`; raise `DataError` where it has none."""
+    processor = load_processing_class(base)
+    if processor is None:
+        raise DataError(f"'{base.ref}' holds no tokenizer or image processor, which its data needs; add one to it")
+    return processor

@@ -57,27 +57,31 @@ class StepReport:
         source: The reference as the user gave it.
         sha: Commit of its files; `None` for a local folder.
         kind: `full` or `adapter`.
+        num_bytes: Size of the source's weight files.
+        license: What its card declares.
         accepted: `False` where the gate undid the transfer.
         units: One row per unit that could have moved.
         other_units: Number of units that could not: untouched by an adapter, or a head that does not fit.
         before: Held-out loss (and accuracy) before the transfer; empty without evaluation data, as the next two.
         after_transfer: The same after the transfer, before the gate's decision.
         after: The same at the end of the step, after fine-tuning.
-        num_bytes: Size of the source's weight files.
         seconds: Duration of the step.
+        peak_memory: The most that the process has held until the end of the step, in bytes; on a GPU, of its memory.
     """
 
     source: str
     sha: str | None
     kind: str
-    accepted: bool
-    units: list[UnitReport]
-    other_units: int
-    before: Evaluation
-    after_transfer: Evaluation
-    after: Evaluation
-    num_bytes: int
-    seconds: float
+    num_bytes: int = 0
+    license: str | None = None
+    accepted: bool = True
+    units: list[UnitReport] = field(default_factory=list)
+    other_units: int = 0
+    before: Evaluation = field(default_factory=dict)
+    after_transfer: Evaluation = field(default_factory=dict)
+    after: Evaluation = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_memory: int = 0
 
     @property
     def name(self) -> str:
@@ -147,28 +151,33 @@ class MergeReport:
     Attributes:
         base: Where the target started, and the commit of its files (`None` for a local folder or a model object).
         base_sha: See `base`.
+        base_license: What its card declares.
         start: Held-out loss (and accuracy) after the initial fine-tuning; empty without evaluation data.
         steps: One entry per source.
         config: The configuration of the merge.
+        recipe: Task and data of the recipe, where one was used.
         data: What the target data was: number of samples and fingerprint.
         versions: Versions of the packages that did it.
     """
 
     base: str
     base_sha: str | None = None
+    base_license: str | None = None
     start: Evaluation = field(default_factory=dict)
     steps: list[StepReport] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def without_paths(self) -> "MergeReport":
         """Return a copy that names local folders by their last part, for others to read."""
         base = self.base if self.base_sha else Path(self.base).name
-        return replace(self, base=base, steps=[replace(step, source=step.name) for step in self.steps])
+        steps = [replace(step, source=step.name) for step in self.steps]
+        return replace(self, base=base, steps=steps, recipe=_names_of_paths(self.recipe))
 
     def configuration(self) -> str:
-        """Return the merge as YAML: base model and sources (Hub references pinned to their commit), settings, record."""
+        """Return the merge as a recipe in YAML, every Hub reference pinned to its commit, with a record of the run."""
 
         def pinned(name: str, sha: str | None) -> str:
             return f"{name.partition('@')[0]}@{sha}" if sha else name
@@ -176,6 +185,7 @@ class MergeReport:
         values = {
             "base_model": pinned(self.base, self.base_sha),
             "sources": [pinned(step.source, step.sha) for step in self.steps],
+            **self.recipe,
             **self.config,
             "record": {"data": self.data, "versions": self.versions},
         }
@@ -191,3 +201,12 @@ class MergeReport:
     def to_json(self, path: Path) -> None:
         """Write everything to `path`."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def _names_of_paths(value: Any) -> Any:
+    """Return `value` with every absolute path in it, at any depth, cut to its last part."""
+    if isinstance(value, dict):
+        return {key: _names_of_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_names_of_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -52,7 +52,7 @@ def test_defaults() -> None:
         ("seed", 1.0, r"seed: got 1.0, expected int"),
         ("seed", -1, r"seed"),
         ("seed", 2**32, r"seed"),
-        ("published", True, r"published: the published procedure is method='copy', unit='parameter', got True"),
+        ("published", True, r"published: expected method='copy' and unit='parameter' with it, got True"),
         ("training_arguments", None, r"training_arguments: got None, expected dict"),
         ("training_arguments", ["bf16"], r"training_arguments: got \['bf16'\], expected dict"),
     ],

@@ -5,7 +5,6 @@ import weakref
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from grasp_hf.gradients import gradient_pass, gradients_leaving, preserved_state
@@ -24,7 +23,7 @@ def hooks_on(model: torch.nn.Module) -> int:
 def test_visited_gradients_equal_those_of_a_plain_backward(kind: str) -> None:
     model, batch = tiny_model(kind).eval(), batch_of(kind)
     visited: dict[str, Tensor] = {}
-    gradient_pass(model, batch, Accelerator(), visited.__setitem__)
+    gradient_pass(model, batch, visited.__setitem__)
     assert all(parameter.grad is None for parameter in model.parameters())
     model(**batch).loss.backward()
     assert set(visited) == dict(model.named_parameters()).keys()
@@ -41,7 +40,7 @@ def test_gradients_are_freed_while_backward_goes_on() -> None:
         alive.append(sum(reference() is not None for reference in seen))
         seen.append(weakref.ref(gradient))
 
-    gradient_pass(model, batch_of("vit"), Accelerator(), visit)
+    gradient_pass(model, batch_of("vit"), visit)
     assert len(alive) == len(list(model.parameters()))
     # The one before may still be referenced by the frame of its own hook.
     assert max(alive) <= 1
@@ -54,7 +53,7 @@ def test_hooks_and_gradients_are_gone_when_the_block_raises() -> None:
         raise KeyError(name)
 
     with pytest.raises(KeyError, match="classifier"):
-        gradient_pass(model, batch_of("bert"), Accelerator(), visit)
+        gradient_pass(model, batch_of("bert"), visit)
     assert hooks_on(model) == 0
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -71,7 +70,7 @@ def test_frozen_parameters_are_measured_and_stay_frozen() -> None:
     for parameter in model.base_model.parameters():
         parameter.requires_grad_(False)
     visited: dict[str, Tensor] = {}
-    gradient_pass(model, batch_of("vit"), Accelerator(), visited.__setitem__)
+    gradient_pass(model, batch_of("vit"), visited.__setitem__)
     assert set(visited) == dict(model.named_parameters()).keys()
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
         "classifier.weight",
@@ -94,7 +93,7 @@ def test_preserved_state_restores_modes_and_requires_grad() -> None:
 
 def test_nothing_keeps_the_model_alive() -> None:
     model = tiny_model("resnet")
-    gradient_pass(model, batch_of("resnet"), Accelerator(), lambda name, gradient: None)
+    gradient_pass(model, batch_of("resnet"), lambda name, gradient: None)
     reference = weakref.ref(model)
     del model
     gc.collect()

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from grasp_hf import GraspConfig, gradient_alignment
 from grasp_hf.errors import DataError, NonFiniteError
@@ -81,9 +80,7 @@ def measured(kind: str, lr: float, batches: int, directory: Path) -> tuple[Any, 
     target, source = perturbed(tiny_model(kind), 1).eval(), perturbed(tiny_model(kind), 2)
     units, batch = partition(target, "module"), tiny_data(kind, 12)[:12]
     scratch = Scratch(directory, movable_tensors(target))
-    found = learned_coefficients(
-        target, movable_tensors(source), units, [batch] * batches, Accelerator(), scratch=scratch, lr=lr
-    )
+    found = learned_coefficients(target, movable_tensors(source), units, [batch] * batches, scratch=scratch, lr=lr)
     return target, source, units, batch, found
 
 
@@ -139,7 +136,6 @@ def test_a_failing_measurement_leaves_the_model_alone(tmp_path: Path) -> None:
             movable_tensors(source),
             partition(target, "module"),
             batches,
-            Accelerator(),
             scratch=scratch,
             lr=0.5,
         )

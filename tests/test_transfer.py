@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grasp_hf.alignment import CoefficientDescent, cosine, inner_product, mean_defined
+from grasp_hf.alignment import CPU_PIECE, CoefficientDescent, cosine, inner_products, mean_defined
 from grasp_hf.mapped import MappedTensors
 from grasp_hf.transfer import interpolate_, overwrite_, placed
 
@@ -84,10 +84,16 @@ def test_a_disk_without_room_is_an_error_when_the_file_is_made(tmp_path: Path) -
         MappedTensors(tmp_path / "file", {"a": torch.empty(2**48, device="meta")})
 
 
-def test_inner_product_is_computed_in_float32() -> None:
-    ones = torch.ones(4096, dtype=torch.bfloat16)
-    assert float(inner_product(ones, ones)) == 4096.0
-    assert inner_product(ones, ones).dtype == torch.float32
+@pytest.mark.parametrize("scale", [1e-30, 1e-23, 1.0, 1e19])
+def test_inner_products_of_short_and_long_gradients(scale: float) -> None:
+    a, b = torch.tensor([3.0, 4.0, 0.0]) * scale, torch.tensor([4.0, 3.0, 12.0]) * scale
+    products = (inner_products(a, b) / scale**2).tolist()
+    assert products == pytest.approx([24.0, 25.0, 169.0], rel=1e-6)
+
+
+def test_inner_products_of_many_pieces_and_of_half_precision() -> None:
+    ones = torch.ones(3 * CPU_PIECE + 1, dtype=torch.bfloat16)
+    assert inner_products(ones, -ones).tolist() == [-len(ones), len(ones), len(ones)]
 
 
 def test_cosine_of_short_gradients_is_not_lost() -> None:
