@@ -227,40 +227,31 @@ class GraspMerger:
         Raises:
             GraspError: The source, the data or the numbers are not fit; the model is as it was before the call.
         """
+        began = time.perf_counter()
+        seed = self.config.seed + len(self.report.steps) + 1
         try:
-            step = self._merge_source(str(source), train_dataset, eval_dataset, data_collator, token)
+            with self._step(train_dataset, eval_dataset, data_collator) as (data, scratch):
+                located = hub.locate(str(source), token=token)
+                step = StepReport(str(located.ref), located.sha, located.kind, num_bytes=located.num_bytes)
+                step.license = declared_license(located.folder)
+                step.before = self._evaluate(data.held_out, data.collator)
+                self._transfer(located, step, data, scratch, seed)
+                self._finetune(data, self.config.finetune_epochs, seed, scratch)
+                step.after = self._evaluate(data.held_out, data.collator)
         except BaseException as error:
-            # A caught exception would keep the source, and the optimizer, alive through the frames that it names.
-            traceback.clear_frames(error.__traceback__)
             if not isinstance(error, GraspError):
                 error.add_note(f"while merging source '{source}'")
             raise
+        step.seconds = time.perf_counter() - began
+        step.peak_memory = _peak_memory()
         self.report.steps.append(step)
         self.report.data = {"train": _described(train_dataset), "eval": _described(eval_dataset)}
         self._initially_finetuned = True
         return step
 
-    def _merge_source(
-        self, source: str, train: Any, held_out: Any, data_collator: Collator | None, token: str | None
-    ) -> StepReport:
-        began = time.perf_counter()
-        seed = self.config.seed + len(self.report.steps) + 1
-        with self._step(train, held_out, data_collator) as (data, scratch):
-            located = hub.locate(source, token=token)
-            loaded = load_source(located, self.model, base=self.base, keep_head=self.config.head == "keep")
-            step = StepReport(str(located.ref), located.sha, located.kind, num_bytes=located.num_bytes)
-            step.license = declared_license(located.folder)
-            step.before = self._evaluate(data.held_out, data.collator)
-            self._transfer(loaded, step, data, scratch, seed)
-            del loaded
-            self._finetune(data, self.config.finetune_epochs, seed, scratch)
-            step.after = self._evaluate(data.held_out, data.collator)
-        step.seconds = time.perf_counter() - began
-        step.peak_memory = _peak_memory()
-        return step
-
-    def _transfer(self, loaded: LoadedSource, step: StepReport, data: "_Data", scratch: Scratch, seed: int) -> None:
-        """Measure the source, move what the evidence says, and take it back if the held-out loss says so."""
+    def _transfer(self, located: Source, step: StepReport, data: "_Data", scratch: Scratch, seed: int) -> None:
+        """Load and measure the source, move what the evidence says, and take it back if the held-out loss says so."""
+        loaded = load_source(located, self.model, base=self.base, keep_head=self.config.head == "keep")
         every_unit = partition(self.model, self.config.unit)
         units = [unit for unit in every_unit if loaded.candidates.issuperset(unit.tensors)]
         step.other_units = len(every_unit) - len(units)
@@ -311,8 +302,10 @@ class GraspMerger:
             try:
                 self._check_loss(data)
                 yield data, scratch
-            except BaseException:
+            except BaseException as error:
                 overwrite_(movable_tensors(self.model), scratch.start)
+                # A caught exception would keep the source, or the optimizer, alive through the frames that it names.
+                traceback.clear_frames(error.__traceback__)
                 raise
 
     def _finetune(self, data: "_Data", epochs: float, seed: int, scratch: Scratch) -> None:

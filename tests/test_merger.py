@@ -4,11 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from torch import Tensor
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    SiglipConfig,
+    SiglipForImageClassification,
+)
 
 from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
 from grasp_hf.errors import DataError, GraspError, NonFiniteError, OutputExistsError
@@ -240,3 +247,58 @@ def test_batches_without_labels_are_refused_before_training() -> None:
         DataError, match="returned no loss for a batch with .*input_ids.*; expected a data set with labels"
     ):
         merger.merge([], train_dataset=tiny_data("bert", 8).remove_columns("labels"))
+
+
+def test_a_transfer_that_changes_nothing_measurable_is_accepted(tmp_path: Path) -> None:
+    """The gate turns away what is worse, not what is equal: a source that equals the target."""
+    target = perturbed(tiny_model("vit"), 1)
+    config = GraspConfig(method="copy", threshold=-1.0, **STILL)
+    step = GraspMerger(target, config).merge_source(saved(target, tmp_path / "same"), **data_for("vit"))
+    assert step.accepted and step.moved > 0
+    assert step.after_transfer == step.before
+
+
+def test_the_head_of_a_classifier_without_a_base_model_can_be_kept(tmp_path: Path) -> None:
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    models = {
+        name: SiglipForImageClassification(
+            SiglipConfig(
+                vision_config={**vision, "image_size": 8, "patch_size": 4},
+                text_config={**vision, "vocab_size": 9},
+                id2label=dict(enumerate(labels)),
+            )
+        )
+        for name, labels in {"source": ["x", "y", "z"], "target": LABELS}.items()
+    }
+    head = {name: value.clone() for name, value in models["target"].classifier.state_dict().items()}
+    config = GraspConfig(method="copy", threshold=-1.0, head="keep", gate=False, **STILL)
+    models["source"].save_pretrained(tmp_path / "source")
+    step = GraspMerger(models["target"], config).merge_source(str(tmp_path / "source"), **data_for("vit"))
+    assert step.moved > 0 and step.other_units == 1
+    for name, value in models["target"].classifier.state_dict().items():
+        assert torch.equal(value, head[name])
+
+
+def test_numbers_of_numpy_are_written_like_others(tmp_path: Path) -> None:
+    config = GraspConfig(threshold=np.float64(0.25), training_arguments={"learning_rate": np.float32(0.5)})
+    GraspMerger(tiny_model("vit"), config).save_pretrained(tmp_path / "merged")
+    written = yaml.safe_load((tmp_path / "merged/grasp_config.yaml").read_text())
+    assert (written["threshold"], written["training_arguments"]) == (0.25, {"learning_rate": 0.5})
+
+
+def test_the_card_has_evaluation_rows_and_the_licence_that_all_parents_share(tmp_path: Path) -> None:
+    base = saved(tiny_model("vit"), tmp_path / "base")
+    sources = [saved(perturbed(tiny_model("vit"), seed), tmp_path / str(seed)) for seed in (1, 2)]
+    for folder, license in zip((base, *sources), ("mit", "mit", "apache-2.0"), strict=True):
+        (Path(folder) / "README.md").write_text(f"---\nlicense: {license}\n---\n")
+    merger = GraspMerger.from_pretrained(base, config=GraspConfig(**STILL))
+    merger.merge(sources[:1], **data_for("vit"))
+    merger.save_pretrained(tmp_path / "merged")
+    data = ModelCard.load(tmp_path / "merged/README.md").data
+    assert data.license == "mit" and data.pipeline_tag == "image-classification"
+    rows = {row.metric_type: row.metric_value for row in data.eval_results}
+    assert rows == {key: pytest.approx(value, abs=1e-4) for key, value in merger.report.steps[0].after.items()}
+    merger.merge(sources[1:], **data_for("vit"))
+    merger.save_pretrained(tmp_path / "merged")
+    assert ModelCard.load(tmp_path / "merged/README.md").data.license is None
+    assert merger.report.steps[1].peak_memory > 1e6

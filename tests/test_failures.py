@@ -1,0 +1,131 @@
+"""Whatever fails, at whatever stage: the target comes back bit for bit, and nothing of the source stays alive."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import grasp_hf.merger
+from grasp_hf import GraspConfig, GraspMerger, gradient_alignment
+from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, OutputExistsError
+from tests.models import perturbed, saved, tiny_data, tiny_model
+
+CONFIG: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 1, "batch_size": 8, "num_batches": 3}
+
+
+class FailingData(torch.utils.data.Dataset):
+    """Samples that raise at the n-th reading."""
+
+    def __init__(self, samples: list[dict], after: int, error: BaseException) -> None:
+        self.samples, self.left, self.error = samples, after, error
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return self.samples[index]
+
+
+def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.fixture
+def alive(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Count the source models that were loaded and are still in memory."""
+    seen: list[weakref.ref[PreTrainedModel]] = []
+    original = grasp_hf.merger.load_source
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        loaded = original(*args, **kwargs)
+        seen.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr(grasp_hf.merger, "load_source", load)
+    return lambda: sum(reference() is not None for reference in seen)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("method", ["blend", "copy"])
+@pytest.mark.parametrize(
+    ("train_reads", "held_out_reads"),
+    [(0, 99), (12, 99), (30, 99), (40, 99), (999, 3), (999, 15), (999, 27)],
+    ids=["first", "measuring", "measuring-late", "fine-tuning", "before", "gate", "epoch"],
+)
+def test_an_error_at_any_stage_gives_the_target_back(
+    train_reads: int,
+    held_out_reads: int,
+    method: Any,
+    kind: type[BaseException],
+    tmp_path: Path,
+    alive: Callable[[], int],
+) -> None:
+    source = saved(perturbed(tiny_model("resnet"), 1), tmp_path / "source")
+    target = perturbed(tiny_model("resnet"), 2).eval()
+    before = state_of(target)
+    merger = GraspMerger(target, GraspConfig(method=method, threshold=-1.0, gate=False, **CONFIG))
+    train = FailingData(list(tiny_data("resnet", 16)), train_reads, kind("here"))
+    held_out = FailingData(list(tiny_data("resnet", 12)), held_out_reads, kind("here"))
+    with pytest.raises(kind, match="here") as caught:
+        merger.merge_source(source, train_dataset=train, eval_dataset=held_out)
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not target.training and merger.report.steps == []
+    assert all(parameter.grad is None for parameter in target.parameters())
+    assert caught.value.__notes__ == [f"while merging source '{source}'"]
+    gc.collect()
+    assert alive() == 0, "the exception is still held here, and must not hold the source"
+
+
+def test_models_of_other_shapes_are_refused_before_anything_is_measured() -> None:
+    source, target = tiny_model("vit", labels=["a", "b"]), tiny_model("vit")
+    before = state_of(target)
+    with pytest.raises(
+        IncompatibleSourceError, match=r"cannot be compared:\n- classifier.weight: got shape \(2, 16\)"
+    ):
+        gradient_alignment(source, target, tiny_data("vit", 4))
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_labels_that_the_model_does_not_have_are_refused() -> None:
+    data = tiny_data("vit", 8).map(lambda sample: {"labels": sample["labels"] + 4})
+    with pytest.raises(DataError, match="labels from 4 to 6, expected 0 to 2"):
+        GraspMerger(tiny_model("vit")).merge([], train_dataset=data)
+
+
+def test_samples_that_are_not_prepared_are_refused() -> None:
+    data = tiny_data("vit", 8).remove_columns("pixel_values").add_column("text", ["red"] * 8)
+    with pytest.raises(DataError, match="a batch holds labels, expected pixel_values; prepare the data set"):
+        GraspMerger(tiny_model("vit")).merge([], train_dataset=data)
+
+
+def test_a_reference_instead_of_a_list_is_refused() -> None:
+    with pytest.raises(ConfigError, match="sources: got 'org/a', expected a list"):
+        GraspMerger(tiny_model("vit")).merge("org/a", train_dataset=tiny_data("vit", 8))
+
+
+def test_frozen_models_are_not_fine_tuned() -> None:
+    model = tiny_model("vit").requires_grad_(False)
+    with pytest.raises(ConfigError, match="every parameter is frozen"):
+        GraspMerger(model).merge([], train_dataset=tiny_data("vit", 8))
+
+
+def test_accuracy_cannot_choose_the_epoch_of_a_language_model() -> None:
+    merger = GraspMerger(tiny_model("gpt2"), GraspConfig.paper())
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel has no accuracy .* metric_for_best_model: loss"):
+        merger.merge([], train_dataset=tiny_data("gpt2", 8), eval_dataset=tiny_data("gpt2", 8))
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OutputExistsError, match="cannot be written: Not a directory; name another folder"):
+        GraspMerger(tiny_model("vit")).save_pretrained(tmp_path / "file/merged")
