@@ -69,6 +69,10 @@ class DataSection:
 
         return cls(**{key: located(value) if key in ("path", *FILES) else value for key, value in recipe.data.items()})
 
+    def given(self) -> dict[str, Any]:
+        """Return the keys that have a value, as they stand in a recipe."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
     @staticmethod
     def _type_problem(key: str, value: Any) -> str | None:
         """Say what is wrong with the value of a known key; unknown keys have their own message."""

@@ -53,6 +53,7 @@ def quiet_transformers() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going away
+            warnings.filterwarnings("ignore", module=r"peft\.")
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)

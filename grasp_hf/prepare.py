@@ -67,7 +67,7 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     merger = GraspMerger.from_pretrained(
         start, config=recipe.config, task=recipe.task, token=token, new_head=new_head, **model_kwargs
     )
-    merger.report.recipe = {"task": task_of(cls), "data": vars(section)}
+    merger.report.recipe = {"task": task_of(cls), "data": section.given()}
     data = TaskData(splits["train"], splits.get("validation"), splits.get("test"), collator)
     return merger, sources, data
 

@@ -270,3 +270,32 @@ def test_a_push_that_is_refused(hub: HubServer, world: Path, capsys: pytest.Capt
     assert main([*merge, "--push-to-hub", "org/cli-refused"]) == 1
     assert "error: " in (output := capsys.readouterr()).err and "org/cli-refused" in output.err
     assert "org/cli-refused" not in hub.repos
+
+
+def test_what_was_merged_before_a_failure_is_saved(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = perturbed(tiny_model("vit"), seed=3)
+    broken.get_parameter("classifier.weight").data.fill_(float("nan"))  # a plan reads no weight and cannot see it
+    saved(broken, world / "broken")
+    output = world / "merged"
+    assert main(["merge", write_recipe(world, sources=["fine-1", "broken", "fine-2"]), "--output", str(output)]) == 1
+    printed = capsys.readouterr()
+    assert f"saved what was merged before: 1 of 3 sources, {output}" in printed.out
+    assert "classifier.weight holds NaN or infinite weights" in printed.err
+    AutoModelForImageClassification.from_pretrained(output)
+    report = json.loads((output / "grasp_report.json").read_text())
+    assert [Path(step["source"]).name for step in report["steps"]] == ["fine-1"]
+
+
+def test_the_configuration_of_a_merge_is_a_recipe_again(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = world / "merged", world / "again"
+    assert main(["merge", str(world / "recipe.yaml"), "--output", str(first)]) == 0
+    assert main(["merge", str(first / "grasp_config.yaml"), "--output", str(second)]) == 0
+    models = [AutoModelForImageClassification.from_pretrained(folder) for folder in (first, second)]
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[name]), name
+
+
+def test_an_override_without_a_value_is_wrong_usage(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["plan", str(world / "recipe.yaml"), "gate"])
+    assert "expected key=value, got: gate" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, ViTForImageClassification
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, ViTForImageClassification
 
 import grasp_hf.merger
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError, merge_pretrained
@@ -548,3 +548,51 @@ def test_the_class_of_a_task(folders: dict[str, str], tmp_path: Path) -> None:
 
 def test_an_adapter_brings_the_target_s_labels(folders: dict[str, str], adapter: str) -> None:
     assert label_names(read(adapter, folders["vit"]).model.config) == LABELS
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj", "embed_tokens"]], ids=" ".join)
+def test_an_adapter_of_embeddings_or_of_the_output_layer(targets: list[str], tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    base = str(tmp_path / "base")
+    LlamaForCausalLM(config).save_pretrained(base)
+    adapter = saved_adapter(LlamaForCausalLM.from_pretrained(base), base, tmp_path / "adapter", target_modules=targets)
+    loaded = read(adapter, base)
+    expected = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    assert_equal(movable_tensors(loaded.model), movable_tensors(expected))
+    assert {name.split(".")[-2] for name in loaded.candidates} == set(targets)
+
+
+def test_the_head_of_an_adapter_has_the_labels_of_its_base(tmp_path: Path) -> None:
+    """The target's labels are the user's: a head that was trained for the base's is not taken for theirs."""
+    base = saved(tiny_model("vit", labels=["LABEL_0", "LABEL_1", "LABEL_2"]), tmp_path / "base")
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: index for index, name in enumerate(LABELS)}}
+    kept = saved_adapter(tiny_model("vit"), base, tmp_path / "same-size", **LORA)
+    wide = saved_adapter(tiny_model("vit", labels=list("abcde")), base, tmp_path / "other-size", **LORA)
+    bodied = saved_adapter(tiny_model("vit"), base, tmp_path / "no-head", target_modules=["q_proj"])
+    target = load_target(folder_source(base), task=None, dtype=torch.float32, seed=0, new_head=True, **names)
+    with pytest.raises(IncompatibleSourceError, match="other label names: got LABEL_0, LABEL_1, .*head='keep'"):
+        load_source(folder_source(kept), target, base=folder_source(base))
+    for folder in (kept, wide):
+        loaded = load_source(folder_source(folder), target, base=folder_source(base), keep_head=True)
+        assert {name.split(".")[-2] for name in loaded.candidates} == {"q_proj", "v_proj"}
+        assert not [name for name in loaded.own if name.startswith("classifier")]
+    assert load_source(folder_source(bodied), target, base=folder_source(base)).candidates == {
+        f"vit.layers.{layer}.attention.q_proj.{part}" for layer in (0, 1) for part in ("weight", "bias")
+    }
+
+
+def test_an_adapter_that_names_its_base_from_its_own_folder(folders: dict[str, str], tmp_path: Path) -> None:
+    copied(folders["vit"], tmp_path / "base")
+    adapter = saved_adapter(tiny_model("vit"), "../../base", tmp_path / "sources" / "adapter", **LORA)
+    assert read(adapter, str(tmp_path / "base")).candidates
+    with pytest.raises(
+        IncompatibleSourceError, match="an adapter of '../../base', .* name it so in base_model_name_or_p"
+    ):
+        read(adapter, folders["vit"])
