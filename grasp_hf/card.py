@@ -15,7 +15,7 @@ TEXT = """---
 
 # {{ title }}
 
-{{ count }} into one `{{ model_class }}`, one source at a time, guided by gradients of labelled target data, with
+{{ count }} merged into one `{{ model_class }}`, one at a time, guided by gradients of labelled target data, with
 grasp_hf. The method follows [GRASP](https://arxiv.org/abs/2606.14900).
 
 ## Usage
@@ -107,7 +107,7 @@ def model_card(model: PreTrainedModel, report: MergeReport, model_id: str) -> Mo
         data,
         template_str=TEXT,
         title=Path(model_id).name,
-        count="1 model merged" if len(report.steps) == 1 else f"{len(report.steps)} models merged",
+        count=f"{sum(step.moved > 0 for step in report.steps)} of {len(report.steps)} sources",
         model_class=type(model).__name__,
         model_id=model_id,
         method=f"`{method}`. {described}",

@@ -2,13 +2,16 @@
 
 import gc
 import weakref
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.gradients import gradient_pass, gradients_leaving, preserved_state
-from tests.models import KINDS, tiny_data, tiny_model
+from tests.models import KINDS, perturbed, saved, tiny_data, tiny_model
 
 
 def batch_of(kind: str) -> dict[str, Tensor]:
@@ -98,3 +101,19 @@ def test_nothing_keeps_the_model_alive() -> None:
     del model
     gc.collect()
     assert reference() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["blend", "copy"])
+def test_a_merge_on_a_gpu_gives_the_model_back_on_the_cpu(method: Any, tmp_path: Path) -> None:
+    source = saved(perturbed(tiny_model("resnet"), 1), tmp_path / "source")
+    target = perturbed(tiny_model("resnet"), 2)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    config = GraspConfig(method=method, threshold=1.0, coefficient_lr=1e-30, initial_epochs=0, finetune_epochs=0)
+    data = tiny_data("resnet", 16)
+    step = GraspMerger(target, config).merge_source(source, train_dataset=data, eval_dataset=data)
+    assert step.before["loss"] > 0
+    for name, value in target.state_dict().items():
+        assert value.device.type == "cpu"
+        torch.testing.assert_close(value, before[name], atol=1e-6, rtol=0)

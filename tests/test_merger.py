@@ -297,6 +297,9 @@ def test_the_card_has_evaluation_rows_and_the_licence_that_all_parents_share(tmp
     data = ModelCard.load(tmp_path / "merged/README.md").data
     assert data.license == "mit" and data.pipeline_tag == "image-classification"
     rows = {row.metric_type: row.metric_value for row in data.eval_results}
+    assert (
+        "\n1 of 1 sources merged into one `ViTForImageClassification`" in (tmp_path / "merged/README.md").read_text()
+    )
     assert rows == {key: pytest.approx(value, abs=1e-4) for key, value in merger.report.steps[0].after.items()}
     merger.merge(sources[1:], **data_for("vit"))
     merger.save_pretrained(tmp_path / "merged")
