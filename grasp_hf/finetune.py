@@ -58,33 +58,8 @@ def finetune_(
         samples=len(train_dataset),
         evaluates=eval_dataset is not None,
     )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(
-            "every parameter is frozen; set initial_epochs=0 and finetune_epochs=0, or requires_grad_(True)"
-        )
-    by_accuracy = arguments.metric_for_best_model in ("accuracy", "eval_accuracy")
-    if by_accuracy and eval_dataset is not None and model.can_generate():
-        raise ConfigError(
-            f"a {type(model).__name__} has no accuracy to choose the best epoch by; set metric_for_best_model: loss in "
-            "training_arguments"
-        )
     forward = vars(model).get("forward")
-    trainer = _WholeEvaluationTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=collator,
-        compute_metrics=_accuracy if by_accuracy else None,
-        preprocess_logits_for_metrics=_predictions if by_accuracy else None,
-        optimizers=_published_optimizer(model, arguments, len(train_dataset)) if config.published else (None, None),
-        callbacks=[_Progress()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    if not model.can_generate():
-        # The Trainer takes every classifier for one that divides its loss by the samples of all accumulated batches;
-        # most do not, and their gradients would be gradient_accumulation_steps times too large.
-        trainer.model_accepts_loss_kwargs = False
+    trainer = _trainer(model, train_dataset, eval_dataset, collator, arguments, published=config.published)
     try:
         with checkpoints_in_runtime_names(model), quiet_transformers():
             result = trainer.train()
@@ -99,6 +74,45 @@ def finetune_(
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise NonFiniteError(f"fine-tuning made {name} NaN or infinite; try a lower learning_rate")
+
+
+def _trainer(
+    model: PreTrainedModel,
+    train_dataset: Any,
+    eval_dataset: Any,
+    collator: Collator,
+    arguments: TrainingArguments,
+    *,
+    published: bool,
+) -> Trainer:
+    """Return the Trainer for one run; raise `ConfigError` where there is nothing to train or to judge by."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "every parameter is frozen; set initial_epochs=0 and finetune_epochs=0, or requires_grad_(True)"
+        )
+    by_accuracy = arguments.metric_for_best_model in ("accuracy", "eval_accuracy")
+    if by_accuracy and eval_dataset is not None and model.can_generate():
+        raise ConfigError(
+            f"a {type(model).__name__} has no accuracy to choose the best epoch by; set metric_for_best_model: loss in "
+            "training_arguments"
+        )
+    trainer = _WholeEvaluationTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=collator,
+        compute_metrics=_accuracy if by_accuracy else None,
+        preprocess_logits_for_metrics=_predictions if by_accuracy else None,
+        optimizers=_published_optimizer(model, arguments, len(train_dataset)) if published else (None, None),
+        callbacks=[_Progress()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if not model.can_generate():
+        # The Trainer takes every classifier for one that divides its loss by the samples of all accumulated batches;
+        # most do not, and their gradients would be gradient_accumulation_steps times too large.
+        trainer.model_accepts_loss_kwargs = False
+    return trainer
 
 
 def training_arguments(

@@ -239,8 +239,7 @@ class GraspMerger:
                 self._finetune(data, self.config.finetune_epochs, seed, scratch)
                 step.after = self._evaluate(data.held_out, data.collator)
         except BaseException as error:
-            if not isinstance(error, GraspError):
-                error.add_note(f"while merging source '{source}'")
+            error.add_note(f"while merging source '{source}'")
             raise
         step.seconds = time.perf_counter() - began
         step.peak_memory = _peak_memory()

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from grasp_hf import GraspConfig, gradient_alignment
+from grasp_hf import GraspConfig, GraspMerger, gradient_alignment
 from grasp_hf.errors import DataError, NonFiniteError
 from grasp_hf.matching import movable_tensors, partition
 from grasp_hf.measure import Scratch, learned_coefficients
-from tests.models import KINDS, LABELS, perturbed, tiny_data, tiny_model
+from grasp_hf.transfer import overwrite_
+from tests.models import KINDS, LABELS, perturbed, saved, tiny_data, tiny_model
 
 CONFIG = GraspConfig(num_batches=3, batch_size=8)
 
@@ -165,3 +166,17 @@ def test_an_infinite_loss_or_gradient_is_refused_and_the_target_restored() -> No
     for name, value in target.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert len(LABELS) == target.config.num_labels
+
+
+@pytest.mark.parametrize("method", ["blend", "copy"])
+def test_an_infinite_gradient_is_named_and_the_target_restored(method: Any, tmp_path: Path) -> None:
+    target = tiny_model("vit")
+    before = state_of(target)
+    source = saved(perturbed(target, 1), tmp_path / "source")
+    overwrite_(movable_tensors(target), before)
+    target.get_parameter("classifier.weight").register_hook(lambda gradient: gradient * float("inf"))
+    config = GraspConfig(method=method, initial_epochs=0, finetune_epochs=0, batch_size=4, num_batches=2)
+    with pytest.raises(NonFiniteError, match="the gradient of classifier.weight is NaN or infinite"):
+        GraspMerger(target, config).merge([source], train_dataset=tiny_data("vit", 8))
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, before[name]), name
