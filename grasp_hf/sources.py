@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .errors import IncompatibleSourceError, SourceNotFoundError
 
@@ -129,7 +129,7 @@ class Source:
             try:
                 with safe_open(path, "pt") as file:
                     found |= {file.get_slice(name).get_dtype() for name in file.keys()}
-            except Exception as error:
+            except (SafetensorError, OSError) as error:
                 raise IncompatibleSourceError(
                     f"'{self.ref}': {path.name} cannot be read as safetensors: {error}"
                 ) from error
