@@ -16,6 +16,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ResNetConfig,
@@ -53,6 +55,12 @@ def tiny_model(kind: str, seed: int = 0, labels: Sequence[str] = LABELS) -> PreT
         )
     if kind == "bert":
         return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=16, **size, **names))
+    if kind == "mixtral":  # transformers fuses its experts when it loads them
+        return MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=50, num_local_experts=2, num_key_value_heads=2, max_position_embeddings=16, **size
+            )
+        )
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     )
@@ -81,7 +89,7 @@ def tiny_data(kind: str, samples: int, seed: int = 0) -> Dataset:
     else:
         tokens = torch.randint(0, 50, (samples, 8), generator=generator)
         tokens[:, 0] = labels
-        columns = {"input_ids": tokens.numpy(), "labels": (tokens if kind == "gpt2" else labels).numpy()}
+        columns = {"input_ids": tokens.numpy(), "labels": (tokens if kind in ("gpt2", "mixtral") else labels).numpy()}
     return Dataset.from_dict(columns).with_format("torch")
 
 

@@ -39,7 +39,7 @@ def tuned(
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "mixtral"])
 def test_the_best_epochs_weights_come_back_whole(kind: str, tmp_path: Path) -> None:
     """Transformers loads its best checkpoint by names that a ViT has on disk only, and leaves most of the last weights."""
     model = tiny_model(kind)

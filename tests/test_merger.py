@@ -57,7 +57,7 @@ def test_a_threshold_that_lets_nothing_through_changes_nothing(kind: str, dtype:
     assert all(p.grad is None for p in target.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "gpt2", "mixtral"])
 def test_copying_everything_gives_the_source_with_its_statistics(kind: str, tmp_path: Path) -> None:
     source = perturbed(tiny_model(kind), 1)
     target = perturbed(tiny_model(kind), 2)
