@@ -101,9 +101,10 @@ class GraspConfig:
     Attributes:
         method: `"blend"` moves each unit part of the way, `T + c (S - T)`, with a coefficient `c` learned on the
             training data; `"copy"` replaces the units whose gradients agree.
-        unit: Tensors decided together. `"module"`: the tensors of one module, a normalisation layer with its
-            statistics. `"tensor"`: each tensor alone, but a normalisation layer still whole. `"parameter"`: each
-            parameter alone, statistics never moved, as published.
+        unit: Tensors decided together. `"layer"`: a transformer block or a stage, and outside of those as `"module"`.
+            `"module"`: the tensors of one module, a normalisation layer with its statistics. `"tensor"`: each tensor
+            alone, but a normalisation layer still whole. `"parameter"`: each parameter alone, statistics never moved,
+            as published.
         threshold: `copy` takes units whose gradient cosine is strictly greater than this; in [-1, 1].
         num_batches: Batches of training data that each source is measured on. `copy` averages the cosine of each
             batch; `blend` makes one descent step on the coefficients per batch.
@@ -124,7 +125,7 @@ class GraspConfig:
     """
 
     method: Literal["blend", "copy"] = "blend"
-    unit: Literal["module", "tensor", "parameter"] = "module"
+    unit: Literal["layer", "module", "tensor", "parameter"] = "module"
     threshold: float = 0.3
     num_batches: int = 8
     batch_size: int = 32

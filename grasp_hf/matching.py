@@ -1,11 +1,14 @@
 """Which tensors of two models belong together, in which units they move, and what stands in the way."""
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+
+NUMBERED = re.compile(r".*?\.\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -36,23 +39,36 @@ def movable_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def partition(model: torch.nn.Module, unit: str) -> list[Unit]:
-    """Divide the movable tensors of `model` into units, in the order of `named_modules()`.
+    """Divide the movable tensors of `model` into units.
 
-    `unit` is `"module"` (all tensors that a module owns itself; those of the model's own are one unit each), `"tensor"` (one parameter each, but a module with
-    statistics stays whole) or `"parameter"` (one parameter each, statistics in no unit).
+    `unit` is one of
+
+    - `"layer"`: all tensors of one transformer block or stage, that is below the first number in a name
+      (`bert.encoder.layer.3`); outside of those, as `"module"`;
+    - `"module"`: all tensors that a module owns itself (those of the model's own are one unit each);
+    - `"tensor"`: one parameter each, but a module with statistics stays whole;
+    - `"parameter"`: one parameter each, statistics in no unit.
     """
     parameters = dict(model.named_parameters())
-    owned: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in movable_tensors(model):
-        owned.setdefault(name.rpartition(".")[0], []).append(name)
+        module = name.rpartition(".")[0]
+        numbered = NUMBERED.match(module) if unit == "layer" else None
+        groups.setdefault(numbered[0] if numbered else module, []).append(name)
     units = []
-    for module, names in owned.items():
+    for group, names in groups.items():
         has_statistics = any(name not in parameters for name in names)
-        if module and (unit == "module" or (unit == "tensor" and has_statistics)):
-            units.append(Unit(module, tuple(names)))
+        if group and (unit in ("layer", "module") or (unit == "tensor" and has_statistics)):
+            units.append(Unit(group, tuple(names)))
         else:
             units += [Unit(name, (name,)) for name in names if name in parameters or unit != "parameter"]
     return units
+
+
+def units_within(units: Sequence[Unit], candidates: Collection[str]) -> list[Unit]:
+    """Return the units cut down to the tensors that may move, without those that have none."""
+    cut = [Unit(unit.name, tuple(name for name in unit.tensors if name in candidates)) for unit in units]
+    return [unit for unit in cut if unit.tensors]
 
 
 def head_tensors(model: PreTrainedModel) -> set[str]:

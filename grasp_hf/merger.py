@@ -27,7 +27,7 @@ from .errors import ConfigError, GraspError
 from .finetune import finetune_
 from .gradients import preserved_state
 from .loading import LoadedSource, load_processing_class, load_source, load_target
-from .matching import Unit, movable_tensors, partition
+from .matching import Unit, movable_tensors, partition, units_within
 from .measure import Scores, Scratch, blend_, learned_coefficients, unit_cosines
 from .report import Decision, Evaluation, MergeReport, StepReport, UnitReport
 from .saving import check_output, save_merge
@@ -252,7 +252,7 @@ class GraspMerger:
         """Load and measure the source, move what the evidence says, and take it back if the held-out loss says so."""
         loaded = load_source(located, self.model, base=self.base, keep_head=self.config.head == "keep")
         every_unit = partition(self.model, self.config.unit)
-        units = [unit for unit in every_unit if loaded.candidates.issuperset(unit.tensors)]
+        units = units_within(every_unit, loaded.candidates)
         step.other_units = len(every_unit) - len(units)
         batches = tqdm(
             sample_batches(data.train, data.collator, self._accelerator, self.config, seed=seed),

@@ -29,7 +29,7 @@ def test_defaults() -> None:
     ("field", "value", "message"),
     [
         ("method", "average", r"method: got 'average', expected one of 'blend', 'copy'"),
-        ("unit", "layer", r"unit: got 'layer', expected one of 'module', 'tensor', 'parameter'"),
+        ("unit", "block", r"unit: got 'block', expected one of 'layer', 'module', 'tensor', 'parameter'"),
         ("head", None, r"head: got None, expected one of 'match', 'keep'"),
         ("threshold", 1.5, r"threshold: expected a cosine in \[-1, 1\], got 1.5"),
         ("threshold", -1.01, r"threshold: expected a cosine in \[-1, 1\], got -1.01"),

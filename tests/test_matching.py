@@ -6,10 +6,11 @@ from grasp_hf.matching import Unit, head_tensors, label_problem, movable_tensors
 from tests.models import KINDS, tiny_model
 
 NORMALIZATION = "resnet.embedder.embedder.normalization"
+STAGES = ("resnet.encoder.stages.0", "resnet.encoder.stages.1")
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "gpt2"])
-@pytest.mark.parametrize("unit", ["module", "tensor", "parameter"])
+@pytest.mark.parametrize("unit", ["layer", "module", "tensor", "parameter"])
 def test_units_hold_every_tensor_once(kind: str, unit: str) -> None:
     model = tiny_model(kind)
     names = [name for part in partition(model, unit) for name in part.tensors]
@@ -25,6 +26,17 @@ def test_a_normalisation_layer_moves_with_its_statistics() -> None:
     for unit in ("module", "tensor"):
         assert Unit(NORMALIZATION, tensors) in partition(model, unit)
     assert Unit(f"{NORMALIZATION}.weight", (f"{NORMALIZATION}.weight",)) in partition(model, "parameter")
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("resnet", ["resnet.embedder.embedder.convolution", NORMALIZATION, *STAGES, "classifier.1"]),
+        ("gpt2", ["transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.h.1", "transformer.ln_f"]),
+    ],
+)
+def test_a_block_or_a_stage_is_one_layer(kind: str, expected: list[str]) -> None:
+    assert sorted(unit.name for unit in partition(tiny_model(kind), "layer")) == sorted(expected)
 
 
 def test_weight_and_bias_of_a_module_are_one_unit() -> None:

@@ -20,7 +20,7 @@ from transformers import (
 from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
 from grasp_hf.errors import DataError, GraspError, NonFiniteError, OutputExistsError
 from grasp_hf.matching import movable_tensors
-from tests.models import KINDS, LABELS, perturbed, saved, tiny_data, tiny_model
+from tests.models import KINDS, LABELS, perturbed, saved, saved_adapter, tiny_data, tiny_model
 
 STILL: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "batch_size": 8, "num_batches": 2}
 
@@ -305,3 +305,15 @@ def test_the_card_has_evaluation_rows_and_the_licence_that_all_parents_share(tmp
     merger.save_pretrained(tmp_path / "merged")
     assert ModelCard.load(tmp_path / "merged/README.md").data.license is None
     assert merger.report.steps[1].peak_memory > 1e6
+
+
+def test_an_adapter_moves_its_part_of_a_layer(tmp_path: Path) -> None:
+    base = saved(tiny_model("vit"), tmp_path / "base")
+    adapter = saved_adapter(tiny_model("vit"), base, tmp_path / "adapter", target_modules=["q_proj"])
+    config = GraspConfig(method="copy", unit="layer", threshold=-1.0, gate=False, **STILL)
+    merger = GraspMerger.from_pretrained(base, config=config)
+    before = state_of(merger.model)
+    step = merger.merge_source(adapter, **data_for("vit"))
+    assert [unit.name for unit in step.units] == ["vit.layers.0", "vit.layers.1"] and step.moved == 2
+    changed = {name for name, value in merger.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {f"vit.layers.{layer}.attention.q_proj.weight" for layer in (0, 1)}
