@@ -66,24 +66,31 @@ def apply_adapter_(
 ) -> tuple[PreTrainedModel, set[str]]:
     """Change `base` in place to what the adapter makes of it, and return it with the modules that were touched.
 
-    With `ignore_mismatched_sizes`, tensors of other shapes (a head of other labels) are left out.
+    With `ignore_mismatched_sizes`, a module saved whole (a head of other labels) may have another shape; it is left out.
 
     Raises:
-        IncompatibleSourceError: The adapter's file lacks weights, or holds some that belong nowhere.
+        IncompatibleSourceError: The adapter's file lacks weights, or holds some that belong nowhere or have other shapes.
         ValueError, RuntimeError, OSError: PEFT cannot read it or apply it to this model.
     """
     adapted = PeftModel.from_pretrained(base, str(adapter.folder), ignore_mismatched_sizes=ignore_mismatched_sizes)
     # Saving embedding layers is left out because PEFT would ask the Hub about the base model.
-    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    weights = load_peft_weights(str(adapter.folder), device="cpu")
     # The weights below an adapted embedding or output layer are saved along, although they are the base model's.
-    found = {key for key in load_peft_weights(str(adapter.folder), device="cpu") if ".base_layer." not in key}
-    expected = {key for key in expected if ".base_layer." not in key}
+    expected, found = ({key for key in keys if ".base_layer." not in key} for keys in (state, weights))
     if found != expected:
         some = sorted(found ^ expected)
         raise IncompatibleSourceError(
             f"'{adapter.ref}' does not fit its own configuration on this model: {len(expected - found)} weights are not "
             f"in its file and {len(found - expected)} belong nowhere, starting with {some[0]}"
         )
+    whole = [f".{name}." for name in getattr(adapted.active_peft_config, "modules_to_save", None) or ()]
+    for key in sorted(expected):
+        if weights[key].shape != state[key].shape and not any(name in key for name in whole):
+            raise IncompatibleSourceError(
+                f"'{adapter.ref}' does not fit this model: {key} has shape {tuple(weights[key].shape)}, expected "
+                f"{tuple(state[key].shape)}"
+            )
     touched = _touched_modules(adapted, expected)
     return adapted.merge_and_unload(), touched
 

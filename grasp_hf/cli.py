@@ -119,7 +119,7 @@ def _merge(options: argparse.Namespace) -> int:
     merger, sources, data = prepare(recipe)
     try:
         merger.merge(sources, **data.merge_arguments())
-    except (GraspError, KeyboardInterrupt):
+    except BaseException:
         if merger.report.steps:
             merger.save_pretrained(options.output)
             print(

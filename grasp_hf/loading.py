@@ -266,6 +266,7 @@ def _check_fit(source: Source, loaded: LoadedSource, target: PreTrainedModel, ke
     head = head_tensors(target)
     labels = label_problem(target, loaded.model)
     lacking = sorted(name for name in movable_tensors(target) if name not in loaded.own)
+    # An adapter without a head leaves the target's alone; one with a head must have the target's labels, as a model must.
     brings_head = bool(loaded.candidates & head) or (bool(labels) and not head)
     if (labels or set(lacking) & head) and ((keep_head and head) or (source.kind == "adapter" and not brings_head)):
         loaded.candidates -= head

@@ -43,7 +43,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def hub() -> HubServer:
-    """Return the session's Hub; alice ("hf_alice") and bob ("hf_bob") have tokens, alice is a member of "org".
+    """Return the Hub of the whole test run; alice ("hf_alice") and bob ("hf_bob") have tokens, alice is a member of "org".
 
     No token is set: pass `token=`, or set `HF_TOKEN`, which clients read at each call, with `monkeypatch.setenv`.
     """

@@ -596,3 +596,15 @@ def test_an_adapter_that_names_its_base_from_its_own_folder(folders: dict[str, s
         IncompatibleSourceError, match="an adapter of '../../base', .* name it so in base_model_name_or_p"
     ):
         read(adapter, folders["vit"])
+
+
+@pytest.mark.parametrize("keep_head", [False, True])
+def test_an_adapter_of_a_wider_model_is_never_cut_to_fit(keep_head: bool, tmp_path: Path) -> None:
+    """Leaving out a head of another size must not leave out the rest: PEFT would skip every weight that does not fit."""
+    base = saved(tiny_model("vit"), tmp_path / "base")
+    config: Any = tiny_model("vit").config
+    config.intermediate_size = 64
+    wider = {**LORA, "target_modules": ["fc1"]}
+    adapter = saved_adapter(ViTForImageClassification(config), base, tmp_path / "adapter", **wider)
+    with pytest.raises(IncompatibleSourceError, match="(?s)adapter.*fc1.*lora_B"):
+        read(adapter, base, keep_head=keep_head)
