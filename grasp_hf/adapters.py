@@ -1,17 +1,46 @@
 """PEFT adapters as sources: what they say of themselves, and what they make of their base model."""
 
+import copy
+from collections.abc import Collection
+from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from . import hub
 from .errors import IncompatibleSourceError
+from .mapped import MappedTensors
 from .sources import Source, SourceRef
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AppliedAdapter:
+    """A base model after an adapter was merged into it.
+
+    Attributes:
+        model: The model; what the adapter changed lies in a file, the rest where it was.
+        touched: Runtime names of the modules that the adapter changed or brought along.
+        whole: Runtime names of the modules that it brought along whole (`modules_to_save`).
+    """
+
+    model: PreTrainedModel
+    touched: set[str]
+    whole: set[str]
 
 
 def load_adapter_config(source: Source) -> PeftConfig:
@@ -27,12 +56,16 @@ def load_adapter_config(source: Source) -> PeftConfig:
         raise IncompatibleSourceError(message) from error
 
 
-def adapter_problems(config: PeftConfig, adapter: Source, base: Source | None) -> list[str]:
-    """List what an adapter's config alone says against applying it to `base`."""
+def adapter_problems(
+    config: PeftConfig, adapter: Source, base: Source | None, accepted_bases: Collection[str] = ()
+) -> list[str]:
+    """List what an adapter's config alone says against applying it to `base`.
+
+    `accepted_bases` are names (`org/name` or `org/name@revision`) that the user declares to be the same model as `base`.
+    """
     problems = []
     kind = PeftType(config.peft_type)
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
-    if config.is_prompt_learning or tuner is None or not hasattr(tuner, "merge_and_unload"):
+    if config.is_prompt_learning or not _merges(kind):
         problems.append(f"an adapter of type {kind.value} cannot be merged into weights; expected LoRA or alike")
     named = config.base_model_name_or_path or ""
     if base is None:
@@ -40,14 +73,29 @@ def adapter_problems(config: PeftConfig, adapter: Source, base: Source | None) -
             f"it is an adapter of '{named}', but where the target started is not known; load the target with "
             "GraspMerger.from_pretrained"
         )
+    elif {named, f"{named}@{config.revision}"} & set(accepted_bases):
+        pass
     elif named != base.ref.name and not _is_folder(named, adapter, base):
         problems.append(
-            f"it is an adapter of '{named}', expected an adapter of '{base.ref.name}'; if they are the same, name it so "
-            "in base_model_name_or_path of adapter_config.json"
+            f"it is an adapter of '{named}', expected an adapter of '{base.ref.name}'; if they are the same, accept it "
+            f"by name: accepted_bases=['{named}']"
         )
     elif config.revision and base.sha and not _is_commit(named, config.revision, base):
-        problems.append(f"it is an adapter of '{named}' at revision '{config.revision}', expected '{base.ref}'")
+        revised = f"{named}@{config.revision}"
+        problems.append(
+            f"it is an adapter of '{named}' at revision '{config.revision}', expected '{base.ref}'; if they are the same, "
+            f"accept it by name: accepted_bases=['{revised}']"
+        )
     return problems
+
+
+def _merges(kind: PeftType) -> bool:
+    """Whether PEFT can merge adapters of this type into weights: whether some layer of its kind says how."""
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
+    layers = [tuner.tuner_layer_cls] if tuner and hasattr(tuner, "merge_and_unload") else []
+    for layer in layers:
+        layers += layer.__subclasses__()
+    return any(layer.merge is not BaseTunerLayer.merge for layer in layers)
 
 
 def _is_folder(name: str, adapter: Source, base: Source) -> bool:
@@ -61,21 +109,33 @@ def _is_commit(name: str, revision: str, base: Source) -> bool:
     return revision in (base.sha, base.ref.revision) or hub.commit_of(SourceRef(name, revision)) == base.sha
 
 
-def apply_adapter_(
-    base: PreTrainedModel, adapter: Source, *, ignore_mismatched_sizes: bool = False
-) -> tuple[PreTrainedModel, set[str]]:
-    """Change `base` in place to what the adapter makes of it, and return it with the modules that were touched.
+def saved_classes(adapter: Source, class_tensors: Collection[str]) -> int | None:
+    """Return the number of classes of a head that the adapter brings along whole; `None` where it brings none.
 
-    With `ignore_mismatched_sizes`, a module saved whole (a head of other labels) may have another shape; it is left out.
+    `class_tensors` are the names of the model's tensors that have a row per class.
+    """
+    weights = load_peft_weights(str(adapter.folder), device="cpu")
+    rows = [len(weights[PREFIX + name]) for name in class_tensors if PREFIX + name in weights]
+    return rows[0] if rows else None
+
+
+def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> AppliedAdapter:
+    """Change `base` in place to what the adapter makes of it.
+
+    The result is that of PEFT's `merge_and_unload()`, but the changed weights are written to a file in `directory`,
+    module by module, so that one module and not one model is held in private memory.
 
     Raises:
         IncompatibleSourceError: The adapter's file lacks weights, or holds some that belong nowhere or have other shapes.
         ValueError, RuntimeError, OSError: PEFT cannot read it or apply it to this model.
     """
-    adapted = PeftModel.from_pretrained(base, str(adapter.folder), ignore_mismatched_sizes=ignore_mismatched_sizes)
+    folder = _in_runtime_names(base, adapter, directory)
+    adapted = PeftModel.from_pretrained(base, str(folder))
     # Saving embedding layers is left out because PEFT would ask the Hub about the base model.
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    weights = load_peft_weights(str(adapter.folder), device="cpu")
+    weights = convert_peft_adapter_state_dict_for_transformers(
+        adapted, adapted.active_peft_config, load_peft_weights(str(folder), device="cpu")
+    )
     # The weights below an adapted embedding or output layer are saved along, although they are the base model's.
     expected, found = ({key for key in keys if ".base_layer." not in key} for keys in (state, weights))
     if found != expected:
@@ -84,24 +144,99 @@ def apply_adapter_(
             f"'{adapter.ref}' does not fit its own configuration on this model: {len(expected - found)} weights are not "
             f"in its file and {len(found - expected)} belong nowhere, starting with {some[0]}"
         )
-    whole = [f".{name}." for name in getattr(adapted.active_peft_config, "modules_to_save", None) or ()]
     for key in sorted(expected):
-        if weights[key].shape != state[key].shape and not any(name in key for name in whole):
+        if weights[key].shape != state[key].shape:
             raise IncompatibleSourceError(
                 f"'{adapter.ref}' does not fit this model: {key} has shape {tuple(weights[key].shape)}, expected "
                 f"{tuple(state[key].shape)}"
             )
-    touched = _touched_modules(adapted, expected)
-    return adapted.merge_and_unload(), touched
+    touched, whole = _touched_modules(adapted, expected)
+    _merge_into_file(adapted, directory / "adapted")
+    return AppliedAdapter(adapted.merge_and_unload(), touched, whole)
 
 
-def _touched_modules(adapted: PeftModel, keys: set[str]) -> set[str]:
-    """Return the runtime names of the base model's modules that the adapter changes or brings along whole."""
+@torch.no_grad()
+def _merge_into_file(adapted: PeftModel, path: Path) -> None:
+    """Let PEFT merge one adapted layer after the other, and put the result of each in a file at `path`."""
+    modules = adapted.get_base_model().named_modules()
+    layers = {
+        name: module
+        for name, module in modules
+        if isinstance(module, BaseTunerLayer) and not hasattr(module, "unload_and_optionally_merge_module")
+    }
+
+    def parameters(name: str) -> dict[str, Tensor]:
+        return {f"{name}.{key}": p for key, p in layers[name].get_base_layer().named_parameters()}
+
+    room = MappedTensors(path, {key: p for name in layers for key, p in parameters(name).items()})
+    for name, layer in layers.items():
+        for key, parameter in parameters(name).items():
+            parameter.data = room[key].copy_(parameter.data)
+        layer.merge()
+        for key, parameter in parameters(name).items():
+            if parameter.data_ptr() != room[key].data_ptr():
+                parameter.data = room[key].copy_(parameter.data)
+
+
+def _touched_modules(adapted: PeftModel, keys: set[str]) -> tuple[set[str], set[str]]:
+    """Return the names of the base model's modules that the adapter changes, and of those that it brings along whole."""
     modules = dict(adapted.get_base_model().named_modules())
     touched = {name for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+    whole = set()
     for key in keys:
-        name = key.removeprefix("base_model.model.")
-        while name not in modules:
-            name = name.rpartition(".")[0]
-        touched |= {name} - {""}
-    return touched
+        name = _module_of(key, modules)
+        if name and name not in touched:
+            whole.add(name)
+    return touched | whole, whole
+
+
+def _module_of(key: str, modules: Collection[str]) -> str:
+    """Return the innermost of `modules` that a weight of an adapter belongs to; empty where it is none."""
+    name = key.removeprefix(PREFIX)
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _in_runtime_names(base: PreTrainedModel, adapter: Source, directory: Path) -> Path:
+    """Return a folder with the adapter in the names that modules have in memory: its own, or a new one in `directory`.
+
+    An adapter that was made under transformers 4 names modules as they were called then (`attention.attention.query` of
+    a ViT, now `attention.q_proj`). Its weights are renamed as transformers renames those of a checkpoint, and its
+    configuration names each module in full.
+    """
+    renamings = [entry for entry in get_model_conversion_mapping(base) if isinstance(entry, WeightRenaming)]
+    weights = load_peft_weights(str(adapter.folder), device="cpu")
+    renamed = {key: PREFIX + rename_source_key(key.removeprefix(PREFIX), renamings, [])[0] for key in weights}
+    modules = {name for name, _ in base.named_modules()}
+    moved = [key for key, new in renamed.items() if key != new and _module_of(new, modules)]
+    if not moved:
+        return adapter.folder
+    config: Any = copy.deepcopy(load_adapter_config(adapter))
+    mark = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
+    old_names = {}
+    for key, new in renamed.items():
+        if mark in key:
+            old_names[new.partition(mark)[0].removeprefix(PREFIX)] = key.partition(mark)[0].removeprefix(PREFIX)
+
+    def by_old_name(patterns: dict[str, int]) -> dict[str, int]:
+        keys = {new: get_pattern_key(list(patterns), old) for new, old in old_names.items()}
+        return {new: patterns[key] for new, key in keys.items() if key in patterns}
+
+    config.target_modules = sorted(old_names)
+    for field in ("rank_pattern", "alpha_pattern"):
+        if getattr(config, field, None):
+            setattr(config, field, by_old_name(getattr(config, field)))
+    if getattr(config, "feedforward_modules", None):
+        ends = tuple(config.feedforward_modules)
+        config.feedforward_modules = [new for new, old in old_names.items() if old.endswith(ends)]
+    for field in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+        if hasattr(config, field):
+            setattr(config, field, None)
+    folder = directory / "renamed"
+    folder.mkdir(exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(
+        {renamed[key]: weight.contiguous() for key, weight in weights.items()}, folder / "adapter_model.safetensors"
+    )
+    return folder

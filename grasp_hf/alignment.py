@@ -8,21 +8,32 @@ from torch import Tensor
 PUBLISHED_EPSILON = 1e-8
 CPU_PIECE = 2**17  # elements; pieces of this size stay in a core's cache
 DEVICE_PIECE = 2**24
+VANISHING = 1e-30  # below this a sum of float32 squares may have lost some of them
 
 
-def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """Return `<a, b>`, `<a, a>` and `<b, b>` over all elements, shape `(3,)`, on their device.
+def inner_products(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
+    """Return `<a, b>`, `<a, a>` and `<b, b>` over all elements, float64, shape `(3,)`, on the CPU.
 
-    Computed in float64, since squares of short gradients vanish in float32 (float32 where the device has no other), in
-    pieces, so that no copy of the whole is made.
+    With `minus`, `b - minus` takes the place of `b`. All of one device; dtypes may differ. Computed in float32, piece by
+    piece, so that no copy of the whole is made; the sums of pieces are added in float64. Where squares vanish in float32
+    or overflow, a piece is computed in float64.
     """
-    dtype = torch.float32 if a.device.type == "mps" else torch.float64
     piece = CPU_PIECE if a.device.type == "cpu" else DEVICE_PIECE
-    total = torch.zeros(3, dtype=dtype, device=a.device)
-    for x, y in zip(a.detach().flatten().split(piece), b.detach().flatten().split(piece), strict=True):
-        x, y = x.to(dtype), y.to(dtype)
-        total += torch.stack([torch.dot(x, y), torch.dot(x, x), torch.dot(y, y)])
-    return total
+    flat = [t.detach().flatten().split(piece) for t in (a, b, *(() if minus is None else (minus,)))]
+    products = torch.stack([_products(*pieces, dtype=torch.float32) for pieces in zip(*flat, strict=True)])
+    products = products.to("cpu", torch.float64)
+    unsafe = (products[:, 1:] < VANISHING).any(1) | ~products.isfinite().all(1)
+    for index in unsafe.nonzero().flatten().tolist():
+        if flat[0][index].any():  # an embedding has a gradient for few of its tokens
+            products[index] = _products(*(pieces[index].cpu() for pieces in flat), dtype=torch.float64)
+    return products.sum(0)
+
+
+def _products(a: Tensor, b: Tensor, minus: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
+    a, b = a.to(dtype), b.to(dtype)
+    if minus is not None:
+        b = b - minus.to(dtype)
+    return torch.stack([torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)])
 
 
 def cosine(dot: float, square_a: float, square_b: float, *, epsilon: float = 0.0) -> float | None:

@@ -93,22 +93,33 @@ def batch_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Any]:
     return output["loss"], output
 
 
+def batch_weight(model: PreTrainedModel, batch: Batch) -> int:
+    """Return how many terms the mean loss of a batch is over: tokens with a label, or samples."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
+        return len(next(iter(batch.values())))
+    if model.can_generate() and not model.config.is_encoder_decoder:
+        labels = labels[:, 1:]  # each token predicts the next
+    return max(1, int((labels != -100).sum()))
+
+
 @torch.no_grad()
 def evaluate(
     model: PreTrainedModel, dataset: Any, collator: Collator, accelerator: Accelerator, batch_size: int
 ) -> dict[str, float]:
-    """Return `loss`, the mean over samples of `model` in its present mode, and `accuracy` in [0, 1] for a classifier."""
+    """Return `loss`, the mean over samples (or tokens) of `model` in its mode, and `accuracy` in [0, 1] for a classifier."""
     loader = accelerator.prepare_data_loader(DataLoader(dataset, batch_size=batch_size, collate_fn=collator))
-    loss, correct, samples, classifies = 0.0, 0, 0, True
+    loss, terms, correct, samples, classifies = 0.0, 0, 0, 0, True
     for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None):
         batch_mean, output = batch_loss(model, batch)
-        size = len(next(iter(batch.values())))
-        loss += float(batch_mean) * size
-        samples += size
+        weight = batch_weight(model, batch)
+        loss += float(batch_mean) * weight
+        terms += weight
+        samples += len(next(iter(batch.values())))
         classifies = classifies and _is_classification(batch, output)
         if classifies:
             correct += int((output["logits"].argmax(-1) == batch["labels"]).sum())
-    return {"loss": loss / samples, **({"accuracy": correct / samples} if classifies else {})}
+    return {"loss": loss / terms, **({"accuracy": correct / samples} if classifies else {})}
 
 
 def _is_class_ids(labels: Tensor) -> bool:

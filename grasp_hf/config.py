@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import yaml
+from peft import LoraConfig
 from transformers import TrainingArguments
 
 from .errors import ConfigError
@@ -94,13 +95,23 @@ def training_argument_problems(values: dict[str, Any]) -> list[str]:
     return found
 
 
+def lora_problems(values: dict[str, Any]) -> list[str]:
+    """List what `peft.LoraConfig` would not take."""
+    try:
+        LoraConfig(**values)
+    except (TypeError, ValueError) as error:
+        return [f"lora: got {values!r}, expected arguments of peft.LoraConfig: {error}"]
+    return []
+
+
 @dataclass(frozen=True, kw_only=True)
 class GraspConfig:
     """How each source is measured, transferred and followed by fine-tuning.
 
     Attributes:
         method: `"blend"` moves each unit part of the way, `T + c (S - T)`, with a coefficient `c` learned on the
-            training data; `"copy"` replaces the units whose gradients agree.
+            training data; `"copy"` replaces the units whose gradients agree; `"average"` keeps the mean of all sources
+            so far, unit by unit, `T + (S - T) / k`, and needs no gradients (and no data, without fine-tuning).
         unit: Tensors decided together. `"layer"`: a transformer block or a stage, and outside of those as `"module"`.
             `"module"`: the tensors of one module, a normalisation layer with its statistics. `"tensor"`: each tensor
             alone, but a normalisation layer still whole. `"parameter"`: each parameter alone, statistics never moved,
@@ -108,14 +119,20 @@ class GraspConfig:
         threshold: `copy` takes units whose gradient cosine is strictly greater than this; in [-1, 1].
         num_batches: Batches of training data that each source is measured on. `copy` averages the cosine of each
             batch; `blend` makes one descent step on the coefficients per batch.
+        accumulate_gradients: Let `copy` take the cosine of the gradients over all batches together, which is that of
+            one large batch. Needs room for a second set of gradients on disk.
         batch_size: Samples per batch, in measuring and (unless `training_arguments` says otherwise) in fine-tuning.
         coefficient_lr: Step size of Adam on the coefficients of `blend`. Adam moves a coefficient by at most about
             this much per batch, so `num_batches * coefficient_lr` bounds how far one source can pull.
-        head: What to do with a source whose label names differ: `"match"` refuses it, `"keep"` leaves the target's
-            head as it is and merges the rest.
         gate: Undo a transfer that raises the loss on the evaluation data (where there is any).
         initial_epochs: Epochs of fine-tuning before the first source.
         finetune_epochs: Epochs of fine-tuning after each source.
+        lora: Fine-tune a LoRA adapter instead of all weights, and merge it into the model at the end of each step:
+            arguments of `peft.LoraConfig`, such as `{r: 8, target_modules: all-linear}`. The head is trained whole.
+        order: `"given"`, or `"rank"`: the most promising first, by the first-order gain (see `GraspMerger.rank`).
+        top: Merge only this many sources, the most promising ones; needs `order="rank"`.
+        accepted_bases: Names (`org/name` or `org/name@revision`) that adapters may give as their base although the
+            target started from another: you declare that they are the same weights.
         seed: Seed of the batches; fine-tuning after source k is seeded with `seed + k`.
         published: Follow arXiv:2606.14900 to the letter, see `paper`.
         training_arguments: Anything that `transformers.TrainingArguments` takes; what stands here wins.
@@ -124,16 +141,20 @@ class GraspConfig:
         ConfigError: A value has the wrong type or is out of range; all problems are listed.
     """
 
-    method: Literal["blend", "copy"] = "blend"
+    method: Literal["blend", "copy", "average"] = "blend"
     unit: Literal["layer", "module", "tensor", "parameter"] = "module"
     threshold: float = 0.3
     num_batches: int = 8
+    accumulate_gradients: bool = False
     batch_size: int = 32
     coefficient_lr: float = 0.1
-    head: Literal["match", "keep"] = "match"
     gate: bool = True
     initial_epochs: float = 3
     finetune_epochs: float = 3
+    lora: dict[str, Any] | None = None
+    order: Literal["given", "rank"] = "given"
+    top: int | None = None
+    accepted_bases: list[str] = field(default_factory=list)
     seed: int = 42
     published: bool = False
     training_arguments: dict[str, Any] = field(default_factory=dict)
@@ -144,6 +165,8 @@ class GraspConfig:
         problems = _problems(GraspConfig, vars(self)) or self._range_problems()
         if isinstance(self.training_arguments, dict):
             problems += training_argument_problems(self.training_arguments)
+        if isinstance(self.lora, dict):
+            problems += lora_problems(self.lora)
         if problems:
             raise ConfigError("the configuration has problems:\n- " + "\n- ".join(problems))
 
@@ -156,12 +179,22 @@ class GraspConfig:
             "initial_epochs: expected a finite number of 0 or more": 0 <= self.initial_epochs < math.inf,
             "finetune_epochs: expected a finite number of 0 or more": 0 <= self.finetune_epochs < math.inf,
             "seed: expected 0 to 2**32 - 1000": 0 <= self.seed <= 2**32 - 1000,
+            "top: expected at least 1, and order='rank' with it": self.top is None
+            or (self.top >= 1 and self.order == "rank"),
+            "accumulate_gradients: expected method='copy' with it, and not published": not self.accumulate_gradients
+            or (self.method == "copy" and not self.published),
+            "lora: expected none with published": self.lora is None or not self.published,
             "published: expected method='copy' and unit='parameter' with it": not self.published
             or (self.method, self.unit) == ("copy", "parameter"),
         }
         return [
             f"{message}, got {getattr(self, message.split(':')[0])!r}" for message, fine in checks.items() if not fine
         ]
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a merge needs training data: always, but for an average without fine-tuning in the order given."""
+        return self.method != "average" or self.order == "rank" or bool(self.initial_epochs or self.finetune_epochs)
 
     @classmethod
     def paper(cls, **overrides: Any) -> "GraspConfig":

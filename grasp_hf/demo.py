@@ -16,7 +16,6 @@ from . import hub
 from .config import GraspConfig, Recipe
 from .digits import build_world
 from .errors import OutputExistsError
-from .loading import load_source
 from .merger import GraspMerger
 from .prepare import TaskData, prepare
 from .report import markdown_table
@@ -45,7 +44,7 @@ def run_demo(directory: Path, *, seed: int = 0) -> str:
         recipe = Recipe.from_yaml(directory / RECIPE_FILE, [f"seed={seed}"])
         merger, sources, data = prepare(recipe)
         logger.info("\nevery source as it is")
-        alone = _sources_alone(merger, sources, data)
+        alone = _sources_alone(recipe.locate("base"), sources, data)
         logger.info("\nmerging %d sources with %d labels", len(sources), len(data.train))
         merger.merge(sources, **data.merge_arguments())
         merger.save_pretrained(directory / "merged")
@@ -78,13 +77,12 @@ def _build(directory: Path, seed: int) -> None:
         world.rename(directory)
 
 
-def _sources_alone(merger: GraspMerger, sources: list[str], data: TaskData) -> list[Score]:
+def _sources_alone(base: str, sources: list[str], data: TaskData) -> list[Score]:
     scores = []
+    alone = GraspConfig(method="average", gate=False, initial_epochs=0, finetune_epochs=0)
     for source in sources:
-        located = hub.locate(source)
-        model = load_source(located, merger.model, base=merger.base).model
-        accuracy = GraspMerger(model).evaluate(data.test, data_collator=data.collator)["accuracy"]
-        name = f"source {Path(source).name} ({located.kind})"
+        accuracy = _accuracy(base, alone, [source], data)
+        name = f"source {Path(source).name} ({hub.locate(source).kind})"
         logger.info("%s: %.3f of the test images right", name, accuracy)
         scores.append((name, accuracy))
     return scores

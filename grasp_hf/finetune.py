@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -18,6 +19,7 @@ from .batches import Collator
 from .config import GraspConfig
 from .errors import ConfigError, NonFiniteError
 from .loading import quiet_transformers
+from .matching import head_tensors
 
 
 def finetune_(
@@ -59,9 +61,9 @@ def finetune_(
         evaluates=eval_dataset is not None,
     )
     forward = vars(model).get("forward")
-    trainer = _trainer(model, train_dataset, eval_dataset, collator, arguments, published=config.published)
     try:
-        with checkpoints_in_runtime_names(model), quiet_transformers():
+        with quiet_transformers(), checkpoints_in_runtime_names(model), adapted(model, config.lora, seed) as trained:
+            trainer = _trainer(trained, train_dataset, eval_dataset, collator, arguments, published=config.published)
             result = trainer.train()
     finally:
         # The Trainer leaves its autocast wrapper on the model, which would cast later gradient passes.
@@ -76,8 +78,56 @@ def finetune_(
             raise NonFiniteError(f"fine-tuning made {name} NaN or infinite; try a lower learning_rate")
 
 
+@contextmanager
+def adapted(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int) -> Iterator[PreTrainedModel | PeftModel]:
+    """Yield what is to be trained: `model`, or a LoRA adapter on it that becomes part of its weights at the end.
+
+    The head is trained whole. Whatever happens, `model` has its own modules and parameters again after the block; only
+    where the block raises, the head's and the statistics' values are those of before it and the training is lost.
+
+    Args:
+        model: Changed in place.
+        lora: Arguments of `peft.LoraConfig`; `None` trains all weights. `target_modules` is `all-linear` where left out.
+        seed: Seed of the adapter's first weights.
+
+    Raises:
+        ConfigError: The adapter does not fit the model.
+    """
+    if lora is None:
+        yield model
+        return
+    names = [] if model.can_generate() else sorted({name.partition(".")[0] for name in head_tensors(model)})
+    whole = {name: model.get_submodule(name) for name in names}
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    defaults: dict[str, Any] = {"target_modules": "all-linear"}
+    if whole:
+        defaults |= {"modules_to_save": names, "exclude_modules": rf"({'|'.join(names)})(\..*)?"}
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            adapter = get_peft_model(model, LoraConfig(**(defaults | lora)))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"lora: cannot be applied to a {type(model).__name__}: {error}") from error
+    try:
+        yield adapter
+    except BaseException:
+        adapter.unload()
+        raise
+    else:
+        merged = dict(adapter.merge_and_unload().named_parameters())
+        for name, parameter in parameters.items():
+            if merged[name] is not parameter:
+                parameter.data.copy_(merged[name].data)
+    finally:
+        for name, module in whole.items():
+            setattr(model, name, module)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(trainable[name])
+
+
 def _trainer(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     train_dataset: Any,
     eval_dataset: Any,
     collator: Collator,
@@ -141,6 +191,9 @@ def training_arguments(
         **(keeping_best if evaluates else {"save_strategy": "no"}),
         **config.training_arguments,
     }
+    for name in ("activation", "gradient"):
+        if values.get(f"{name}_checkpointing"):
+            values.setdefault(f"{name}_checkpointing_kwargs", {"use_reentrant": False})
     if not evaluates:
         values.pop("metric_for_best_model", None)
     try:
@@ -177,7 +230,7 @@ def _accuracy(prediction: Any) -> dict[str, float]:
 
 
 def _published_optimizer(
-    model: PreTrainedModel, arguments: TrainingArguments, samples: int
+    model: PreTrainedModel | PeftModel, arguments: TrainingArguments, samples: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Return AdamW over all parameters with equal weight decay, and a cosine schedule that steps once an epoch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay)

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .batches import Batch, batch_loss
+from .errors import ConfigError
 
 Visit = Callable[[str, Tensor], None]
 
@@ -65,12 +69,56 @@ def gradients_leaving(model: torch.nn.Module, visit: Visit) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def gradient_pass(model: PreTrainedModel, batch: Batch, visit: Visit) -> None:
-    """Run one forward and backward pass in the model's present mode and hand each gradient to `visit`.
+def gradient_pass(model: PreTrainedModel, batch: Batch, visit: Visit) -> float:
+    """Run one forward and backward pass in the model's present mode, hand each gradient to `visit`, return the loss.
 
     Accelerate has chosen the device and made the batches, but its own backward would scale the loss by settings that
     belong to training (gradient accumulation, mixed precision).
     """
-    with gradients_leaving(model, visit), torch.enable_grad():
+    with gradients_leaving(model, visit), checkpointed(model), torch.enable_grad():
         loss, _ = batch_loss(model, batch)
         loss.backward()
+    return float(loss.detach())
+
+
+@contextmanager
+def checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block, keep only the inputs of those layers that activation checkpointing is switched on for.
+
+    transformers itself does so in train mode only. Never reentrant: a reentrant checkpoint would hand out partial
+    gradients of a layer that is used more than once.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    cache = getattr(model.config, "use_cache", None)
+    for layer in layers:
+        vars(layer)["forward"] = partial(checkpoint, type(layer).forward.__get__(layer), use_reentrant=False)
+    if layers and cache:
+        model.config.use_cache = False  # a layer that is run twice would write its keys twice
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]
+        if layers and cache:
+            model.config.use_cache = cache
+
+
+@contextmanager
+def checkpointing(model: PreTrainedModel, asked: bool) -> Iterator[None]:
+    """Switch activation checkpointing on inside the block where it was `asked` for and is off.
+
+    Raises:
+        ConfigError: The model does not support it.
+    """
+    if not asked or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        yield
+        return
+    names = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers < 5.20
+    try:
+        getattr(model, f"{names}_checkpointing_enable")({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"training_arguments: gradient_checkpointing: {error}") from error
+    try:
+        yield
+    finally:
+        getattr(model, f"{names}_checkpointing_disable")()

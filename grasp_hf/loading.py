@@ -2,9 +2,10 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -12,12 +13,15 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrainedModel, pipelines
 from transformers.utils import logging as transformers_logging
 
-from .adapters import adapter_problems, apply_adapter_, load_adapter_config
+from .adapters import adapter_problems, apply_adapter_, load_adapter_config, saved_classes
 from .errors import IncompatibleSourceError, NonFiniteError
-from .matching import head_tensors, label_problem, movable_tensors, tensor_problems
+from .mapped import MappedTensors
+from .matching import head_tensors, movable_tensors, tensor_problems
+from .rows import RowMatches, class_tensors, label_names, match_head, match_tokens, token_tensors, vocabulary
 from .sources import Source
 
 logger = logging.getLogger(__name__)
@@ -30,18 +34,28 @@ FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "B
 
 @dataclass
 class LoadedSource:
-    """A source in memory.
+    """A source in memory, as the target would hold it.
 
     Attributes:
-        model: The source as a model of the target's class, on the CPU, memory-mapped in its checkpoint's dtype.
-        candidates: Names of the tensors that may move: all of a full model, those that an adapter touches, and never
-            a head that does not fit.
-        own: Names of the tensors that are really the source's; the rest (a head that it lacks) were not in its files.
+        tensors: Values by runtime name, in the target's shapes, on the CPU, mapped from files. What is not the source's
+            (a head that it lacks or that does not fit) is not among them; a row without a counterpart is the target's.
+        candidates: Names of the tensors that may move: all of a full model's, those that an adapter touches.
+        notes: What a reader of the report should know: how a head and a vocabulary were matched.
     """
 
-    model: PreTrainedModel
+    tensors: dict[str, Tensor]
     candidates: set[str]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Read:
+    """What the files of a source make: a model, the names of the tensors that are its own, and what they mean."""
+
+    model: PreTrainedModel
     own: set[str]
+    candidates: set[str]
+    labels: list[str] | None  # None where the classes have no names
 
 
 @contextmanager
@@ -180,15 +194,23 @@ def _reinitialize_head_(model: PreTrainedModel, source: Source) -> set[str]:
 
 
 def load_source(
-    source: Source, target: PreTrainedModel, *, base: Source | None, keep_head: bool = False
+    source: Source,
+    target: PreTrainedModel,
+    *,
+    base: Source | None,
+    directory: Path,
+    processing_class: Any = None,
+    accepted_bases: Collection[str] = (),
 ) -> LoadedSource:
-    """Load one source as a model of the target's class and check that it fits.
+    """Load one source as the target would hold it, and check that it fits.
 
     Args:
         source: Where the files are.
         target: The model that it will be merged into; not changed.
         base: The model that the target started from; an adapter must be an adapter of it.
-        keep_head: Leave the head out where the label names differ, instead of refusing the source.
+        directory: Where the weights that an adapter makes, and those whose rows move, are kept as files.
+        processing_class: The target's tokenizer; its tokens are matched with the source's by their strings.
+        accepted_bases: Names of models that the user declares to be the same as `base`.
 
     Raises:
         IncompatibleSourceError: It does not fit; all of its problems are listed.
@@ -196,23 +218,61 @@ def load_source(
     """
     with quiet_transformers():
         if source.kind == "adapter":
-            loaded = _load_adapter(source, target, base, keep_head)
+            read = _read_adapter(source, target, base, directory, accepted_bases)
         else:
-            loaded = _load_full(source, target)
-    _check_fit(source, loaded, target, keep_head)
-    for name, tensor in movable_tensors(loaded.model).items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            read = _read_full(source, target)
+    brings_head = source.kind == "full" or bool(read.candidates & head_tensors(target))
+    head = match_head(target, read.model, read.labels, read.own, brings=brings_head)
+    tokens = match_vocabularies(source, read.model, target, processing_class)
+    own = read.own - head.left_out
+    matches = {name: match for name, match in (head.rows | tokens.rows).items() if name in own}
+    lacking = sorted(name for name in movable_tensors(target) if name not in own | head.left_out)
+    problems = tensor_problems(target, read.model, set(lacking) | head.left_out | set(matches))
+    problems += head.problems + tokens.problems
+    if lacking and source.kind == "full":
+        problems.append(f"{len(lacking)} tensors are not in its files, starting with {lacking[0]}")
+    if problems:
+        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(problems))
+    tensors = {name: tensor.detach() for name, tensor in movable_tensors(read.model).items() if name in own}
+    for name, tensor in tensors.items():
+        if not _is_finite(tensor):
             raise NonFiniteError(f"'{source.ref}': {name} holds NaN or infinite weights; expected finite ones")
-    return loaded
+    if matches:
+        held = {name: tensor.detach() for name, tensor in movable_tensors(target).items() if name in matches}
+        room = MappedTensors(directory / "rows", held)
+        for name, match in matches.items():
+            match.fill_(room[name], held[name], tensors[name])
+        tensors |= room
+    return LoadedSource(tensors, read.candidates & own, [*head.notes, *tokens.notes])
 
 
-def _load_full(source: Source, target: PreTrainedModel) -> LoadedSource:
+def match_vocabularies(
+    source: Source, model: PreTrainedModel, target: PreTrainedModel, processing_class: Any
+) -> RowMatches:
+    """Match the tokens of `source`, read as `model`, with the target's, where the target's tokenizer is known.
+
+    An adapter has the vocabulary of its base model.
+    """
+    expected = vocabulary(processing_class)
+    if expected is None or source.kind == "adapter" or not token_tensors(target):
+        return RowMatches()
+    return match_tokens(target, expected, model, vocabulary(load_processing_class(source)))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; a finite sum says so in one pass without a mask."""
+    if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float32)):
+        return True
+    return bool(torch.isfinite(tensor).all())
+
+
+def _read_full(source: Source, target: PreTrainedModel) -> _Read:
     config = load_config(source)
     if problems := architecture_problems(config, target):
-        raise IncompatibleSourceError(_listed(source, problems))
+        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(problems))
     model, fresh = _from_pretrained(source, type(target), dtype=_checkpoint_dtype(source), config=config)
-    names = set(movable_tensors(model))
-    return LoadedSource(model, candidates=names - fresh, own=names - fresh)
+    names = set(movable_tensors(model)) - fresh
+    return _Read(model, own=names, candidates=names, labels=label_names(config))
 
 
 def architecture_problems(config: PretrainedConfig, target: PreTrainedModel) -> list[str]:
@@ -243,49 +303,44 @@ def _checkpoint_dtype(source: Source) -> torch.dtype:
     return floating[0] if len(floating) == 1 else torch.float32
 
 
-def _load_adapter(source: Source, target: PreTrainedModel, base: Source | None, keep_head: bool) -> LoadedSource:
+def _read_adapter(
+    source: Source, target: PreTrainedModel, base: Source | None, directory: Path, accepted_bases: Collection[str]
+) -> _Read:
     config = load_adapter_config(source)
-    if problems := adapter_problems(config, source, base):
-        raise IncompatibleSourceError(_listed(source, problems))
+    if problems := adapter_problems(config, source, base, accepted_bases):
+        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(problems))
     assert base is not None  # else it were among the problems
-    labels = {} if target.can_generate() else {key: getattr(target.config, key) for key in ("id2label", "label2id")}
-    model, fresh = _from_pretrained(base, type(target), dtype=_checkpoint_dtype(base), **labels)
+    kwargs: dict[str, Any] = {}
+    labels: list[str] | None = None
     try:
-        merged, touched = apply_adapter_(model, source, ignore_mismatched_sizes=keep_head)
+        if not target.can_generate():
+            labels = adapter_labels(source, base)
+            classes = saved_classes(source, class_tensors(target) or ()) or len(labels)
+            labels = labels if classes == len(labels) else None
+            names = labels or [f"LABEL_{index}" for index in range(classes)]
+            kwargs = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        model, fresh = _from_pretrained(base, type(target), dtype=_checkpoint_dtype(base), **kwargs)
+        applied = apply_adapter_(model, source, directory)
+    except NotImplementedError as error:
+        raise IncompatibleSourceError(
+            f"'{source.ref}': an adapter of type {config.peft_type} cannot be merged into weights; expected LoRA or alike"
+        ) from error
     except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be applied to '{base.ref}': {error}") from error
-    names = movable_tensors(merged)
-    candidates = {name for name in names if any(name.startswith(f"{module}.") for module in touched)}
-    # An adapter does not say what its labels are called: they are those of its base model, and so is an unchanged head.
-    merged.config.id2label = load_config(base).id2label
-    return LoadedSource(merged, candidates, own=(set(names) - fresh) | candidates)
+
+    def inside(name: str, modules: set[str]) -> bool:
+        return any(name.startswith(f"{module}.") for module in modules)
+
+    tensors = movable_tensors(applied.model)
+    # What an adapter adds to weights that its base lacks belongs to weights that nobody has.
+    own = {name for name in tensors if name not in fresh or inside(name, applied.whole)}
+    return _Read(applied.model, own, {name for name in own if inside(name, applied.touched)}, labels)
 
 
-def _check_fit(source: Source, loaded: LoadedSource, target: PreTrainedModel, keep_head: bool) -> None:
-    """Raise with all problems of a loaded source; take a head that does not fit out of what may move."""
-    head = head_tensors(target)
-    labels = label_problem(target, loaded.model)
-    lacking = sorted(name for name in movable_tensors(target) if name not in loaded.own)
-    # An adapter without a head leaves the target's alone; one with a head must have the target's labels, as a model must.
-    brings_head = bool(loaded.candidates & head) or (bool(labels) and not head)
-    if (labels or set(lacking) & head) and ((keep_head and head) or (source.kind == "adapter" and not brings_head)):
-        loaded.candidates -= head
-        loaded.own -= head
-        labels, lacking = None, [name for name in lacking if name not in head]
-    problems = tensor_problems(
-        target, loaded.model, set(movable_tensors(target)) - loaded.own | (head if labels else set())
-    )
-    if labels:
-        problems.append(labels)
-    if lacking and source.kind == "full":
-        advice = "; use head='keep' to merge the rest" if set(lacking) <= head else ""
-        problems.append(f"{len(lacking)} tensors are not in its files, starting with {lacking[0]}{advice}")
-    if problems:
-        raise IncompatibleSourceError(_listed(source, problems))
-
-
-def _listed(source: Source, problems: list[str]) -> str:
-    return f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(problems)
+def adapter_labels(adapter: Source, base: Source) -> list[str]:
+    """Return the label names of an adapter: those of a config.json beside it, else those of its base model."""
+    beside = adapter.folder / "config.json"
+    return label_names(AutoConfig.from_pretrained(adapter.folder) if beside.is_file() else load_config(base))
 
 
 def load_processing_class(source: Source) -> Any:

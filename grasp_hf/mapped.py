@@ -17,7 +17,7 @@ class MappedTensors(Mapping[str, Tensor]):
     then and not a crash later.
 
     Args:
-        path: The file; an existing one is overwritten.
+        path: The file; an existing one is replaced, and tensors mapped from it stay what they are.
         like: Tensors whose names, shapes and dtypes the new ones have; nothing is copied.
 
     Raises:
@@ -29,6 +29,7 @@ class MappedTensors(Mapping[str, Tensor]):
         for name, tensor in like.items():
             offsets[name] = size
             size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+        path.unlink(missing_ok=True)
         with open(path, "wb") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, max(size, 1))
@@ -42,14 +43,12 @@ class MappedTensors(Mapping[str, Tensor]):
             for name, offset in offsets.items()
         }
 
-    @classmethod
     @torch.no_grad()
-    def copy_of(cls, path: Path, tensors: Mapping[str, Tensor]) -> "MappedTensors":
-        """Write `tensors`, from any device, to a new file at `path`, one after the other."""
-        mapped = cls(path, tensors)
-        for name, tensor in tensors.items():
-            mapped[name].copy_(tensor)
-        return mapped
+    def copy_(self, tensors: Mapping[str, Tensor]) -> "MappedTensors":
+        """Overwrite all of them with `tensors`, from any device, one after the other."""
+        for name, tensor in self._tensors.items():
+            tensor.copy_(tensors[name])
+        return self
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]

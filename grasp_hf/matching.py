@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 NUMBERED = re.compile(r".*?\.\d+(?=\.|$)")
 
@@ -86,11 +86,6 @@ def head_tensors(model: PreTrainedModel) -> set[str]:
     return {name for name in names if name.startswith(f"{children[-1]}.")}
 
 
-def label_names(config: PretrainedConfig) -> list[str]:
-    """Return the label names by class id."""
-    return [str(name) for _, name in sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))]
-
-
 def tensor_problems(target: PreTrainedModel, source: PreTrainedModel, ignored: Collection[str] = ()) -> list[str]:
     """List what keeps the tensors of `source` from taking the place of the target's: names, shapes, tied weights.
 
@@ -102,14 +97,14 @@ def tensor_problems(target: PreTrainedModel, source: PreTrainedModel, ignored: C
     problems = []
     if ties != source_ties:
         pairs = sorted(f"{a} = {b}" for a, b in set(ties.items()) ^ set(source_ties.items()))
-        problems.append(f"weights are tied in one model and not in the other: {_shortened(pairs)}")
+        problems.append(f"weights are tied in one model and not in the other: {shortened(pairs)}")
     kept = set(ignored)
     missing = [name for name in target_tensors if name not in source_tensors and name not in kept]
     extra = [name for name in source_tensors if name not in target_tensors]
     if missing:
-        problems.append(f"{len(missing)} tensors of the target are not in the source: {_shortened(missing)}")
+        problems.append(f"{len(missing)} tensors of the target are not in the source: {shortened(missing)}")
     if extra:
-        problems.append(f"{len(extra)} tensors of the source are not in the target: {_shortened(extra)}")
+        problems.append(f"{len(extra)} tensors of the source are not in the target: {shortened(extra)}")
     problems += [
         f"{name}: got shape {tuple(source_tensors[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in target_tensors.items()
@@ -118,20 +113,6 @@ def tensor_problems(target: PreTrainedModel, source: PreTrainedModel, ignored: C
     return problems
 
 
-def label_problem(target: PreTrainedModel, source: PreTrainedModel) -> str | None:
-    """Say how the label names of two classifiers differ; `None` where they are the same, in the same order.
-
-    A language model has no labels; its config still holds names for two.
-    """
-    got, expected = label_names(source.config), label_names(target.config)
-    if got == expected or target.can_generate():
-        return None
-    how = "the same label names in another order" if sorted(got) == sorted(expected) else "other label names"
-    return (
-        f"{how}: got {_shortened(got, 12)}, expected {_shortened(expected, 12)}; set id2label right in the source's "
-        "config.json, or use head='keep' to leave the target's head as it is and merge the rest"
-    )
-
-
-def _shortened(names: list[str], limit: int = 5) -> str:
+def shortened(names: Sequence[str], limit: int = 5) -> str:
+    """Return the first `limit` names, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

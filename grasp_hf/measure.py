@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .alignment import PUBLISHED_EPSILON, CoefficientDescent, cosine, inner_products, mean_defined
-from .batches import Batch, Collator, check_dataset, keeping_model_columns, sample_batches
+from .batches import Batch, Collator, batch_weight, check_dataset, keeping_model_columns, sample_batches
 from .config import GraspConfig
 from .errors import IncompatibleSourceError, NonFiniteError
 from .gradients import gradient_pass, preserved_state
@@ -25,26 +25,37 @@ Scores = dict[str, float | None]
 
 
 class Scratch:
-    """The files of one step: the target as it was at its start, and room for one set of its gradients.
+    """The files of a merge: the target as it was at the start of a step, and room for sets of gradients.
+
+    The files are made when they are first needed and used again by every later step.
 
     Args:
         directory: Where the files are made.
-        tensors: The target's tensors, copied to a file now.
+        like: The target's tensors; nothing is copied yet.
 
     Attributes:
         directory: See above.
-        start: The target's tensors as they were.
     """
 
-    def __init__(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, directory: Path, like: Mapping[str, Tensor]) -> None:
         self.directory = directory
-        self.start = MappedTensors.copy_of(directory / "start", tensors)
-        self._parameters = {name: t for name, t in tensors.items() if isinstance(t, torch.nn.Parameter)}
+        self._like = like
+        self._parameters = {name: t for name, t in like.items() if isinstance(t, torch.nn.Parameter)}
+
+    @cached_property
+    def start(self) -> MappedTensors:
+        """Room for the target's tensors as they were; the caller fills it."""
+        return MappedTensors(self.directory / "start", self._like)
 
     @cached_property
     def gradients(self) -> MappedTensors:
-        """Room for the gradient of each parameter; the file is made when it is first needed."""
+        """Room for the gradient of each parameter."""
         return MappedTensors(self.directory / "gradients", self._parameters)
+
+    @cached_property
+    def source_gradients(self) -> MappedTensors:
+        """Room for a second set of gradients."""
+        return MappedTensors(self.directory / "source-gradients", self._parameters)
 
 
 class UnitProducts:
@@ -57,9 +68,9 @@ class UnitProducts:
     def __contains__(self, tensor: str) -> bool:
         return tensor in self._unit_of
 
-    def add(self, tensor: str, a: Tensor, b: Tensor) -> None:
-        """Take in the vectors of one tensor."""
-        self._products[self._unit_of[tensor]][tensor] = inner_products(a, b)
+    def add(self, tensor: str, a: Tensor, b: Tensor, minus: Tensor | None = None) -> None:
+        """Take in the vectors of one tensor: `a`, and `b` or `b - minus`."""
+        self._products[self._unit_of[tensor]][tensor] = inner_products(a, b, minus)
 
     def sums(self) -> dict[str, tuple[float, float, float] | None]:
         """Return the three sums per unit; `None` for a unit of which no tensor was taken in.
@@ -95,7 +106,7 @@ def unit_cosines(
     For each batch the target's gradient is stored in a file (one set, no private memory), the source's values take the
     place of the target's, and each of the source's gradients meets the stored one and is freed. The mean of the cosines
     of single batches needs no second gradient set, and is 1 for a model compared with itself. It is not the cosine of
-    the summed gradients: the noise of a batch is shared by both models and pulls it up.
+    the summed gradients: the noise of a batch is shared by both models and pulls it up. `summed_cosines` computes that.
 
     With `published` the target is in train mode, its dropout drawn from `seed`, and its batch statistics change; the
     denominator has 1e-8 added.
@@ -125,6 +136,65 @@ def unit_cosines(
             for name, sums in products.sums().items():
                 scores[name].append(None if sums is None else cosine(*sums, epsilon=epsilon))
     return {name: mean_defined(values) for name, values in scores.items()}
+
+
+def summed_cosines(
+    target: PreTrainedModel,
+    source_values: Mapping[str, Tensor],
+    units: Sequence[Unit],
+    batches: Iterable[Batch],
+    *,
+    scratch: Scratch,
+) -> Scores:
+    """Return the cosine of the gradients over all `batches` together, per unit; `None` where undefined.
+
+    This is the cosine of one large batch, exactly. It needs a second set of gradients (in a file), because norms do not
+    add up over batches as inner products do.
+    """
+    batches = list(batches)
+    products = UnitProducts(units)
+    with preserved_state(target):
+        target.eval()
+        stored, _ = mean_gradient(target, batches, scratch.gradients)
+        with placed(movable_tensors(target), source_values, scratch.start):
+            met, _ = mean_gradient(target, batches, scratch.source_gradients)
+        for name in stored & met:
+            if name in products:
+                products.add(name, scratch.source_gradients[name], scratch.gradients[name])
+    return {name: cosine(*sums) if sums else None for name, sums in products.sums().items()}
+
+
+def mean_gradient(
+    target: PreTrainedModel, batches: Iterable[Batch], room: Mapping[str, Tensor]
+) -> tuple[set[str], float]:
+    """Write the gradient of the mean loss over all samples (or tokens) of `batches` to `room`, in the present mode.
+
+    Returns:
+        The names of the parameters that have a gradient, and the mean loss.
+    """
+    found: set[str] = set()
+    total, loss = 0.0, 0.0
+    for batch in batches:
+        weight = batch_weight(target, batch)
+        share = weight / (total + weight)
+
+        without = set(found)
+
+        def gather(name: str, gradient: Tensor, share: float = share, without: set[str] = without) -> None:
+            kept = room[name]
+            if name in found:
+                kept.lerp_(gradient.to(kept.device, kept.dtype), share)
+            else:
+                kept.copy_(gradient * share)
+                found.add(name)
+            without.discard(name)
+
+        batch_loss = gradient_pass(target, batch, gather)
+        for name in without:
+            room[name].mul_(1 - share)
+        total += weight
+        loss += share * (batch_loss - loss)
+    return found, loss
 
 
 def learned_coefficients(
@@ -164,15 +234,15 @@ def learned_coefficients(
 
                 def meet(name: str, gradient: Tensor, products: UnitProducts = products) -> None:
                     if name in products:
-                        device, dtype = gradient.device, gradient.dtype
-                        way = source_values[name].to(device, dtype) - scratch.start[name].to(device)
-                        products.add(name, -gradient, way)
+                        device = gradient.device
+                        products.add(name, gradient, source_values[name].to(device), scratch.start[name].to(device))
 
                 gradient_pass(target, batch, meet)
                 sums = products.sums()
-                descent.step([-row[0] if row else 0.0 for row in sums.values()])
-                for name, row in sums.items():
-                    scores[name].append(cosine(*row) if row else None)
+                descent.step([slope[0] if slope else 0.0 for slope in sums.values()])
+                for name, slope in sums.items():
+                    found = cosine(*slope) if slope else None
+                    scores[name].append(None if found is None else -found)
         finally:
             overwrite_(tensors, {n: scratch.start[n] for unit in units if unit.name in moved for n in unit.tensors})
     coefficients = dict(zip(scores, descent.values, strict=True))
@@ -232,15 +302,13 @@ def gradient_alignment(
         target.to(accelerator.device)
         tensors = movable_tensors(target)
         scratch = Scratch(Path(directory), tensors)
+        scratch.start.copy_(tensors)
+        values, units = movable_tensors(source), partition(target, config.unit)
         try:
+            if config.accumulate_gradients:
+                return summed_cosines(target, values, units, batches, scratch=scratch)
             return unit_cosines(
-                target,
-                movable_tensors(source),
-                partition(target, config.unit),
-                batches,
-                scratch=scratch,
-                seed=config.seed,
-                published=config.published,
+                target, values, units, batches, scratch=scratch, seed=config.seed, published=config.published
             )
         finally:
             statistics = {name for name, tensor in tensors.items() if not isinstance(tensor, torch.nn.Parameter)}

@@ -1,12 +1,14 @@
 """The loop: for each source, pull, measure, transfer, fine-tune, record, free."""
 
 import logging
+import math
 import resource
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -20,15 +22,16 @@ from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hub
-from .batches import Batch, Collator, batch_loss, check_dataset, evaluate, keeping_model_columns, sample_batches
+from .batches import Collator, batch_loss, check_dataset, evaluate, keeping_model_columns, sample_batches
 from .card import declared_license
 from .config import GraspConfig
-from .errors import ConfigError, GraspError
+from .errors import ConfigError, GraspError, IncompatibleSourceError
 from .finetune import finetune_
-from .gradients import preserved_state
+from .gradients import checkpointing, preserved_state
 from .loading import LoadedSource, load_processing_class, load_source, load_target
 from .matching import Unit, movable_tensors, partition, units_within
-from .measure import Scores, Scratch, blend_, learned_coefficients, unit_cosines
+from .measure import Scores, Scratch, blend_, learned_coefficients, mean_gradient, summed_cosines, unit_cosines
+from .rank import RankedSource, rank_source, ranking_table
 from .report import Decision, Evaluation, MergeReport, StepReport, UnitReport
 from .saving import check_output, save_merge
 from .sources import Source, SourceRef
@@ -66,11 +69,13 @@ def merge_pretrained(
     Example:
         >>> model = merge_pretrained("org/base", ["org/a", "org/lora-b@v1.0"], train_dataset=train)  # doctest: +SKIP
     """
+    starts_from_source = base_model is None
     if base_model is None:
         if not sources:
             raise ConfigError("there is nothing to merge: expected a base model or at least one source")
         base_model, sources = sources[0], sources[1:]
     merger = GraspMerger.from_pretrained(base_model, config=config, **from_pretrained_kwargs)
+    merger.report.starts_from_source = starts_from_source
     merger.merge(sources, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator)
     return merger.model
 
@@ -109,7 +114,13 @@ class GraspMerger:
     ) -> None:
         if not isinstance(model, PreTrainedModel):
             raise ConfigError(
-                f"got a {type(model).__name__}, expected a PreTrainedModel; merge a PeftModel first, with merge_and_unload()"
+                f"got a {type(model).__name__}, expected a PreTrainedModel; merge a PeftModel first, with "
+                "merge_and_unload(), and compile a model in place, with model.compile()"
+            )
+        if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            raise ConfigError(
+                "the model is spread over several devices by a device_map; load it without one: Accelerate chooses the "
+                "device of each step"
             )
         self.model = model
         self.config = config or GraspConfig()
@@ -123,6 +134,7 @@ class GraspMerger:
             versions={name: version(name) for name in PACKAGES},
         )
         self._initially_finetuned = False
+        self._scratch: Scratch | None = None
         if self._accelerator.num_processes > 1:
             raise GraspError("grasp_hf runs in one process for now; start it without a launcher")
 
@@ -160,6 +172,8 @@ class GraspMerger:
             SourceNotFoundError: No such folder, repository, revision or weights.
             IncompatibleSourceError: Not a model that can solve the task.
         """
+        if model_kwargs.get("device_map") is not None:
+            raise ConfigError("device_map: leave it out; Accelerate chooses the device of each step")
         ref = SourceRef.parse(model_id)
         base = hub.locate(replace(ref, revision=ref.revision or revision), token=token)
         seed = (config or GraspConfig()).seed
@@ -170,7 +184,7 @@ class GraspMerger:
         self,
         sources: Sequence[str],
         *,
-        train_dataset: Any,
+        train_dataset: Any = None,
         eval_dataset: Any = None,
         data_collator: Collator | None = None,
         token: str | None = None,
@@ -179,11 +193,13 @@ class GraspMerger:
 
         Every source is a step that either succeeds or leaves the model as it was before it; steps done before an
         error stay done, in `model` and in `report`. During a step the temporary directory (`TMPDIR`) holds the weights
-        as they were before it, and those of the best epoch.
+        as they were before it, and those of the best epoch. With `config.order == "rank"` the sources are ranked once,
+        after the initial fine-tuning, and merged in that order.
 
         Args:
             sources: References of full models and PEFT adapters.
-            train_dataset: Labelled samples of the task in hand, as for `transformers.Trainer`.
+            train_dataset: Labelled samples of the task in hand, as for `transformers.Trainer`; only an average without
+                fine-tuning can do without.
             eval_dataset: Held-out samples; they judge each transfer and choose the best epoch.
             data_collator: Makes batches from samples; left out, the one that `transformers.Trainer` would take.
             token: Hub token; left out, the one that you are logged in with.
@@ -194,27 +210,90 @@ class GraspMerger:
         if isinstance(sources, str):
             raise ConfigError(f"sources: got '{sources}', expected a list of references")
         sources = [str(source) for source in sources]
-        if eval_dataset is None:
+        if eval_dataset is None and self.config.needs_data:
             logger.warning("no evaluation data: transfers are not judged, and fine-tuning keeps its last epoch")
-        if not self._initially_finetuned:
-            with self._step(train_dataset, eval_dataset, data_collator) as (data, scratch):
-                self._finetune(data, self.config.initial_epochs, self.config.seed, scratch)
-                self.report.start = self._evaluate(data.held_out, data.collator)
-            self._initially_finetuned = True
         arguments = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
-        for number, source in enumerate(sources, start=1):
-            try:
-                step = self.merge_source(source, token=token, **arguments)
-            except GraspError as error:
-                raise type(error)(f"while merging source {number}/{len(sources)} '{source}': {error}") from error
-            logger.info("%d/%d %s", number, len(sources), step.line())
+        with self._scratch_files():
+            if not self._initially_finetuned:
+                with self._step(train_dataset, eval_dataset, data_collator) as (data, scratch):
+                    self._finetune(data, self.config.initial_epochs, self.config.seed, scratch)
+                    self.report.start = self._evaluate(data.held_out, data.collator)
+                self._initially_finetuned = True
+            if self.config.order == "rank":
+                sources = self._most_promising(sources, train_dataset, data_collator, token)
+            for number, source in enumerate(sources, start=1):
+                try:
+                    step = self.merge_source(source, token=token, **arguments)
+                except GraspError as error:
+                    raise type(error)(f"while merging source {number}/{len(sources)} '{source}': {error}") from error
+                logger.info("%d/%d %s", number, len(sources), step.line())
         return self.report
+
+    def _most_promising(
+        self, sources: Sequence[str], train_dataset: Any, data_collator: Collator | None, token: str | None
+    ) -> list[str]:
+        """Rank the sources, record the ranking, and return those to merge, the most promising first."""
+        ranked = self.rank(sources, train_dataset=train_dataset, data_collator=data_collator, token=token)
+        if problems := [row.problem for row in ranked if row.problem]:
+            raise IncompatibleSourceError("some sources cannot be ranked:\n- " + "\n- ".join(problems))
+        self.report.ranking = [row.summary() for row in ranked]
+        logger.info("ranked by first-order gain:\n%s", ranking_table(ranked))
+        return [row.reference for row in ranked[: self.config.top]]
+
+    def rank(
+        self,
+        sources: Sequence[str],
+        *,
+        train_dataset: Any,
+        data_collator: Collator | None = None,
+        token: str | None = None,
+    ) -> list[RankedSource]:
+        """Order sources by what they promise to the model as it is now; nothing is changed or merged.
+
+        One gradient of the model, over `config.num_batches` batches, is kept in a file. What a source promises is the
+        first-order estimate of how much the loss falls on the whole way to it, the gain `-<g, S - T>`: it needs only the
+        source's bytes, no pass through it. Sources that cannot be read or do not fit come last, with their problem.
+
+        Args:
+            sources: References of full models and PEFT adapters.
+            train_dataset: Labelled samples of the task in hand.
+            data_collator: Makes batches from samples; left out, the one that `transformers.Trainer` would take.
+            token: Hub token; left out, the one that you are logged in with.
+
+        Returns:
+            One entry per source, the largest gain first.
+        """
+        with self._scratch_files(), self._step(train_dataset, None, data_collator) as (data, scratch):
+            batches = sample_batches(data.train, data.collator, self._accelerator, self.config, seed=self.config.seed)
+            self.model.eval()
+            found, _ = mean_gradient(self.model, batches, scratch.gradients)
+            gradient = {name: scratch.gradients[name] for name in found}
+            units = partition(self.model, self.config.unit)
+            rows = []
+            for source in tqdm(sources, desc="ranking", unit="source", leave=False, disable=None):
+                try:
+                    located = hub.locate(str(source), token=token)
+                    loaded = self._load(located, scratch)
+                    rows.append(rank_source(located, loaded, gradient, scratch.start, units))
+                except GraspError as error:
+                    rows.append(RankedSource(str(source), problem=str(error)))
+        return sorted(rows, key=lambda row: -math.inf if row.gain is None else row.gain, reverse=True)
+
+    def _load(self, located: Source, scratch: Scratch) -> LoadedSource:
+        return load_source(
+            located,
+            self.model,
+            base=self.base,
+            directory=scratch.directory,
+            processing_class=self.processing_class,
+            accepted_bases=self.config.accepted_bases,
+        )
 
     def merge_source(
         self,
         source: str,
         *,
-        train_dataset: Any,
+        train_dataset: Any = None,
         eval_dataset: Any = None,
         data_collator: Collator | None = None,
         token: str | None = None,
@@ -230,7 +309,7 @@ class GraspMerger:
         began = time.perf_counter()
         seed = self.config.seed + len(self.report.steps) + 1
         try:
-            with self._step(train_dataset, eval_dataset, data_collator) as (data, scratch):
+            with self._scratch_files(), self._step(train_dataset, eval_dataset, data_collator) as (data, scratch):
                 located = hub.locate(str(source), token=token)
                 step = StepReport(str(located.ref), located.sha, located.kind, num_bytes=located.num_bytes)
                 step.license = declared_license(located.folder)
@@ -250,21 +329,15 @@ class GraspMerger:
 
     def _transfer(self, located: Source, step: StepReport, data: "_Data", scratch: Scratch, seed: int) -> None:
         """Load and measure the source, move what the evidence says, and take it back if the held-out loss says so."""
-        loaded = load_source(located, self.model, base=self.base, keep_head=self.config.head == "keep")
+        loaded = self._load(located, scratch)
+        step.notes = loaded.notes
         every_unit = partition(self.model, self.config.unit)
         units = units_within(every_unit, loaded.candidates)
         step.other_units = len(every_unit) - len(units)
-        batches = tqdm(
-            sample_batches(data.train, data.collator, self._accelerator, self.config, seed=seed),
-            desc=f"measuring {step.name}",
-            total=self.config.num_batches,
-            leave=False,
-            disable=None,
-        )
-        coefficients, scores = self._measure(loaded, units, batches, scratch, seed)
+        coefficients, scores = self._measure(loaded, units, data, step.name, scratch, seed)
         moving = [unit for unit in units if coefficients[unit.name] > 0]
         tensors = movable_tensors(self.model)
-        blend_(tensors, scratch.start, movable_tensors(loaded.model), moving, coefficients)
+        blend_(tensors, scratch.start, loaded.tensors, moving, coefficients)
         step.after_transfer = self._evaluate(data.held_out, data.collator)
         if self.config.gate and step.before and moving:
             step.accepted = step.after_transfer["loss"] <= step.before["loss"]
@@ -273,33 +346,66 @@ class GraspMerger:
         step.units = _unit_reports(units, tensors, coefficients, scores, step.accepted)
 
     def _measure(
-        self, loaded: LoadedSource, units: Sequence[Unit], batches: Iterable[Batch], scratch: Scratch, seed: int
+        self, loaded: LoadedSource, units: Sequence[Unit], data: "_Data", name: str, scratch: Scratch, seed: int
     ) -> tuple[dict[str, float], Scores]:
         """Return the coefficient (0 is staying, 1 is copying) and the score of each unit."""
-        config, source_values = self.config, movable_tensors(loaded.model)
+        config = self.config
+        if config.method == "average":
+            averaged = Counter(u.name for step in self.report.steps for u in step.units if u.decision == "moved")
+            before = int(self.report.starts_from_source)
+            return {u.name: 1 / (before + averaged[u.name] + 1) for u in units}, {u.name: None for u in units}
+        batches = tqdm(
+            sample_batches(data.train, data.collator, self._accelerator, config, seed=seed),
+            desc=f"measuring {name}",
+            total=config.num_batches,
+            leave=False,
+            disable=None,
+        )
         if config.method == "blend":
             return learned_coefficients(
-                self.model, source_values, units, batches, scratch=scratch, lr=config.coefficient_lr
+                self.model, loaded.tensors, units, batches, scratch=scratch, lr=config.coefficient_lr
             )
-        own = {name: value for name, value in source_values.items() if name in loaded.own}
-        scores = unit_cosines(self.model, own, units, batches, scratch=scratch, seed=seed, published=config.published)
+        if config.accumulate_gradients:
+            scores = summed_cosines(self.model, loaded.tensors, units, batches, scratch=scratch)
+        else:
+            scores = unit_cosines(
+                self.model, loaded.tensors, units, batches, scratch=scratch, seed=seed, published=config.published
+            )
         above = {name for name, score in scores.items() if score is not None and score > config.threshold}
         return {unit.name: float(unit.name in above) for unit in units}, scores
+
+    @contextmanager
+    def _scratch_files(self) -> Iterator[None]:
+        """Keep the scratch files of all steps inside the block in one temporary directory."""
+        if self._scratch is not None:
+            yield
+            return
+        with tempfile.TemporaryDirectory(prefix="grasp_hf-") as name:
+            self._scratch = Scratch(Path(name), movable_tensors(self.model))
+            try:
+                yield
+            finally:
+                self._scratch = None
 
     @contextmanager
     def _step(
         self, train_dataset: Any, eval_dataset: Any, data_collator: Collator | None
     ) -> Iterator[tuple["_Data", Scratch]]:
         """Check the data, bring the model to the accelerator, and put everything back if the block raises."""
-        check_dataset(train_dataset, "train_dataset")
+        if train_dataset is not None or self.config.needs_data:
+            check_dataset(train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
         data = _Data(train_dataset, eval_dataset, self._collator(data_collator))
-        with tempfile.TemporaryDirectory(prefix="grasp_hf-") as name, preserved_state(self.model):
+        scratch, asked = self._scratch, self.config.training_arguments
+        assert scratch is not None  # every step lies inside _scratch_files
+        checkpoints = bool(asked.get("gradient_checkpointing") or asked.get("activation_checkpointing"))
+        with preserved_state(self.model), checkpointing(self.model, checkpoints):
             self.model.to(self._accelerator.device)
-            scratch = Scratch(Path(name), movable_tensors(self.model))
+            scratch.start.copy_(movable_tensors(self.model))
             try:
-                self._check_loss(data)
+                if train_dataset is not None:
+                    self._check_loss(data)
                 yield data, scratch
             except BaseException as error:
                 overwrite_(movable_tensors(self.model), scratch.start)

@@ -1,7 +1,9 @@
 """What a merge would do, and all that stands in its way, before any weight is read."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -10,10 +12,19 @@ from . import hub
 from .adapters import adapter_problems, load_adapter_config
 from .config import Recipe
 from .errors import GraspError
-from .loading import architecture_problems, is_headless, load_config, model_class
-from .matching import head_tensors, label_problem, tensor_problems
+from .loading import (
+    adapter_labels,
+    architecture_problems,
+    is_headless,
+    load_config,
+    load_processing_class,
+    match_vocabularies,
+    model_class,
+)
+from .matching import head_tensors, movable_tensors, partition, tensor_problems
 from .prepare import check_prepared, labelled_splits, required_processing_class
 from .report import markdown_table
+from .rows import label_names, match_head
 from .sources import Source
 
 
@@ -29,6 +40,8 @@ class PlannedSource:
         architecture: The model type, or the type of the adapter.
         num_bytes: Size of its weights.
         problems: Everything that keeps it from being merged.
+        notes: What will happen to its head and its vocabulary, where there is something to say.
+        partition: Of the base: the units that are decided together, those that differ in a number only on one line.
     """
 
     reference: str
@@ -38,6 +51,8 @@ class PlannedSource:
     architecture: str = ""
     num_bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    partition: list[str] = field(default_factory=list)
 
     def row(self) -> dict[str, str]:
         """Return its line of the plan."""
@@ -80,9 +95,29 @@ def plan(recipe: Recipe, *, token: str | None = None) -> list[PlannedSource]:
 
 
 def plan_table(rows: list[PlannedSource]) -> str:
-    """Return the plan as a Markdown table, and below it every problem in full."""
-    problems = problem_list(rows)
-    return "\n".join([markdown_table([row.row() for row in rows]), *([""] if problems else []), *problems])
+    """Return the plan as a Markdown table; below it the units, every note and every problem in full."""
+    blocks = [
+        [markdown_table([row.row() for row in rows])],
+        [line for row in rows for line in row.partition],
+        [f"- {row.reference}: {note}" for row in rows for note in row.notes],
+        problem_list(rows),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in blocks if lines)
+
+
+def partition_lines(model: PreTrainedModel, unit: str) -> list[str]:
+    """Return one line per kind of unit: its name, with a range where units differ in numbers only, and its size."""
+    tensors = movable_tensors(model)
+    kinds: dict[tuple[str, int], list[str]] = {}
+    units = partition(model, unit)
+    for part in units:
+        elements = sum(tensors[name].numel() for name in part.tensors)
+        kinds.setdefault((re.sub(r"(?<=\.)\d+", "*", part.name), elements), []).append(part.name)
+    lines = [f"{len(units)} units of {sum(t.numel() for t in tensors.values()):,} numbers (unit: {unit}):"]
+    for (kind, elements), names in kinds.items():
+        name = names[0] if len(names) == 1 else f"{len(names)} × {kind}"
+        lines.append(f"  {name}: {elements:,}")
+    return lines
 
 
 def problem_list(rows: list[PlannedSource]) -> list[str]:
@@ -97,31 +132,33 @@ class _Target:
     base: Source
     model: PreTrainedModel
     has_labels: bool  # of the data; where that cannot be read, label names are not compared
-    keep_head: bool
+    processing_class: Any
+    accepted_bases: list[str]
 
-    def label_problem(self, source: PreTrainedModel) -> str | None:
-        return label_problem(self.model, source) if self.has_labels else None
 
-    def without_weights(self, config: PretrainedConfig) -> PreTrainedModel:
-        with torch.device("meta"):
-            return type(self.model)(config)
+def _without_weights(target: _Target, config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return type(target.model)(config)
 
 
 def _plan_base(planned: PlannedSource, base: Source, recipe: Recipe) -> _Target:
     config = load_config(base)
     planned.architecture = config.model_type
     cls = model_class(config, recipe.task, str(base.ref))
-    has_labels = False
-    try:
-        check_prepared(cls, base)
-        required_processing_class(base)
-        _, labels = labelled_splits(recipe, config, cls)
-        config.update(labels)
-        has_labels = True
-    except GraspError as error:
-        planned.problems.append(str(error))
+    has_labels, processor = False, load_processing_class(base)
+    if recipe.data or recipe.config.needs_data:
+        try:
+            check_prepared(cls, base)
+            required_processing_class(base)
+            _, labels = labelled_splits(recipe, config, cls)
+            config.update(labels)
+            has_labels = True
+        except GraspError as error:
+            planned.problems.append(str(error))
     with torch.device("meta"):
-        return _Target(base, cls(config), has_labels, keep_head=recipe.config.head == "keep")
+        model = cls(config)
+    planned.partition = partition_lines(model, recipe.config.unit)
+    return _Target(base, model, has_labels, processor, recipe.config.accepted_bases)
 
 
 def _plan_adapter(planned: PlannedSource, adapter: Source, target: _Target | None) -> None:
@@ -129,11 +166,12 @@ def _plan_adapter(planned: PlannedSource, adapter: Source, target: _Target | Non
     planned.architecture = str(getattr(config.peft_type, "value", config.peft_type))
     if target is None:
         return
-    planned.problems += adapter_problems(config, adapter, target.base)
+    planned.problems += adapter_problems(config, adapter, target.base, target.accepted_bases)
     heads = {name.partition(".")[0] for name in head_tensors(target.model)}
-    if heads & set(getattr(config, "modules_to_save", None) or ()) and not target.keep_head:
-        labels = target.label_problem(target.without_weights(load_config(target.base)))
-        planned.problems += [labels] if labels else []
+    if target.has_labels and heads & set(getattr(config, "modules_to_save", None) or ()):
+        labels = adapter_labels(adapter, target.base)
+        model = _without_weights(target, load_config(target.base))
+        planned.notes += match_head(target.model, model, labels, set(movable_tensors(model))).notes
 
 
 def _plan_full(planned: PlannedSource, source: Source, target: _Target | None) -> None:
@@ -144,12 +182,13 @@ def _plan_full(planned: PlannedSource, source: Source, target: _Target | None) -
     if target is None:
         return
     planned.problems += architecture_problems(config, target.model)
-    if is_headless(config) and not target.keep_head:
-        planned.problems.append("it has no head, only a base model; use head='keep' to merge the rest")
     if planned.problems:
         return
-    model = target.without_weights(config)
-    labels = target.label_problem(model)
-    if labels and not target.keep_head:
-        planned.problems.append(labels)
-    planned.problems += tensor_problems(target.model, model, ignored=head_tensors(target.model) if labels else ())
+    model = _without_weights(target, config)
+    own = set(movable_tensors(model)) - (head_tensors(model) if is_headless(config) else set())
+    labels = label_names(config if target.has_labels else target.model.config)
+    head = match_head(target.model, model, labels, own)
+    tokens = match_vocabularies(source, model, target.model, target.processing_class)
+    matched = set(head.rows) | set(tokens.rows) | head.left_out
+    planned.problems += head.problems + tokens.problems + tensor_problems(target.model, model, ignored=matched)
+    planned.notes += head.notes + tokens.notes

@@ -12,8 +12,8 @@ from .config import Recipe
 from .data import DataSection, class_names, load_splits, names_for_model, with_images, with_label_ids, with_tokens
 from .errors import ConfigError, DataError
 from .loading import load_config, load_processing_class, model_class, task_of
-from .matching import label_names
 from .merger import GraspMerger
+from .rows import label_names
 from .sources import Source
 
 PREPARED = ("image-classification", "text-classification", "text-generation")
@@ -67,6 +67,7 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     merger = GraspMerger.from_pretrained(
         start, config=recipe.config, task=recipe.task, token=token, new_head=new_head, **model_kwargs
     )
+    merger.report.starts_from_source = recipe.base_model is None
     merger.report.recipe = {"task": task_of(cls), "data": section.given()}
     data = TaskData(splits["train"], splits.get("validation"), splits.get("test"), collator)
     return merger, sources, data

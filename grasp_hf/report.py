@@ -60,6 +60,7 @@ class StepReport:
         num_bytes: Size of the source's weight files.
         license: What its card declares.
         accepted: `False` where the gate undid the transfer.
+        notes: How its head and its vocabulary were matched with the target's, where there is something to say.
         units: One row per unit that could have moved.
         other_units: Number of units that could not: untouched by an adapter, or a head that does not fit.
         before: Held-out loss (and accuracy) before the transfer; empty without evaluation data, as the next two.
@@ -75,6 +76,7 @@ class StepReport:
     num_bytes: int = 0
     license: str | None = None
     accepted: bool = True
+    notes: list[str] = field(default_factory=list)
     units: list[UnitReport] = field(default_factory=list)
     other_units: int = 0
     before: Evaluation = field(default_factory=dict)
@@ -111,6 +113,7 @@ class StepReport:
             "kind": self.kind,
             "score": shown(sum(scores) / len(scores) if scores else None),
             "moved": f"{self.moved}/{len(self.units)}",
+            "undefined": str(sum(unit.decision == "undefined" for unit in self.units)),
             "coefficient": shown(self.mean_coefficient),
             "decision": decision,
             "loss before": shown(self.before.get("loss")),
@@ -125,7 +128,7 @@ class StepReport:
         return (
             f"{row['source']} ({row['kind']}): {row['decision']}, {row['moved']} units, coefficient "
             f"{row['coefficient']}, held-out loss {row['loss before']} -> {row['transferred']} -> "
-            f"{row['fine-tuned']}, {row['seconds']} s"
+            f"{row['fine-tuned']}, {row['seconds']} s" + "".join(f"\n    {note}" for note in self.notes)
         )
 
     def unit_table(self) -> str:
@@ -153,6 +156,8 @@ class MergeReport:
         base_sha: See `base`.
         base_license: What its card declares.
         start: Held-out loss (and accuracy) after the initial fine-tuning; empty without evaluation data.
+        starts_from_source: Whether the base is itself the first source, so that an average counts it.
+        ranking: The order of the sources by what they promised, where they were ranked.
         steps: One entry per source.
         config: The configuration of the merge.
         recipe: Task and data of the recipe, where one was used.
@@ -164,6 +169,8 @@ class MergeReport:
     base_sha: str | None = None
     base_license: str | None = None
     start: Evaluation = field(default_factory=dict)
+    starts_from_source: bool = False
+    ranking: list[dict[str, Any]] = field(default_factory=list)
     steps: list[StepReport] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)

@@ -26,8 +26,12 @@ def interpolate_(tensor: Tensor, start: Tensor, end: Tensor, coefficient: float)
     elif coefficient == 1 or not tensor.is_floating_point():
         tensor.data.copy_(end)
     else:
-        device, dtype = tensor.device, tensor.dtype
-        torch.lerp(start.to(device, dtype), end.to(device, dtype), coefficient, out=tensor.data)
+        device = tensor.device
+        dtype = torch.promote_types(tensor.dtype, torch.float32)  # half precision has no room for the difference
+        out = tensor.data if tensor.dtype == dtype else None
+        mixed = torch.lerp(start.to(device, dtype), end.to(device, dtype), coefficient, out=out)
+        if out is None:
+            tensor.data.copy_(mixed)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def recipe_file(folder: Path, text: str) -> Path:
 
 def test_defaults() -> None:
     config = GraspConfig()
-    assert (config.method, config.unit, config.head) == ("blend", "module", "match")
+    assert (config.method, config.unit, config.order) == ("blend", "module", "given")
     assert (config.gate, config.published, config.training_arguments) == (True, False, {})
     assert (config.initial_epochs, config.finetune_epochs, config.seed) == (3, 3, 42)
     assert Recipe(sources=["org/a"]).config == config, "a recipe starts from the same defaults"
@@ -28,9 +28,12 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("method", "average", r"method: got 'average', expected one of 'blend', 'copy'"),
+        ("method", "mean", r"method: got 'mean', expected one of 'blend', 'copy', 'average'"),
+        ("top", 3, "top: expected at least 1, and order='rank' with it, got 3"),
+        ("lora", {"rank": 8}, r"lora: got {'rank': 8}, expected arguments of peft.LoraConfig: .*'rank'"),
+        ("accumulate_gradients", True, "accumulate_gradients: expected method='copy' with it"),
         ("unit", "block", r"unit: got 'block', expected one of 'layer', 'module', 'tensor', 'parameter'"),
-        ("head", None, r"head: got None, expected one of 'match', 'keep'"),
+        ("order", None, r"order: got None, expected one of 'given', 'rank'"),
         ("threshold", 1.5, r"threshold: expected a cosine in \[-1, 1\], got 1.5"),
         ("threshold", -1.01, r"threshold: expected a cosine in \[-1, 1\], got -1.01"),
         ("threshold", float("nan"), r"threshold: expected a cosine in \[-1, 1\], got nan"),
@@ -95,7 +98,7 @@ def test_all_values_out_of_range_are_listed_at_once() -> None:
 def test_paper_values_and_overrides() -> None:
     paper = GraspConfig.paper()
     assert (paper.method, paper.unit, paper.threshold, paper.published) == ("copy", "parameter", 0.3, True)
-    assert (paper.num_batches, paper.batch_size, paper.gate, paper.head) == (1, 32, False, "match")
+    assert (paper.num_batches, paper.batch_size, paper.gate, paper.order) == (1, 32, False, "given")
     assert (paper.initial_epochs, paper.finetune_epochs, paper.seed) == (3, 3, 42)
     assert paper.training_arguments == {
         "learning_rate": 5.0e-5,
@@ -164,7 +167,7 @@ def test_all_problems_of_a_recipe_are_in_one_error(tmp_path: Path) -> None:
     assert problems["data"] == "got 'imagefolder', expected dict"
     assert problems["preset"] == "got 'papers', expected one of 'default', 'paper'"
     assert problems["sources"] == "expected a list of at least one reference"
-    assert problems["treshold"].startswith("unknown key, expected one of base_model, batch_size, coefficient_lr, data")
+    assert problems["treshold"].startswith("unknown key, expected one of accepted_bases, accumulate_gradients, ")
     assert "threshold" in problems["treshold"] and "config" not in problems["treshold"].split(", ")
 
 

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from grasp_hf import GraspConfig, Recipe
 from grasp_hf.data import DataSection, class_names, load_splits, names_for_model, with_label_ids, with_tokens
 from grasp_hf.errors import DataError
-from grasp_hf.matching import label_names
 from grasp_hf.prepare import prepare
+from grasp_hf.rows import label_names
 from tests.models import LABELS, perturbed, saved, tiny_model, tiny_tokenizer, write_images
 
 ROWS = {"text": ["red small", "green large", "blue red"], "label": ["bird", "cat", "dog"]}

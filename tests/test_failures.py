@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 import grasp_hf.merger
 from grasp_hf import GraspConfig, GraspMerger, gradient_alignment
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, OutputExistsError
+from grasp_hf.loading import LoadedSource
 from tests.models import perturbed, saved, tiny_data, tiny_model
 
 CONFIG: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 1, "batch_size": 8, "num_batches": 3}
@@ -41,12 +41,12 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def alive(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Count the source models that were loaded and are still in memory."""
-    seen: list[weakref.ref[PreTrainedModel]] = []
+    seen: list[weakref.ref[LoadedSource]] = []
     original = grasp_hf.merger.load_source
 
     def load(*args: Any, **kwargs: Any) -> Any:
         loaded = original(*args, **kwargs)
-        seen.append(weakref.ref(loaded.model))
+        seen.append(weakref.ref(loaded))
         return loaded
 
     monkeypatch.setattr(grasp_hf.merger, "load_source", load)

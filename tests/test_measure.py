@@ -81,6 +81,7 @@ def measured(kind: str, lr: float, batches: int, directory: Path) -> tuple[Any, 
     target, source = perturbed(tiny_model(kind), 1).eval(), perturbed(tiny_model(kind), 2)
     units, batch = partition(target, "module"), tiny_data(kind, 12)[:12]
     scratch = Scratch(directory, movable_tensors(target))
+    scratch.start.copy_(movable_tensors(target))
     found = learned_coefficients(target, movable_tensors(source), units, [batch] * batches, scratch=scratch, lr=lr)
     return target, source, units, batch, found
 
@@ -130,6 +131,7 @@ def test_a_failing_measurement_leaves_the_model_alone(tmp_path: Path) -> None:
     target, source = tiny_model("vit"), perturbed(tiny_model("vit"), 2)
     before, batch = state_of(target), tiny_data("vit", 12)[:12]
     scratch = Scratch(tmp_path, movable_tensors(target))
+    scratch.start.copy_(movable_tensors(target))
     batches = iter([batch, batch, {"pixel_values": batch["pixel_values"]}])
     with pytest.raises(DataError, match="returned no loss"):
         learned_coefficients(

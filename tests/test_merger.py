@@ -115,7 +115,7 @@ def test_a_head_with_other_labels_is_never_touched(method: str, tmp_path: Path) 
     source = perturbed(tiny_model("vit", labels=["car", "bus", "tram"]), 1)
     target = perturbed(tiny_model("vit"), 2)
     head = {name: value.clone() for name, value in target.state_dict().items() if name.startswith("classifier")}
-    config = GraspConfig(method=method, threshold=-1.0, head="keep", gate=False, **STILL)  # type: ignore[arg-type]
+    config = GraspConfig(method=method, threshold=-1.0, gate=False, **STILL)  # type: ignore[arg-type]
     step = GraspMerger(target, config).merge_source(saved(source, tmp_path / "source"), **data_for("vit"))
     assert step.moved > 0 and step.other_units == 1
     for name, value in head.items():
@@ -234,7 +234,7 @@ def test_any_model_with_a_loss_can_be_merged_when_the_user_brings_the_data(task:
         data = tokens.map(lambda sample: {"labels": sample["input_ids"] % 3})
     else:
         data = tokens.map(lambda sample: {"labels": sample["input_ids"]})
-    config = GraspConfig(head="keep", **{**STILL, "num_batches": 4})
+    config = GraspConfig(**{**STILL, "num_batches": 4})
     merger = GraspMerger.from_pretrained(sources[0], config=config, task=task)
     step = merger.merge(sources[1:], train_dataset=data, eval_dataset=data).steps[0]
     assert step.moved > 0 and step.after["loss"] <= step.before["loss"]
@@ -271,7 +271,7 @@ def test_the_head_of_a_classifier_without_a_base_model_can_be_kept(tmp_path: Pat
         for name, labels in {"source": ["x", "y", "z"], "target": LABELS}.items()
     }
     head = {name: value.clone() for name, value in models["target"].classifier.state_dict().items()}
-    config = GraspConfig(method="copy", threshold=-1.0, head="keep", gate=False, **STILL)
+    config = GraspConfig(method="copy", threshold=-1.0, gate=False, **STILL)
     models["source"].save_pretrained(tmp_path / "source")
     step = GraspMerger(models["target"], config).merge_source(str(tmp_path / "source"), **data_for("vit"))
     assert step.moved > 0 and step.other_units == 1

@@ -69,7 +69,7 @@ def test_interpolate() -> None:
 
 def test_mapped_tensors_live_in_their_file(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 5), "b": torch.tensor(7), "c": torch.randn(4).bfloat16(), "d": torch.empty(0)}
-    mapped = MappedTensors.copy_of(tmp_path / "file", tensors)
+    mapped = MappedTensors(tmp_path / "file", tensors).copy_(tensors)
     assert list(mapped) == list(tensors) and len(mapped) == 4
     for name, tensor in tensors.items():
         assert mapped[name].dtype == tensor.dtype and torch.equal(mapped[name], tensor)

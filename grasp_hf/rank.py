@@ -1,0 +1,117 @@
+"""What sources promise before any is merged: the first-order gain of going to each, from its bytes alone."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .alignment import cosine
+from .loading import LoadedSource
+from .matching import Unit, units_within
+from .measure import UnitProducts
+from .report import markdown_table, shown
+from .sources import Source
+
+
+@dataclass
+class UnitPromise:
+    """What one unit of a source promises; see `RankedSource`."""
+
+    name: str
+    gain: float
+    cosine: float | None
+
+
+@dataclass
+class RankedSource:
+    """What a source promises to the target, to first order.
+
+    Attributes:
+        reference: As the user gave it.
+        sha: Commit of its files; `None` for a local folder.
+        kind: `full` or `adapter`; empty where it was not found.
+        num_bytes: Size of its weight files.
+        gain: `-<g, S - T>`, in units of the loss: how much the loss would fall on the whole way to the source if the
+            gradient `g` of the target stayed what it is. `None` where the source cannot be read.
+        cosine: Between `-g` and `S - T` over all units together, in [-1, 1]; `None` where it is undefined.
+        units: The same per unit.
+        seconds: Duration of reading and comparing it.
+        problem: Why it cannot be ranked.
+    """
+
+    reference: str
+    sha: str | None = None
+    kind: str = ""
+    num_bytes: int = 0
+    gain: float | None = None
+    cosine: float | None = None
+    units: list[UnitPromise] = field(default_factory=list)
+    seconds: float = 0.0
+    problem: str | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything but the units."""
+        return {key: value for key, value in asdict(self).items() if key != "units"}
+
+    def row(self, place: int) -> dict[str, str]:
+        """Return its line of the table."""
+        best = max(self.units, key=lambda unit: unit.gain, default=None)
+        return {
+            "": str(place),
+            "source": self.reference if self.sha else Path(self.reference).name,
+            "kind": self.kind or "–",
+            "gain": "–" if self.gain is None else f"{self.gain:+.4g}",
+            "cosine": shown(self.cosine, 4),
+            "best unit": f"{best.name} {best.gain:+.3g}" if best and best.gain > 0 else "–",
+            "MB": f"{self.num_bytes / 1e6:.1f}",
+            "seconds": f"{self.seconds:.1f}",
+        }
+
+
+def rank_source(
+    source: Source,
+    loaded: LoadedSource,
+    gradient: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
+    units: Sequence[Unit],
+) -> RankedSource:
+    """Return what `source` promises, reading each of its tensors once.
+
+    Args:
+        source: What was loaded.
+        loaded: Its tensors.
+        gradient: The target's gradient by parameter; tensors without one promise nothing.
+        target: The target's tensors.
+        units: The partition of the target.
+    """
+    began = time.perf_counter()
+    products = UnitProducts(units_within(units, loaded.candidates))
+    for name in gradient:
+        if name in products:
+            products.add(name, gradient[name], loaded.tensors[name], target[name])
+    sums = {name: row for name, row in products.sums().items() if row is not None}
+    whole = [sum(row[index] for row in sums.values()) for index in range(3)]
+    return RankedSource(
+        reference=str(source.ref),
+        sha=source.sha,
+        kind=source.kind,
+        num_bytes=source.num_bytes,
+        gain=-whole[0],
+        cosine=_opposite(cosine(whole[0], whole[1], whole[2])),
+        units=[UnitPromise(name, -row[0], _opposite(cosine(*row))) for name, row in sums.items()],
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _opposite(value: float | None) -> float | None:
+    return None if value is None else -value
+
+
+def ranking_table(rows: Sequence[RankedSource]) -> str:
+    """Return the ranking as a Markdown table, and below it the problems of those that have no place in it."""
+    ranked = [row for row in rows if row.problem is None]
+    table = [markdown_table([row.row(place) for place, row in enumerate(ranked, start=1)])] if ranked else []
+    return "\n".join([*table, *(f"- {row.problem}" for row in rows if row.problem)])

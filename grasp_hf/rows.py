@@ -1,0 +1,181 @@
+"""Rows that mean the same in two models: classes by their label names, tokens by their strings, never by index."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .matching import head_tensors, movable_tensors, shortened
+
+
+@dataclass(frozen=True)
+class RowMatch:
+    """Which row of the source belongs to which row of the target.
+
+    Attributes:
+        target: Rows of the target's tensor that have a counterpart.
+        source: The counterpart of each, a row of the source's tensor.
+        sizes: Number of rows of the target's and of the source's tensor.
+    """
+
+    target: Sequence[int]
+    source: Sequence[int]
+    sizes: tuple[int, int]
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every row stays where it is."""
+        return self.sizes[0] == self.sizes[1] == len(self.target) and list(self.target) == list(self.source)
+
+    @torch.no_grad()
+    def fill_(self, out: Tensor, target: Tensor, source: Tensor) -> None:
+        """Change `out` to the source's tensor as the target would hold it: its own rows where there is no counterpart."""
+        out.copy_(target)
+        out[torch.tensor(self.target)] = source[torch.tensor(self.source)].to(out.dtype)
+
+
+@dataclass
+class RowMatches:
+    """How the rows of a source's head or vocabulary were matched with the target's.
+
+    Attributes:
+        rows: The match by name of tensor, where rows do not simply stay where they are.
+        left_out: Names of the tensors that the source has nothing to say about.
+        notes: What was done, for the report.
+        problems: What makes the source unfit.
+    """
+
+    rows: dict[str, RowMatch] = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def match_rows(target: Mapping[str, int], source: Mapping[str, int], sizes: tuple[int, int]) -> RowMatch:
+    """Match rows by name, from name to row in each model; a row whose number the tensor does not hold has no match."""
+    shared = [
+        (row, source[name])
+        for name, row in target.items()
+        if name in source and row < sizes[0] and source[name] < sizes[1]
+    ]
+    shared.sort()
+    return RowMatch([row for row, _ in shared], [row for _, row in shared], sizes)
+
+
+def label_names(config: PretrainedConfig) -> list[str]:
+    """Return the label names by class id."""
+    return [str(name) for _, name in sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))]
+
+
+def match_labels(target: Sequence[str], source: Sequence[str]) -> RowMatch:
+    """Match classes by name; a name that stands for two classes matches nothing."""
+
+    def rows(names: Sequence[str]) -> dict[str, int]:
+        return {name: row for row, name in enumerate(names) if list(names).count(name) == 1}
+
+    if list(target) == list(source):
+        return RowMatch(range(len(target)), range(len(source)), (len(target), len(source)))
+    return match_rows(rows(target), rows(source), (len(target), len(source)))
+
+
+def class_tensors(model: PreTrainedModel) -> set[str] | None:
+    """Return the names of the head's tensors that have a row per class; `None` where that cannot be told.
+
+    It cannot be told where a layer inside the head happens to be as wide as there are classes.
+    """
+    tensors, head, classes = movable_tensors(model), head_tensors(model), len(label_names(model.config))
+    found = {name for name in head if tensors[name].ndim and tensors[name].shape[0] == classes}
+    inside = {name for name in found if tensors[name].ndim > 1 and tensors[name].shape[1] == classes}
+    return None if inside or not found else found
+
+
+def vocabulary(processing_class: Any) -> dict[str, int] | None:
+    """Return the token id of each token of a tokenizer or of a processor that holds one; `None` where there is none."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return dict(tokenizer.get_vocab()) if hasattr(tokenizer, "get_vocab") else None
+
+
+def token_tensors(model: PreTrainedModel) -> set[str]:
+    """Return the names of the tensors that have a row per token: the embeddings, and the layer that predicts tokens."""
+    try:
+        modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except NotImplementedError:  # a model of images
+        return set()
+    if not isinstance(modules[0], torch.nn.Embedding):
+        return set()
+    tokens = modules[0].num_embeddings
+    own = {id(p) for module in modules if module is not None for p in module.parameters(recurse=False)}
+    return {name for name, t in movable_tensors(model).items() if id(t) in own and t.shape[0] == tokens}
+
+
+def match_head(
+    target: PreTrainedModel,
+    source: PreTrainedModel,
+    labels: Sequence[str] | None,
+    own: Collection[str],
+    *,
+    brings: bool = True,
+) -> RowMatches:
+    """Match the classes of two heads by their names.
+
+    Classes in another order are permuted; where some names are shared, their rows are matched; where none is, or the
+    source has no head, the target's stays as it is. A language model has no classes; its config still names two.
+
+    Args:
+        target: The target.
+        source: The source, with its own number of classes.
+        labels: The source's label names by class id; `None` where its classes have no names.
+        own: Names of the source's tensors that came from its files.
+        brings: Whether the source has something to say about the head; an adapter need not.
+    """
+    if target.can_generate():
+        return RowMatches()
+    head, expected = head_tensors(target), label_names(target.config)
+    match = match_labels(expected, labels or ())
+    if head - set(own):
+        return RowMatches(left_out=head, notes=["head stays: the source has none"] if brings else [])
+    if match.is_identity:
+        return RowMatches()
+    got = f"got {shortened(labels or ['classes without names'], 12)}, expected {shortened(expected, 12)}"
+    if not head:
+        how = "its head cannot be told from the rest of the model"
+        return RowMatches(problems=[f"other label names: {got}; and {how}"])
+    rows, tensors = class_tensors(source), movable_tensors(source)
+    if not match.target:
+        note = f"head stays: no label name is shared: {got}"
+    elif rows is None or rows != class_tensors(target):
+        note = f"head stays: which of its rows belong to a class cannot be told: {got}"
+    elif any(tensors[name].shape[1:] != t.shape[1:] for name, t in movable_tensors(target).items() if name in rows):
+        note = "head stays: it is of another width"
+    else:
+        how = "classes matched by name" if len(match.target) == len(expected) else "only shared classes move"
+        note = f"head: {how}, {len(match.target)} of {len(expected)}: {got}"
+        return RowMatches(dict.fromkeys(rows, match), notes=[note])
+    return RowMatches(left_out=head, notes=[note] if brings else [])
+
+
+def match_tokens(
+    target: PreTrainedModel, expected: Mapping[str, int], source: PreTrainedModel, got: Mapping[str, int] | None
+) -> RowMatches:
+    """Match the rows of two vocabularies, from token to id, by the tokens' strings."""
+    if got is None:
+        return RowMatches(
+            problems=[
+                "it holds no tokenizer, so its tokens cannot be matched with the target's; save its tokenizer beside it"
+            ]
+        )
+    names = token_tensors(target)
+    tensors, others = movable_tensors(target), movable_tensors(source)
+    sizes = {(len(tensors[name]), len(others[name])) for name in names if name in others}
+    if len(sizes) != 1 or (got == expected and max(sizes)[0] == max(sizes)[1]):
+        return RowMatches()
+    match = match_rows(expected, got, sizes.pop())
+    if not match.target:
+        return RowMatches(problems=["its tokenizer shares no token with the target's, so no embedding can be matched"])
+    if any(tensors[name].shape[1:] != others[name].shape[1:] for name in names):
+        return RowMatches()  # the shapes are refused by themselves
+    note = f"vocabulary: {len(match.target)} of {len(expected)} tokens matched by their strings"
+    return RowMatches(dict.fromkeys(names, match), notes=[note])
