@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, load_peft_weights
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors.torch import save_file
@@ -91,8 +91,10 @@ def adapter_problems(
 
 def _merges(kind: PeftType) -> bool:
     """Whether PEFT can merge adapters of this type into weights: whether some layer of its kind says how."""
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
-    layers = [tuner.tuner_layer_cls] if tuner and hasattr(tuner, "merge_and_unload") else []
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
+    layers = (
+        [tuner.tuner_layer_cls] if hasattr(tuner, "merge_and_unload") and hasattr(tuner, "tuner_layer_cls") else []
+    )
     for layer in layers:
         layers += layer.__subclasses__()
     return any(layer.merge is not BaseTunerLayer.merge for layer in layers)
@@ -158,11 +160,13 @@ def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> A
 @torch.no_grad()
 def _merge_into_file(adapted: PeftModel, path: Path) -> None:
     """Let PEFT merge one adapted layer after the other, and put the result of each in a file at `path`."""
-    modules = adapted.get_base_model().named_modules()
+    modules = dict(adapted.get_base_model().named_modules())
+    # What PEFT unwraps in a way of its own, such as single trained tokens, is one embedding: it is left to PEFT.
+    own_way = tuple(f"{name}." for name, m in modules.items() if hasattr(m, "unload_and_optionally_merge_module"))
     layers = {
         name: module
-        for name, module in modules
-        if isinstance(module, BaseTunerLayer) and not hasattr(module, "unload_and_optionally_merge_module")
+        for name, module in modules.items()
+        if isinstance(module, BaseTunerLayer) and not f"{name}.".startswith(own_way)
     }
 
     def parameters(name: str) -> dict[str, Tensor]:
@@ -181,13 +185,17 @@ def _merge_into_file(adapted: PeftModel, path: Path) -> None:
 def _touched_modules(adapted: PeftModel, keys: set[str]) -> tuple[set[str], set[str]]:
     """Return the names of the base model's modules that the adapter changes, and of those that it brings along whole."""
     modules = dict(adapted.get_base_model().named_modules())
-    touched = {name for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
-    whole = set()
-    for key in keys:
+    touched: set[str] = set()
+    for name, module in modules.items():  # from the outside in
+        inside = name.startswith(tuple(f"{outer}." for outer in touched))
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not inside:
+            touched.add(name)
+    whole = {name for name in touched if isinstance(modules[name], ModulesToSaveWrapper)}
+    for key in keys:  # such as the bias of a module that is not adapted
         name = _module_of(key, modules)
-        if name and name not in touched:
-            whole.add(name)
-    return touched | whole, whole
+        if name and not f"{name}.".startswith(tuple(f"{outer}." for outer in touched)):
+            touched.add(name)
+    return touched, whole
 
 
 def _module_of(key: str, modules: Collection[str]) -> str:
@@ -207,7 +215,10 @@ def _in_runtime_names(base: PreTrainedModel, adapter: Source, directory: Path) -
     """
     renamings = [entry for entry in get_model_conversion_mapping(base) if isinstance(entry, WeightRenaming)]
     weights = load_peft_weights(str(adapter.folder), device="cpu")
-    renamed = {key: PREFIX + rename_source_key(key.removeprefix(PREFIX), renamings, [])[0] for key in weights}
+    renamed = {
+        key: PREFIX + rename_source_key(key.removeprefix(PREFIX), renamings, [])[0] if key.startswith(PREFIX) else key
+        for key in weights
+    }
     modules = {name for name, _ in base.named_modules()}
     moved = [key for key, new in renamed.items() if key != new and _module_of(new, modules)]
     if not moved:
