@@ -101,6 +101,7 @@ def model_card(model: PreTrainedModel, report: MergeReport, model_id: str) -> Mo
     method = report.config.get("method")
     described = {
         "copy": "Units whose gradients agree with the target's were copied from each source.",
+        "average": "Each unit is the mean over the sources that bring it.",
         "blend": "Each unit moved part of the way to each source, with coefficients learned on the target data.",
     }[str(method)]
     return ModelCard.from_template(

@@ -1,10 +1,12 @@
-"""The command line: `grasp-hf plan | merge | demo`."""
+"""The command line: `grasp-hf plan | rank | merge | demo`."""
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from datasets import disable_progress_bars
@@ -14,6 +16,7 @@ from .demo import run_demo
 from .errors import ConfigError, GraspError
 from .plan import plan, plan_table, problem_list
 from .prepare import prepare
+from .rank import ranking_table
 from .saving import check_output
 
 EXAMPLES = {
@@ -21,6 +24,10 @@ EXAMPLES = {
     "merge": (
         "example:\n  grasp-hf merge recipes/digits/full.yaml --output merged method=copy threshold=0.2\n"
         "  grasp-hf merge recipe.yaml --output merged training_arguments.learning_rate=1.0e-5 --push-to-hub me/merged"
+    ),
+    "rank": (
+        "example:\n  grasp-hf rank recipes/digits/full.yaml --json ranking.json\n"
+        "  grasp-hf merge recipes/digits/full.yaml --output merged order=rank top=2"
     ),
     "demo": "example:\n  grasp-hf demo --output grasp-demo",
 }
@@ -42,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         disable_progress_bars()
     try:
         with _lines_on_stdout(logging.DEBUG if options.verbose else logging.INFO):
-            return {"plan": _plan, "merge": _merge, "demo": _demo}[options.command](options)
+            return {"plan": _plan, "rank": _rank, "merge": _merge, "demo": _demo}[options.command](options)
     except GraspError as error:
         if options.verbose:
             raise
@@ -76,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Merge many fine-tuned models into one, one at a time, guided by gradients of your own data.",
         epilog=EXIT_CODES,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="plan | merge | demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="plan | rank | merge | demo")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
@@ -90,10 +97,12 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     plan = command("plan", "List every model of a recipe and all problems, before any weight is read.")
+    rank = command("rank", "Order the sources of a recipe by what they promise, without merging any.")
     merge = command("merge", "Merge the sources of a recipe into one model folder.")
-    for sub in (plan, merge):
+    for sub in (plan, rank, merge):
         sub.add_argument("recipe", help="a YAML file, see recipes/")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
+    rank.add_argument("--json", type=Path, metavar="FILE", help="also write the ranking, with every unit, to FILE")
     merge.add_argument("--output", required=True, type=Path, help="folder for the merged model")
     merge.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the merged model to this repository")
     merge.add_argument("--private", action="store_true", help="make the repository private where it is new")
@@ -109,6 +118,16 @@ def _plan(options: argparse.Namespace) -> int:
     rows = plan(Recipe.from_yaml(options.recipe, options.overrides))
     print(plan_table(rows))
     return int(any(row.problems for row in rows))
+
+
+def _rank(options: argparse.Namespace) -> int:
+    recipe = Recipe.from_yaml(options.recipe, options.overrides)
+    merger, sources, data = prepare(recipe)
+    rows = merger.rank(sources, train_dataset=data.train, data_collator=data.collator)
+    print(ranking_table(rows))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    return int(any(row.problem for row in rows))
 
 
 def _merge(options: argparse.Namespace) -> int:

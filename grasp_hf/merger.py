@@ -263,6 +263,7 @@ class GraspMerger:
         Returns:
             One entry per source, the largest gain first.
         """
+        check_dataset(train_dataset, "train_dataset")
         with self._scratch_files(), self._step(train_dataset, None, data_collator) as (data, scratch):
             batches = sample_batches(data.train, data.collator, self._accelerator, self.config, seed=self.config.seed)
             self.model.eval()
@@ -271,12 +272,14 @@ class GraspMerger:
             units = partition(self.model, self.config.unit)
             rows = []
             for source in tqdm(sources, desc="ranking", unit="source", leave=False, disable=None):
+                began = time.perf_counter()
                 try:
                     located = hub.locate(str(source), token=token)
-                    loaded = self._load(located, scratch)
-                    rows.append(rank_source(located, loaded, gradient, scratch.start, units))
+                    row = rank_source(located, self._load(located, scratch), gradient, scratch.start, units)
                 except GraspError as error:
-                    rows.append(RankedSource(str(source), problem=str(error)))
+                    row = RankedSource(str(source), problem=str(error))
+                row.seconds = time.perf_counter() - began
+                rows.append(row)
         return sorted(rows, key=lambda row: -math.inf if row.gain is None else row.gain, reverse=True)
 
     def _load(self, located: Source, scratch: Scratch) -> LoadedSource:

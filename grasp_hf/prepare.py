@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import DatasetDict
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, default_data_collator
 
 from . import hub
 from .batches import Collator
@@ -24,7 +24,7 @@ class TaskData:
     """The user's data, ready for training: what `GraspMerger.merge` takes, and the test split for the end.
 
     Attributes:
-        train: Labelled samples.
+        train: Labelled samples; `None` for a merge without data.
         validation: Held-out samples, `None` where the data set has no such split.
         test: Samples that are looked at once, when all is done.
         collator: Makes batches of them.
@@ -43,13 +43,18 @@ class TaskData:
 def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, list[str], TaskData]:
     """Load the base model and the data of `recipe`, and return the merger, the sources still to merge, and the data.
 
-    A base model that knows other labels than the data gets a new head with the data's label names.
+    A base model that knows other labels than the data gets a new head with the data's label names. A recipe that needs
+    no data may have none.
 
     Raises:
         GraspError: The recipe, the base model or the data is not usable; nothing has been changed or written.
     """
     sources = [recipe.locate(source) for source in recipe.sources]
     start = recipe.locate(recipe.base_model) if recipe.base_model else sources.pop(0)
+    if not recipe.data and not recipe.config.needs_data:
+        merger = GraspMerger.from_pretrained(start, config=recipe.config, task=recipe.task, token=token)
+        merger.report.starts_from_source = recipe.base_model is None
+        return merger, sources, TaskData(None, None, None, default_data_collator)
     section = DataSection.from_recipe(recipe)
     base = hub.locate(start, token=token)
     config = load_config(base)

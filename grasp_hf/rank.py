@@ -1,6 +1,5 @@
 """What sources promise before any is merged: the first-order gain of going to each, from its bytes alone."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,7 +37,7 @@ class RankedSource:
             gradient `g` of the target stayed what it is. `None` where the source cannot be read.
         cosine: Between `-g` and `S - T` over all units together, in [-1, 1]; `None` where it is undefined.
         units: The same per unit.
-        seconds: Duration of reading and comparing it.
+        seconds: Duration of finding, reading and comparing it.
         problem: Why it cannot be ranked.
     """
 
@@ -87,7 +86,6 @@ def rank_source(
         target: The target's tensors.
         units: The partition of the target.
     """
-    began = time.perf_counter()
     products = UnitProducts(units_within(units, loaded.candidates))
     for name in gradient:
         if name in products:
@@ -102,7 +100,6 @@ def rank_source(
         gain=-whole[0],
         cosine=_opposite(cosine(whole[0], whole[1], whole[2])),
         units=[UnitPromise(name, -row[0], _opposite(cosine(*row))) for name, row in sums.items()],
-        seconds=time.perf_counter() - began,
     )
 
 

@@ -46,7 +46,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("command", ["plan", "merge", "demo"])
+@pytest.mark.parametrize("command", ["plan", "rank", "merge", "demo"])
 def test_the_help_of_each_command_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="^0$"):
         main([command, "-h"])
@@ -59,13 +59,13 @@ def test_the_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit, match="^0$"):
         main(["--help"])
     text = capsys.readouterr().out
-    assert all(f"    {command} " in text for command in ("plan", "merge", "demo"))
+    assert all(f"    {command} " in text for command in ("plan", "rank", "merge", "demo"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "plan | merge | demo"),
+        ([], "plan | rank | merge | demo"),
         (["merge"], "recipe"),
         (["merge", "recipe.yaml"], "--output"),
         (["blend", "recipe.yaml"], "invalid choice: 'blend'"),
