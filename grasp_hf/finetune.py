@@ -82,8 +82,8 @@ def finetune_(
 def adapted(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int) -> Iterator[PreTrainedModel | PeftModel]:
     """Yield what is to be trained: `model`, or a LoRA adapter on it that becomes part of its weights at the end.
 
-    The head is trained whole. Whatever happens, `model` has its own modules and parameters again after the block; only
-    where the block raises, the head's and the statistics' values are those of before it and the training is lost.
+    The head is trained whole. `model` has its own modules and parameters again after the block, whatever happens; where
+    the block raises, the training is lost.
 
     Args:
         model: Changed in place.
@@ -96,32 +96,28 @@ def adapted(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int) -> I
     if lora is None:
         yield model
         return
-    names = [] if model.can_generate() else sorted({name.partition(".")[0] for name in head_tensors(model)})
-    whole = {name: model.get_submodule(name) for name in names}
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    children = {module: dict(module._modules) for module in model.modules()}
     parameters = dict(model.named_parameters())
+    trainable = {name: parameter.requires_grad for name, parameter in parameters.items()}
     defaults: dict[str, Any] = {"target_modules": "all-linear"}
-    if whole:
-        defaults |= {"modules_to_save": names, "exclude_modules": rf"({'|'.join(names)})(\..*)?"}
+    if head := set() if model.can_generate() else {name.partition(".")[0] for name in head_tensors(model)}:
+        defaults |= {"modules_to_save": sorted(head), "exclude_modules": rf"({'|'.join(sorted(head))})(\..*)?"}
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            adapter = get_peft_model(model, LoraConfig(**(defaults | lora)))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"lora: cannot be applied to a {type(model).__name__}: {error}") from error
-    try:
+            try:
+                adapter = get_peft_model(model, LoraConfig(**(defaults | lora)))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"lora: cannot be applied to a {type(model).__name__}: {error}") from error
         yield adapter
-    except BaseException:
-        adapter.unload()
-        raise
-    else:
         merged = dict(adapter.merge_and_unload().named_parameters())
         for name, parameter in parameters.items():
             if merged[name] is not parameter:
                 parameter.data.copy_(merged[name].data)
     finally:
-        for name, module in whole.items():
-            setattr(model, name, module)
+        vars(model).pop("peft_config", None)
+        for module, own in children.items():
+            module._modules.update(own)
         for name, parameter in parameters.items():
             parameter.requires_grad_(trainable[name])
 

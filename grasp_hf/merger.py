@@ -46,7 +46,7 @@ def merge_pretrained(
     base_model: str | None,
     sources: Sequence[str],
     *,
-    train_dataset: Any,
+    train_dataset: Any = None,
     eval_dataset: Any = None,
     data_collator: Collator | None = None,
     config: GraspConfig | None = None,

@@ -14,14 +14,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -55,6 +61,20 @@ def tiny_model(kind: str, seed: int = 0, labels: Sequence[str] = LABELS) -> PreT
         )
     if kind == "bert":
         return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=16, **size, **names))
+    if kind == "swin":
+        swin: dict[str, Any] = {
+            "embed_dim": 8,
+            "depths": [1, 1],
+            "num_heads": [2, 2],
+            "window_size": 2,
+            "patch_size": 2,
+        }
+        return SwinForImageClassification(SwinConfig(image_size=8, **swin, **names))
+    if kind == "dinov2":
+        sizes = {key: value for key, value in size.items() if key != "intermediate_size"}
+        return Dinov2ForImageClassification(Dinov2Config(image_size=8, patch_size=4, mlp_ratio=2, **sizes, **names))
+    if kind == "gpt_neox":
+        return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=50, max_position_embeddings=16, **size))
     if kind == "mixtral":  # transformers fuses its experts when it loads them
         return MixtralForCausalLM(
             MixtralConfig(
@@ -82,14 +102,17 @@ def tiny_data(kind: str, samples: int, seed: int = 0) -> Dataset:
     """Return labelled samples whose label can be learned, as a data set of tensors."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(samples) % len(LABELS)
-    if kind in ("resnet", "vit"):
+    if kind in ("resnet", "vit", "swin", "dinov2"):
         size = 16 if kind == "resnet" else 8
         images = torch.randn(samples, 3, size, size, generator=generator) + labels[:, None, None, None] - 1.0
         columns = {"pixel_values": images.numpy(), "labels": labels.numpy()}
     else:
         tokens = torch.randint(0, 50, (samples, 8), generator=generator)
         tokens[:, 0] = labels
-        columns = {"input_ids": tokens.numpy(), "labels": (tokens if kind in ("gpt2", "mixtral") else labels).numpy()}
+        columns = {
+            "input_ids": tokens.numpy(),
+            "labels": (tokens if kind in ("gpt2", "mixtral", "gpt_neox") else labels).numpy(),
+        }
     return Dataset.from_dict(columns).with_format("torch")
 
 

@@ -8,10 +8,10 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, default_data_collator
 
-from grasp_hf import GraspConfig
+from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError, NonFiniteError
-from grasp_hf.finetune import finetune_
-from tests.models import KINDS, tiny_data, tiny_model
+from grasp_hf.finetune import adapted, finetune_
+from tests.models import KINDS, perturbed, saved, tiny_data, tiny_model
 
 
 def tuned(
@@ -119,3 +119,75 @@ def test_unknown_training_arguments_are_named(tmp_path: Path) -> None:
 def test_a_loss_that_explodes_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="try a lower learning_rate"):
         tuned(tiny_model("resnet"), tmp_path, epochs=2, learning_rate=1e38, max_grad_norm=0.0)
+
+
+def low_rank(model: PreTrainedModel, directory: Path, lora: dict[str, Any], **arguments: Any) -> None:
+    kind = model.config.model_type
+    config = GraspConfig(batch_size=8, lora=lora, training_arguments={"learning_rate": 1e-2, **arguments})
+    finetune_(
+        model,
+        tiny_data(kind, 24, seed=1),
+        tiny_data(kind, 12, seed=2),
+        default_data_collator,
+        config,
+        epochs=2,
+        seed=3,
+        directory=directory,
+    )
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert", "gpt2", "resnet"])
+def test_an_adapter_is_trained_and_becomes_part_of_the_weights(kind: str, tmp_path: Path) -> None:
+    model = tiny_model(kind)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    next(model.parameters()).requires_grad_(False)
+    data = tiny_data(kind, 24, seed=1)[:24]
+    loss = float(model.eval()(**data).loss)
+    lora = {"r": 2, **({"target_modules": ["convolution"]} if kind == "resnet" else {})}
+    low_rank(model, tmp_path, lora)
+    assert float(model.eval()(**data).loss) < loss
+    # The same objects, so that whoever holds a parameter still holds the model's.
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert all(module is modules[name] for name, module in model.named_modules())
+    assert model.state_dict().keys() == before.keys() and not hasattr(model, "peft_config")
+    assert [p.requires_grad for p in model.parameters()].count(False) == 1
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    for name in changed:
+        if "classifier" not in name:
+            difference = (parameters[name] - before[name]).detach()
+            assert name.endswith("weight") and difference.ndim >= 2, name
+            assert torch.linalg.matrix_rank(difference.flatten(1), rtol=1e-3) <= 2, name
+    assert any("classifier" in name for name in changed) == (kind != "gpt2")
+
+
+def test_an_interrupted_adapter_leaves_the_model_whole(tmp_path: Path) -> None:
+    model = tiny_model("vit")
+    modules, before = dict(model.named_modules()), {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(NonFiniteError):
+        low_rank(model, tmp_path, {"r": 2}, learning_rate=1e30)
+    assert dict(model.named_modules()) == modules and model.state_dict().keys() == before.keys()
+    with pytest.raises(KeyboardInterrupt), adapted(model, {"r": 2}, seed=0):
+        raise KeyboardInterrupt
+    assert dict(model.named_modules()) == modules
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_adapter_that_fits_nowhere_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("vit")
+    modules = dict(model.named_modules())
+    with pytest.raises(
+        ConfigError, match="lora: cannot be applied to a ViTForImageClassification: No modules were targeted"
+    ):
+        low_rank(model, tmp_path, {"target_modules": ["nowhere"]})
+    assert dict(model.named_modules()) == modules
+
+
+def test_a_merge_with_low_rank_fine_tuning_repeats_bit_for_bit(tmp_path: Path) -> None:
+    source = saved(perturbed(tiny_model("vit"), 1), tmp_path / "source")
+    data = {"train_dataset": tiny_data("vit", 24, seed=1), "eval_dataset": tiny_data("vit", 12, seed=2)}
+    models = [tiny_model("vit") for _ in range(2)]
+    for model in models:
+        config = GraspConfig(initial_epochs=1, finetune_epochs=1, batch_size=8, lora={"r": 2})
+        assert len(GraspMerger(model, config).merge([source, source], **data).steps) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from grasp_hf import GraspConfig, GraspMerger
-from grasp_hf.gradients import gradient_pass, gradients_leaving, preserved_state
+from grasp_hf.errors import ConfigError
+from grasp_hf.gradients import checkpointing, gradient_pass, gradients_leaving, preserved_state
 from tests.models import KINDS, perturbed, saved, tiny_data, tiny_model
 
 
@@ -103,17 +104,60 @@ def test_nothing_keeps_the_model_alive() -> None:
     assert reference() is None
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("method", ["blend", "copy"])
-def test_a_merge_on_a_gpu_gives_the_model_back_on_the_cpu(method: Any, tmp_path: Path) -> None:
-    source = saved(perturbed(tiny_model("resnet"), 1), tmp_path / "source")
-    target = perturbed(tiny_model("resnet"), 2)
-    before = {name: value.clone() for name, value in target.state_dict().items()}
-    config = GraspConfig(method=method, threshold=1.0, coefficient_lr=1e-30, initial_epochs=0, finetune_epochs=0)
-    data = tiny_data("resnet", 16)
-    step = GraspMerger(target, config).merge_source(source, train_dataset=data, eval_dataset=data)
-    assert step.before["loss"] > 0
-    for name, value in target.state_dict().items():
-        assert value.device.type == "cpu"
-        torch.testing.assert_close(value, before[name], atol=1e-6, rtol=0)
+@pytest.mark.parametrize("kind", ["vit", "bert", "gpt2", "mixtral"])
+def test_checkpointed_gradients_equal_plain_ones_and_keep_fewer_activations(kind: str) -> None:
+    model, batch = tiny_model(kind).eval(), tiny_data(kind, 8)[:8]
+
+    def measured() -> tuple[dict[str, Tensor], int]:
+        found: dict[str, Tensor] = {}
+        kept: list[int] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            gradient_pass(model, batch, lambda name, gradient: found.update({name: gradient.clone()}))
+        return found, sum(kept)
+
+    plain, activations = measured()
+    with checkpointing(model, asked=True):
+        checkpointed, fewer = measured()
+        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert plain.keys() == checkpointed.keys() and fewer < activations
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, atol=1e-6, rtol=1e-5)
+    assert measured()[1] == activations
+
+
+def test_checkpointing_is_never_reentrant() -> None:
+    """A reentrant checkpoint would fire the hook of a layer once per use, with partial gradients."""
+    model, batch = tiny_model("vit").eval(), tiny_data("vit", 8)[:8]
+    layers: Any = model.get_submodule("vit.layers")
+    layers[1] = layers[0]
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    seen: list[str] = []
+    gradient_pass(model, batch, lambda name, gradient: seen.append(name))
+    assert len(seen) == len(set(seen)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_a_merge_with_checkpointing_gives_what_one_without_gives(name: str, tmp_path: Path) -> None:
+    source = saved(perturbed(tiny_model("bert"), 1), tmp_path / "source")
+    data = tiny_data("bert", 16)
+    models = []
+    for arguments in ({}, {name: True}):
+        config = GraspConfig(
+            num_batches=2, batch_size=8, initial_epochs=0, finetune_epochs=1, training_arguments=arguments
+        )
+        models.append(tiny_model("bert"))
+        GraspMerger(models[-1], config).merge([source], train_dataset=data, eval_dataset=data)
+    for plain, checkpointed in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(checkpointed, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_cannot_checkpoint_says_so(tmp_path: Path) -> None:
+    config = GraspConfig(training_arguments={"gradient_checkpointing": True})
+    with pytest.raises(ConfigError, match="training_arguments: gradient_checkpointing: .*ResNet"):
+        GraspMerger(tiny_model("resnet"), config).merge([], train_dataset=tiny_data("resnet", 8))

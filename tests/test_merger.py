@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForImageClassification,
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
-from grasp_hf.errors import DataError, GraspError, NonFiniteError, OutputExistsError
+from grasp_hf.errors import ConfigError, DataError, GraspError, NonFiniteError, OutputExistsError
 from grasp_hf.matching import movable_tensors
 from tests.models import KINDS, LABELS, perturbed, saved, saved_adapter, tiny_data, tiny_model
 
@@ -57,7 +58,7 @@ def test_a_threshold_that_lets_nothing_through_changes_nothing(kind: str, dtype:
     assert all(p.grad is None for p in target.parameters())
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "gpt2", "mixtral"])
+@pytest.mark.parametrize("kind", [*KINDS, "gpt2", "mixtral", "swin", "dinov2", "gpt_neox"])
 def test_copying_everything_gives_the_source_with_its_statistics(kind: str, tmp_path: Path) -> None:
     source = perturbed(tiny_model(kind), 1)
     target = perturbed(tiny_model(kind), 2)
@@ -317,3 +318,128 @@ def test_an_adapter_moves_its_part_of_a_layer(tmp_path: Path) -> None:
     assert [unit.name for unit in step.units] == ["vit.layers.0", "vit.layers.1"] and step.moved == 2
     changed = {name for name, value in merger.model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {f"vit.layers.{layer}.attention.q_proj.weight" for layer in (0, 1)}
+
+
+def test_parameters_without_a_gradient_are_undefined_stay_and_are_counted(tmp_path: Path) -> None:
+    """A Dinov2 has a mask token, which no classifier uses."""
+    source = saved(perturbed(tiny_model("dinov2"), 1), tmp_path / "source")
+    target = tiny_model("dinov2")
+    config = GraspConfig(method="copy", unit="tensor", threshold=-1.0, **{**STILL, "gate": False})
+    report = GraspMerger(target, config).merge([source], **data_for("dinov2"))
+    undefined = [unit.name for unit in report.steps[0].units if unit.decision == "undefined"]
+    name = "dinov2.embeddings.mask_token"
+    assert undefined == [name]
+    assert torch.equal(target.get_parameter(name), tiny_model("dinov2").get_parameter(name))
+    assert report.steps[0].row()["undefined"] == "1"
+
+
+def test_an_old_bert_with_gamma_and_beta(tmp_path: Path) -> None:
+    source = perturbed(tiny_model("bert"), 1)
+    folder = Path(saved(source, tmp_path / "source"))
+    ends = {".weight": ".gamma", ".bias": ".beta"}
+    tensors = load_file(folder / "model.safetensors")
+    for key in [key for key in tensors if "LayerNorm" in key]:
+        stem, _, end = key.rpartition(".")
+        tensors[stem + ends[f".{end}"]] = tensors.pop(key)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    target = tiny_model("bert")
+    GraspMerger(target, GraspConfig(method="average", **{**STILL, "gate": False})).merge([str(folder)])
+    for name, value in movable_tensors(source).items():
+        assert torch.equal(movable_tensors(target)[name], value), name
+
+
+AVERAGE = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0, gate=False)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("float32",) * 4, ("float32", "bfloat16", "float16", "float32")], ids=["one", "mixed"]
+)
+@pytest.mark.parametrize("kind", ["resnet", "gpt2"])
+def test_the_streaming_average_is_the_mean_of_all_sources(kind: str, dtypes: Any, tmp_path: Path) -> None:
+    models = [perturbed(tiny_model(kind), seed).to(getattr(torch, dtype)) for seed, dtype in enumerate(dtypes)]
+    sources = [saved(model, tmp_path / str(number)) for number, model in enumerate(models)]
+    from_a_base = GraspMerger.from_pretrained(saved(tiny_model(kind, seed=9), tmp_path / "base"), config=AVERAGE)
+    from_a_base.merge(sources)
+    results = [from_a_base.model, merge_pretrained(None, sources, config=AVERAGE)]
+    for merged in results:
+        for name, value in movable_tensors(merged).items():
+            if value.is_floating_point():
+                each = [movable_tensors(model)[name].float() for model in models]
+                torch.testing.assert_close(value, torch.stack(each).mean(0), atol=1e-6, rtol=1e-6)
+        assert all(not name.endswith("grad") and p.grad is None for name, p in merged.named_parameters())
+
+
+def test_an_average_leaves_out_what_the_gate_turned_away(tmp_path: Path) -> None:
+    good, bad = perturbed(tiny_model("vit"), 1), perturbed(tiny_model("vit"), 2)
+    bad.get_parameter("classifier.bias").data += torch.tensor([90.0, -90.0, 0.0])
+    sources = [saved(model, tmp_path / str(number)) for number, model in enumerate((good, bad, good))]
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(method="average", **STILL))
+    merger.model.get_parameter("classifier.bias").data += torch.tensor([50.0, 0.0, 0.0])
+    steps = merger.merge(sources, **data_for("vit")).steps
+    assert [step.accepted for step in steps] == [True, False, True]
+    assert [step.units[0].coefficient for step in steps] == [1, 1 / 2, 1 / 2]
+    assert_unchanged(merger.model, state_of(good))
+
+
+def test_only_an_average_without_fine_tuning_can_do_without_data(tmp_path: Path) -> None:
+    source = saved(tiny_model("vit"), tmp_path / "source")
+    for config in (GraspConfig(**STILL), GraspConfig(method="average"), GraspConfig(method="average", order="rank")):
+        with pytest.raises(DataError, match="train_dataset is a NoneType"):
+            GraspMerger(tiny_model("vit"), config).merge([source])
+
+
+@pytest.mark.parametrize("method", ["blend", "copy"])
+@pytest.mark.parametrize("dtypes", [("float32", "float16"), ("bfloat16", "float32"), ("bfloat16", "float16")])
+def test_sources_and_targets_of_other_dtypes(method: Any, dtypes: tuple[str, str], tmp_path: Path) -> None:
+    mine, theirs = (getattr(torch, dtype) for dtype in dtypes)
+    source = saved(perturbed(tiny_model("bert"), 1, scale=0.3).to(theirs), tmp_path / "source")
+    target = tiny_model("bert").to(mine)
+    exact = tiny_model("bert").to(mine).float()
+    config = GraspConfig(method=method, threshold=-1.0, **{**STILL, "gate": False, "num_batches": 1})
+    step, reference = (GraspMerger(m, config).merge([source], **data_for("bert")).steps[0] for m in (target, exact))
+    assert {p.dtype for p in target.parameters()} == {mine}
+    scores, expected = ({u.name: u.score for u in s.units if u.score is not None} for s in (step, reference))
+    assert scores == pytest.approx({name: expected[name] for name in scores}, abs=0.1)
+    if method == "copy":
+        assert torch.equal(
+            target.get_parameter("classifier.weight").float(),
+            exact.get_parameter("classifier.weight").to(mine).float(),
+        )
+
+
+@pytest.mark.parametrize("unit", ["module", "layer"])
+@pytest.mark.parametrize("method", ["blend", "copy"])
+def test_a_compiled_model_gives_what_a_plain_one_gives(method: Any, unit: Any, tmp_path: Path) -> None:
+    source = saved(perturbed(tiny_model("bert"), 1), tmp_path / "source")
+    plain, compiled = (tiny_model("bert") for _ in range(2))
+    compiled.compile(backend="aot_eager")
+    config = GraspConfig(method=method, unit=unit, **{**STILL, "gate": False})
+    for model in (plain, compiled):
+        assert GraspMerger(model, config).merge([source], **data_for("bert")).steps[0].moved > 0
+    for name, value in movable_tensors(plain).items():
+        torch.testing.assert_close(movable_tensors(compiled)[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_a_compiled_wrapper_is_refused_with_advice() -> None:
+    with pytest.raises(ConfigError, match=r"got a OptimizedModule, expected a PreTrainedModel; .* model.compile\(\)"):
+        GraspMerger(torch.compile(tiny_model("vit")))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_target_keeps_its_attention_kernel(attention: str, tmp_path: Path) -> None:
+    base = saved(tiny_model("vit"), tmp_path / "base")
+    source = saved(perturbed(tiny_model("vit"), 1), tmp_path / "source")
+    merger = GraspMerger.from_pretrained(base, config=GraspConfig(**STILL), attn_implementation=attention)
+    merger.merge([source], **data_for("vit"))
+    assert merger.model.config._attn_implementation == attention
+
+
+def test_a_model_spread_by_a_device_map_is_refused_with_advice(tmp_path: Path) -> None:
+    base = saved(tiny_model("vit"), tmp_path / "base")
+    with pytest.raises(ConfigError, match="device_map: leave it out; Accelerate chooses the device"):
+        GraspMerger.from_pretrained(base, device_map="auto")
+    spread = AutoModelForImageClassification.from_pretrained(
+        base, device_map={"vit": "cpu", "classifier": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    with pytest.raises(ConfigError, match="spread over several devices by a device_map; load it without one"):
+        GraspMerger(spread)

@@ -130,7 +130,9 @@ def test_the_tensors_with_a_row_per_class() -> None:
     names: dict[str, Any] = {"id2label": dict(enumerate(LABELS)), "label2id": {}}
     roberta = RobertaForSequenceClassification(RobertaConfig(**SMALL, **names))
     assert class_tensors(roberta) == {"classifier.out_proj.weight", "classifier.out_proj.bias"}
-    wide: dict[str, Any] = {"id2label": {index: str(index) for index in range(16)}}  # as many classes as the layer before is wide
+    wide: dict[str, Any] = {
+        "id2label": {index: str(index) for index in range(16)}
+    }  # as many classes as the layer before is wide
     assert class_tensors(RobertaForSequenceClassification(RobertaConfig(**SMALL, **wide))) is None
     assert class_tensors(tiny_model("gpt2")) is None
 
