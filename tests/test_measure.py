@@ -182,3 +182,35 @@ def test_an_infinite_gradient_is_named_and_the_target_restored(method: Any, tmp_
         GraspMerger(target, config).merge([source], train_dataset=tiny_data("vit", 8))
     for name, value in target.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert", "gpt2"])
+def test_accumulated_gradients_give_the_cosine_of_one_large_batch(kind: str) -> None:
+    """20 samples in batches of 8, 8 and 4, against all 20 at once."""
+    source, target, data = perturbed(tiny_model(kind), 1), perturbed(tiny_model(kind), 2), tiny_data(kind, 20)
+    if kind == "gpt2":  # rows with another number of labels each
+        rows = [
+            [t if i < 2 + n % 6 else -100 for i, t in enumerate(row.tolist())]
+            for n, row in enumerate(data[:]["labels"])
+        ]
+        data = data.remove_columns("labels").add_column("labels", rows).with_format("torch")
+    small = GraspConfig(method="copy", accumulate_gradients=True, num_batches=3, batch_size=8)
+    large = GraspConfig(method="copy", num_batches=1, batch_size=20)
+    scores, expected = (gradient_alignment(source, target, data, config=config) for config in (small, large))
+    assert scores == pytest.approx(expected, abs=1e-4)
+    means = gradient_alignment(source, target, data, config=GraspConfig(method="copy", num_batches=3, batch_size=8))
+    assert max(abs((means[name] or 0) - (score or 0)) for name, score in scores.items()) > 1e-3
+
+
+def test_a_merge_with_accumulated_gradients_copies_what_agrees(tmp_path: Path) -> None:
+    source, target = perturbed(tiny_model("vit"), 1), perturbed(tiny_model("vit"), 2)
+    settings: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "num_batches": 3, "batch_size": 8}
+    config = GraspConfig(method="copy", accumulate_gradients=True, threshold=0.5, **settings)
+    data = tiny_data("vit", 20)
+    expected = gradient_alignment(
+        source, target, data, config=GraspConfig(**{**vars(config), "seed": config.seed + 1})
+    )
+    step = GraspMerger(target, config).merge([saved(source, tmp_path / "source")], train_dataset=data).steps[0]
+    assert {unit.name for unit in step.units if unit.decision == "moved"} == {
+        name for name, score in expected.items() if score is not None and score > 0.5
+    }

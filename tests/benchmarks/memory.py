@@ -8,6 +8,7 @@ process of its own, on a ViT-base whose images are so small that activations har
 
 Private memory is `RssAnon` of Linux, the pages nothing else can give back, less what the interpreter held before the
 models were loaded. A safetensors file that is only mapped is page cache and not counted; the column `mapped` shows it.
+Where there is a GPU, the column `device` is the peak of its allocator; the published code is then left on the CPU.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from grasp_hf import GraspConfig, GraspMerger
@@ -38,11 +40,20 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def save_models(folder: Path, size: str) -> int:
-    """Save two random models as `folder/source` and `folder/target`; return the bytes of one model's weights."""
+    """Save two random models as `folder/source` and `folder/target`, and an adapter of the target as `folder/adapter`.
+
+    Returns:
+        The bytes of one model's weights.
+    """
     config = ViTConfig(**SIZES[size])
     for name in ("source", "target"):
         model = ViTForImageClassification(config)
         model.save_pretrained(folder / name)
+    settings = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+    adapter = get_peft_model(model, settings)
+    adapter.peft_config["default"].base_model_name_or_path = str(folder / "target")
+    adapter.save_pretrained(str(folder / "adapter"))
+    adapter.unload()
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
@@ -113,6 +124,29 @@ def grasp_hf_adafactor(folder: Path) -> None:
     grasp_hf_run(folder, optim="adafactor")
 
 
+def grasp_hf_low_rank(folder: Path) -> None:
+    """Do the same, fine-tuning a LoRA adapter that becomes part of the weights after each step."""
+    config = GraspConfig(batch_size=2, num_batches=4, initial_epochs=2, finetune_epochs=2, lora={"r": 8})
+    merger = GraspMerger(load_private(folder / "target"), config)
+    source = str(folder / "source")
+    merger.merge([source, source], train_dataset=make_examples(6), eval_dataset=make_examples(2))
+
+
+def peft_merge(folder: Path) -> None:
+    """Merge an adapter of rank 8 on all linear layers into its base by PEFT itself: the base is a mapped file."""
+    base = ViTForImageClassification.from_pretrained(folder / "target")
+    PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload()
+
+
+def grasp_hf_adapter(folder: Path) -> None:
+    """Measure and transfer the same adapter with `grasp_hf`, the private target included."""
+    settings: dict[str, Any] = {"batch_size": 2, "num_batches": 4, "finetune_epochs": 0}
+    merger = GraspMerger.from_pretrained(str(folder / "target"), config=GraspConfig(**settings))
+    for parameter in merger.model.parameters():
+        parameter.data = parameter.data.clone()
+    merger.merge_source(str(folder / "adapter"), train_dataset=make_examples(6), eval_dataset=make_examples(2))
+
+
 def grasp_hf_many(folder: Path, sources: int) -> None:
     """Measure and transfer `sources` sources in a row."""
     settings: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "batch_size": 2, "num_batches": 2}
@@ -129,6 +163,9 @@ MEASUREMENTS: dict[str, Callable[[Path], None]] = {
     "grasp_hf copy alignment": grasp_hf_copy_alignment,
     "grasp_hf run of 2": grasp_hf_run,
     "grasp_hf run, Adafactor": grasp_hf_adafactor,
+    "grasp_hf run, LoRA": grasp_hf_low_rank,
+    "PEFT merges an adapter": peft_merge,
+    "grasp_hf adapter": grasp_hf_adapter,
     "grasp_hf 2 sources": lambda folder: grasp_hf_many(folder, 2),
     "grasp_hf 32 sources": lambda folder: grasp_hf_many(folder, 32),
 }
@@ -159,6 +196,9 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     """Run one measurement in this process, after a run on tiny models that loads all code it needs."""
     MEASUREMENTS[name](folder / "warm-up")
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     sampler = Peak()
     sampler.start()
     start = time.perf_counter()
@@ -166,7 +206,8 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     seconds = time.perf_counter() - start
     sampler.done.set()
     sampler.join()
-    return {**sampler.peak, "seconds": seconds}
+    device = {"device": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+    return {**sampler.peak, **device, "seconds": seconds}
 
 
 def measure_apart(name: str, folder: Path) -> dict[str, float]:
@@ -198,9 +239,12 @@ def main() -> None:
     if "activations" in results:
         results["activations"]["anon"] -= 2 * weights
     print(f"P = {weights / 1e6:.1f} MB ({args.model}), {torch.get_num_threads()} threads")
-    print(f"{'':24}{'private':>10}{'mapped':>10}{'time':>10}")
+    columns = {"anon": "private", "mapped": "mapped", "device": "device"}
+    shown = {key: title for key, title in columns.items() if all(key in row for row in results.values())}
+    print(f"{'':26}" + "".join(f"{title:>10}" for title in shown.values()) + f"{'time':>10}")
     for name, row in results.items():
-        print(f"{name:24}{row['anon'] / weights:8.2f} P{row['mapped'] / weights:8.2f} P{row['seconds']:8.1f} s")
+        cells = "".join(f"{row[key] / weights:8.2f} P" for key in shown)
+        print(f"{name:26}{cells}{row['seconds']:8.1f} s")
     if args.json:
         numbers = {"model": args.model, "weights_bytes": weights, "measurements": results}
         args.json.write_text(json.dumps(numbers, indent=2) + "\n")

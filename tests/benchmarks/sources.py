@@ -18,9 +18,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -54,11 +53,6 @@ def examples(file: Path, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     return Dataset.from_dict({**tokens, "labels": [LABELS.index(label) for label in table["label"]]})
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the share of right predictions."""
-    return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
-
-
 def train(kind: str, domain: str, cache: Path, folder: Path) -> float:
     """Save a source in `folder`; return its accuracy on the test texts of its domain."""
     base = minilm(cache)
@@ -85,14 +79,14 @@ def train(kind: str, domain: str, cache: Path, folder: Path) -> float:
     trainer = Trainer(
         model,
         arguments,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
         train_dataset=examples(sentiment(cache) / domain / "train.csv", tokenizer),
-        eval_dataset=examples(sentiment(cache) / domain / "test.csv", tokenizer),
-        compute_metrics=accuracy,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     model.save_pretrained(folder)
-    return trainer.evaluate()["eval_accuracy"]
+    test = trainer.predict(examples(sentiment(cache) / domain / "test.csv", tokenizer))
+    return float(np.mean(np.argmax(test.predictions, -1) == test.label_ids))
 
 
 def main() -> None:

@@ -1,0 +1,140 @@
+"""How well `grasp-hf rank` predicts what a source does: Spearman's correlation on real sentiment in seven domains.
+
+Run it with `python -m tests.benchmarks.rank` after `python -m tests.benchmarks.sources`. The target domain gives 64 labels
+to learn from, 64 to validate on, and test texts; the sources are the adapters and the full fine-tunes of the six other
+domains. Each is ranked once from the untrained base model and once after fine-tuning that on the 64 labels. What it
+really does is measured by merging it alone:
+
+- `source`: the test loss falls from that of the model to that of the source itself, all of it copied;
+- `blend`: the test loss falls by the default transfer, without fine-tuning;
+- `fine-tuned`: the same, with the default fine-tuning after it.
+
+Ranked by `gain` and by `cosine` of the whole way (one gradient, no pass through a source), and as a control by the loss
+of each source on the 64 validation texts (a pass through every source). The table is a mean over targets and seeds, with
+half of the 95 % interval.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from pandas import read_csv
+from scipy.stats import spearmanr, t
+from transformers import AutoTokenizer, DataCollatorWithPadding
+
+from grasp_hf import GraspConfig, GraspMerger
+from tests.benchmarks.data import DOMAINS, LABELS, cache_folder
+from tests.benchmarks.sources import TOKENS, source_folder
+
+TARGETS = ("amazonHL", "movie", "nyt")
+SIZE, TEST = 64, 250
+EFFECTS: dict[str, dict[str, Any]] = {
+    "source": {"method": "average", "finetune_epochs": 0},
+    "blend": {"method": "blend", "finetune_epochs": 0},
+    "fine-tuned": {"method": "blend"},
+}
+
+
+def splits(cache: Path, target: str, seed: int) -> dict[str, Dataset]:
+    """Return training, validation and test texts of a domain as token ids with labels."""
+    tokenizer = AutoTokenizer.from_pretrained(cache / "models" / "minilm")
+
+    def tokens(file: str, start: int, size: int, seed: int) -> Dataset:
+        table = read_csv(cache / "sentiment" / target / f"{file}.csv", keep_default_na=False)
+        table = table.sample(frac=1.0, random_state=seed)[start : start + size]
+        ids = tokenizer(list(table["text"]), truncation=True, max_length=TOKENS)
+        return Dataset.from_dict({**ids, "labels": [LABELS.index(label) for label in table["label"]]})
+
+    return {
+        "train": tokens("train", 0, SIZE, seed),
+        "held-out": tokens("train", SIZE, SIZE, seed),
+        "test": tokens("test", 0, TEST, 0),
+    }
+
+
+def measured(cache: Path, target: str, seed: int, start: str, kinds: list[str]) -> list[dict[str, Any]]:
+    """Rank all sources for one target, then merge each alone; return one row per source."""
+    data = splits(cache, target, seed)
+    base = str(cache / "models" / "minilm")
+    config: dict[str, Any] = {"seed": seed, "gate": False, "initial_epochs": 3 if start == "fine-tuned" else 0}
+    merger = GraspMerger.from_pretrained(base, config=GraspConfig(**config))
+    collator = DataCollatorWithPadding(merger.processing_class)
+    merger.merge([], train_dataset=data["train"], eval_dataset=data["held-out"])
+    state = {name: value.clone() for name, value in merger.model.state_dict().items()}
+    before = merger.evaluate(data["test"])
+    sources = [source_folder(cache, kind, domain) for kind in kinds for domain in DOMAINS if domain != target]
+    ranked = merger.rank([str(source) for source in sources if source.exists()], train_dataset=data["train"])
+    rows = []
+    for ranking in ranked:
+        row: dict[str, Any] = {"target": target, "seed": seed, "start": start, "source": Path(ranking.reference).name}
+        row |= {"gain": ranking.gain, "cosine": ranking.cosine}
+        for effect, settings in EFFECTS.items():
+            merger.model.load_state_dict(state)
+            alone = GraspMerger(
+                merger.model,
+                GraspConfig(**(config | settings)),
+                processing_class=merger.processing_class,
+                base=merger.base,
+            )
+            alone.merge_source(ranking.reference, train_dataset=data["train"], eval_dataset=data["held-out"])
+            after = alone.evaluate(data["test"], data_collator=collator)
+            row |= {effect: before["loss"] - after["loss"], f"{effect} accuracy": after["accuracy"]}
+            if effect == "source":
+                row["validation loss"] = alone.report.steps[0].after["loss"]
+        rows.append(row)
+    return rows
+
+
+def correlations(rows: list[dict[str, Any]], start: str) -> dict[tuple[str, str], list[float]]:
+    """Return Spearman's correlation of each predictor with each effect, one per target and seed."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for run in sorted({(row["target"], row["seed"]) for row in rows if row["start"] == start}):
+        mine = [row for row in rows if (row["target"], row["seed"]) == run and row["start"] == start]
+        for predictor, sign in (("gain", 1), ("cosine", 1), ("validation loss", -1)):
+            for effect in EFFECTS:
+                value = spearmanr([sign * row[predictor] for row in mine], [row[effect] for row in mine]).statistic
+                found.setdefault((predictor, effect), []).append(float(value))
+    return found
+
+
+def interval(values: list[float]) -> str:
+    """Return the mean and half of its 95 % interval."""
+    if len(values) < 2:
+        return f"{statistics.fmean(values):+.2f}"
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.fmean(values):+.2f} ± {half:.2f}"
+
+
+def main() -> None:
+    """Print the table, and write every row if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=cache_folder())
+    parser.add_argument("--targets", nargs="+", choices=DOMAINS, default=list(TARGETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--kinds", nargs="+", choices=("lora", "full"), default=["lora", "full"])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every source's row to FILE")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for seed in args.seeds:
+        for target in args.targets:
+            for start in ("base", "fine-tuned"):
+                rows += measured(args.cache, target, seed, start, args.kinds)
+                if args.json:
+                    args.json.write_text(
+                        json.dumps({"command": "python -m tests.benchmarks.rank", "rows": rows}, indent=1) + "\n"
+                    )
+    for start in ("base", "fine-tuned"):
+        found = correlations(rows, start)
+        print(f"\n{f'ranked from: {start}':24}" + "".join(f"{effect:>16}" for effect in EFFECTS))
+        for predictor in ("gain", "cosine", "validation loss"):
+            print(f"{predictor:24}" + "".join(f"{interval(found[predictor, effect]):>16}" for effect in EFFECTS))
+
+
+if __name__ == "__main__":
+    main()

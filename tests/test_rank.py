@@ -1,0 +1,120 @@
+"""The ranking of sources against plain autograd, and what a merge makes of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError
+from grasp_hf.cli import main
+from grasp_hf.matching import movable_tensors
+from grasp_hf.rank import ranking_table
+from tests.models import LABELS, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
+
+STILL: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "gate": False, "batch_size": 5, "num_batches": 3}
+
+
+def expected_promise(kind: str, sources: list[dict[str, torch.Tensor]]) -> list[tuple[float, float]]:
+    """The gain and the cosine by the textbook: one gradient of the mean loss over all 12 samples."""
+    target = tiny_model(kind).eval()
+    target(**tiny_data(kind, 12)[:12]).loss.backward()
+    names = [name for name, p in target.named_parameters() if p.grad is not None]
+    gradient = torch.cat([target.get_parameter(name).grad.flatten() for name in names])
+    found = []
+    for tensors in sources:
+        ends = torch.cat([tensors[name].flatten() for name in names])
+        way = ends - torch.cat([target.get_parameter(name).detach().flatten() for name in names])
+        found.append((-float(gradient @ way), -float(torch.cosine_similarity(gradient, way, dim=0))))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert", "gpt2", "resnet"])
+def test_gain_and_cosine_equal_those_of_plain_autograd(kind: str, tmp_path: Path) -> None:
+    """12 samples in batches of 5, 5 and 2: the mean is over samples, not over batches."""
+    models = [perturbed(tiny_model(kind), seed, scale) for seed, scale in ((1, 0.02), (2, 0.05), (3, 0.2))]
+    sources = [saved(model, tmp_path / str(number)) for number, model in enumerate(models)]
+    target = tiny_model(kind).train()
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    rows = GraspMerger(target, GraspConfig(**STILL)).rank(sources, train_dataset=tiny_data(kind, 12))
+    assert [row.gain for row in rows] == sorted((row.gain for row in rows if row.gain is not None), reverse=True)
+    expected = dict(zip(sources, expected_promise(kind, [movable_tensors(model) for model in models]), strict=True))
+    for row in rows:
+        assert (row.gain, row.cosine) == pytest.approx(expected[row.reference], rel=1e-3, abs=1e-5)
+        assert sum(unit.gain for unit in row.units) == pytest.approx(row.gain)
+        assert row.seconds > 0 and row.num_bytes > 0
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert target.training and all(p.grad is None for p in target.parameters())
+
+
+def test_the_gain_is_the_slope_of_the_loss_on_the_way(tmp_path: Path) -> None:
+    source, target, data = (
+        perturbed(tiny_model("vit"), 1),
+        tiny_model("vit").double().eval(),
+        tiny_data("vit", 12)[:12],
+    )
+    batch = {**data, "pixel_values": data["pixel_values"].double()}
+    folder = saved(source, tmp_path / "source")
+    (row,) = GraspMerger(tiny_model("vit"), GraspConfig(**STILL)).rank([folder], train_dataset=tiny_data("vit", 12))
+    step = 1e-4
+    with torch.no_grad():
+        loss = float(target(**batch).loss)
+        for name, parameter in target.named_parameters():
+            parameter.add_(step * (source.get_parameter(name).double() - parameter))
+        assert row.gain == pytest.approx((loss - float(target(**batch).loss)) / step, rel=1e-2)
+
+
+def test_an_adapter_promises_for_what_it_touches(tmp_path: Path) -> None:
+    base = saved(tiny_model("vit"), tmp_path / "base")
+    adapter = saved_adapter(tiny_model("vit"), base, tmp_path / "adapter", target_modules=["q_proj"])
+    merger = GraspMerger.from_pretrained(base, config=GraspConfig(unit="layer", **STILL))
+    (row,) = merger.rank([adapter], train_dataset=tiny_data("vit", 12))
+    assert [unit.name for unit in row.units] == ["vit.layers.0", "vit.layers.1"] and row.kind == "adapter"
+
+
+def test_sources_with_problems_come_last_and_stop_nobody(tmp_path: Path) -> None:
+    good = saved(perturbed(tiny_model("vit"), 1), tmp_path / "good")
+    other = saved(tiny_model("resnet"), tmp_path / "other")
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(order="rank", **STILL))
+    rows = merger.rank([other, "./nowhere", good], train_dataset=tiny_data("vit", 12))
+    assert [row.reference for row in rows] == [good, other, "./nowhere"]
+    assert rows[0].problem is None and "another architecture" in str(rows[1].problem)
+    table = ranking_table(rows)
+    assert (
+        table.index("| 1 | good")
+        < table.index(f"- '{other}' cannot be merged")
+        < table.index("- './nowhere' is neither")
+    )
+    with pytest.raises(IncompatibleSourceError, match="(?s)cannot be ranked:.*another architecture.*nowhere"):
+        merger.merge([other, "./nowhere", good], train_dataset=tiny_data("vit", 12))
+
+
+def test_a_merge_takes_the_most_promising_in_their_order(tmp_path: Path) -> None:
+    sources = [saved(perturbed(tiny_model("vit"), seed), tmp_path / str(seed)) for seed in (1, 2, 3, 4)]
+    data = tiny_data("vit", 12)
+    ranked = GraspMerger(tiny_model("vit"), GraspConfig(**STILL)).rank(sources, train_dataset=data)
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(order="rank", top=2, **STILL))
+    report = merger.merge(sources, train_dataset=data)
+    assert [step.source for step in report.steps] == [row.reference for row in ranked[:2]]
+    assert [row["reference"] for row in report.ranking] == [row.reference for row in ranked]
+
+
+def test_the_command_prints_a_table_and_writes_every_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tiny_model("vit"), tmp_path / "base")
+    for seed in (1, 2):
+        saved(perturbed(tiny_model("vit"), seed), tmp_path / f"fine-{seed}")
+    write_images(tmp_path / "images", {"train": 4})
+    recipe: dict[str, Any] = {"base_model": "base", "data": {"path": "imagefolder", "data_dir": "images"}, **STILL}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({**recipe, "sources": ["fine-1", "fine-2"]}))
+    assert main(["rank", str(file), "--json", str(tmp_path / "ranking.json"), "num_batches=1"]) == 0
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    written = json.loads((tmp_path / "ranking.json").read_text())
+    assert lines[0] == ["", "source", "kind", "gain", "cosine", "best unit", "MB", "seconds"]
+    assert [line[1] for line in lines[2:]] == [Path(row["reference"]).name for row in written]
+    assert all(len(row["units"]) == 20 for row in written) and len(LABELS) == 3
+    saved(tiny_model("resnet"), tmp_path / "fine-2")
+    assert main(["rank", str(file)]) == 1
