@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 TASKS: dict[str, Any] = pipelines.SUPPORTED_TASKS
 UNREADABLE = (ValueError, RuntimeError, OSError, EOFError, UnpicklingError, SafetensorError)
 PROCESSING_FILES = ("tokenizer*.json", "vocab*", "*.model", "preprocessor_config.json", "processor_config.json")
+QUANTIZED = {"U8", "I8", "I4", "F8_E4M3", "F8_E5M2", "F4"}
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -88,7 +89,8 @@ def load_config(source: Source) -> PretrainedConfig:
         raise IncompatibleSourceError(f"'{source.ref}': its config.json cannot be used: {error}") from error
     if getattr(config, "quantization_config", None):
         raise IncompatibleSourceError(
-            f"'{source.ref}': its weights are quantized, expected float weights; dequantize it and save it first"
+            f"'{source.ref}': its weights are quantized, expected float weights; name the model that it was made from, or "
+            "dequantize it and save it first"
         )
     return config
 
@@ -298,8 +300,18 @@ def _from_pretrained(source: Source, cls: type[PreTrainedModel], **kwargs: Any) 
 
 
 def _checkpoint_dtype(source: Source) -> torch.dtype:
-    """Return the dtype to load `source` in without a copy: the checkpoint's own, float32 where it holds several."""
-    floating = [FLOATING[name] for name in source.dtypes() if name in FLOATING]
+    """Return the dtype to load `source` in without a copy: the checkpoint's own, float32 where it holds several.
+
+    Raises:
+        IncompatibleSourceError: It holds quantized weights.
+    """
+    found = source.dtypes()
+    if quantized := found & QUANTIZED:
+        raise IncompatibleSourceError(
+            f"'{source.ref}': its weights are quantized ({', '.join(sorted(quantized))}), expected float weights; name "
+            "the model that it was made from, or dequantize it and save it first"
+        )
+    floating = [FLOATING[name] for name in found if name in FLOATING]
     return floating[0] if len(floating) == 1 else torch.float32
 
 

@@ -90,15 +90,17 @@ class Source:
         """
         files = files or sorted(path.name for path in folder.iterdir() if path.is_file())
         kind: Literal["full", "adapter"] = "adapter" if "adapter_config.json" in files else "full"
+        gguf = any(name.endswith(".gguf") for name in files)
+        advice = "; a GGUF file holds quantized weights: name the float model that it was made from" if gguf else ""
         if kind == "full" and "config.json" not in files:
             raise SourceNotFoundError(
                 f"'{ref}' holds no config.json and no adapter_config.json, so it is neither a model nor an adapter; "
-                f"found: {', '.join(files) or 'no files'}"
+                f"found: {', '.join(files) or 'no files'}{advice}"
             )
         expected = ADAPTER_WEIGHTS if kind == "adapter" else FULL_WEIGHTS
         if not set(expected) & set(files):
             raise SourceNotFoundError(
-                f"'{ref}' holds no weights: expected one of {', '.join(expected)}; found: {', '.join(files)}"
+                f"'{ref}' holds no weights: expected one of {', '.join(expected)}; found: {', '.join(files)}{advice}"
             )
         return cls(ref, folder, sha, kind)
 

@@ -179,8 +179,28 @@ def test_weights_tied_in_one_model_only(folders: dict[str, str], tmp_path: Path)
 def test_a_quantized_source(folders: dict[str, str], tmp_path: Path) -> None:
     quantization = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     other = with_config(folders["bert"], tmp_path / "other", quantization_config=quantization)
-    with pytest.raises(IncompatibleSourceError, match="its weights are quantized, expected float weights; dequantize"):
+    with pytest.raises(
+        IncompatibleSourceError,
+        match="its weights are quantized, expected float weights; name the model that it was made from",
+    ):
         read(other, folders["bert"])
+
+
+def test_quantized_weights_without_a_word_in_the_config(folders: dict[str, str], tmp_path: Path) -> None:
+    packed: dict[str, torch.Tensor | None] = {"vit.layernorm.bias": torch.zeros(16, dtype=torch.uint8)}
+    other = with_tensors(folders["vit"], tmp_path / "other", packed)
+    with pytest.raises(
+        IncompatibleSourceError, match=r"quantized \(U8\), expected float weights; name the model that"
+    ):
+        read(other, folders["vit"])
+
+
+@pytest.mark.parametrize("names", [["model-q4.gguf"], ["config.json", "model-q4.gguf"]])
+def test_a_gguf_file(names: list[str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(SourceNotFoundError, match="GGUF file holds quantized weights: name the float model that it"):
+        folder_source(tmp_path)
 
 
 def test_a_quantized_base(folders: dict[str, str], tmp_path: Path) -> None:
