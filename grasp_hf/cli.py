@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     plan = command("plan", "List every model of a recipe and all problems, before any weight is read.")
-    rank = command("rank", "Order the sources of a recipe by what they promise, without merging any.")
+    rank = command(
+        "rank", "Order the sources of a recipe by what they promise to the fine-tuned base, without merging any."
+    )
     merge = command("merge", "Merge the sources of a recipe into one model folder.")
     for sub in (plan, rank, merge):
         sub.add_argument("recipe", help="a YAML file, see recipes/")
@@ -123,6 +125,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _rank(options: argparse.Namespace) -> int:
     recipe = Recipe.from_yaml(options.recipe, options.overrides)
     merger, sources, data = prepare(recipe)
+    merger.merge([], **data.merge_arguments())  # an untrained head has no gradient to go by
     rows = merger.rank(sources, train_dataset=data.train, data_collator=data.collator)
     print(ranking_table(rows))
     if options.json:

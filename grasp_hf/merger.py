@@ -135,6 +135,7 @@ class GraspMerger:
         )
         self._initially_finetuned = False
         self._scratch: Scratch | None = None
+        self._checked: Any = None  # the training data that made a finite loss
         if self._accelerator.num_processes > 1:
             raise GraspError("grasp_hf runs in one process for now; start it without a launcher")
 
@@ -219,7 +220,7 @@ class GraspMerger:
                     self._finetune(data, self.config.initial_epochs, self.config.seed, scratch)
                     self.report.start = self._evaluate(data.held_out, data.collator)
                 self._initially_finetuned = True
-            if self.config.order == "rank":
+            if self.config.order == "rank" and sources:
                 sources = self._most_promising(sources, train_dataset, data_collator, token)
             for number, source in enumerate(sources, start=1):
                 try:
@@ -252,7 +253,8 @@ class GraspMerger:
 
         One gradient of the model, over `config.num_batches` batches, is kept in a file. What a source promises is the
         first-order estimate of how much the loss falls on the whole way to it, the gain `-<g, S - T>`: it needs only the
-        source's bytes, no pass through it. Sources that cannot be read or do not fit come last, with their problem.
+        source's bytes, no pass through it. A gradient through an untrained head says little: fine-tune first, with
+        `merge([])`. Sources that cannot be read or do not fit come last, with their problem.
 
         Args:
             sources: References of full models and PEFT adapters.
@@ -407,8 +409,9 @@ class GraspMerger:
             self.model.to(self._accelerator.device)
             scratch.start.copy_(movable_tensors(self.model))
             try:
-                if train_dataset is not None:
+                if train_dataset is not self._checked:
                     self._check_loss(data)
+                    self._checked = train_dataset
                 yield data, scratch
             except BaseException as error:
                 overwrite_(movable_tensors(self.model), scratch.start)

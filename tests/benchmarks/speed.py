@@ -1,0 +1,233 @@
+"""Speed of grasp_hf as ratios to what cannot be avoided: passes over the batches, and reading the sources.
+
+Run it with `python -m tests.benchmarks.speed`. The model is a BERT-base with a short vocabulary (346 MB, float32), the
+files are in the page cache for all sides, ours and the baseline take turns, and a ratio is the median of those turns.
+
+- `copy alignment`: one source measured on two batches of 32 texts of 32 tokens and transferred, against two plain
+  passes forward and backward over each batch and one read of the source's bytes.
+- `blend alignment`: the same with the default method, which makes one pass per batch, against the same baseline.
+- `rank`: sources ranked by one stored gradient, against a read of their bytes.
+- `average`: the streaming average of sources, against a read of their bytes, without starting Python and saving.
+- `mergekit`: the same average, from start to saved, and `linear` of mergekit 0.1.5 on the same files, each in a process
+  of its own. mergekit gets an environment of its own in the cache folder. The merged weights must be equal.
+
+A read is `safetensors.torch.load_file` and a copy of every tensor, so that its bytes are in private memory.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification
+
+from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
+from tests.benchmarks.data import cache_folder
+
+TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+SIZES: dict[str, dict[str, Any]] = {"base": {}, "tiny": TINY}
+BATCH, TOKENS, BATCHES = 32, 32, 2
+MERGEKIT = ["mergekit==0.1.5", "torch==2.13.0"]
+STILL: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "gate": False, "batch_size": BATCH}
+
+
+def save_models(folder: Path, size: str, count: int) -> list[Path]:
+    """Write random models with little between them, and return their folders."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 512, "num_labels": 10, **SIZES[size]}
+    model = BertForSequenceClassification(BertConfig(**sizes))
+    folders = [folder / f"model-{index}" for index in range(count)]
+    for path in folders:
+        model.save_pretrained(path)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    return folders
+
+
+def make_texts(count: int) -> list[dict[str, Any]]:
+    """Return random texts of `TOKENS` tokens with labels."""
+    return [{"input_ids": torch.randint(0, 512, (TOKENS,)), "labels": index % 10} for index in range(count)]
+
+
+def read(folders: list[Path]) -> None:
+    """Read the bytes of models into memory, one model after the other."""
+    for folder in folders:
+        for tensor in load_file(folder / "model.safetensors").values():
+            tensor.clone()
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Return how many seconds a call takes."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def in_turns(ours: Callable[[], Any], baseline: Callable[[], Any], turns: int) -> dict[str, float]:
+    """Time both in turns, after one turn that does not count; return the medians and the median of the ratios."""
+    ours(), baseline()
+    rows = [(timed(ours), timed(baseline)) for _ in range(turns)]
+    return {
+        "seconds": statistics.median(row[0] for row in rows),
+        "baseline seconds": statistics.median(row[1] for row in rows),
+        "ratio": statistics.median(row[0] / row[1] for row in rows),
+    }
+
+
+def alignment(folders: list[Path], method: str) -> dict[str, float]:
+    """Time one step of measuring and transferring a source."""
+    texts = make_texts(BATCH * BATCHES)
+    config = GraspConfig(method=method, num_batches=BATCHES, **STILL)  # type: ignore[arg-type]
+    merger = GraspMerger.from_pretrained(str(folders[0]), config=config)
+    plain = BertForSequenceClassification.from_pretrained(folders[0]).eval()
+    batches = [
+        {key: torch.stack([torch.as_tensor(text[key]) for text in texts[:BATCH]]) for key in texts[0]}
+    ] * BATCHES
+
+    def passes() -> None:
+        for batch in [*batches, *batches]:
+            plain(**batch).loss.backward()
+            plain.zero_grad()
+        read(folders[1:2])
+
+    def merge() -> None:
+        merger.merge_source(str(folders[1]), train_dataset=texts)
+
+    return in_turns(merge, passes, turns=3)
+
+
+def ranking(folders: list[Path]) -> dict[str, float]:
+    """Time the ranking of all sources but the first, without the one gradient."""
+    merger = GraspMerger.from_pretrained(str(folders[0]), config=GraspConfig(num_batches=1, **STILL))
+    texts, sources = make_texts(4), folders[1:]
+    seconds: list[float] = []
+
+    def rank() -> None:
+        seconds.append(sum(row.seconds for row in merger.rank([str(path) for path in sources], train_dataset=texts)))
+
+    found = in_turns(rank, lambda: read(sources), turns=3)
+    found["seconds"] = statistics.median(seconds[1:])
+    return found | {"ratio": found["seconds"] / found["baseline seconds"]}
+
+
+def average(folders: list[Path]) -> Any:
+    """Merge by the streaming average, the first source being the start."""
+    config = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0)
+    return merge_pretrained(None, [str(folder) for folder in folders], config=config)
+
+
+def peak_of(command: list[str]) -> tuple[float, int]:
+    """Run a command; return its seconds and the peak of the private memory of it and its children in bytes."""
+    began, peak, done = time.perf_counter(), 0, threading.Event()
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.01):
+            total = 0
+            try:
+                for member in [process, *process.children(recursive=True)]:
+                    lines = Path(f"/proc/{member.pid}/status").read_text().splitlines()
+                    total += sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem")))
+            except (psutil.Error, OSError):
+                continue
+            peak = max(peak, total * 1024)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    _, errors = process.communicate()
+    done.set()
+    watcher.join()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{errors[-2000:]}")
+    return time.perf_counter() - began, peak
+
+
+def mergekit_environment(cache: Path) -> Path:
+    """Return the `mergekit-yaml` of an environment of its own, made now where there is none."""
+    program = cache / "mergekit" / "bin" / "mergekit-yaml"
+    if not program.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(cache / "mergekit")], check=True)
+        pip = [str(cache / "mergekit" / "bin" / "python"), "-m", "pip", "install", "--quiet", *MERGEKIT]
+        subprocess.run(pip, check=True)
+    return program
+
+
+def against_mergekit(folders: list[Path], cache: Path) -> dict[str, float]:
+    """Average the models in both programs, each from start to saved, and compare what they wrote."""
+    program = mergekit_environment(cache)
+    with tempfile.TemporaryDirectory() as name:
+        recipe, theirs, ours = Path(name, "mergekit.yaml"), Path(name, "theirs"), Path(name, "ours")
+        models = [{"model": str(folder), "parameters": {"weight": 1.0}} for folder in folders]
+        config = {"merge_method": "linear", "dtype": "float32", "parameters": {"normalize": True}, "models": models}
+        recipe.write_text(yaml.safe_dump(config))
+        their_seconds, their_peak = peak_of([str(program), str(recipe), str(theirs)])
+        mine = Path(name, "grasp.yaml")
+        settings = {"method": "average", "initial_epochs": 0, "finetune_epochs": 0}
+        mine.write_text(yaml.safe_dump({"sources": [str(folder) for folder in folders], **settings}))
+        code = "from grasp_hf.cli import main; raise SystemExit(main())"
+        seconds, peak = peak_of([sys.executable, "-c", code, "merge", str(mine), "--output", str(ours)])
+        expected, merged = load_file(theirs / "model.safetensors"), load_file(ours / "model.safetensors")
+        for key, value in merged.items():
+            torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=1e-5)
+    return {
+        "seconds": seconds,
+        "baseline seconds": their_seconds,
+        "ratio": seconds / their_seconds,
+        "peak bytes": peak,
+        "baseline peak bytes": their_peak,
+    }
+
+
+def main() -> None:
+    """Print the table, and write it if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SIZES, default="base")
+    parser.add_argument("--sources", type=int, default=16, help="number of models (default: 16)")
+    parser.add_argument("--cache", type=Path, default=cache_folder())
+    names = ("copy alignment", "blend alignment", "rank", "average", "mergekit", "mergekit of 2")
+    parser.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="NAME")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as name:
+        folders = save_models(Path(name), args.model, args.sources)
+        read(folders)
+        measurements: dict[str, Callable[[], dict[str, float]]] = {
+            "copy alignment": lambda: alignment(folders, "copy"),
+            "blend alignment": lambda: alignment(folders, "blend"),
+            "rank": lambda: ranking(folders),
+            "average": lambda: in_turns(lambda: average(folders), lambda: read(folders), turns=3),
+            "mergekit": lambda: against_mergekit(folders, args.cache),
+            "mergekit of 2": lambda: against_mergekit(folders[:2], args.cache),
+        }
+        megabytes = (folders[0] / "model.safetensors").stat().st_size / 1e6
+        print(f"{args.sources} models of {megabytes:.1f} MB, {torch.get_num_threads()} threads")
+        print(f"{'':18}{'ours':>10}{'baseline':>10}{'ratio':>8}{'peak':>12}{'baseline':>12}")
+        results = {}
+        for measurement in args.only:
+            row = results[measurement] = measurements[measurement]()
+            peaks = [f"{row[key] / 1e9:.2f} GB" if key in row else "" for key in ("peak bytes", "baseline peak bytes")]
+            times = f"{row['seconds']:8.2f} s{row['baseline seconds']:8.2f} s{row['ratio']:8.2f}"
+            print(f"{measurement:18}{times}{peaks[0]:>12}{peaks[1]:>12}", flush=True)
+    if args.json:
+        record = {"model": args.model, "sources": args.sources, "measurements": results}
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
