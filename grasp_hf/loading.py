@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrained
 from transformers.utils import logging as transformers_logging
 
 from .adapters import adapter_problems, apply_adapter_, load_adapter_config, saved_classes
+from .checkpoint import runtime_tensors
 from .errors import IncompatibleSourceError, NonFiniteError
 from .mapped import MappedTensors
 from .matching import head_tensors, movable_tensors, tensor_problems
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 TASKS: dict[str, Any] = pipelines.SUPPORTED_TASKS
 UNREADABLE = (ValueError, RuntimeError, OSError, EOFError, UnpicklingError, SafetensorError)
 PROCESSING_FILES = ("tokenizer*.json", "vocab*", "*.model", "preprocessor_config.json", "processor_config.json")
-QUANTIZED = {"U8", "I8", "I4", "F8_E4M3", "F8_E5M2", "F4"}
+# Settings that change what the same weights mean, and that no shape tells.
+WITHOUT_SHAPE = ("num_attention_heads", "num_key_value_heads", "hidden_act", "activation_function", "window_size")
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -51,12 +53,12 @@ class LoadedSource:
 
 @dataclass
 class _Read:
-    """What the files of a source make: a model, the names of the tensors that are its own, and what they mean."""
+    """What the files of a source hold: its own tensors by runtime name, which may move, and what its classes mean."""
 
-    model: PreTrainedModel
-    own: set[str]
+    tensors: dict[str, Tensor]
     candidates: set[str]
     labels: list[str] | None  # None where the classes have no names
+    problems: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -222,43 +224,43 @@ def load_source(
         if source.kind == "adapter":
             read = _read_adapter(source, target, base, directory, accepted_bases)
         else:
-            read = _read_full(source, target)
+            read = _read_full(source, target, directory)
+    targets = movable_tensors(target)
     brings_head = source.kind == "full" or bool(read.candidates & head_tensors(target))
-    head = match_head(target, read.model, read.labels, read.own, brings=brings_head)
-    tokens = match_vocabularies(source, read.model, target, processing_class)
-    own = read.own - head.left_out
-    matches = {name: match for name, match in (head.rows | tokens.rows).items() if name in own}
-    lacking = sorted(name for name in movable_tensors(target) if name not in own | head.left_out)
-    problems = tensor_problems(target, read.model, set(lacking) | head.left_out | set(matches))
+    head = match_head(target, read.tensors, read.labels, brings=brings_head)
+    tokens = match_vocabularies(source, read.tensors, target, processing_class)
+    tensors = {name: tensor.detach() for name, tensor in read.tensors.items() if name not in head.left_out}
+    matches = {name: match for name, match in (head.rows | tokens.rows).items() if name in tensors}
+    lacking = [name for name in targets if name not in tensors and name not in head.left_out]
+    problems = [*read.problems, *tensor_problems(targets, tensors, {*lacking, *head.left_out, *matches})]
     problems += head.problems + tokens.problems
     if lacking and source.kind == "full":
-        problems.append(f"{len(lacking)} tensors are not in its files, starting with {lacking[0]}")
+        problems.append(f"{len(lacking)} tensors are not in its files, starting with {min(lacking)}")
     if problems:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(problems))
-    tensors = {name: tensor.detach() for name, tensor in movable_tensors(read.model).items() if name in own}
     for name, tensor in tensors.items():
         if not _is_finite(tensor):
             raise NonFiniteError(f"'{source.ref}': {name} holds NaN or infinite weights; expected finite ones")
     if matches:
-        held = {name: tensor.detach() for name, tensor in movable_tensors(target).items() if name in matches}
+        held = {name: targets[name].detach() for name in matches}
         room = MappedTensors(directory / "rows", held)
         for name, match in matches.items():
             match.fill_(room[name], held[name], tensors[name])
         tensors |= room
-    return LoadedSource(tensors, read.candidates & own, [*head.notes, *tokens.notes])
+    return LoadedSource(tensors, read.candidates & set(tensors), [*head.notes, *tokens.notes])
 
 
 def match_vocabularies(
-    source: Source, model: PreTrainedModel, target: PreTrainedModel, processing_class: Any
+    source: Source, tensors: Mapping[str, Tensor], target: PreTrainedModel, processing_class: Any
 ) -> RowMatches:
-    """Match the tokens of `source`, read as `model`, with the target's, where the target's tokenizer is known.
+    """Match the tokens of `source`, which holds `tensors`, with the target's, where the target's tokenizer is known.
 
     An adapter has the vocabulary of its base model.
     """
     expected = vocabulary(processing_class)
     if expected is None or source.kind == "adapter" or not token_tensors(target):
         return RowMatches()
-    return match_tokens(target, expected, model, vocabulary(load_processing_class(source)))
+    return match_tokens(target, expected, tensors, vocabulary(load_processing_class(source)))
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -268,20 +270,27 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def _read_full(source: Source, target: PreTrainedModel) -> _Read:
+def _read_full(source: Source, target: PreTrainedModel, directory: Path) -> _Read:
     config = load_config(source)
     if problems := architecture_problems(config, target):
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(problems))
-    model, fresh = _from_pretrained(source, type(target), dtype=_checkpoint_dtype(source), config=config)
-    names = set(movable_tensors(model)) - fresh
-    return _Read(model, own=names, candidates=names, labels=label_names(config))
+    source.float_dtypes()
+    try:
+        tensors, problems = runtime_tensors(source, target, directory)
+    except UNREADABLE as error:
+        raise IncompatibleSourceError(f"'{source.ref}' cannot be read: {error}") from error
+    return _Read(tensors, set(tensors), label_names(config), problems)
 
 
 def architecture_problems(config: PretrainedConfig, target: PreTrainedModel) -> list[str]:
     """List what a source's config alone says against merging it into `target`."""
     problems = []
     if config.model_type != target.config.model_type:
-        problems.append(f"another architecture: got {config.model_type}, expected {target.config.model_type}")
+        return [f"another architecture: got {config.model_type}, expected {target.config.model_type}"]
+    for key in WITHOUT_SHAPE:
+        got, expected = getattr(config, key, None), getattr(target.config, key, None)
+        if got != expected:
+            problems.append(f"another {key}: got {got}, expected {expected}")
     return problems
 
 
@@ -300,19 +309,9 @@ def _from_pretrained(source: Source, cls: type[PreTrainedModel], **kwargs: Any) 
 
 
 def _checkpoint_dtype(source: Source) -> torch.dtype:
-    """Return the dtype to load `source` in without a copy: the checkpoint's own, float32 where it holds several.
-
-    Raises:
-        IncompatibleSourceError: It holds quantized weights.
-    """
-    found = source.dtypes()
-    if quantized := found & QUANTIZED:
-        raise IncompatibleSourceError(
-            f"'{source.ref}': its weights are quantized ({', '.join(sorted(quantized))}), expected float weights; name "
-            "the model that it was made from, or dequantize it and save it first"
-        )
-    floating = [FLOATING[name] for name in found if name in FLOATING]
-    return floating[0] if len(floating) == 1 else torch.float32
+    """Return the dtype to load `source` in without a copy: the checkpoint's own, float32 where it holds several."""
+    floating = source.float_dtypes()
+    return FLOATING[floating.pop()] if len(floating) == 1 else torch.float32
 
 
 def _read_adapter(
@@ -327,7 +326,10 @@ def _read_adapter(
     try:
         if not target.can_generate():
             labels = adapter_labels(source, base)
-            classes = saved_classes(source, class_tensors(target) or ()) or len(labels)
+            tensors = movable_tensors(target)
+            head = {name: tensors[name] for name in head_tensors(target)}
+            rows = class_tensors(head, len(label_names(target.config))) or ()
+            classes = saved_classes(source, rows) or len(labels)
             labels = labels if classes == len(labels) else None
             names = labels or [f"LABEL_{index}" for index in range(classes)]
             kwargs = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
@@ -343,10 +345,13 @@ def _read_adapter(
     def inside(name: str, modules: set[str]) -> bool:
         return any(name.startswith(f"{module}.") for module in modules)
 
-    tensors = movable_tensors(applied.model)
     # What an adapter adds to weights that its base lacks belongs to weights that nobody has.
-    own = {name for name in tensors if name not in fresh or inside(name, applied.whole)}
-    return _Read(applied.model, own, {name for name in own if inside(name, applied.touched)}, labels)
+    own = {
+        name: tensor
+        for name, tensor in movable_tensors(applied.model).items()
+        if name not in fresh or inside(name, applied.whole)
+    }
+    return _Read(own, {name for name in own if inside(name, applied.touched)}, labels)
 
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:

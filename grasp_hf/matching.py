@@ -1,7 +1,7 @@
 """Which tensors of two models belong together, in which units they move, and what stands in the way."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,29 +86,31 @@ def head_tensors(model: PreTrainedModel) -> set[str]:
     return {name for name in names if name.startswith(f"{children[-1]}.")}
 
 
-def tensor_problems(target: PreTrainedModel, source: PreTrainedModel, ignored: Collection[str] = ()) -> list[str]:
-    """List what keeps the tensors of `source` from taking the place of the target's: names, shapes, tied weights.
+def tie_problems(target: PreTrainedModel, source: PreTrainedModel) -> list[str]:
+    """Say where weights are tied in one of two models only."""
+    ties, others = (model.get_expanded_tied_weights_keys(all_submodels=True) for model in (target, source))
+    pairs = sorted(f"{a} = {b}" for a, b in set(ties.items()) ^ set(others.items()))
+    return [f"weights are tied in one model and not in the other: {shortened(pairs)}"] if pairs else []
+
+
+def tensor_problems(
+    target: Mapping[str, Tensor], source: Mapping[str, Tensor], ignored: Collection[str] = ()
+) -> list[str]:
+    """List what keeps the tensors of a source from taking the place of the target's: names and shapes.
 
     `ignored` names tensors of the target that stay whatever the source holds.
     """
-    target_tensors, source_tensors = movable_tensors(target), movable_tensors(source)
-    ties = target.get_expanded_tied_weights_keys(all_submodels=True)
-    source_ties = source.get_expanded_tied_weights_keys(all_submodels=True)
     problems = []
-    if ties != source_ties:
-        pairs = sorted(f"{a} = {b}" for a, b in set(ties.items()) ^ set(source_ties.items()))
-        problems.append(f"weights are tied in one model and not in the other: {shortened(pairs)}")
-    kept = set(ignored)
-    missing = [name for name in target_tensors if name not in source_tensors and name not in kept]
-    extra = [name for name in source_tensors if name not in target_tensors]
+    missing = [name for name in target if name not in source and name not in ignored]
+    extra = [name for name in source if name not in target]
     if missing:
         problems.append(f"{len(missing)} tensors of the target are not in the source: {shortened(missing)}")
     if extra:
         problems.append(f"{len(extra)} tensors of the source are not in the target: {shortened(extra)}")
     problems += [
-        f"{name}: got shape {tuple(source_tensors[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in target_tensors.items()
-        if name in source_tensors and name not in kept and source_tensors[name].shape != tensor.shape
+        f"{name}: got shape {tuple(source[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in target.items()
+        if name in source and name not in ignored and source[name].shape != tensor.shape
     ]
     return problems
 

@@ -18,7 +18,7 @@ from .config import GraspConfig
 from .errors import IncompatibleSourceError, NonFiniteError
 from .gradients import gradient_pass, preserved_state
 from .mapped import MappedTensors
-from .matching import Unit, movable_tensors, partition, tensor_problems
+from .matching import Unit, movable_tensors, partition, tensor_problems, tie_problems
 from .transfer import interpolate_, overwrite_, placed
 
 Scores = dict[str, float | None]
@@ -293,7 +293,8 @@ def gradient_alignment(
     """
     config = config or GraspConfig()
     check_dataset(dataset, "dataset")
-    if problems := tensor_problems(target, source):
+    problems = tie_problems(target, source) + tensor_problems(movable_tensors(target), movable_tensors(source))
+    if problems:
         raise IncompatibleSourceError("the two models cannot be compared:\n- " + "\n- ".join(problems))
     accelerator = Accelerator()
     collator = keeping_model_columns(target, data_collator)

@@ -21,7 +21,7 @@ from .loading import (
     match_vocabularies,
     model_class,
 )
-from .matching import head_tensors, movable_tensors, partition, tensor_problems
+from .matching import head_tensors, movable_tensors, partition, tensor_problems, tie_problems
 from .prepare import check_prepared, labelled_splits, required_processing_class
 from .report import markdown_table
 from .rows import label_names, match_head
@@ -171,7 +171,7 @@ def _plan_adapter(planned: PlannedSource, adapter: Source, target: _Target | Non
     if target.has_labels and heads & set(getattr(config, "modules_to_save", None) or ()):
         labels = adapter_labels(adapter, target.base)
         model = _without_weights(target, load_config(target.base))
-        planned.notes += match_head(target.model, model, labels, set(movable_tensors(model))).notes
+        planned.notes += match_head(target.model, movable_tensors(model), labels).notes
 
 
 def _plan_full(planned: PlannedSource, source: Source, target: _Target | None) -> None:
@@ -185,10 +185,12 @@ def _plan_full(planned: PlannedSource, source: Source, target: _Target | None) -
     if planned.problems:
         return
     model = _without_weights(target, config)
-    own = set(movable_tensors(model)) - (head_tensors(model) if is_headless(config) else set())
+    lacking = head_tensors(model) if is_headless(config) else set()
+    tensors = {name: tensor for name, tensor in movable_tensors(model).items() if name not in lacking}
     labels = label_names(config if target.has_labels else target.model.config)
-    head = match_head(target.model, model, labels, own)
-    tokens = match_vocabularies(source, model, target.model, target.processing_class)
+    head = match_head(target.model, tensors, labels)
+    tokens = match_vocabularies(source, tensors, target.model, target.processing_class)
     matched = set(head.rows) | set(tokens.rows) | head.left_out
-    planned.problems += head.problems + tokens.problems + tensor_problems(target.model, model, ignored=matched)
+    planned.problems += head.problems + tokens.problems + tie_problems(target.model, model)
+    planned.problems += tensor_problems(movable_tensors(target.model), tensors, ignored=matched)
     planned.notes += head.notes + tokens.notes

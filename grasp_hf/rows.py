@@ -1,6 +1,6 @@
 """Rows that mean the same in two models: classes by their label names, tokens by their strings, never by index."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,14 +81,13 @@ def match_labels(target: Sequence[str], source: Sequence[str]) -> RowMatch:
     return match_rows(rows(target), rows(source), (len(target), len(source)))
 
 
-def class_tensors(model: PreTrainedModel) -> set[str] | None:
-    """Return the names of the head's tensors that have a row per class; `None` where that cannot be told.
+def class_tensors(head: Mapping[str, Tensor], classes: int) -> set[str] | None:
+    """Return the names of a head's tensors that have a row per class; `None` where that cannot be told.
 
     It cannot be told where a layer inside the head happens to be as wide as there are classes.
     """
-    tensors, head, classes = movable_tensors(model), head_tensors(model), len(label_names(model.config))
-    found = {name for name in head if tensors[name].ndim and tensors[name].shape[0] == classes}
-    inside = {name for name in found if tensors[name].ndim > 1 and tensors[name].shape[1] == classes}
+    found = {name for name, tensor in head.items() if tensor.ndim and tensor.shape[0] == classes}
+    inside = any(head[name].ndim > 1 and head[name].shape[1] == classes for name in found)
     return None if inside or not found else found
 
 
@@ -112,12 +111,7 @@ def token_tensors(model: PreTrainedModel) -> set[str]:
 
 
 def match_head(
-    target: PreTrainedModel,
-    source: PreTrainedModel,
-    labels: Sequence[str] | None,
-    own: Collection[str],
-    *,
-    brings: bool = True,
+    target: PreTrainedModel, source: Mapping[str, Tensor], labels: Sequence[str] | None, *, brings: bool = True
 ) -> RowMatches:
     """Match the classes of two heads by their names.
 
@@ -126,56 +120,56 @@ def match_head(
 
     Args:
         target: The target.
-        source: The source, with its own number of classes.
+        source: The source's own tensors, with its own number of classes.
         labels: The source's label names by class id; `None` where its classes have no names.
-        own: Names of the source's tensors that came from its files.
         brings: Whether the source has something to say about the head; an adapter need not.
     """
     if target.can_generate():
         return RowMatches()
-    head, expected = head_tensors(target), label_names(target.config)
+    names, expected = head_tensors(target), label_names(target.config)
+    if names - set(source):
+        return RowMatches(left_out=names, notes=["head stays: the source has none"] if brings else [])
     match = match_labels(expected, labels or ())
-    if head - set(own):
-        return RowMatches(left_out=head, notes=["head stays: the source has none"] if brings else [])
     if match.is_identity:
         return RowMatches()
     got = f"got {shortened(labels or ['classes without names'], 12)}, expected {shortened(expected, 12)}"
-    if not head:
+    if not names:
         how = "its head cannot be told from the rest of the model"
         return RowMatches(problems=[f"other label names: {got}; and {how}"])
-    rows, tensors = class_tensors(source), movable_tensors(source)
+    tensors = movable_tensors(target)
+    rows = class_tensors({name: source[name] for name in names}, len(labels or ()))
     if not match.target:
         note = f"head stays: no label name is shared: {got}"
-    elif rows is None or rows != class_tensors(target):
+    elif rows is None or rows != class_tensors({name: tensors[name] for name in names}, len(expected)):
         note = f"head stays: which of its rows belong to a class cannot be told: {got}"
-    elif any(tensors[name].shape[1:] != t.shape[1:] for name, t in movable_tensors(target).items() if name in rows):
+    elif any(source[name].shape[1:] != tensors[name].shape[1:] for name in rows):
         note = "head stays: it is of another width"
     else:
         how = "classes matched by name" if len(match.target) == len(expected) else "only shared classes move"
         note = f"head: {how}, {len(match.target)} of {len(expected)}: {got}"
         return RowMatches(dict.fromkeys(rows, match), notes=[note])
-    return RowMatches(left_out=head, notes=[note] if brings else [])
+    return RowMatches(left_out=names, notes=[note] if brings else [])
 
 
 def match_tokens(
-    target: PreTrainedModel, expected: Mapping[str, int], source: PreTrainedModel, got: Mapping[str, int] | None
+    target: PreTrainedModel, expected: Mapping[str, int], source: Mapping[str, Tensor], got: Mapping[str, int] | None
 ) -> RowMatches:
     """Match the rows of two vocabularies, from token to id, by the tokens' strings."""
     if got is None:
-        return RowMatches(
-            problems=[
-                "it holds no tokenizer, so its tokens cannot be matched with the target's; save its tokenizer beside it"
-            ]
+        problem = (
+            "it holds no tokenizer, so its tokens cannot be matched with the target's; save its tokenizer beside it"
         )
-    names = token_tensors(target)
-    tensors, others = movable_tensors(target), movable_tensors(source)
-    sizes = {(len(tensors[name]), len(others[name])) for name in names if name in others}
-    if len(sizes) != 1 or (got == expected and max(sizes)[0] == max(sizes)[1]):
+        return RowMatches(problems=[problem])
+    tensors = movable_tensors(target)
+    names = {name for name in token_tensors(target) if name in source}
+    sizes = {(len(tensors[name]), len(source[name])) for name in names}
+    if len(sizes) != 1 or any(tensors[name].shape[1:] != source[name].shape[1:] for name in names):
+        return RowMatches()  # the shapes are refused by themselves
+    size = sizes.pop()
+    if got == expected and size[0] == size[1]:
         return RowMatches()
-    match = match_rows(expected, got, sizes.pop())
+    match = match_rows(expected, got, size)
     if not match.target:
         return RowMatches(problems=["its tokenizer shares no token with the target's, so no embedding can be matched"])
-    if any(tensors[name].shape[1:] != others[name].shape[1:] for name in names):
-        return RowMatches()  # the shapes are refused by themselves
     note = f"vocabulary: {len(match.target)} of {len(expected)} tokens matched by their strings"
     return RowMatches(dict.fromkeys(names, match), notes=[note])

@@ -15,6 +15,8 @@ FULL_WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+FLOATING = ("F64", "F32", "F16", "BF16")
+QUANTIZED = {"U8", "I8", "I4", "F8_E4M3", "F8_E5M2", "F4"}
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -136,3 +138,17 @@ class Source:
                     f"'{self.ref}': {path.name} cannot be read as safetensors: {error}"
                 ) from error
         return found
+
+    def float_dtypes(self) -> set[str]:
+        """Return the floating dtypes in the safetensors headers.
+
+        Raises:
+            IncompatibleSourceError: It holds quantized weights, or a weight file cannot be read.
+        """
+        found = self.dtypes()
+        if quantized := found & QUANTIZED:
+            raise IncompatibleSourceError(
+                f"'{self.ref}': its weights are quantized ({', '.join(sorted(quantized))}), expected float weights; name "
+                "the model that it was made from, or dequantize it and save it first"
+            )
+        return {name for name in found if name in FLOATING}

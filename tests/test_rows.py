@@ -13,14 +13,15 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
 
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError
-from grasp_hf.matching import movable_tensors
-from grasp_hf.rows import class_tensors, match_labels, match_rows, token_tensors
+from grasp_hf.matching import head_tensors, movable_tensors
+from grasp_hf.rows import class_tensors, label_names, match_labels, match_rows, token_tensors
 from tests.models import LABELS, perturbed, saved, saved_adapter, tiny_data, tiny_model
 
 STILL: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "gate": False, "batch_size": 8, "num_batches": 2}
@@ -126,15 +127,19 @@ SMALL: dict[str, Any] = {
 
 
 def test_the_tensors_with_a_row_per_class() -> None:
-    assert class_tensors(tiny_model("bert")) == {"classifier.weight", "classifier.bias"}
+    def found(model: PreTrainedModel) -> set[str] | None:
+        tensors = movable_tensors(model)
+        return class_tensors({name: tensors[name] for name in head_tensors(model)}, len(label_names(model.config)))
+
+    assert found(tiny_model("bert")) == {"classifier.weight", "classifier.bias"}
     names: dict[str, Any] = {"id2label": dict(enumerate(LABELS)), "label2id": {}}
     roberta = RobertaForSequenceClassification(RobertaConfig(**SMALL, **names))
-    assert class_tensors(roberta) == {"classifier.out_proj.weight", "classifier.out_proj.bias"}
+    assert found(roberta) == {"classifier.out_proj.weight", "classifier.out_proj.bias"}
     wide: dict[str, Any] = {
         "id2label": {index: str(index) for index in range(16)}
-    }  # as many classes as the layer before is wide
-    assert class_tensors(RobertaForSequenceClassification(RobertaConfig(**SMALL, **wide))) is None
-    assert class_tensors(tiny_model("gpt2")) is None
+    }  # as many as the layer before is wide
+    assert found(RobertaForSequenceClassification(RobertaConfig(**SMALL, **wide))) is None
+    assert found(tiny_model("gpt2")) is None
 
 
 def test_a_head_whose_class_rows_cannot_be_told_stays(tmp_path: Path) -> None:

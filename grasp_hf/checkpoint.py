@@ -1,0 +1,97 @@
+"""The weights of a full source, mapped from its files, by the names that the target's have in memory."""
+
+import re
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from .mapped import MappedTensors
+from .matching import movable_tensors, shortened
+from .sources import Source
+
+
+def file_tensors(source: Source) -> dict[str, Tensor]:
+    """Return the tensors in the files of `source` by the names that they have there; mapped, so that none is read yet.
+
+    Raises:
+        SafetensorError, OSError, RuntimeError, UnpicklingError: A file cannot be read.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in source.weight_files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}
+        else:
+            tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return tensors
+
+
+def runtime_tensors(source: Source, target: PreTrainedModel, directory: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of `source` by the names that `movable_tensors(target)` has, in the shapes that they have there.
+
+    The names in files are changed as `from_pretrained` changes them, without building a second model: nothing but page
+    cache is used. What transformers fuses when it loads (the experts of a Mixtral) is fused into a file in `directory`.
+
+    Returns:
+        The tensors, and the problems: tensors like the target's that the target has no place for, such as those of a
+        further layer, and two different tensors where the target has one that is tied.
+    """
+    conversions = get_model_conversion_mapping(target)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    expected = target.state_dict()
+    found: dict[str, Tensor] = {}
+    fused: dict[str, WeightConverter] = {}
+    without_place: list[str] = []
+    raw = file_tensors(source)
+    for key in sorted(raw, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, target.base_model_prefix, expected)
+        if name not in expected:
+            without_place.append(name)
+        elif pattern is None:
+            found[name] = raw[key]
+        else:
+            converter: Any = fused.setdefault(name, deepcopy(by_pattern[pattern]))
+            converter.add_tensor(name, key, pattern, raw[key])
+    found |= _fuse(fused, target, expected, directory)
+    problems = _further(without_place, expected)
+    for alias, name in target.get_expanded_tied_weights_keys(all_submodels=True).items():
+        other = found.pop(alias, None)
+        if other is not None and not torch.equal(found.setdefault(name, other), other):
+            problems.append(f"{alias} and {name} differ; in the target they are tied")
+    return {name: found[name] for name in movable_tensors(target) if name in found}, problems
+
+
+@torch.no_grad()
+def _fuse(
+    converters: Mapping[str, WeightConverter], target: PreTrainedModel, like: Mapping[str, Tensor], directory: Path
+) -> dict[str, Tensor]:
+    """Carry out conversions of several tensors into one, one after the other, into a file."""
+    if not converters:
+        return {}
+    room = MappedTensors(directory / "fused", {name: like[name] for name in converters})
+    for first, converter in converters.items():
+        values: dict[str, Any] = converter.convert(first, model=target, config=target.config)
+        for name, value in values.items():
+            room[name].copy_(value[0] if isinstance(value, list) else value)
+    return dict(room)
+
+
+def _further(names: Collection[str], expected: Collection[str]) -> list[str]:
+    """Say which of `names` are like expected ones but for their numbers: those of further layers."""
+
+    def without_numbers(name: str) -> str:
+        return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+    kinds = {without_numbers(name) for name in expected}
+    further = [name for name in names if re.search(r"\.\d+\.", name) and without_numbers(name) in kinds]
+    return [f"{len(further)} tensors of the source are not in the target: {shortened(further)}"] if further else []

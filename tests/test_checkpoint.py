@@ -1,0 +1,93 @@
+"""Reading a checkpoint without building a model gives what `from_pretrained` gives, and costs page cache only."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from grasp_hf.checkpoint import runtime_tensors
+from grasp_hf.matching import movable_tensors
+from grasp_hf.sources import Source, SourceRef
+from tests.models import KINDS, perturbed, saved, tiny_model
+
+
+def read(folder: Path | str, kind: str, scratch: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    scratch.mkdir(exist_ok=True)
+    return runtime_tensors(Source.inspect(SourceRef(str(folder)), Path(folder)), tiny_model(kind), scratch)
+
+
+@pytest.mark.parametrize("shards", ["1GB", "5KB"], ids=["one-file", "shards"])
+@pytest.mark.parametrize("kind", [*KINDS, "gpt2", "mixtral", "swin", "dinov2", "gpt_neox"])
+def test_tensors_are_those_of_from_pretrained(kind: str, shards: str, tmp_path: Path) -> None:
+    """Transformers renames most tensors of ViT, Swin and Dinov2 when it loads them, and fuses a Mixtral's experts."""
+    model = perturbed(tiny_model(kind), 1)
+    model.save_pretrained(tmp_path / "source", max_shard_size=shards)
+    assert (len(list((tmp_path / "source").glob("*.safetensors"))) > 1) == (shards == "5KB")
+    expected = movable_tensors(type(model).from_pretrained(tmp_path / "source"))
+    tensors, problems = read(tmp_path / "source", kind, tmp_path / "scratch")
+    assert problems == [] and list(tensors) == list(expected)
+    for name, value in expected.items():
+        assert torch.equal(tensors[name], value), name
+
+
+@pytest.mark.parametrize("kind", ["vit", "gpt2", "mixtral"])
+def test_tensors_lie_in_files(kind: str, tmp_path: Path) -> None:
+    folder = saved(tiny_model(kind), tmp_path / "source")
+    tensors, _ = read(folder, kind, tmp_path / "scratch")
+    maps = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(tmp_path) in line:
+            maps.append([int(address, 16) for address in line.split()[0].split("-")])
+    for name, tensor in tensors.items():
+        assert any(start <= tensor.data_ptr() < end for start, end in maps), name
+
+
+def test_the_body_alone_and_the_names_of_old_checkpoints(tmp_path: Path) -> None:
+    model: Any = perturbed(tiny_model("bert"), 1)
+    body = Path(saved(model.bert, tmp_path / "body"))
+    tensors = load_file(body / "model.safetensors")
+    old = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for key, value in tensors.items()
+    }
+    assert old.keys() != tensors.keys()
+    save_file(old | {"embeddings.position_ids": torch.arange(16)}, body / "model.safetensors", {"format": "pt"})
+    found, problems = read(body, "bert", tmp_path / "scratch")
+    expected = {name: value for name, value in movable_tensors(model).items() if name.startswith("bert.")}
+    assert problems == [] and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_pickled_weights_are_mapped(tmp_path: Path) -> None:
+    folder = Path(saved(perturbed(tiny_model("bert"), 1), tmp_path / "source"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    found, _ = read(folder, "bert", tmp_path / "scratch")
+    assert all(
+        torch.equal(found[name], value) for name, value in movable_tensors(perturbed(tiny_model("bert"), 1)).items()
+    )
+    assert "pytorch_model.bin" in Path("/proc/self/maps").read_text()
+
+
+def test_a_tied_weight_may_have_either_name_or_both(tmp_path: Path) -> None:
+    folder = Path(saved(perturbed(tiny_model("gpt2"), 1), tmp_path / "source"))
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors["transformer.wte.weight"]
+    rest = {name: value for name, value in tensors.items() if name != "transformer.wte.weight"}
+    for held in ({"lm_head.weight": weight}, {"lm_head.weight": weight.clone(), "transformer.wte.weight": weight}):
+        save_file(rest | held, folder / "model.safetensors", {"format": "pt"})
+        found, problems = read(folder, "gpt2", tmp_path / "scratch")
+        assert problems == [] and torch.equal(found["transformer.wte.weight"], weight)
+        assert list(found) == list(movable_tensors(tiny_model("gpt2")))
+
+
+def test_what_the_target_has_no_place_for(tmp_path: Path) -> None:
+    folder = Path(saved(tiny_model("bert"), tmp_path / "source"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "bert.encoder.layer.1.output.dense.bias"
+    further = {name.replace(".1.", ".2."): tensors[name].clone(), "cls.predictions.bias": torch.zeros(50)}
+    save_file(tensors | further, folder / "model.safetensors", {"format": "pt"})
+    _, problems = read(folder, "bert", tmp_path / "scratch")
+    assert problems == ["1 tensors of the source are not in the target: bert.encoder.layer.2.output.dense.bias"]
