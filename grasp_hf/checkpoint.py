@@ -1,5 +1,6 @@
 """The weights of a full source, mapped from its files, by the names that the target's have in memory."""
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from copy import deepcopy
@@ -26,9 +27,12 @@ def file_tensors(source: Source) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for path in source.weight_files:
+        if hasattr(os, "posix_fadvise"):  # read ahead the whole file, while its first tensors are being used
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}
+            with safe_open(path, "pt") as weights:
+                tensors |= {name: weights.get_tensor(name) for name in weights.keys()}
         else:
             tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return tensors

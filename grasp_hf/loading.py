@@ -205,6 +205,7 @@ def load_source(
     directory: Path,
     processing_class: Any = None,
     accepted_bases: Collection[str] = (),
+    check_finite: bool = True,
 ) -> LoadedSource:
     """Load one source as the target would hold it, and check that it fits.
 
@@ -215,6 +216,7 @@ def load_source(
         directory: Where the weights that an adapter makes, and those whose rows move, are kept as files.
         processing_class: The target's tokenizer; its tokens are matched with the source's by their strings.
         accepted_bases: Names of models that the user declares to be the same as `base`.
+        check_finite: Read every weight once to see that it is finite.
 
     Raises:
         IncompatibleSourceError: It does not fit; all of its problems are listed.
@@ -239,7 +241,7 @@ def load_source(
     if problems:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(problems))
     for name, tensor in tensors.items():
-        if not _is_finite(tensor):
+        if check_finite and not _is_finite(tensor):
             raise NonFiniteError(f"'{source.ref}': {name} holds NaN or infinite weights; expected finite ones")
     if matches:
         held = {name: targets[name].detach() for name in matches}

@@ -277,14 +277,16 @@ class GraspMerger:
                 began = time.perf_counter()
                 try:
                     located = hub.locate(str(source), token=token)
-                    row = rank_source(located, self._load(located, scratch), gradient, scratch.start, units)
+                    loaded = self._load(located, scratch, check_finite=False)  # its products say so
+                    row = rank_source(located, loaded, gradient, scratch.start, units)
+                    del loaded
                 except GraspError as error:
                     row = RankedSource(str(source), problem=str(error))
                 row.seconds = time.perf_counter() - began
                 rows.append(row)
         return sorted(rows, key=lambda row: -math.inf if row.gain is None else row.gain, reverse=True)
 
-    def _load(self, located: Source, scratch: Scratch) -> LoadedSource:
+    def _load(self, located: Source, scratch: Scratch, *, check_finite: bool = True) -> LoadedSource:
         return load_source(
             located,
             self.model,
@@ -292,6 +294,7 @@ class GraspMerger:
             directory=scratch.directory,
             processing_class=self.processing_class,
             accepted_bases=self.config.accepted_bases,
+            check_finite=check_finite,
         )
 
     def merge_source(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .alignment import cosine
+from .errors import NonFiniteError
 from .loading import LoadedSource
 from .matching import Unit, units_within
 from .measure import UnitProducts
@@ -90,7 +91,10 @@ def rank_source(
     for name in gradient:
         if name in products:
             products.add(name, gradient[name], loaded.tensors[name], target[name])
-    sums = {name: row for name, row in products.sums().items() if row is not None}
+    try:
+        sums = {name: row for name, row in products.sums().items() if row is not None}
+    except NonFiniteError as error:
+        raise NonFiniteError(f"'{source.ref}': a weight is NaN or infinite; expected finite ones ({error})") from error
     whole = [sum(row[index] for row in sums.values()) for index in range(3)]
     return RankedSource(
         reference=str(source.ref),

@@ -5,20 +5,36 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_the_memory_benchmark_measures_what_it_is_asked_for(tmp_path: Path) -> None:
-    names = ["published alignment", "grasp_hf run of 2"]
+
+@pytest.mark.parametrize(
+    ("benchmark", "names", "keys"),
+    [
+        (
+            "memory",
+            ["published alignment", "grasp_hf run of 2", "grasp_hf run, LoRA", "grasp_hf adapter"],
+            ["anon", "seconds"],
+        ),
+        ("speed", ["copy alignment", "rank", "rank from disk", "average"], ["seconds", "baseline seconds", "ratio"]),
+    ],
+)
+def test_a_benchmark_measures_what_it_is_asked_for(
+    benchmark: str, names: list[str], keys: list[str], tmp_path: Path
+) -> None:
     command = [
         sys.executable,
         "-m",
-        "tests.benchmarks.memory",
+        f"tests.benchmarks.{benchmark}",
         "--model",
         "tiny",
         "--json",
         str(tmp_path / "out.json"),
     ]
-    run = subprocess.run([*command, "--only", *names], capture_output=True, text=True, check=True)
+    extra = ["--sources", "3"] if benchmark == "speed" else []
+    run = subprocess.run([*command, *extra, "--only", *names], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     written = json.loads((tmp_path / "out.json").read_text())
     assert list(written["measurements"]) == names
-    assert all(row["anon"] > 0 and row["seconds"] > 0 for row in written["measurements"].values())
+    assert all(row[key] > 0 for row in written["measurements"].values() for key in keys)
     assert all(name in run.stdout for name in names)

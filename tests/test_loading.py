@@ -169,7 +169,9 @@ def test_a_weight_that_is_no_number_is_named(value: float, folders: dict[str, st
 def test_weights_tied_in_one_model_only(folders: dict[str, str], tmp_path: Path) -> None:
     untied = resized(folders["gpt2"], tmp_path / "untied", tie_word_embeddings=False)
     assert "lm_head.weight" in load_file(f"{untied}/model.safetensors")
-    with pytest.raises(IncompatibleSourceError, match="lm_head.weight and transformer.wte.weight differ; in the target"):
+    with pytest.raises(
+        IncompatibleSourceError, match="lm_head.weight and transformer.wte.weight differ; in the target"
+    ):
         read(untied, folders["gpt2"])
     with pytest.raises(IncompatibleSourceError, match="1 tensors are not in its files, starting with lm_head.weight"):
         read(folders["gpt2"], untied)

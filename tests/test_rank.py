@@ -92,6 +92,15 @@ def test_sources_with_problems_come_last_and_stop_nobody(tmp_path: Path) -> None
         merger.merge([other, "./nowhere", good], train_dataset=tiny_data("vit", 12))
 
 
+def test_a_source_with_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:
+    broken = tiny_model("vit", seed=1)
+    broken.get_parameter("vit.layernorm.bias").data[3] = float("nan")
+    source = saved(broken, tmp_path / "broken")
+    (row,) = GraspMerger(tiny_model("vit"), GraspConfig(**STILL)).rank([source], train_dataset=tiny_data("vit", 12))
+    assert row.gain is None and f"'{source}': a weight is NaN or infinite" in str(row.problem)
+    assert "vit.layernorm.bias" in str(row.problem)
+
+
 def test_a_merge_takes_the_most_promising_in_their_order(tmp_path: Path) -> None:
     sources = [saved(perturbed(tiny_model("vit"), seed), tmp_path / str(seed)) for seed in (1, 2, 3, 4)]
     data = tiny_data("vit", 12)

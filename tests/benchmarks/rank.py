@@ -32,7 +32,7 @@ from tests.benchmarks.data import DOMAINS, LABELS, cache_folder
 from tests.benchmarks.sources import TOKENS, source_folder
 
 TARGETS = ("amazonHL", "movie", "nyt")
-SIZE, TEST = 64, 200
+SIZE, TEST = 64, 128
 EFFECTS = ("copied", "blended", "fine-tuned")
 PREDICTORS = {"gain": 1, "cosine": 1, "gain, untrained head": 1, "validation loss": -1}
 
@@ -61,7 +61,7 @@ def measured(cache: Path, target: str, seed: int, kinds: list[str]) -> list[dict
     collator = DataCollatorWithPadding(merger.processing_class)
     sources = [str(source_folder(cache, kind, domain)) for kind in kinds for domain in DOMAINS if domain != target]
     untrained = {row.reference: row.gain for row in merger.rank(sources, train_dataset=data["train"])}
-    merger.merge([], train_dataset=data["train"], eval_dataset=data["held-out"])
+    merger.merge([], train_dataset=data["train"])
     state = {name: value.clone() for name, value in merger.model.state_dict().items()}
     before = merger.evaluate(data["test"])
     ranked = merger.rank(sources, train_dataset=data["train"])
@@ -77,7 +77,7 @@ def measured(cache: Path, target: str, seed: int, kinds: list[str]) -> list[dict
         def merge(sources: list[str], **settings: Any) -> None:
             config = GraspConfig(seed=seed, gate=False, finetune_epochs=0, **settings)
             again = GraspMerger(merger.model, config, processing_class=merger.processing_class, base=merger.base)
-            again.merge(sources, train_dataset=data["train"], eval_dataset=data["held-out"])
+            again.merge(sources, train_dataset=data["train"])
 
         merger.model.load_state_dict(state)
         merge([ranking.reference], method="average", initial_epochs=0)
@@ -112,8 +112,16 @@ def interval(values: list[float]) -> str:
     return f"{statistics.fmean(values):+.2f} ± {half:.2f}"
 
 
+def show(found: dict[tuple[str, str], list[float]], merged: int) -> None:
+    """Print the correlations so far."""
+    print(f"\n{f'{merged} sources merged':24}" + "".join(f"{effect:>16}" for effect in EFFECTS))
+    for predictor in PREDICTORS:
+        cells = "".join(f"{interval(found[predictor, effect]):>16}" for effect in EFFECTS)
+        print(f"{predictor:24}{cells}", flush=True)
+
+
 def main() -> None:
-    """Print the table, and write every row if asked to."""
+    """Print the table after every target, and write every row if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--targets", nargs="+", choices=DOMAINS, default=list(TARGETS))
@@ -129,10 +137,7 @@ def main() -> None:
             if args.json:
                 record = {"command": "python -m tests.benchmarks.rank", "rows": rows}
                 args.json.write_text(json.dumps(record, indent=1) + "\n")
-    found = correlations(rows)
-    print(f"{len(rows)} sources merged\n{'':24}" + "".join(f"{effect:>16}" for effect in EFFECTS))
-    for predictor in PREDICTORS:
-        print(f"{predictor:24}" + "".join(f"{interval(found[predictor, effect]):>16}" for effect in EFFECTS))
+            show(correlations(rows), len(rows))
 
 
 if __name__ == "__main__":

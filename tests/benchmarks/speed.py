@@ -1,7 +1,8 @@
 """Speed of grasp_hf as ratios to what cannot be avoided: passes over the batches, and reading the sources.
 
-Run it with `python -m tests.benchmarks.speed`. The model is a BERT-base with a short vocabulary (346 MB, float32), the
-files are in the page cache for all sides, ours and the baseline take turns, and a ratio is the median of those turns.
+Run it with `python -m tests.benchmarks.speed`. The model is a BERT-base with a short vocabulary (346 MB, float32), ours
+and the baseline take turns, and a ratio is the median of those turns. Where a row says `from disk`, the files are dropped
+from the page cache before each turn of both sides; else they are in it for both.
 
 - `copy alignment`: one source measured on two batches of 32 texts of 32 tokens and transferred, against two plain
   passes forward and backward over each batch and one read of the source's bytes.
@@ -9,13 +10,15 @@ files are in the page cache for all sides, ours and the baseline take turns, and
 - `rank`: sources ranked by one stored gradient, against a read of their bytes.
 - `average`: the streaming average of sources, against a read of their bytes, without starting Python and saving.
 - `mergekit`: the same average, from start to saved, and `linear` of mergekit 0.1.5 on the same files, each in a process
-  of its own. mergekit gets an environment of its own in the cache folder. The merged weights must be equal.
+  of its own, with the peaks of private and of resident memory (which counts mapped files). mergekit gets an environment
+  of its own in the cache folder. The merged weights must be equal.
 
 A read is `safetensors.torch.load_file` and a copy of every tensor, so that its bytes are in private memory.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -69,17 +72,29 @@ def read(folders: list[Path]) -> None:
             tensor.clone()
 
 
-def timed(function: Callable[[], Any]) -> float:
-    """Return how many seconds a call takes."""
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+def drop(folders: list[Path]) -> None:
+    """Drop the files of models from the page cache, where the system lets us."""
+    for folder in folders:
+        with open(folder / "model.safetensors", "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def in_turns(ours: Callable[[], Any], baseline: Callable[[], Any], turns: int) -> dict[str, float]:
-    """Time both in turns, after one turn that does not count; return the medians and the median of the ratios."""
-    ours(), baseline()
-    rows = [(timed(ours), timed(baseline)) for _ in range(turns)]
+def in_turns(
+    ours: Callable[[], Any], baseline: Callable[[], Any], turns: int, cold: list[Path] | None = None
+) -> dict[str, float]:
+    """Time both in turns, after one turn that does not count; return the medians and the median of the ratios.
+
+    A function may return its own seconds. The files of `cold` are dropped from the page cache before each.
+    """
+
+    def once(function: Callable[[], Any]) -> float:
+        drop(cold or [])
+        began = time.perf_counter()
+        own = function()
+        return own if isinstance(own, float) else time.perf_counter() - began
+
+    rows = [(once(ours), once(baseline)) for _ in range(turns + 1)][1:]
     return {
         "seconds": statistics.median(row[0] for row in rows),
         "baseline seconds": statistics.median(row[1] for row in rows),
@@ -109,42 +124,43 @@ def alignment(folders: list[Path], method: str) -> dict[str, float]:
     return in_turns(merge, passes, turns=3)
 
 
-def ranking(folders: list[Path]) -> dict[str, float]:
+def ranking(folders: list[Path], cold: bool) -> dict[str, float]:
     """Time the ranking of all sources but the first, without the one gradient."""
     merger = GraspMerger.from_pretrained(str(folders[0]), config=GraspConfig(num_batches=1, **STILL))
     texts, sources = make_texts(4), folders[1:]
-    seconds: list[float] = []
 
-    def rank() -> None:
-        seconds.append(sum(row.seconds for row in merger.rank([str(path) for path in sources], train_dataset=texts)))
+    def rank() -> float:
+        return sum(row.seconds for row in merger.rank([str(path) for path in sources], train_dataset=texts))
 
-    found = in_turns(rank, lambda: read(sources), turns=3)
-    found["seconds"] = statistics.median(seconds[1:])
-    return found | {"ratio": found["seconds"] / found["baseline seconds"]}
+    return in_turns(rank, lambda: read(sources), turns=3, cold=sources if cold else None)
 
 
-def average(folders: list[Path]) -> Any:
+def average(folders: list[Path]) -> None:
     """Merge by the streaming average, the first source being the start."""
     config = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0)
-    return merge_pretrained(None, [str(folder) for folder in folders], config=config)
+    merge_pretrained(None, [str(folder) for folder in folders], config=config)
 
 
-def peak_of(command: list[str]) -> tuple[float, int]:
-    """Run a command; return its seconds and the peak of the private memory of it and its children in bytes."""
-    began, peak, done = time.perf_counter(), 0, threading.Event()
+def peaks_of(command: list[str]) -> tuple[float, dict[str, int]]:
+    """Run a command; return its seconds and its peaks of `private` and `resident` memory, children included, in bytes."""
+    began, done = time.perf_counter(), threading.Event()
+    peaks = {"private": 0, "resident": 0}
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     def watch() -> None:
-        nonlocal peak
         while not done.wait(0.01):
-            total = 0
+            now = dict.fromkeys(peaks, 0)
             try:
                 for member in [process, *process.children(recursive=True)]:
                     lines = Path(f"/proc/{member.pid}/status").read_text().splitlines()
-                    total += sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem")))
+                    found = {
+                        line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")
+                    }
+                    now["resident"] += sum(found.values())
+                    now["private"] += sum(found.values()) - found.get("RssFile", 0)
             except (psutil.Error, OSError):
                 continue
-            peak = max(peak, total * 1024)
+            peaks.update({key: max(peaks[key], now[key]) for key in peaks})
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -153,7 +169,7 @@ def peak_of(command: list[str]) -> tuple[float, int]:
     watcher.join()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{errors[-2000:]}")
-    return time.perf_counter() - began, peak
+    return time.perf_counter() - began, peaks
 
 
 def mergekit_environment(cache: Path) -> Path:
@@ -174,12 +190,12 @@ def against_mergekit(folders: list[Path], cache: Path) -> dict[str, float]:
         models = [{"model": str(folder), "parameters": {"weight": 1.0}} for folder in folders]
         config = {"merge_method": "linear", "dtype": "float32", "parameters": {"normalize": True}, "models": models}
         recipe.write_text(yaml.safe_dump(config))
-        their_seconds, their_peak = peak_of([str(program), str(recipe), str(theirs)])
+        their_seconds, their_peaks = peaks_of([str(program), str(recipe), str(theirs)])
         mine = Path(name, "grasp.yaml")
         settings = {"method": "average", "initial_epochs": 0, "finetune_epochs": 0}
         mine.write_text(yaml.safe_dump({"sources": [str(folder) for folder in folders], **settings}))
         code = "from grasp_hf.cli import main; raise SystemExit(main())"
-        seconds, peak = peak_of([sys.executable, "-c", code, "merge", str(mine), "--output", str(ours)])
+        seconds, peaks = peaks_of([sys.executable, "-c", code, "merge", str(mine), "--output", str(ours)])
         expected, merged = load_file(theirs / "model.safetensors"), load_file(ours / "model.safetensors")
         for key, value in merged.items():
             torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=1e-5)
@@ -187,8 +203,8 @@ def against_mergekit(folders: list[Path], cache: Path) -> dict[str, float]:
         "seconds": seconds,
         "baseline seconds": their_seconds,
         "ratio": seconds / their_seconds,
-        "peak bytes": peak,
-        "baseline peak bytes": their_peak,
+        **peaks,
+        **{f"baseline {key}": value for key, value in their_peaks.items()},
     }
 
 
@@ -198,7 +214,16 @@ def main() -> None:
     parser.add_argument("--model", choices=SIZES, default="base")
     parser.add_argument("--sources", type=int, default=16, help="number of models (default: 16)")
     parser.add_argument("--cache", type=Path, default=cache_folder())
-    names = ("copy alignment", "blend alignment", "rank", "average", "mergekit", "mergekit of 2")
+    names = (
+        "copy alignment",
+        "blend alignment",
+        "rank",
+        "rank from disk",
+        "average",
+        "average from disk",
+        "mergekit",
+        "mergekit of 2",
+    )
     parser.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="NAME")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     args = parser.parse_args()
@@ -210,20 +235,23 @@ def main() -> None:
         measurements: dict[str, Callable[[], dict[str, float]]] = {
             "copy alignment": lambda: alignment(folders, "copy"),
             "blend alignment": lambda: alignment(folders, "blend"),
-            "rank": lambda: ranking(folders),
+            "rank": lambda: ranking(folders, cold=False),
+            "rank from disk": lambda: ranking(folders, cold=True),
             "average": lambda: in_turns(lambda: average(folders), lambda: read(folders), turns=3),
+            "average from disk": lambda: in_turns(lambda: average(folders), lambda: read(folders), 3, folders),
             "mergekit": lambda: against_mergekit(folders, args.cache),
             "mergekit of 2": lambda: against_mergekit(folders[:2], args.cache),
         }
         megabytes = (folders[0] / "model.safetensors").stat().st_size / 1e6
         print(f"{args.sources} models of {megabytes:.1f} MB, {torch.get_num_threads()} threads")
-        print(f"{'':18}{'ours':>10}{'baseline':>10}{'ratio':>8}{'peak':>12}{'baseline':>12}")
+        print(f"{'':20}{'ours':>10}{'baseline':>10}{'ratio':>8}   private, resident memory of ours and the baseline")
         results = {}
         for measurement in args.only:
             row = results[measurement] = measurements[measurement]()
-            peaks = [f"{row[key] / 1e9:.2f} GB" if key in row else "" for key in ("peak bytes", "baseline peak bytes")]
+            keys = ("private", "resident", "baseline private", "baseline resident")
+            memory = "".join(f"{row[key] / 1e9:8.2f} GB" for key in keys if key in row)
             times = f"{row['seconds']:8.2f} s{row['baseline seconds']:8.2f} s{row['ratio']:8.2f}"
-            print(f"{measurement:18}{times}{peaks[0]:>12}{peaks[1]:>12}", flush=True)
+            print(f"{measurement:20}{times}{memory}", flush=True)
     if args.json:
         record = {"model": args.model, "sources": args.sources, "measurements": results}
         args.json.write_text(json.dumps(record, indent=2) + "\n")
