@@ -181,7 +181,8 @@ class MergeReport:
         """Return a copy that names local folders by their last part, for others to read."""
         base = self.base if self.base_sha else Path(self.base).name
         steps = [replace(step, source=step.name) for step in self.steps]
-        return replace(self, base=base, steps=steps, recipe=_names_of_paths(self.recipe))
+        named = {key: _names_of_paths(getattr(self, key)) for key in ("ranking", "config", "recipe")}
+        return replace(self, base=base, steps=steps, **named)
 
     def configuration(self) -> str:
         """Return the merge as a recipe in YAML, every Hub reference pinned to its commit, with a record of the run."""

@@ -13,7 +13,7 @@ import pytest
     [
         (
             "memory",
-            ["published alignment", "grasp_hf run of 2", "grasp_hf run, LoRA", "grasp_hf adapter"],
+            ["published alignment", "grasp_hf run, LoRA"],
             ["anon", "seconds"],
         ),
         ("speed", ["copy alignment", "rank", "rank from disk", "average"], ["seconds", "baseline seconds", "ratio"]),

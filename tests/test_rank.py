@@ -109,6 +109,8 @@ def test_a_merge_takes_the_most_promising_in_their_order(tmp_path: Path) -> None
     report = merger.merge(sources, train_dataset=data)
     assert [step.source for step in report.steps] == [row.reference for row in ranked[:2]]
     assert [row["reference"] for row in report.ranking] == [row.reference for row in ranked]
+    # What is published names local folders by their last part.
+    assert [row["reference"] for row in report.without_paths().ranking] == [Path(row.reference).name for row in ranked]
 
 
 def test_the_command_prints_a_table_and_writes_every_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
