@@ -15,8 +15,7 @@ TEXT = """---
 
 # {{ title }}
 
-{{ count }} merged into one `{{ model_class }}`, one at a time, guided by gradients of labelled target data, with
-grasp_hf. The method follows [GRASP](https://arxiv.org/abs/2606.14900).
+{{ count }} merged into one `{{ model_class }}`, one at a time, with grasp_hf.{{ guided }}
 
 ## Usage
 
@@ -46,6 +45,10 @@ on held-out data of the target task: before the transfer, after it, and after fi
 ```yaml
 {{ configuration }}```
 """
+
+
+GUIDED = """ Gradients of labelled target data
+said what to take from each; the method follows [GRASP](https://arxiv.org/abs/2606.14900)."""
 
 
 def hub_ids(report: MergeReport) -> list[str]:
@@ -112,6 +115,7 @@ def model_card(model: PreTrainedModel, report: MergeReport, model_id: str) -> Mo
         model_class=type(model).__name__,
         model_id=model_id,
         method=f"`{method}`. {described}",
+        guided="" if method == "average" else GUIDED,
         base=report.base,
         table=report.table(),
         configuration=report.configuration(),
