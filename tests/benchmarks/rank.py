@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--targets", nargs="+", choices=DOMAINS, default=list(TARGETS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--kinds", nargs="+", choices=("lora", "full"), default=["lora", "full"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every source's row to FILE")
     args = parser.parse_args()
@@ -135,8 +136,8 @@ def main() -> None:
         for target in args.targets:
             rows += measured(args.cache, target, seed, args.kinds)
             if args.json:
-                record = {"command": "python -m tests.benchmarks.rank", "rows": rows}
-                args.json.write_text(json.dumps(record, indent=1) + "\n")
+                record = {"command": " ".join(["python -m tests.benchmarks.rank", *sys.argv[1:]]), "rows": rows}
+                args.json.write_text(json.dumps(record) + "\n")
             show(correlations(rows), len(rows))
 
 
