@@ -35,7 +35,7 @@ from .rank import RankedSource, rank_source, ranking_table
 from .report import Decision, Evaluation, MergeReport, StepReport, UnitReport
 from .saving import check_output, save_merge
 from .sources import Source, SourceRef
-from .transfer import overwrite_
+from .transfer import interrupts_held, overwrite_
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,11 @@ class _Data:
     train: Any
     held_out: Any
     collator: Collator
+
+    @property
+    def can_fail(self) -> bool:
+        """Whether a step can fail after weights have moved: where there is data to train on or to be judged by."""
+        return self.train is not None or self.held_out is not None
 
 
 class GraspMerger:
@@ -325,14 +330,14 @@ class GraspMerger:
                 self._transfer(located, step, data, scratch, seed)
                 self._finetune(data, self.config.finetune_epochs, seed, scratch)
                 step.after = self._evaluate(data.held_out, data.collator)
+                step.seconds = time.perf_counter() - began
+                step.peak_memory = _peak_memory()
+                self.report.data = {"train": _described(train_dataset), "eval": _described(eval_dataset)}
+                self._initially_finetuned = True
+                self.report.steps.append(step)
         except BaseException as error:
             error.add_note(f"while merging source '{source}'")
             raise
-        step.seconds = time.perf_counter() - began
-        step.peak_memory = _peak_memory()
-        self.report.steps.append(step)
-        self.report.data = {"train": _described(train_dataset), "eval": _described(eval_dataset)}
-        self._initially_finetuned = True
         return step
 
     def _transfer(self, located: Source, step: StepReport, data: "_Data", scratch: Scratch, seed: int) -> None:
@@ -345,7 +350,8 @@ class GraspMerger:
         coefficients, scores = self._measure(loaded, units, data, step.name, scratch, seed)
         moving = [unit for unit in units if coefficients[unit.name] > 0]
         tensors = movable_tensors(self.model)
-        blend_(tensors, scratch.start, loaded.tensors, moving, coefficients)
+        start = scratch.start if data.can_fail else tensors
+        blend_(tensors, start, loaded.tensors, moving, coefficients)
         step.after_transfer = self._evaluate(data.held_out, data.collator)
         if self.config.gate and step.before and moving:
             step.accepted = step.after_transfer["loss"] <= step.before["loss"]
@@ -410,6 +416,10 @@ class GraspMerger:
         checkpoints = bool(asked.get("gradient_checkpointing") or asked.get("activation_checkpointing"))
         with preserved_state(self.model), checkpointing(self.model, checkpoints):
             self.model.to(self._accelerator.device)
+            if not data.can_fail:  # no copy of the weights is kept, so moving them must not be stopped halfway
+                with interrupts_held():
+                    yield data, scratch
+                return
             scratch.start.copy_(movable_tensors(self.model))
             try:
                 if train_dataset is not self._checked:
@@ -423,6 +433,8 @@ class GraspMerger:
                 raise
 
     def _finetune(self, data: "_Data", epochs: float, seed: int, scratch: Scratch) -> None:
+        if data.train is None:
+            return
         finetune_(
             self.model,
             data.train,

@@ -1,7 +1,10 @@
 """Moving weights into a model and taking them back. Pure tensor work: knows nothing of models or files."""
 
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -59,3 +62,23 @@ def placed(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], start: M
         for name, data in kept.items():
             tensors[name].data = data
         overwrite_(tensors, {name: start[name] for name in overwritten})
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait until the block is done."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread is ever interrupted
+        yield
+        return
+    waiting: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        waiting.append(number)
+
+    previous = signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if waiting:
+        signal.raise_signal(signal.SIGINT)

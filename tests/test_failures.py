@@ -1,6 +1,7 @@
 """Whatever fails, at whatever stage: the target comes back bit for bit, and nothing of the source stays alive."""
 
 import gc
+import signal
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+import grasp_hf.measure
 import grasp_hf.merger
 from grasp_hf import GraspConfig, GraspMerger, gradient_alignment
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, OutputExistsError
 from grasp_hf.loading import LoadedSource
-from tests.models import perturbed, saved, tiny_data, tiny_model
+from tests.models import copied, perturbed, saved, tiny_data, tiny_model
 
 CONFIG: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 1, "batch_size": 8, "num_batches": 3}
 
@@ -129,3 +131,35 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OutputExistsError, match="cannot be written: Not a directory; name another folder"):
         GraspMerger(tiny_model("vit")).save_pretrained(tmp_path / "file/merged")
+
+
+def test_an_interrupted_average_is_whole_after_the_source_that_it_was_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No copy of the weights is kept for an average without data: Ctrl-C waits for the end of the source."""
+    sources = [saved(perturbed(tiny_model("vit"), seed), tmp_path / str(seed)) for seed in (1, 2, 3)]
+    config = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0)
+    original, calls = grasp_hf.measure.interpolate_, []
+
+    def interrupted(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 50:  # in the middle of the second source
+            signal.raise_signal(signal.SIGINT)
+        original(*args)
+
+    expected = GraspMerger(tiny_model("vit"), config)
+    expected.merge(sources[:2])
+    monkeypatch.setattr(grasp_hf.measure, "interpolate_", interrupted)
+    merger = GraspMerger(tiny_model("vit"), config)
+    with pytest.raises(KeyboardInterrupt):
+        merger.merge(sources)
+    assert [step.source for step in merger.report.steps] == sources[:2]
+    for name, value in state_of(expected.model).items():
+        assert torch.equal(merger.model.state_dict()[name], value), name
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    bad = copied(sources[2], tmp_path / "bad") / "model.safetensors"
+    bad.write_bytes(bad.read_bytes()[:-100])
+    with pytest.raises(IncompatibleSourceError):
+        merger.merge([str(bad.parent)])
+    for name, value in state_of(expected.model).items():
+        assert torch.equal(merger.model.state_dict()[name], value), name
