@@ -337,6 +337,8 @@ def _read_adapter(
             kwargs = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
         model, fresh = _from_pretrained(base, type(target), dtype=_checkpoint_dtype(base), **kwargs)
         applied = apply_adapter_(model, source, directory)
+    except IncompatibleSourceError:
+        raise
     except NotImplementedError as error:
         raise IncompatibleSourceError(
             f"'{source.ref}': an adapter of type {config.peft_type} cannot be merged into weights; expected LoRA or alike"
@@ -358,8 +360,7 @@ def _read_adapter(
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:
     """Return the label names of an adapter: those of a config.json beside it, else those of its base model."""
-    beside = adapter.folder / "config.json"
-    return label_names(AutoConfig.from_pretrained(adapter.folder) if beside.is_file() else load_config(base))
+    return label_names(load_config(adapter if (adapter.folder / "config.json").is_file() else base))
 
 
 def load_processing_class(source: Source) -> Any:

@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
+from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.checkpoint import runtime_tensors
 from grasp_hf.matching import movable_tensors
 from grasp_hf.sources import Source, SourceRef
@@ -91,3 +94,61 @@ def test_what_the_target_has_no_place_for(tmp_path: Path) -> None:
     save_file(tensors | further, folder / "model.safetensors", {"format": "pt"})
     _, problems = read(folder, "bert", tmp_path / "scratch")
     assert problems == ["1 tensors of the source are not in the target: bert.encoder.layer.2.output.dense.bias"]
+
+
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+BOTH: dict[str, Any] = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+}
+ZOO: dict[str, tuple[str, dict[str, Any]]] = {
+    "RobertaForSequenceClassification": ("roberta", {"vocab_size": 50, "max_position_embeddings": 20, **SMALL}),
+    "DebertaV2ForSequenceClassification": ("deberta-v2", {"vocab_size": 50, **SMALL}),
+    "AlbertForSequenceClassification": ("albert", {"vocab_size": 50, "embedding_size": 8, **SMALL}),
+    "BartForConditionalGeneration": ("bart", {"vocab_size": 50, **BOTH}),
+    "T5ForConditionalGeneration": ("t5", {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1}),
+    "LlamaForCausalLM": ("llama", {"vocab_size": 50, **SMALL}),
+    "Qwen3MoeForCausalLM": (
+        "qwen3_moe",
+        {
+            "vocab_size": 50,
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            **SMALL,
+        },
+    ),
+    "ConvNextForImageClassification": ("convnext", {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}),
+    "CLIPForImageClassification": (
+        "clip",
+        {"vision_config": {"image_size": 8, "patch_size": 4, **SMALL}, "text_config": {"vocab_size": 20, **SMALL}},
+    ),
+    "Wav2Vec2ForSequenceClassification": (
+        "wav2vec2",
+        {"conv_dim": (8, 8), "conv_kernel": (3, 3), "conv_stride": (2, 2), "num_feat_extract_layers": 2}
+        | {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, **SMALL},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_models_of_many_kinds_arrive_whole_and_are_saved_whole(name: str, tmp_path: Path) -> None:
+    kind, sizes = ZOO[name]
+    config, cls = AutoConfig.for_model(kind, **sizes), getattr(transformers, name)
+    torch.manual_seed(0)
+    cls(config).save_pretrained(tmp_path / "base")
+    perturbed(cls(config), 1).save_pretrained(tmp_path / "source")
+    settings = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0)
+    merger = GraspMerger.from_pretrained(str(tmp_path / "base"), config=settings)
+    merger.merge([str(tmp_path / "source")])
+    merger.save_pretrained(tmp_path / "merged")
+    expected = movable_tensors(cls.from_pretrained(tmp_path / "source"))
+    for tensors in (movable_tensors(merger.model), movable_tensors(cls.from_pretrained(tmp_path / "merged"))):
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[key], value) for key, value in expected.items())
