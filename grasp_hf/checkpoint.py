@@ -2,6 +2,7 @@
 
 import os
 import re
+import zipfile
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -34,7 +35,7 @@ def file_tensors(source: Source) -> dict[str, Tensor]:
             with safe_open(path, "pt") as weights:
                 tensors |= {name: weights.get_tensor(name) for name in weights.keys()}
         else:
-            tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     return tensors
 
 
@@ -67,7 +68,9 @@ def runtime_tensors(source: Source, target: PreTrainedModel, directory: Path) ->
             converter: Any = fused.setdefault(name, deepcopy(by_pattern[pattern]))
             converter.add_tensor(name, key, pattern, raw[key])
     found |= _fuse(fused, target, expected, directory)
-    problems = _further(without_place, expected)
+    prefix = f"{target.base_model_prefix}."  # the name of a further layer lacks it where the file's do
+    problems = _further([name if name.startswith(prefix) else prefix + name for name in without_place], expected)
+    problems = problems or _further(without_place, expected)
     for alias, name in target.get_expanded_tied_weights_keys(all_submodels=True).items():
         other = found.pop(alias, None)
         if other is not None and not torch.equal(found.setdefault(name, other), other):

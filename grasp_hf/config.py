@@ -128,7 +128,8 @@ class GraspConfig:
         initial_epochs: Epochs of fine-tuning before the first source.
         finetune_epochs: Epochs of fine-tuning after each source.
         lora: Fine-tune a LoRA adapter instead of all weights, and merge it into the model at the end of each step:
-            arguments of `peft.LoraConfig`, such as `{r: 8, target_modules: all-linear}`. The head is trained whole.
+            arguments of `peft.LoraConfig`, such as `{r: 8, target_modules: all-linear}`. The head is trained whole, and
+            frozen layers are adapted too unless `target_modules` leaves them out.
         order: `"given"`, or `"rank"`: the most promising first, by the first-order gain (see `GraspMerger.rank`).
         top: Merge only this many sources, the most promising ones; needs `order="rank"`.
         accepted_bases: Names (`org/name` or `org/name@revision`) that adapters may give as their base although the

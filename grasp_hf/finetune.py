@@ -19,7 +19,7 @@ from .batches import Collator
 from .config import GraspConfig
 from .errors import ConfigError, NonFiniteError
 from .loading import quiet_transformers
-from .matching import head_tensors
+from .matching import head_tensors, movable_tensors
 
 
 def finetune_(
@@ -97,8 +97,9 @@ def adapted(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int) -> I
         yield model
         return
     children = {module: dict(module._modules) for module in model.modules()}
-    parameters = dict(model.named_parameters())
-    trainable = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    hooks = {module: dict(module._forward_hooks) for module in model.modules()}
+    tensors = movable_tensors(model)
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     defaults: dict[str, Any] = {"target_modules": "all-linear"}
     if head := set() if model.can_generate() else {name.partition(".")[0] for name in head_tensors(model)}:
         defaults |= {"modules_to_save": sorted(head), "exclude_modules": rf"({'|'.join(sorted(head))})(\..*)?"}
@@ -110,15 +111,18 @@ def adapted(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int) -> I
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"lora: cannot be applied to a {type(model).__name__}: {error}") from error
         yield adapter
-        merged = dict(adapter.merge_and_unload().named_parameters())
-        for name, parameter in parameters.items():
-            if merged[name] is not parameter:
-                parameter.data.copy_(merged[name].data)
+        merged = movable_tensors(adapter.merge_and_unload())
+        for name, tensor in tensors.items():
+            if merged[name] is not tensor:
+                tensor.data.copy_(merged[name].data)
     finally:
         vars(model).pop("peft_config", None)
         for module, own in children.items():
             module._modules.update(own)
-        for name, parameter in parameters.items():
+        for module, own_hooks in hooks.items():  # PEFT leaves some where activations are checkpointed
+            module._forward_hooks.clear()
+            module._forward_hooks.update(own_hooks)
+        for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
 
 

@@ -89,18 +89,19 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
     gradients of a layer that is used more than once.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
-    cache = getattr(model.config, "use_cache", None)
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    caching = [config for config in configs if layers and getattr(config, "use_cache", False)]
     for layer in layers:
         vars(layer)["forward"] = partial(checkpoint, type(layer).forward.__get__(layer), use_reentrant=False)
-    if layers and cache:
-        model.config.use_cache = False  # a layer that is run twice would write its keys twice
+    for config in caching:
+        config.use_cache = False  # a layer that is run twice would write its keys twice
     try:
         yield
     finally:
         for layer in layers:
             del vars(layer)["forward"]
-        if layers and cache:
-            model.config.use_cache = cache
+        for config in caching:
+            config.use_cache = True
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """From files to models on the CPU: the target, and one source at a time, checked before it is used."""
 
 import logging
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +32,16 @@ TASKS: dict[str, Any] = pipelines.SUPPORTED_TASKS
 UNREADABLE = (ValueError, RuntimeError, OSError, EOFError, UnpicklingError, SafetensorError)
 PROCESSING_FILES = ("tokenizer*.json", "vocab*", "*.model", "preprocessor_config.json", "processor_config.json")
 # Settings that change what the same weights mean, and that no shape tells.
-WITHOUT_SHAPE = ("num_attention_heads", "num_key_value_heads", "hidden_act", "activation_function", "window_size")
+WITHOUT_SHAPE = (
+    "num_hidden_layers",  # an ALBERT shares them
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "activation_function",
+    "window_size",
+    "rope_theta",
+    "rope_parameters",
+)
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -236,6 +246,9 @@ def load_source(
     lacking = [name for name in targets if name not in tensors and name not in head.left_out]
     problems = [*read.problems, *tensor_problems(targets, tensors, {*lacking, *head.left_out, *matches})]
     problems += head.problems + tokens.problems
+    # Some tensors are never saved, because every model computes the same ones.
+    computed = [*(target._keys_to_ignore_on_save or ()), *(target._keys_to_ignore_on_load_missing or ())]
+    lacking = [name for name in lacking if not any(re.search(pattern, name) for pattern in computed)]
     if lacking and source.kind == "full":
         problems.append(f"{len(lacking)} tensors are not in its files, starting with {min(lacking)}")
     if problems:
@@ -274,14 +287,15 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _read_full(source: Source, target: PreTrainedModel, directory: Path) -> _Read:
     config = load_config(source)
-    if problems := architecture_problems(config, target):
-        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(problems))
+    architecture = architecture_problems(config, target)
+    if config.model_type != target.config.model_type:
+        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(architecture))
     source.float_dtypes()
     try:
         tensors, problems = runtime_tensors(source, target, directory)
     except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be read: {error}") from error
-    return _Read(tensors, set(tensors), label_names(config), problems)
+    return _Read(tensors, set(tensors), label_names(config), problems + architecture)
 
 
 def architecture_problems(config: PretrainedConfig, target: PreTrainedModel) -> list[str]:
@@ -355,7 +369,9 @@ def _read_adapter(
         for name, tensor in movable_tensors(applied.model).items()
         if name not in fresh or inside(name, applied.whole)
     }
-    return _Read(own, {name for name in own if inside(name, applied.touched)}, labels)
+    ties = target.get_expanded_tied_weights_keys(all_submodels=True)
+    touched = {name for name in own if inside(name, applied.touched)}
+    return _Read(own, touched | {name for alias, name in ties.items() if inside(alias, applied.touched)}, labels)
 
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:
@@ -371,5 +387,5 @@ def load_processing_class(source: Source) -> Any:
     try:
         with quiet_transformers():
             return AutoProcessor.from_pretrained(source.folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError):
+    except (ValueError, OSError, KeyError, ImportError):
         return None

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -322,12 +322,16 @@ class GraspMerger:
         began = time.perf_counter()
         seed = self.config.seed + len(self.report.steps) + 1
         try:
-            with self._scratch_files(), self._step(train_dataset, eval_dataset, data_collator) as (data, scratch):
+            with (
+                ExitStack() as held,
+                self._scratch_files(),
+                self._step(train_dataset, eval_dataset, data_collator) as (data, scratch),
+            ):
                 located = hub.locate(str(source), token=token)
                 step = StepReport(str(located.ref), located.sha, located.kind, num_bytes=located.num_bytes)
                 step.license = declared_license(located.folder)
                 step.before = self._evaluate(data.held_out, data.collator)
-                self._transfer(located, step, data, scratch, seed)
+                self._transfer(located, step, data, scratch, seed, held)
                 self._finetune(data, self.config.finetune_epochs, seed, scratch)
                 step.after = self._evaluate(data.held_out, data.collator)
                 step.seconds = time.perf_counter() - began
@@ -340,7 +344,9 @@ class GraspMerger:
             raise
         return step
 
-    def _transfer(self, located: Source, step: StepReport, data: "_Data", scratch: Scratch, seed: int) -> None:
+    def _transfer(
+        self, located: Source, step: StepReport, data: "_Data", scratch: Scratch, seed: int, held: ExitStack
+    ) -> None:
         """Load and measure the source, move what the evidence says, and take it back if the held-out loss says so."""
         loaded = self._load(located, scratch)
         step.notes = loaded.notes
@@ -351,6 +357,8 @@ class GraspMerger:
         moving = [unit for unit in units if coefficients[unit.name] > 0]
         tensors = movable_tensors(self.model)
         start = scratch.start if data.can_fail else tensors
+        if not data.can_fail:  # no copy of the weights is kept, so a step must not stop between here and its record
+            held.enter_context(interrupts_held())
         blend_(tensors, start, loaded.tensors, moving, coefficients)
         step.after_transfer = self._evaluate(data.held_out, data.collator)
         if self.config.gate and step.before and moving:
@@ -416,9 +424,8 @@ class GraspMerger:
         checkpoints = bool(asked.get("gradient_checkpointing") or asked.get("activation_checkpointing"))
         with preserved_state(self.model), checkpointing(self.model, checkpoints):
             self.model.to(self._accelerator.device)
-            if not data.can_fail:  # no copy of the weights is kept, so moving them must not be stopped halfway
-                with interrupts_held():
-                    yield data, scratch
+            if not data.can_fail:
+                yield data, scratch
                 return
             scratch.start.copy_(movable_tensors(self.model))
             try:

@@ -99,6 +99,9 @@ def vocabulary(processing_class: Any) -> dict[str, int] | None:
 
 def token_tensors(model: PreTrainedModel) -> set[str]:
     """Return the names of the tensors that have a row per token: the embeddings, and the layer that predicts tokens."""
+    if type(model).__name__.endswith("ForCTC"):  # it predicts tokens of sounds
+        tensors, rows = movable_tensors(model), model.config.vocab_size
+        return {name for name in head_tensors(model) if tensors[name].shape[0] == rows}
     try:
         modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     except NotImplementedError:  # a model of images

@@ -152,3 +152,30 @@ def test_models_of_many_kinds_arrive_whole_and_are_saved_whole(name: str, tmp_pa
     for tensors in (movable_tensors(merger.model), movable_tensors(cls.from_pretrained(tmp_path / "merged"))):
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensors[key], value) for key, value in expected.items())
+
+
+def test_weights_pickled_before_zip_files(tmp_path: Path) -> None:
+    folder = Path(saved(perturbed(tiny_model("bert"), 1), tmp_path / "source"))
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    (folder / "model.safetensors").unlink()
+    assert read(folder, "bert", tmp_path / "scratch")[0].keys() == movable_tensors(tiny_model("bert")).keys()
+
+
+def test_a_deeper_body_without_a_head(tmp_path: Path) -> None:
+    """The names of a body alone lack the prefix that the target's have."""
+    config: Any = tiny_model("bert").config
+    config.num_hidden_layers = 3
+    model: Any = transformers.BertForSequenceClassification(config)
+    _, problems = read(saved(model.bert, tmp_path / "body"), "bert", tmp_path / "scratch")
+    assert problems[0].startswith("16 tensors of the source are not in the target: bert.encoder.layer.2.")
+
+
+def test_positions_that_are_computed_and_never_saved(tmp_path: Path) -> None:
+    config: Any = AutoConfig.for_model("marian", vocab_size=50, pad_token_id=0, decoder_start_token_id=0, **BOTH)
+    torch.manual_seed(0)
+    model = transformers.MarianMTModel(config)
+    model.save_pretrained(tmp_path / "base")
+    settings = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0)
+    merger = GraspMerger.from_pretrained(str(tmp_path / "base"), config=settings)
+    assert merger.merge([str(tmp_path / "base")]).steps[0].moved > 10

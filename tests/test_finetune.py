@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel, default_data_collator
+from transformers import LevitConfig, LevitForImageClassification, PreTrainedModel, default_data_collator
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError, NonFiniteError
@@ -191,3 +191,26 @@ def test_a_merge_with_low_rank_fine_tuning_repeats_bit_for_bit(tmp_path: Path) -
         config = GraspConfig(initial_epochs=1, finetune_epochs=1, batch_size=8, lora={"r": 2})
         assert len(GraspMerger(model, config).merge([source, source], **data).steps) == 2
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
+def test_the_statistics_of_a_trained_head_stay_with_it(tmp_path: Path) -> None:
+    """PEFT trains a copy of the head; that of a LeViT holds a normalisation layer."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_sizes": [16, 16, 16], "num_attention_heads": [1, 1, 1], "depths": [1, 1, 1]}
+    model = LevitForImageClassification(LevitConfig(image_size=64, key_dim=[8, 8, 8], **sizes))
+    modules, hooks = dict(model.named_modules()), [len(m._forward_hooks) for m in model.modules()]
+    with adapted(model, {"r": 2}, seed=0) as trained:
+        trained.train()
+        for _ in range(3):
+            trained(pixel_values=torch.randn(4, 3, 64, 64) + 1)
+        inside = trained.eval()(pixel_values=torch.ones(2, 3, 64, 64)).logits
+    assert dict(model.named_modules()) == modules and [len(m._forward_hooks) for m in model.modules()] == hooks
+    torch.testing.assert_close(
+        model.eval()(pixel_values=torch.ones(2, 3, 64, 64)).logits, inside, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_checkpointing_leaves_no_hook_behind(tmp_path: Path) -> None:
+    model = tiny_model("vit")
+    low_rank(model, tmp_path, {"r": 2}, gradient_checkpointing=True)
+    assert not any(module._forward_hooks for module in model.modules())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError
@@ -161,3 +162,21 @@ def test_a_model_that_cannot_checkpoint_says_so(tmp_path: Path) -> None:
     config = GraspConfig(training_arguments={"gradient_checkpointing": True})
     with pytest.raises(ConfigError, match="training_arguments: gradient_checkpointing: .*ResNet"):
         GraspMerger(tiny_model("resnet"), config).merge([], train_dataset=tiny_data("resnet", 8))
+
+
+def test_checkpointing_of_an_encoder_and_a_decoder_with_configs_of_their_own() -> None:
+    """The two halves of a T5 have a config each, and each has its own switch for the cache."""
+    sizes: dict[str, Any] = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "decoder_start_token_id": 0}
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**sizes)).eval()
+    ids = torch.arange(16).view(2, 8)
+    found: list[dict[str, Tensor]] = []
+    for asked in (False, True):
+        gradients: dict[str, Tensor] = {}
+        with checkpointing(model, asked):
+            gradient_pass(model, {"input_ids": ids, "labels": ids}, lambda n, g, into=gradients: into.update({n: g}))  # type: ignore[misc]
+        found.append(gradients)
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
+    assert all(part.config.use_cache for part in (model, model.decoder))
