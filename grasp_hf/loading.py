@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrainedModel, pipelines
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel, pipelines
 from transformers.utils import logging as transformers_logging
 
 from .adapters import adapter_problems, apply_adapter_, load_adapter_config, saved_classes
@@ -384,8 +384,10 @@ def load_processing_class(source: Source) -> Any:
     # Without these, transformers makes up a tokenizer that knows no word.
     if not any(path for pattern in PROCESSING_FILES for path in source.folder.glob(pattern)):
         return None
-    try:
-        with quiet_transformers():
-            return AutoProcessor.from_pretrained(source.folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, ImportError):
-        return None
+    for auto in (AutoProcessor, AutoTokenizer):  # a processor of sounds needs more files than its tokenizer
+        try:
+            with quiet_transformers():
+                return auto.from_pretrained(source.folder, trust_remote_code=False)
+        except (ValueError, OSError, KeyError, ImportError):
+            continue
+    return None

@@ -1,5 +1,6 @@
 """Heads and vocabularies: rows are matched by what they mean, never by index."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2ForCTC,
 )
 
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError
@@ -267,3 +271,24 @@ def test_a_target_without_a_tokenizer_asks_for_none(tmp_path: Path) -> None:
     config = BertConfig(**{**SMALL, "vocab_size": len(WORDS)}, id2label=dict(enumerate(LABELS)))
     merger = GraspMerger(BertForSequenceClassification(config), GraspConfig(**COPY_ALL))
     assert merger.merge([str(source)], train_dataset=words_data()).steps[0].moved > 0
+
+
+def test_the_tokens_of_a_speech_model_are_matched_by_their_strings(tmp_path: Path) -> None:
+    """Every fine-tune of a CTC model has a vocabulary of its own, and its head no label names."""
+    convolutions: dict[str, Any] = {"conv_dim": (8, 8), "conv_kernel": (3, 3), "conv_stride": (2, 2)}
+    convolutions |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2}
+    sizes = {key: value for key, value in SMALL.items() if key not in ("vocab_size", "max_position_embeddings")}
+    models: list[PreTrainedModel] = []
+    for name, letters in (("base", "abcdef"), ("source", "fedcba")):
+        torch.manual_seed(len(models))
+        models.append(Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=8, **convolutions, **sizes)))
+        models[-1].save_pretrained(tmp_path / name)
+        words = {token: row for row, token in enumerate(("<pad>", "<unk>", *letters))}
+        (tmp_path / "vocab.json").write_text(json.dumps(words))
+        Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json")).save_pretrained(tmp_path / name)
+    settings = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0)
+    merger = GraspMerger.from_pretrained(str(tmp_path / "base"), config=settings)
+    step = merger.merge([str(tmp_path / "source")]).steps[0]
+    head, theirs = (model.get_parameter("lm_head.weight") for model in (merger.model, models[1]))
+    assert torch.equal(head[:8], theirs[[0, 1, 7, 6, 5, 4, 3, 2]])
+    assert "tokens matched by their strings" in step.notes[0]
