@@ -1,18 +1,17 @@
 """The command line: `grasp-hf plan | rank | merge | demo`."""
 
 import argparse
+import gc
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from datasets import disable_progress_bars
-
 from .config import Recipe
-from .demo import run_demo
 from .errors import ConfigError, GraspError
 from .plan import plan, plan_table, problem_list
 from .prepare import prepare
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if wrong := [text for text in options.overrides if "=" not in text]:
             parser.error(f"expected key=value, got: {' '.join(wrong)}")
     if not sys.stderr.isatty():
-        disable_progress_bars()
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
     try:
         with _lines_on_stdout(logging.DEBUG if options.verbose else logging.INFO):
             return {"plan": _plan, "rank": _rank, "merge": _merge, "demo": _demo}[options.command](options)
@@ -58,6 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def run() -> None:
+    """Run the command line and leave: the entry point of `grasp-hf`."""
+    code = main()
+    gc.freeze()  # otherwise Python's last collection walks all objects of torch and transformers, for a second
+    sys.exit(code)
 
 
 @contextmanager
@@ -160,5 +166,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from .demo import run_demo  # as all that imports datasets, where it is needed: half a second
+
     print(run_demo(options.output, seed=options.seed))
     return 0

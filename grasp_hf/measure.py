@@ -249,6 +249,38 @@ def learned_coefficients(
     return coefficients, {name: mean_defined(values) for name, values in scores.items()}
 
 
+def measure_source(
+    target: PreTrainedModel,
+    source_values: Mapping[str, Tensor],
+    units: Sequence[Unit],
+    batches: Iterable[Batch],
+    config: GraspConfig,
+    *,
+    scratch: Scratch,
+    seed: int,
+) -> tuple[dict[str, float], Scores]:
+    """Return the coefficient (0 is staying, 1 is copying) and the score of each unit, as `config.method` finds them."""
+    if config.method == "blend":
+        return learned_coefficients(target, source_values, units, batches, scratch=scratch, lr=config.coefficient_lr)
+    scores = _cosines(target, source_values, units, batches, config, scratch=scratch, seed=seed)
+    return {name: float(score is not None and score > config.threshold) for name, score in scores.items()}, scores
+
+
+def _cosines(
+    target: PreTrainedModel,
+    source_values: Mapping[str, Tensor],
+    units: Sequence[Unit],
+    batches: Iterable[Batch],
+    config: GraspConfig,
+    *,
+    scratch: Scratch,
+    seed: int,
+) -> Scores:
+    if config.accumulate_gradients:
+        return summed_cosines(target, source_values, units, batches, scratch=scratch)
+    return unit_cosines(target, source_values, units, batches, scratch=scratch, seed=seed, published=config.published)
+
+
 def blend_(
     tensors: Mapping[str, Tensor],
     start: Mapping[str, Tensor],
@@ -306,11 +338,7 @@ def gradient_alignment(
         scratch.start.copy_(tensors)
         values, units = movable_tensors(source), partition(target, config.unit)
         try:
-            if config.accumulate_gradients:
-                return summed_cosines(target, values, units, batches, scratch=scratch)
-            return unit_cosines(
-                target, values, units, batches, scratch=scratch, seed=config.seed, published=config.published
-            )
+            return _cosines(target, values, units, batches, config, scratch=scratch, seed=config.seed)
         finally:
             statistics = {name for name, tensor in tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
             overwrite_(tensors, {name: scratch.start[name] for name in statistics})

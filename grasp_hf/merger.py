@@ -1,7 +1,6 @@
 """The loop: for each source, pull, measure, transfer, fine-tune, record, free."""
 
 import logging
-import math
 import resource
 import sys
 import tempfile
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,13 +24,12 @@ from .batches import Collator, batch_loss, check_dataset, evaluate, keeping_mode
 from .card import declared_license
 from .config import GraspConfig
 from .errors import ConfigError, GraspError, IncompatibleSourceError
-from .finetune import finetune_
 from .gradients import checkpointing, preserved_state
 from .loading import LoadedSource, load_processing_class, load_source, load_target
 from .matching import Unit, movable_tensors, partition, units_within
-from .measure import Scores, Scratch, blend_, learned_coefficients, mean_gradient, summed_cosines, unit_cosines
-from .rank import RankedSource, rank_source, ranking_table
-from .report import Decision, Evaluation, MergeReport, StepReport, UnitReport
+from .measure import Scores, Scratch, blend_, mean_gradient, measure_source
+from .rank import RankedSource, rank_sources, ranking_table
+from .report import Evaluation, MergeReport, StepReport, unit_reports
 from .saving import check_output, save_merge
 from .sources import Source, SourceRef
 from .transfer import interrupts_held, overwrite_
@@ -277,19 +274,12 @@ class GraspMerger:
             found, _ = mean_gradient(self.model, batches, scratch.gradients)
             gradient = {name: scratch.gradients[name] for name in found}
             units = partition(self.model, self.config.unit)
-            rows = []
-            for source in tqdm(sources, desc="ranking", unit="source", leave=False, disable=None):
-                began = time.perf_counter()
-                try:
-                    located = hub.locate(str(source), token=token)
-                    loaded = self._load(located, scratch, check_finite=False)  # its products say so
-                    row = rank_source(located, loaded, gradient, scratch.start, units)
-                    del loaded
-                except GraspError as error:
-                    row = RankedSource(str(source), problem=str(error))
-                row.seconds = time.perf_counter() - began
-                rows.append(row)
-        return sorted(rows, key=lambda row: -math.inf if row.gain is None else row.gain, reverse=True)
+
+            def load(reference: str) -> tuple[Source, LoadedSource]:
+                located = hub.locate(reference, token=token)
+                return located, self._load(located, scratch, check_finite=False)  # its products say so
+
+            return rank_sources([str(source) for source in sources], load, gradient, scratch.start, units)
 
     def _load(self, located: Source, scratch: Scratch, *, check_finite: bool = True) -> LoadedSource:
         return load_source(
@@ -365,7 +355,8 @@ class GraspMerger:
             step.accepted = step.after_transfer["loss"] <= step.before["loss"]
         if not step.accepted:
             overwrite_(tensors, {name: scratch.start[name] for unit in moving for name in unit.tensors})
-        step.units = _unit_reports(units, tensors, coefficients, scores, step.accepted)
+        sizes = {unit.name: sum(tensors[name].numel() for name in unit.tensors) for unit in units}
+        step.units = unit_reports(sizes, coefficients, scores, step.accepted)
 
     def _measure(
         self, loaded: LoadedSource, units: Sequence[Unit], data: "_Data", name: str, scratch: Scratch, seed: int
@@ -383,18 +374,7 @@ class GraspMerger:
             leave=False,
             disable=None,
         )
-        if config.method == "blend":
-            return learned_coefficients(
-                self.model, loaded.tensors, units, batches, scratch=scratch, lr=config.coefficient_lr
-            )
-        if config.accumulate_gradients:
-            scores = summed_cosines(self.model, loaded.tensors, units, batches, scratch=scratch)
-        else:
-            scores = unit_cosines(
-                self.model, loaded.tensors, units, batches, scratch=scratch, seed=seed, published=config.published
-            )
-        above = {name for name, score in scores.items() if score is not None and score > config.threshold}
-        return {unit.name: float(unit.name in above) for unit in units}, scores
+        return measure_source(self.model, loaded.tensors, units, batches, config, scratch=scratch, seed=seed)
 
     @contextmanager
     def _scratch_files(self) -> Iterator[None]:
@@ -442,6 +422,8 @@ class GraspMerger:
     def _finetune(self, data: "_Data", epochs: float, seed: int, scratch: Scratch) -> None:
         if data.train is None:
             return
+        from .finetune import finetune_  # its Trainer imports datasets, which a merge without data need not wait for
+
         finetune_(
             self.model,
             data.train,
@@ -521,27 +503,3 @@ def _described(dataset: Any) -> dict[str, Any] | None:
     if dataset is None:
         return None
     return {"samples": len(dataset), "fingerprint": getattr(dataset, "_fingerprint", None)}
-
-
-def _unit_reports(
-    units: Sequence[Unit],
-    tensors: dict[str, Tensor],
-    coefficients: dict[str, float],
-    scores: Scores,
-    accepted: bool,
-) -> list[UnitReport]:
-    def decision(unit: str) -> Decision:
-        if coefficients[unit] > 0:
-            return "moved" if accepted else "undone"
-        return "undefined" if scores[unit] is None else "kept"
-
-    return [
-        UnitReport(
-            name=unit.name,
-            elements=sum(tensors[name].numel() for name in unit.tensors),
-            score=scores[unit.name],
-            coefficient=coefficients[unit.name],
-            decision=decision(unit.name),
-        )
-        for unit in units
-    ]

@@ -1,20 +1,21 @@
 """From a recipe to a merger and its data, ready to run."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import DatasetDict
 from transformers import PretrainedConfig, PreTrainedModel, default_data_collator
 
 from . import hub
 from .batches import Collator
 from .config import Recipe
-from .data import DataSection, class_names, load_splits, names_for_model, with_images, with_label_ids, with_tokens
 from .errors import ConfigError, DataError
 from .loading import load_config, load_processing_class, model_class, task_of
 from .merger import GraspMerger
 from .rows import label_names
 from .sources import Source
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 PREPARED = ("image-classification", "text-classification", "text-generation")
 
@@ -55,6 +56,8 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
         merger = GraspMerger.from_pretrained(start, config=recipe.config, task=recipe.task, token=token)
         merger.report.starts_from_source = recipe.base_model is None
         return merger, sources, TaskData(None, None, None, default_data_collator)
+    from .data import DataSection, with_images, with_tokens  # datasets, which a merge without data never imports
+
     section = DataSection.from_recipe(recipe)
     base = hub.locate(start, token=token)
     config = load_config(base)
@@ -80,11 +83,13 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
 
 def labelled_splits(
     recipe: Recipe, config: PretrainedConfig, cls: type[PreTrainedModel]
-) -> tuple[DatasetDict, dict[str, Any]]:
+) -> tuple["DatasetDict", dict[str, Any]]:
     """Return the data with labels as class ids, and the label names that a model of this `config` should take on.
 
     Language models have neither: the second is empty for them.
     """
+    from .data import DataSection, class_names, load_splits, names_for_model, with_label_ids
+
     section = DataSection.from_recipe(recipe)
     splits = load_splits(section)
     if cls.can_generate():

@@ -1,14 +1,17 @@
 """What sources promise before any is merged: the first-order gain of going to each, from its bytes alone."""
 
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .alignment import cosine
-from .errors import NonFiniteError
+from .errors import GraspError, NonFiniteError
 from .loading import LoadedSource
 from .matching import Unit, units_within
 from .measure import UnitProducts
@@ -69,6 +72,34 @@ class RankedSource:
             "MB": f"{self.num_bytes / 1e6:.1f}",
             "seconds": f"{self.seconds:.1f}",
         }
+
+
+def rank_sources(
+    references: Sequence[str],
+    load: Callable[[str], tuple[Source, LoadedSource]],
+    gradient: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
+    units: Sequence[Unit],
+) -> list[RankedSource]:
+    """Return what each source promises, the largest gain first; those that `load` cannot read come last.
+
+    Args:
+        references: The sources; one at a time is loaded.
+        load: Finds and reads a source.
+        gradient: See `rank_source`.
+        target: See `rank_source`.
+        units: See `rank_source`.
+    """
+    rows = []
+    for reference in tqdm(references, desc="ranking", unit="source", leave=False, disable=None):
+        began = time.perf_counter()
+        try:
+            row = rank_source(*load(reference), gradient, target, units)
+        except GraspError as error:
+            row = RankedSource(reference, problem=str(error))
+        row.seconds = time.perf_counter() - began
+        rows.append(row)
+    return sorted(rows, key=lambda row: -math.inf if row.gain is None else row.gain, reverse=True)
 
 
 def rank_source(

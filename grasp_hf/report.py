@@ -1,7 +1,7 @@
 """The record of a merge: what every source was worth, unit by unit, as data and as tables."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +47,22 @@ class UnitReport:
     score: float | None
     coefficient: float
     decision: Decision
+
+
+def unit_reports(
+    sizes: Mapping[str, int],
+    coefficients: Mapping[str, float],
+    scores: Mapping[str, float | None],
+    accepted: bool,
+) -> list[UnitReport]:
+    """Return what was decided on each unit of `sizes`; `accepted` is `False` where the gate took everything back."""
+
+    def decision(unit: str) -> Decision:
+        if coefficients[unit] > 0:
+            return "moved" if accepted else "undone"
+        return "undefined" if scores[unit] is None else "kept"
+
+    return [UnitReport(unit, size, scores[unit], coefficients[unit], decision(unit)) for unit, size in sizes.items()]
 
 
 @dataclass

@@ -194,7 +194,7 @@ def against_mergekit(folders: list[Path], cache: Path) -> dict[str, float]:
         mine = Path(name, "grasp.yaml")
         settings = {"method": "average", "initial_epochs": 0, "finetune_epochs": 0}
         mine.write_text(yaml.safe_dump({"sources": [str(folder) for folder in folders], **settings}))
-        code = "from grasp_hf.cli import main; raise SystemExit(main())"
+        code = "from grasp_hf.cli import run; run()"
         seconds, peaks = peaks_of([sys.executable, "-c", code, "merge", str(mine), "--output", str(ours)])
         expected, merged = load_file(theirs / "model.safetensors"), load_file(ours / "model.safetensors")
         for key, value in merged.items():
