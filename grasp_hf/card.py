@@ -1,13 +1,18 @@
 """The model card of a merge, in the words and metadata that the Hub knows."""
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
+from .licenses import strictest
 from .loading import task_of
-from .report import MergeReport
+from .report import MergeReport, markdown_table
+from .sources import SourceRef
 
 TEXT = """---
 {{ card_data }}
@@ -19,11 +24,7 @@ TEXT = """---
 
 ## Usage
 
-```python
-from transformers import {{ model_class }}
-
-model = {{ model_class }}.from_pretrained("{{ model_id }}")
-```
+{{ usage }}
 
 ## Merge details
 
@@ -33,43 +34,129 @@ model = {{ model_class }}.from_pretrained("{{ model_id }}")
 
 ### Models merged
 
-Started from `{{ base }}`.
+Started from {{ base }}.{{ included }}
 
 {{ table }}
 
 The scores are means over units; every unit's score, coefficient and decision are in `grasp_report.json`. Losses are
 on held-out data of the target task: before the transfer, after it, and after fine-tuning.
+{{ figures }}
+### Licence
+
+{{ licence }}
 
 ### Configuration
 
 ```yaml
 {{ configuration }}```
-"""
+{{ citation }}"""
 
 
 GUIDED = """ Gradients of labelled target data
 said what to take from each; the method follows [GRASP](https://arxiv.org/abs/2606.14900)."""
 
+CITATION = """
+## Citation
+
+The method follows GRASP:
+
+```bibtex
+@misc{grasp2026,
+  title = {GRASP},
+  year = {2026},
+  eprint = {2606.14900},
+  archivePrefix = {arXiv}
+}
+```
+"""
+
+METHODS = {
+    "copy": "Units whose gradients agree with the target's were copied from each source.",
+    "average": "Each unit is the mean over the sources that bring it.",
+    "blend": "Each unit moved part of the way to each source, with coefficients learned on the target data.",
+}
+
+# By task: what the snippet imports, and a call with an input that needs no file and no network.
+PIPELINES = {
+    "image-classification": ("from PIL import Image\n", 'Image.new("RGB", (224, 224), "white")'),
+    "text-classification": ("", '"An example sentence."'),
+    "text-generation": ("", '"Once upon a time", max_new_tokens=10'),
+}
+
+CAPTIONS = {
+    "alignment.png": "What each source brought to each layer, and what was decided",
+    "progress.png": "Held-out loss along the merge",
+}
+
 
 def hub_ids(report: MergeReport) -> list[str]:
     """Return the Hub ids of the base and the merged sources, each once; local folders have no id."""
     named = [(report.base, report.base_sha)] + [(step.source, step.sha) for step in report.steps]
-    return list(dict.fromkeys(name.partition("@")[0] for name, sha in named if sha))
+    return list(dict.fromkeys(SourceRef.parse(name).name for name, sha in named if sha))
 
 
 def declared_license(folder: Path) -> str | None:
     """Return the licence that the card in `folder` declares; `None` where there is no card or no licence in it."""
     card = folder / "README.md"
     try:
-        return ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+        found = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
     except (ValueError, OSError, YAMLError):
         return None
+    return ", ".join(map(str, found)) if isinstance(found, list) else found
 
 
-def shared_license(report: MergeReport) -> str | None:
-    """Return the licence that the base and all sources declare; `None` where they differ or one declares none."""
-    licenses = {report.base_license, *(step.license for step in report.steps)}
-    return licenses.pop() if len(licenses) == 1 else None
+def parent_licenses(report: MergeReport) -> dict[str, str | None]:
+    """Return what the base and every source declare, by name; folders of one name are told apart by a number."""
+    licenses: dict[str, str | None] = {}
+    seen: set[tuple[str, str | None, str | None]] = set()
+    steps = [(step.name, step.sha, step.license) for step in report.steps]
+    for name, sha, license in [(_base_name(report), report.base_sha, report.base_license), *steps]:
+        if (name, sha, license) in seen:
+            continue
+        seen.add((name, sha, license))
+        number = 2
+        unique = name
+        while unique in licenses:
+            unique, number = f"{name} ({number})", number + 1
+        licenses[unique] = license
+    return licenses
+
+
+def dataset_ids(report: MergeReport) -> list[str]:
+    """Return the Hub id of the recipe's data set; nothing where the data is a folder, or files that a builder reads."""
+    path = (report.recipe.get("data") or {}).get("path")
+    if not isinstance(path, str) or path.count("/") != 1 or Path(path).exists():
+        return []
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return []
+    return [path]
+
+
+def usage(model: PreTrainedModel, model_id: str, *, with_pipeline: bool = True) -> str:
+    """Return Python that uses the model: as a pipeline on a literal input, for the tasks in `PIPELINES`; as a class."""
+    task, cls = task_of(type(model)), type(model).__name__
+    load = f'from transformers import {cls}\n\nmodel = {cls}.from_pretrained("{model_id}")'
+    blocks = [f"```python\n{load}\n```"]
+    if with_pipeline and task in PIPELINES:
+        imports, example = PIPELINES[task]
+        run = f'{imports}from transformers import pipeline\n\nrun = pipeline("{task}", model="{model_id}")'
+        blocks = [f"```python\n{run}\nprint(run({example}))\n```", "As a model for further work:", *blocks]
+    return "\n\n".join(blocks)
+
+
+def licence_section(report: MergeReport, gated: Collection[str] = ()) -> str:
+    """Return what the merge declares and why: every parent's licence, and warnings where they are not all one."""
+    licenses = parent_licenses(report)
+    declared, warnings = strictest(licenses)
+    warnings += [f"`{name}` is gated: what was accepted to get its files may hold for the merge too" for name in gated]
+    rows = [{"model": name, "licence": license or "–"} for name, license in licenses.items()]
+    says = f"This merge declares `{declared}`." if declared else "This merge declares no licence."
+    note = f"{says} It was chosen from what the cards of its parents declare, and is no legal advice."
+    return "\n\n".join(
+        [note, markdown_table(rows), *(["\n".join(f"- {text}" for text in warnings)] if warnings else [])]
+    )
 
 
 def _evaluation_rows(report: MergeReport, task: str | None) -> list[EvalResult]:
@@ -87,36 +174,73 @@ def _evaluation_rows(report: MergeReport, task: str | None) -> list[EvalResult]:
     ]
 
 
-def model_card(model: PreTrainedModel, report: MergeReport, model_id: str) -> ModelCard:
-    """Return the card for `model` as merged by `report`, under the name of `model_id`."""
+def _base_name(report: MergeReport) -> str:
+    return report.base if report.base_sha else Path(report.base).name
+
+
+def _linked(name: str, sha: str | None) -> str:
+    """Return a model for a reader, with a link to its page where it has one."""
+    return f"[{name}](https://huggingface.co/{SourceRef.parse(name).name})" if sha else f"`{name}`"
+
+
+def _included(report: MergeReport) -> str:
+    """Return the sources that the merged model took something from, as a list."""
+    sources = dict.fromkeys(_linked(step.name, step.sha) for step in report.steps if step.moved)
+    items = "\n".join(f"* {source}" for source in sources)
+    return f" The following models were included in the merge:\n\n{items}" if items else ""
+
+
+def _metadata(model: PreTrainedModel, report: MergeReport, model_id: str) -> ModelCardData:
     task = task_of(type(model))
     rows = _evaluation_rows(report, task)
-    data = ModelCardData(
+    return ModelCardData(
         base_model=hub_ids(report) or None,
         base_model_relation="merge" if hub_ids(report) else None,
         library_name="transformers",
         pipeline_tag=task,
-        license=shared_license(report),
+        license=strictest(parent_licenses(report))[0],
+        datasets=dataset_ids(report) or None,
         model_name=Path(model_id).name if rows else None,
         eval_results=rows or None,
         tags=["merge", "grasp", "grasp_hf"],
     )
-    method = report.config.get("method")
-    described = {
-        "copy": "Units whose gradients agree with the target's were copied from each source.",
-        "average": "Each unit is the mean over the sources that bring it.",
-        "blend": "Each unit moved part of the way to each source, with coefficients learned on the target data.",
-    }[str(method)]
+
+
+def model_card(
+    model: PreTrainedModel,
+    report: MergeReport,
+    model_id: str,
+    figures: Sequence[str] = (),
+    *,
+    with_pipeline: bool = True,
+    gated: Collection[str] = (),
+) -> ModelCard:
+    """Return the card for `model` as merged by `report`.
+
+    Args:
+        model: The merged model.
+        report: Its record; local folders in it are named by their last part only after `without_paths`.
+        model_id: What the usage snippet loads: the name of a repository or of a folder.
+        figures: Files beside the card to show, such as `save_figures` returns.
+        with_pipeline: Whether a tokenizer or processor is saved with the model, which a pipeline needs.
+        gated: Names of the parents whose files are behind conditions.
+    """
+    method = str(report.config.get("method"))
+    images = "\n\n".join(f"![{CAPTIONS.get(name, name)}]({name})" for name in figures)
     return ModelCard.from_template(
-        data,
+        _metadata(model, report, model_id),
         template_str=TEXT,
         title=Path(model_id).name,
         count=f"{sum(step.moved > 0 for step in report.steps)} of {len(report.steps)} sources",
         model_class=type(model).__name__,
-        model_id=model_id,
-        method=f"`{method}`. {described}",
+        usage=usage(model, model_id, with_pipeline=with_pipeline),
+        method=f"`{method}`. {METHODS[method]}",
         guided="" if method == "average" else GUIDED,
-        base=report.base,
+        base=_linked(_base_name(report), report.base_sha),
+        included=_included(report),
         table=report.table(),
+        figures=f"\n{images}\n" if images else "",
+        licence=licence_section(report, gated),
         configuration=report.configuration(),
+        citation="" if method == "average" else CITATION,
     )

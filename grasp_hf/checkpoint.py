@@ -1,6 +1,5 @@
 """The weights of a full source, mapped from its files, by the names that the target's have in memory."""
 
-import os
 import re
 import zipfile
 from collections.abc import Collection, Mapping
@@ -28,9 +27,6 @@ def file_tensors(source: Source) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for path in source.weight_files:
-        if hasattr(os, "posix_fadvise"):  # read ahead the whole file, while its first tensors are being used
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as weights:
                 tensors |= {name: weights.get_tensor(name) for name in weights.keys()}
@@ -39,11 +35,14 @@ def file_tensors(source: Source) -> dict[str, Tensor]:
     return tensors
 
 
-def runtime_tensors(source: Source, target: PreTrainedModel, directory: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of `source` by the names that `movable_tensors(target)` has, in the shapes that they have there.
+def runtime_tensors(
+    raw: Mapping[str, Tensor], target: PreTrainedModel, directory: Path
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of files by the names that `movable_tensors(target)` has, in the shapes that they have there.
 
     The names in files are changed as `from_pretrained` changes them, without building a second model: nothing but page
-    cache is used. What transformers fuses when it loads (the experts of a Mixtral) is fused into a file in `directory`.
+    cache is used. What transformers fuses when it loads (the experts of a Mixtral) is fused into a file in `directory`,
+    unless the tensors are those of a plan, on the meta device.
 
     Returns:
         The tensors, and the problems: tensors like the target's that the target has no place for, such as those of a
@@ -57,7 +56,6 @@ def runtime_tensors(source: Source, target: PreTrainedModel, directory: Path) ->
     found: dict[str, Tensor] = {}
     fused: dict[str, WeightConverter] = {}
     without_place: list[str] = []
-    raw = file_tensors(source)
     for key in sorted(raw, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, target.base_model_prefix, expected)
         if name not in expected:
@@ -73,7 +71,7 @@ def runtime_tensors(source: Source, target: PreTrainedModel, directory: Path) ->
     problems = problems or _further(without_place, expected)
     for alias, name in target.get_expanded_tied_weights_keys(all_submodels=True).items():
         other = found.pop(alias, None)
-        if other is not None and not torch.equal(found.setdefault(name, other), other):
+        if other is not None and not (found.setdefault(name, other).is_meta or torch.equal(found[name], other)):
             problems.append(f"{alias} and {name} differ; in the target they are tied")
     return {name: found[name] for name in movable_tensors(target) if name in found}, problems
 
@@ -85,12 +83,14 @@ def _fuse(
     """Carry out conversions of several tensors into one, one after the other, into a file."""
     if not converters:
         return {}
-    room = MappedTensors(directory / "fused", {name: like[name] for name in converters})
+    planned = any(like[name].is_meta for name in converters)
+    room = {} if planned else dict(MappedTensors(directory / "fused", {name: like[name] for name in converters}))
     for first, converter in converters.items():
         values: dict[str, Any] = converter.convert(first, model=target, config=target.config)
         for name, value in values.items():
-            room[name].copy_(value[0] if isinstance(value, list) else value)
-    return dict(room)
+            fused = value[0] if isinstance(value, list) else value
+            room[name] = fused if planned else room[name].copy_(fused)
+    return room
 
 
 def _further(names: Collection[str], expected: Collection[str]) -> list[str]:

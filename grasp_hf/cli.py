@@ -1,4 +1,4 @@
-"""The command line: `grasp-hf plan | rank | merge | demo`."""
+"""The command line: `grasp-hf plan | rank | merge | append | reproduce | demo`."""
 
 import argparse
 import gc
@@ -13,8 +13,10 @@ from pathlib import Path
 
 from .config import Recipe
 from .errors import ConfigError, GraspError
+from .lineage import append_recipe, reproduce
+from .merger import GraspMerger
 from .plan import plan, plan_table, problem_list
-from .prepare import prepare
+from .prepare import TaskData, prepare
 from .rank import ranking_table
 from .saving import check_output
 
@@ -28,6 +30,11 @@ EXAMPLES = {
         "example:\n  grasp-hf rank recipes/digits/full.yaml --json ranking.json\n"
         "  grasp-hf merge recipes/digits/full.yaml --output merged order=rank top=2"
     ),
+    "append": (
+        "example:\n  grasp-hf append me/merged org/new-model --push-to-hub me/merged\n"
+        "  grasp-hf append merged ./new-model --output merged-2 data.data_files.train=more.csv"
+    ),
+    "reproduce": "example:\n  grasp-hf reproduce me/merged",
     "demo": "example:\n  grasp-hf demo --output grasp-demo",
 }
 EXIT_CODES = "exit codes: 0 done, 1 a source, the data or the configuration is not fit, 2 wrong usage, 130 interrupted"
@@ -42,13 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command != "demo":
         options.overrides += rest
-        if wrong := [text for text in options.overrides if "=" not in text]:
+        options.sources = [text for text in options.overrides if "=" not in text]
+        options.overrides = [text for text in options.overrides if "=" in text]
+        if options.command != "append" and (wrong := options.sources):
             parser.error(f"expected key=value, got: {' '.join(wrong)}")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
     try:
         with _lines_on_stdout(logging.DEBUG if options.verbose else logging.INFO):
-            return {"plan": _plan, "rank": _rank, "merge": _merge, "demo": _demo}[options.command](options)
+            return {
+                "plan": _plan,
+                "rank": _rank,
+                "merge": _merge,
+                "append": _append,
+                "reproduce": _reproduce,
+                "demo": _demo,
+            }[options.command](options)
     except GraspError as error:
         if options.verbose:
             raise
@@ -89,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Merge many fine-tuned models into one, one at a time, guided by gradients of your own data.",
         epilog=EXIT_CODES,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="plan | rank | merge | demo")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="plan | rank | merge | append | reproduce | demo"
+    )
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
@@ -110,10 +128,22 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (plan, rank, merge):
         sub.add_argument("recipe", help="a YAML file, see recipes/")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="also write everything that is known to FILE")
     rank.add_argument("--json", type=Path, metavar="FILE", help="also write the ranking, with every unit, to FILE")
+    append = command("append", "Merge further sources into a published merge; its earlier sources are not downloaded.")
+    append.add_argument("merged", help="Hub id or folder of a merge")
+    append.add_argument(
+        "overrides", nargs="+", metavar="source | key=value", help="sources, and what replaces a setting"
+    )
     merge.add_argument("--output", required=True, type=Path, help="folder for the merged model")
-    merge.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the merged model to this repository")
-    merge.add_argument("--private", action="store_true", help="make the repository private where it is new")
+    append.add_argument("--output", type=Path, help="folder for the merged model")
+    for sub in (merge, append):
+        sub.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the merged model to this repository")
+        sub.add_argument("--private", action="store_true", help="make the repository private where it is new")
+        sub.add_argument("--create-pr", action="store_true", help="open a pull request instead of changing the branch")
+    again = command("reproduce", "Make a published merge again from its record, and compare the weights bit for bit.")
+    again.add_argument("merged", help="Hub id or folder of a merge")
+    again.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the record")
     demo = command(
         "demo", "Make a small world of real handwritten digits, merge its models, and compare with controls."
     )
@@ -123,8 +153,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    rows = plan(Recipe.from_yaml(options.recipe, options.overrides))
-    print(plan_table(rows))
+    recipe = Recipe.from_yaml(options.recipe, options.overrides)
+    rows = plan(recipe)
+    print(plan_table(rows, recipe))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return int(any(row.problems for row in rows))
 
 
@@ -145,24 +178,51 @@ def _merge(options: argparse.Namespace) -> int:
     if problems := problem_list(plan(recipe)):
         raise ConfigError("nothing was merged, because of these problems:\n" + "\n".join(problems))
     merger, sources, data = prepare(recipe)
+    _merge_sources(merger, sources, data, options)
+    return 0
+
+
+def _append(options: argparse.Namespace) -> int:
+    if not options.sources or not (options.output or options.push_to_hub):
+        raise ConfigError("append: expected at least one source, and --output or --push-to-hub")
+    recipe = append_recipe(options.merged, options.sources, options.overrides)
+    if options.output:
+        check_output(options.output)
+    if problems := problem_list(plan(recipe)):
+        raise ConfigError("nothing was merged, because of these problems:\n" + "\n".join(problems))
+    merger, sources, data = prepare(recipe)
+    if not merger.report.continues:
+        raise ConfigError(f"the data has other labels than '{options.merged}'; start a new merge from it")
+    _merge_sources(merger, sources, data, options)
+    return 0
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    replay = reproduce(options.merged, options.overrides)
+    print(replay)
+    return int(bool(replay.differences))
+
+
+def _merge_sources(merger: GraspMerger, sources: list[str], data: TaskData, options: argparse.Namespace) -> None:
+    before = len(merger.report.steps)
     try:
         merger.merge(sources, **data.merge_arguments())
     except BaseException:
-        if merger.report.steps:
+        done = len(merger.report.steps) - before
+        if done and options.output:
             merger.save_pretrained(options.output)
-            print(
-                f"saved what was merged before: {len(merger.report.steps)} of {len(sources)} sources, {options.output}"
-            )
+            print(f"saved what was merged before: {done} of {len(sources)} sources, {options.output}")
         raise
     print(f"\n{merger.report}\n")
     if data.test is not None:
         scores = merger.evaluate(data.test, data_collator=data.collator)
         print("test: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
-    merger.save_pretrained(options.output)
-    print(f"saved: {options.output}")
+    if options.output:
+        merger.save_pretrained(options.output)
+        print(f"saved: {options.output}")
     if options.push_to_hub:
-        print(f"pushed: {merger.push_to_hub(options.push_to_hub, private=options.private or None)}")
-    return 0
+        url = merger.push_to_hub(options.push_to_hub, private=options.private or None, create_pr=options.create_pr)
+        print(f"pushed: {url}")
 
 
 def _demo(options: argparse.Namespace) -> int:

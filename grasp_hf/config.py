@@ -15,6 +15,7 @@ import yaml
 from peft import LoraConfig
 from transformers import TrainingArguments
 
+from . import mergekit
 from .errors import ConfigError
 
 PAPER = {
@@ -132,6 +133,7 @@ class GraspConfig:
             frozen layers are adapted too unless `target_modules` leaves them out.
         order: `"given"`, or `"rank"`: the most promising first, by the first-order gain (see `GraspMerger.rank`).
         top: Merge only this many sources, the most promising ones; needs `order="rank"`.
+        prefetch: Bring the following source to this machine while one is merged: at most two are on the disk then, else one.
         accepted_bases: Names (`org/name` or `org/name@revision`) that adapters may give as their base although the
             target started from another: you declare that they are the same weights.
         seed: Seed of the batches; fine-tuning after source k is seeded with `seed + k`.
@@ -155,6 +157,7 @@ class GraspConfig:
     lora: dict[str, Any] | None = None
     order: Literal["given", "rank"] = "given"
     top: int | None = None
+    prefetch: bool = True
     accepted_bases: list[str] = field(default_factory=list)
     seed: int = 42
     published: bool = False
@@ -211,7 +214,7 @@ class GraspConfig:
         return cls(**{**PAPER, "training_arguments": arguments, **overrides})
 
 
-def _override_(values: dict[str, Any], text: str) -> None:
+def override_(values: dict[str, Any], text: str) -> None:
     """Change `values` as `text`, a `key=value` or `section.key=value`, says."""
     key, equals, value = text.partition("=")
     *sections, last = key.split(".")
@@ -269,17 +272,25 @@ class Recipe:
             raise ConfigError(f"recipe '{path}' cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"recipe '{path}' is not a text file in UTF-8: {error}") from error
+        except yaml.composer.ComposerError as error:
+            several = "single document" in str(error.context)
+            problem = mergekit.SEVERAL_DOCUMENTS if several else f"is not valid YAML: {error}"
+            raise ConfigError(f"recipe '{path}' {problem}") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"recipe '{path}' is not valid YAML: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"recipe '{path}' holds {type(values).__name__}, expected keys such as sources and data")
         for text in overrides:
-            _override_(values, text)
+            override_(values, text)
         return cls.from_dict(values, folder=path.parent, name=str(path))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, folder: Path = Path(), name: str = "recipe") -> "Recipe":
-        """Build a recipe from the keys of a recipe file; `folder` and `name` say where it came from."""
+        """Build a recipe from the keys of a recipe file; `folder` and `name` say where it came from.
+
+        The keys may be those of mergekit, see `grasp_hf.mergekit.translate`.
+        """
+        values = mergekit.translate(values, name=name)
         own = {f.name for f in dataclasses.fields(cls)} - {"config", "folder"}
         recipe_values = {key: value for key, value in values.items() if key in own}
         settings = {key: value for key, value in values.items() if key not in own}

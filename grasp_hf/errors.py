@@ -21,6 +21,10 @@ class NonFiniteError(GraspError, ValueError):
     """A weight, a loss or a gradient is NaN or infinite."""
 
 
+class DownloadError(GraspError, ConnectionError):
+    """A file of a source did not arrive whole; nothing of it is left behind, and a new run may succeed."""
+
+
 class OutputExistsError(GraspError, FileExistsError):
     """The output folder already holds something that this package did not write."""
 

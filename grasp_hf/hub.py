@@ -1,103 +1,351 @@
-"""The Hub: references become folders on this machine, a folder becomes a repository. Nothing else talks to the network."""
+"""What the Hub holds: a reference becomes one commit, with the size and the checksum of every file of it."""
 
+import hashlib
 import logging
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import tqdm as hub_tqdm
 
-from .errors import PushError, SourceNotFoundError
-from .sources import Source, SourceRef
+from .errors import DownloadError, SourceNotFoundError
+from .sources import ADAPTER_WEIGHTS, Source, SourceRef
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]
-SAFETENSORS = ["model.safetensors", "model-*.safetensors", "adapter_model.safetensors"]
-PICKLED = ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"]
-SUBFOLDERS = ["*/*"]
+CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "README.md", "grasp_config.yaml")
+NOT_NEEDED = ("trainer_state.json", "*results.json")
+SAFETENSORS = ("model.safetensors", "model-*.safetensors")
+PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin")
 TIMEOUT = 30.0  # seconds
+ATTEMPTS = 4
+PAUSES = (1.0, 2.0, 4.0)  # seconds between them
+BUSY = (408, 425, 429, 500, 502, 503, 504)
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a commit.
+
+    Attributes:
+        size: In bytes.
+        sha256: Checksum of a large file; `None` for a small one.
+        git_sha1: Checksum of a small one, as git makes it; that of a large one is of its pointer.
+    """
+
+    size: int
+    sha256: str | None
+    git_sha1: str
+
+    def matches(self, path: Path) -> bool:
+        """Tell whether the file at `path` has this content, by its checksum: the size alone says too little."""
+        if path.stat().st_size != self.size:
+            return False
+        digest = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+        with open(path, "rb") as file:
+            while piece := file.read(2**20):
+                digest.update(piece)
+        return digest.hexdigest() == (self.sha256 or self.git_sha1)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One commit of a repository.
+
+    Attributes:
+        ref: What the user named.
+        repo_id: The repository's name now; another one than in `ref` where it was renamed.
+        sha: The commit.
+        files: What it holds, by path.
+        license: What its card declares.
+        gated: Whether conditions stand before its files.
+    """
+
+    ref: SourceRef
+    repo_id: str
+    sha: str
+    files: dict[str, RemoteFile]
+    license: str | None = None
+    gated: bool = False
+
+    def select(self, patterns: Sequence[str]) -> list[str]:
+        """Return the files in the reference's folder that match one of `patterns`."""
+        prefix = f"{self.ref.subfolder}/" if self.ref.subfolder else ""
+        return [
+            path
+            for path in self.files
+            if path.startswith(prefix) and any(fnmatch(name := path.removeprefix(prefix), p) for p in patterns)
+            if "/" not in name and not any(fnmatch(name, pattern) for pattern in NOT_NEEDED)
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """The files in the reference's folder, by name."""
+        return sorted(Path(path).name for path in self.select(["*"]))
+
+    @property
+    def configuration(self) -> list[str]:
+        """Paths of the configuration files."""
+        return self.select(CONFIG_FILES)
+
+    @property
+    def weights(self) -> list[str]:
+        """Paths of the weight files, of one format only."""
+        if "adapter_config.json" in self.names:
+            return next((found for name in ADAPTER_WEIGHTS if (found := self.select([name]))), [])
+        whole_first = (SAFETENSORS[:1], SAFETENSORS[1:], PICKLED[:1], PICKLED[1:])
+        return next((found for patterns in whole_first if (found := self.select(patterns))), [])
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weight files in bytes."""
+        return sum(self.files[path].size for path in self.weights)
+
+
+def resolve(ref: SourceRef, *, token: str | None = None) -> Listing | None:
+    """Return the commit that `ref` names now; `None` where the Hub cannot be asked, so that only a cache can serve.
+
+    Raises:
+        SourceNotFoundError: No such repository or revision, or no access to it; also with a token that the Hub refuses.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        with named_errors(ref, token):
+            info = retried(lambda: _info(ref, token), f"looking up '{ref}'")
+    except DownloadError as error:
+        logger.warning("the Hub cannot be reached (%s); what is cached of '%s' is used", error.__cause__, ref)
+        return None
+    files = {}
+    for file in info.siblings or []:
+        sha256 = file.lfs["sha256"] if file.lfs else None
+        files[file.rfilename] = RemoteFile(file.size or 0, sha256, file.blob_id or "")
+    if info.id != ref.name and "/" in ref.name:
+        logger.warning("'%s' is called '%s' now", ref.name, info.id)
+    licence = info.card_data.get("license") if info.card_data else None
+    return Listing(ref, info.id, str(info.sha), files, licence, bool(info.gated))
+
+
+def _info(ref: SourceRef, token: str | None) -> ModelInfo:
+    return HfApi(token=token).model_info(ref.name, revision=ref.revision, files_metadata=True, timeout=TIMEOUT)
 
 
 def locate(reference: str | SourceRef, *, token: str | None = None) -> Source:
-    """Return where the files of `reference` lie on this machine, downloaded where they are not here yet.
+    """Return where the files of `reference` lie on this machine; those of a Hub model are in the Hugging Face cache.
 
-    All files of a Hub source are taken from one commit. Weights are downloaded in one format: safetensors where the
-    repository has them.
+    All files are of one commit, and each has the checksum that the Hub lists; one that has not is downloaded again.
+    Weights are downloaded in one format: safetensors where the repository has them.
 
     Raises:
         SourceNotFoundError: No such folder, repository, revision or weights, or no access to them.
+        DownloadError: A file did not arrive whole.
     """
     ref = SourceRef.parse(reference) if isinstance(reference, str) else reference
     if ref.is_local:
         return Source.inspect(ref, Path(ref.name))
-    folder = _download(ref, [*CONFIG_FILES, *SAFETENSORS], token)
-    if not any(folder.glob("*.safetensors")):
-        folder = _download(SourceRef(ref.name, folder.name), [*CONFIG_FILES, *PICKLED], token)
-        if any(folder.glob("*.bin")):
-            logger.warning("%s has no safetensors weights; its pickled weights are read with weights_only=True", ref)
-    return Source.inspect(ref, folder, sha=folder.name)
+    listing = resolve(ref, token=token)
+    if listing is None:
+        return cached_source(ref, token)
+    Source.inspect(ref, Path(), listing.sha, files=listing.names)  # raises before anything is downloaded
+    source = fetch_source(listing, token=token)
+    _remember(listing)
+    return source
 
 
-def look_up(reference: str, *, token: str | None = None) -> tuple[Source, int]:
-    """Return what `reference` is and the bytes of its weights; of a Hub source, only configuration files are downloaded.
+def fetch_source(listing: Listing, **options: Any) -> Source:
+    """Download what is needed of a commit; `options` are those of `fetch`."""
+    folder = Path()
+    for path in [*listing.configuration, *listing.weights]:
+        folder = fetch(listing, path, **options).parent
+    source = replace(Source.inspect(listing.ref, folder, listing.sha), gated=listing.gated)
+    if any(path.suffix == ".bin" for path in source.weight_files):
+        logger.warning(
+            "%s has no safetensors weights; its pickled weights are read with weights_only=True", listing.ref
+        )
+    return source
+
+
+def fetch(
+    listing: Listing,
+    path: str,
+    *,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    tqdm_class: type[hub_tqdm] | None = None,
+) -> Path:
+    """Return one file of a commit in a cache, downloaded where it is not there with the right checksum.
+
+    A file that the user's own cache holds is not downloaded a second time into another one: it is linked.
+
+    Args:
+        listing: The commit.
+        path: The file in it.
+        token: Hub token.
+        cache_dir: The cache; the user's own where left out.
+        tqdm_class: Shows progress, and may raise to stop the download.
+
+    Raises:
+        SourceNotFoundError: No access to it.
+        DownloadError: It did not arrive whole after several attempts.
+    """
+    expected = listing.files[path]
+    found = try_to_load_from_cache(listing.repo_id, path, revision=listing.sha)
+    damaged = isinstance(found, str) and not expected.matches(Path(found))
+    if isinstance(found, str) and not damaged:
+        return Path(found) if cache_dir is None else _linked(Path(found), listing, path, cache_dir)
+    damaged = damaged and cache_dir is None
+
+    def download() -> Path:
+        nonlocal damaged
+        file = hf_hub_download(
+            listing.repo_id,
+            path,
+            revision=listing.sha,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=damaged,
+            tqdm_class=tqdm_class,
+        )
+        damaged = not expected.matches(Path(file))
+        if damaged:
+            raise _Corrupt(f"{path}: its checksum is not the one that the Hub lists")
+        return Path(file)
+
+    with named_errors(listing.ref, token):
+        return retried(download, f"downloading {path} of '{listing.ref}'")
+
+
+def _remember(listing: Listing) -> None:
+    """Note in the user's cache what the revision named, as every download by its name does; needed without a network."""
+    revision = listing.ref.revision or "main"
+    if revision != listing.sha:
+        refs = Path(constants.HF_HUB_CACHE, f"models--{listing.repo_id.replace('/', '--')}", "refs")
+        (refs / revision).parent.mkdir(parents=True, exist_ok=True)
+        (refs / revision).write_text(listing.sha)
+
+
+def _linked(found: Path, listing: Listing, path: str, cache_dir: Path) -> Path:
+    """Put a file of another cache into the snapshot of `cache_dir`."""
+    folder = cache_dir / f"models--{listing.repo_id.replace('/', '--')}" / "snapshots" / listing.sha
+    link = folder / path
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(found.resolve())
+    return link
+
+
+class _Corrupt(OSError):
+    """A file arrived with another content than the Hub lists."""
+
+
+def retried(ask: Callable[[], Answer], doing: str) -> Answer:
+    """Return the answer of `ask`, which is called again a few times where the network or the Hub failed for a moment."""
+    for pause in (*PAUSES, None):
+        try:
+            return ask()
+        except (HTTPError, HfHubHTTPError, OSError) as error:
+            if pause is None or not _passing(error):
+                raise
+            logger.info("%s failed (%s), trying again in %.0f s", doing, _short(error), pause)
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _passing(error: Exception) -> bool:
+    """Tell whether trying again may help: the client itself gives up on much that passes."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and error.response.status_code in BUSY
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):  # the client has tried for a while
+        return False
+    return isinstance(error, (HTTPError, ConnectionError, TimeoutError, _Corrupt)) or "onsistency check" in str(error)
+
+
+def _short(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def cached_source(ref: SourceRef, token: str | None = None) -> Source:
+    """Return a model that the user's cache holds whole, without asking the Hub."""
+    names = [*CONFIG_FILES, *SAFETENSORS, *PICKLED, *ADAPTER_WEIGHTS]
+    patterns = [f"{ref.subfolder}/{name}" for name in names] if ref.subfolder else names
+    ignored = None if ref.subfolder else ["*/*"]
+    with named_errors(ref, token):
+        folder = snapshot_download(
+            ref.name,
+            revision=ref.revision,
+            allow_patterns=patterns,
+            ignore_patterns=ignored,
+            local_files_only=True,
+        )
+    source = Source.inspect(ref, Path(folder, ref.subfolder or ""), Path(folder).name)
+    for path in source.weight_files:
+        checksum = (
+            Path(os.readlink(path)).name if path.is_symlink() else ""
+        )  # the cache names files by what is in them
+        if len(checksum) == 64 and not RemoteFile(path.stat().st_size, checksum, "").matches(path):
+            raise DownloadError(
+                f"'{ref}': {path.name} is damaged in the cache; run it again when the Hub can be reached"
+            )
+    return source
+
+
+def look_up(reference: str, *, token: str | None = None) -> tuple[Source, Listing | None]:
+    """Return what `reference` is and, for one on the Hub, its commit; only configuration files are downloaded.
 
     The folder of the returned source then holds no weights.
 
     Raises:
-        SourceNotFoundError: As for `locate`.
+        SourceNotFoundError, DownloadError: As for `locate`.
     """
     ref = SourceRef.parse(reference)
     if ref.is_local:
-        source = Source.inspect(ref, Path(ref.name))
-        return source, source.num_bytes
-    folder = _download(ref, CONFIG_FILES, token)
-    pinned = SourceRef(ref.name, folder.name)
-    with _named_errors(ref):
-        info = HfApi(token=token).model_info(
-            pinned.name, revision=pinned.revision, files_metadata=True, timeout=TIMEOUT
-        )
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    source = Source.inspect(ref, folder, folder.name, files=sorted(sizes))
-    for patterns in (SAFETENSORS, PICKLED):
-        if weights := [size for name, size in sizes.items() if any(fnmatch(name, pattern) for pattern in patterns)]:
-            return source, sum(weights)
-    return source, 0
+        return Source.inspect(ref, Path(ref.name)), None
+    listing = resolve(ref, token=token)
+    if listing is None:
+        return cached_source(ref, token), None
+    folder = Path()
+    source = Source.inspect(ref, folder, listing.sha, files=listing.names)
+    for path in listing.configuration:
+        folder = fetch(listing, path, token=token).parent
+    _remember(listing)
+    return Source(ref, folder, listing.sha, source.kind), listing
+
+
+def cached_bytes(listing: Listing) -> int:
+    """Return how many bytes of the weights lie in the user's cache already, by their sizes."""
+    found = {path: try_to_load_from_cache(listing.repo_id, path, revision=listing.sha) for path in listing.weights}
+    return sum(Path(file).stat().st_size for file in found.values() if isinstance(file, str))
 
 
 def commit_of(ref: SourceRef, *, token: str | None = None) -> str | None:
-    """Return the sha that a reference to the Hub names now.
+    """Return the sha that a reference to the Hub names now; `None` where the Hub cannot be asked.
 
     Raises:
-        SourceNotFoundError: No such repository or revision, or the Hub cannot be reached.
+        SourceNotFoundError: No such repository or revision, or no access to it.
     """
-    with _named_errors(ref):
-        return HfApi(token=token).model_info(ref.name, revision=ref.revision, timeout=TIMEOUT).sha
-
-
-def _download(ref: SourceRef, patterns: list[str], token: str | None) -> Path:
-    """Download the files of one commit that match `patterns`; the folder's name is the commit's sha."""
-    with _named_errors(ref):
-        folder = snapshot_download(
-            ref.name, revision=ref.revision, token=token, allow_patterns=patterns, ignore_patterns=SUBFOLDERS
-        )
-    return Path(folder)
+    listing = resolve(ref, token=token)
+    return listing.sha if listing else None
 
 
 @contextmanager
-def _named_errors(ref: SourceRef) -> Iterator[None]:
+def named_errors(ref: SourceRef, token: str | None = None) -> Iterator[None]:
     """Turn the client's errors into one that says which reference it was and what to do."""
     try:
         yield
@@ -105,56 +353,34 @@ def _named_errors(ref: SourceRef) -> Iterator[None]:
         problem = "is gated: accept its conditions on its page, then log in with `hf auth login` or pass a token"
         raise SourceNotFoundError(f"'{ref}' {problem}") from error
     except RepositoryNotFoundError as error:
-        problem = "no such model on the Hub, or it is private: check the spelling, or pass a token that may read it"
-        raise SourceNotFoundError(f"'{ref}': {problem}") from error
+        raise SourceNotFoundError(f"'{ref}': {_what_it_is(ref, token)}") from error
     except RevisionNotFoundError as error:
         raise SourceNotFoundError(
             f"'{ref.name}' has no revision '{ref.revision}': expected a branch, tag or sha"
         ) from error
     except HFValidationError as error:
         raise SourceNotFoundError(f"'{ref}' is not a Hub id: {error}") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, HTTPError) as error:
-        raise SourceNotFoundError(
-            f"'{ref}' could not be downloaded, and no complete copy is cached: {error}"
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise DownloadError(
+            f"'{ref}' could not be downloaded, and no complete copy is cached: {_short(error)}"
         ) from error
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if status == 401:
+            problem = "the Hub refused the token: log in again with `hf auth login`, or pass another one"
+            raise SourceNotFoundError(f"'{ref}': {problem}") from error
+        if 400 <= status < 500 and status not in BUSY:
+            raise SourceNotFoundError(f"'{ref}': the Hub refused it: {_short(error)}") from error
+        advice = "" if isinstance(error, _Corrupt) else "; run it again when the network and the disk allow"
+        raise DownloadError(f"'{ref}' could not be downloaded: {_short(error)}{advice}") from error
 
 
-def create_repo(repo_id: str, *, private: bool | None, token: str | None) -> str:
-    """Create a model repository where there is none, and return its full id.
-
-    Raises:
-        PushError: The token may not, or the Hub could not be reached.
-    """
-    with _named_push_errors(repo_id):
-        return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
-
-
-def push_folder(folder: Path, repo_id: str, *, token: str | None, revision: str | None) -> str:
-    """Upload `folder` to an existing repository as one commit, replacing its weights, and return the commit's URL.
-
-    Raises:
-        PushError: The token may not, or the Hub could not be reached.
-    """
-    api = HfApi(token=token)
-    with _named_push_errors(repo_id):
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message="Upload model merged with grasp_hf",
-            delete_patterns=[*SAFETENSORS, "model.safetensors.index.json"],
-        )
-    return str(commit.commit_url)
-
-
-@contextmanager
-def _named_push_errors(repo_id: str) -> Iterator[None]:
-    try:
-        yield
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, HTTPError, LocalTokenNotFoundError) as error:
-        raise PushError(
-            f"'{repo_id}' could not be written on the Hub: {error}; log in with `hf auth login` or pass a token that may "
-            "write there"
-        ) from error
+def _what_it_is(ref: SourceRef, token: str | None) -> str:
+    """Say why there is no such model: it may be something else."""
+    for kind, name in (("dataset", "a data set"), ("space", "a Space")):
+        try:
+            HfApi(token=token).repo_info(ref.name, repo_type=kind, timeout=TIMEOUT)
+        except (HTTPError, HfHubHTTPError):
+            continue
+        return f"it is {name} on the Hub, expected a model or an adapter"
+    return "no such model on the Hub, or it is private: check the spelling, or pass a token that may read it"

@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedCon
 from transformers.utils import logging as transformers_logging
 
 from .adapters import adapter_problems, apply_adapter_, load_adapter_config, saved_classes
-from .checkpoint import runtime_tensors
+from .checkpoint import file_tensors, runtime_tensors
 from .errors import IncompatibleSourceError, NonFiniteError
 from .mapped import MappedTensors
 from .matching import head_tensors, movable_tensors, tensor_problems
-from .rows import RowMatches, class_tensors, label_names, match_head, match_tokens, token_tensors, vocabulary
+from .rows import RowMatch, RowMatches, class_tensors, label_names, match_head, match_tokens, token_tensors, vocabulary
 from .sources import Source
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,24 @@ class LoadedSource:
 
 
 @dataclass
-class _Read:
+class Comparison:
+    """How a source meets the target.
+
+    Attributes:
+        tensors: The source's tensors, without those of a head that does not fit.
+        rows: Where rows are matched by label name or token, the matches by tensor.
+        notes: What a reader should know of them.
+        problems: Everything that keeps it from being merged.
+    """
+
+    tensors: dict[str, Tensor]
+    rows: dict[str, RowMatch]
+    notes: list[str]
+    problems: list[str]
+
+
+@dataclass
+class Read:
     """What the files of a source hold: its own tensors by runtime name, which may move, and what its classes mean."""
 
     tensors: dict[str, Tensor]
@@ -237,6 +254,25 @@ def load_source(
             read = _read_adapter(source, target, base, directory, accepted_bases)
         else:
             read = _read_full(source, target, directory)
+    found = compare(source, read, target, processing_class)
+    if found.problems:
+        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(found.problems))
+    tensors = found.tensors
+    for name, tensor in tensors.items():
+        if check_finite and not _is_finite(tensor):
+            raise NonFiniteError(f"'{source.ref}': {name} holds NaN or infinite weights; expected finite ones")
+    if found.rows:
+        targets = movable_tensors(target)
+        held = {name: targets[name].detach() for name in found.rows}
+        room = MappedTensors(directory / "rows", held)
+        for name, match in found.rows.items():
+            match.fill_(room[name], held[name], tensors[name])
+        tensors |= room
+    return LoadedSource(tensors, read.candidates & set(tensors), found.notes)
+
+
+def compare(source: Source, read: Read, target: PreTrainedModel, processing_class: Any) -> Comparison:
+    """Match heads and vocabularies, and list what keeps a source from being merged; its tensors may be on the meta device."""
     targets = movable_tensors(target)
     brings_head = source.kind == "full" or bool(read.candidates & head_tensors(target))
     head = match_head(target, read.tensors, read.labels, brings=brings_head)
@@ -251,18 +287,7 @@ def load_source(
     lacking = [name for name in lacking if not any(re.search(pattern, name) for pattern in computed)]
     if lacking and source.kind == "full":
         problems.append(f"{len(lacking)} tensors are not in its files, starting with {min(lacking)}")
-    if problems:
-        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(problems))
-    for name, tensor in tensors.items():
-        if check_finite and not _is_finite(tensor):
-            raise NonFiniteError(f"'{source.ref}': {name} holds NaN or infinite weights; expected finite ones")
-    if matches:
-        held = {name: targets[name].detach() for name in matches}
-        room = MappedTensors(directory / "rows", held)
-        for name, match in matches.items():
-            match.fill_(room[name], held[name], tensors[name])
-        tensors |= room
-    return LoadedSource(tensors, read.candidates & set(tensors), [*head.notes, *tokens.notes])
+    return Comparison(tensors, matches, [*head.notes, *tokens.notes], problems)
 
 
 def match_vocabularies(
@@ -285,17 +310,17 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def _read_full(source: Source, target: PreTrainedModel, directory: Path) -> _Read:
+def _read_full(source: Source, target: PreTrainedModel, directory: Path) -> Read:
     config = load_config(source)
     architecture = architecture_problems(config, target)
     if config.model_type != target.config.model_type:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(architecture))
     source.float_dtypes()
     try:
-        tensors, problems = runtime_tensors(source, target, directory)
+        tensors, problems = runtime_tensors(file_tensors(source), target, directory)
     except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be read: {error}") from error
-    return _Read(tensors, set(tensors), label_names(config), problems + architecture)
+    return Read(tensors, set(tensors), label_names(config), problems + architecture)
 
 
 def architecture_problems(config: PretrainedConfig, target: PreTrainedModel) -> list[str]:
@@ -332,7 +357,7 @@ def _checkpoint_dtype(source: Source) -> torch.dtype:
 
 def _read_adapter(
     source: Source, target: PreTrainedModel, base: Source | None, directory: Path, accepted_bases: Collection[str]
-) -> _Read:
+) -> Read:
     config = load_adapter_config(source)
     if problems := adapter_problems(config, source, base, accepted_bases):
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(problems))
@@ -371,7 +396,7 @@ def _read_adapter(
     }
     ties = target.get_expanded_tied_weights_keys(all_submodels=True)
     touched = {name for name in own if inside(name, applied.touched)}
-    return _Read(own, touched | {name for alias, name in ties.items() if inside(alias, applied.touched)}, labels)
+    return Read(own, touched | {name for alias, name in ties.items() if inside(alias, applied.touched)}, labels)
 
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:

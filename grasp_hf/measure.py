@@ -20,6 +20,7 @@ from .gradients import gradient_pass, preserved_state
 from .mapped import MappedTensors
 from .matching import Unit, movable_tensors, partition, tensor_problems, tie_problems
 from .transfer import interpolate_, overwrite_, placed
+from .workspace import workspace
 
 Scores = dict[str, float | None]
 
@@ -331,10 +332,10 @@ def gradient_alignment(
     accelerator = Accelerator()
     collator = keeping_model_columns(target, data_collator)
     batches = sample_batches(dataset, collator, accelerator, config, seed=config.seed)
-    with tempfile.TemporaryDirectory(prefix="grasp_hf-") as directory, preserved_state(target):
+    with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as directory, preserved_state(target):
         target.to(accelerator.device)
         tensors = movable_tensors(target)
-        scratch = Scratch(Path(directory), tensors)
+        scratch = Scratch(directory, tensors)
         scratch.start.copy_(tensors)
         values, units = movable_tensors(source), partition(target, config.unit)
         try:

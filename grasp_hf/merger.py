@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ from .gradients import checkpointing, preserved_state
 from .loading import LoadedSource, load_processing_class, load_source, load_target
 from .matching import Unit, movable_tensors, partition, units_within
 from .measure import Scores, Scratch, blend_, mean_gradient, measure_source
+from .pull import Puller
+from .push import Destination, create_repo, push_files, tag_version
 from .rank import RankedSource, rank_sources, ranking_table
 from .report import Evaluation, MergeReport, StepReport, unit_reports
-from .saving import check_output, save_merge
+from .saving import check_output, read_record, save_merge, save_record, saved_shards
 from .sources import Source, SourceRef
 from .transfer import interrupts_held, overwrite_
+from .workspace import workspace
 
 logger = logging.getLogger(__name__)
 
@@ -132,10 +136,12 @@ class GraspMerger:
             base=str(base.ref) if base else model.name_or_path or type(model).__name__,
             base_sha=base.sha if base else None,
             base_license=declared_license(base.folder) if base else None,
+            base_gated=base.gated if base else False,
             config=asdict(self.config),
             versions={name: version(name) for name in PACKAGES},
         )
         self._initially_finetuned = False
+        self._original_base: tuple[str, str | None] | None = None  # of a continued merge, and a token for it
         self._scratch: Scratch | None = None
         self._checked: Any = None  # the training data that made a finite loss
         if self._accelerator.num_processes > 1:
@@ -161,6 +167,9 @@ class GraspMerger:
     ) -> "GraspMerger":
         """Load the target, and the tokenizer or processor beside it.
 
+        A merge that this package saved or pushed is continued: sources are appended to it, and its record grows. Earlier
+        sources are not needed for that.
+
         Args:
             model_id: Hub id, with `@revision` if wanted, or a folder.
             config: How to merge.
@@ -181,7 +190,42 @@ class GraspMerger:
         base = hub.locate(replace(ref, revision=ref.revision or revision), token=token)
         seed = (config or GraspConfig()).seed
         model = load_target(base, task=task, dtype=dtype, seed=seed, new_head=new_head, **model_kwargs)
-        return cls(model, config, processing_class=load_processing_class(base), base=base)
+        merger = cls(model, config, processing_class=load_processing_class(base), base=base)
+        if not new_head and (record := read_record(base.folder)):
+            merger._continue(record, base, token)
+        return merger
+
+    def _continue(self, record: MergeReport, merged: Source, token: str | None) -> None:
+        """Go on where the merge in `merged` ended: its sources count, and its adapters' base is that of new ones."""
+        self.report = replace(
+            self.report,
+            base=record.base,
+            base_sha=record.base_sha,
+            base_license=record.base_license,
+            base_gated=record.base_gated,
+            start=record.start,
+            starts_from_source=record.starts_from_source,
+            steps=record.steps,
+            data=record.data,
+            recipe=record.recipe,
+            continues=f"{merged.ref.name}@{merged.sha}" if merged.sha else str(merged.ref),
+            continued_steps=len(record.steps),
+        )
+        self._original_base = (record.base_reference, token)
+        self._initially_finetuned = True
+
+    def _base_of_adapters(self) -> Source | None:
+        """Return the model whose adapters can be merged; that of a continued merge is looked for when it is needed."""
+        if self._original_base:
+            reference, token = self._original_base
+            try:
+                self.base = hub.locate(reference, token=token)
+            except GraspError as error:
+                raise IncompatibleSourceError(
+                    f"an adapter needs the model that the merge started from, which is not to be had: {error}"
+                ) from error
+            self._original_base = None
+        return self.base
 
     def merge(
         self,
@@ -224,12 +268,15 @@ class GraspMerger:
                 self._initially_finetuned = True
             if self.config.order == "rank" and sources:
                 sources = self._most_promising(sources, train_dataset, data_collator, token)
-            for number, source in enumerate(sources, start=1):
-                try:
-                    step = self.merge_source(source, token=token, **arguments)
-                except GraspError as error:
-                    raise type(error)(f"while merging source {number}/{len(sources)} '{source}': {error}") from error
-                logger.info("%d/%d %s", number, len(sources), step.line())
+            with Puller(token=token, prefetch=self.config.prefetch) as puller:
+                for number, source in enumerate(sources, start=1):
+                    try:
+                        with puller.pull(source, *sources[number : number + 1]) as located:
+                            step = self._merge_located(located, **arguments)
+                    except GraspError as error:
+                        message = f"while merging source {number}/{len(sources)} '{source}': {error}"
+                        raise type(error)(message) from error
+                    logger.info("%d/%d %s", number, len(sources), step.line())
         return self.report
 
     def _most_promising(
@@ -275,17 +322,17 @@ class GraspMerger:
             gradient = {name: scratch.gradients[name] for name in found}
             units = partition(self.model, self.config.unit)
 
-            def load(reference: str) -> tuple[Source, LoadedSource]:
-                located = hub.locate(reference, token=token)
-                return located, self._load(located, scratch, check_finite=False)  # its products say so
+            def load(located: Source) -> LoadedSource:
+                return self._load(located, scratch, check_finite=False)  # its products say so
 
-            return rank_sources([str(source) for source in sources], load, gradient, scratch.start, units)
+            with Puller(token=token, prefetch=self.config.prefetch) as puller:
+                return rank_sources([str(source) for source in sources], puller, load, gradient, scratch.start, units)
 
     def _load(self, located: Source, scratch: Scratch, *, check_finite: bool = True) -> LoadedSource:
         return load_source(
             located,
             self.model,
-            base=self.base,
+            base=self._base_of_adapters() if located.kind == "adapter" else self.base,
             directory=scratch.directory,
             processing_class=self.processing_class,
             accepted_bases=self.config.accepted_bases,
@@ -309,6 +356,14 @@ class GraspMerger:
         Raises:
             GraspError: The source, the data or the numbers are not fit; the model is as it was before the call.
         """
+        with Puller(token=token) as puller, puller.pull(str(source)) as located:
+            return self._merge_located(
+                located, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator
+            )
+
+    def _merge_located(
+        self, located: Source, *, train_dataset: Any, eval_dataset: Any, data_collator: Collator | None
+    ) -> StepReport:
         began = time.perf_counter()
         seed = self.config.seed + len(self.report.steps) + 1
         try:
@@ -317,9 +372,8 @@ class GraspMerger:
                 self._scratch_files(),
                 self._step(train_dataset, eval_dataset, data_collator) as (data, scratch),
             ):
-                located = hub.locate(str(source), token=token)
                 step = StepReport(str(located.ref), located.sha, located.kind, num_bytes=located.num_bytes)
-                step.license = declared_license(located.folder)
+                step.license, step.gated = declared_license(located.folder), located.gated
                 step.before = self._evaluate(data.held_out, data.collator)
                 self._transfer(located, step, data, scratch, seed, held)
                 self._finetune(data, self.config.finetune_epochs, seed, scratch)
@@ -330,7 +384,7 @@ class GraspMerger:
                 self._initially_finetuned = True
                 self.report.steps.append(step)
         except BaseException as error:
-            error.add_note(f"while merging source '{source}'")
+            error.add_note(f"while merging source '{located.ref}'")
             raise
         return step
 
@@ -382,8 +436,8 @@ class GraspMerger:
         if self._scratch is not None:
             yield
             return
-        with tempfile.TemporaryDirectory(prefix="grasp_hf-") as name:
-            self._scratch = Scratch(Path(name), movable_tensors(self.model))
+        with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as directory:
+            self._scratch = Scratch(directory, movable_tensors(self.model))
             try:
                 yield
             finally:
@@ -476,20 +530,35 @@ class GraspMerger:
         save_merge(Path(save_directory), self.model, self.processing_class, self.report)
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload model merged with grasp_hf",
+        max_shard_size: int | str = "5GB",
     ) -> str:
-        """Upload what `save_pretrained` writes to `repo_id`, as one commit, and return the commit's URL.
+        """Upload what `save_pretrained` writes to `repo_id`, as one commit, and return its URL, or that of the pull request.
 
-        What is uploaded names local folders by their last part only.
+        The disk holds one shard at a time. What is uploaded names local folders by their last part only. A commit on the
+        main branch gets a version tag, `v1`, `v2` and so on.
 
         Raises:
-            PushError: The token may not write there, or the Hub could not be reached.
+            PushError: The token may not write there, the branch was changed by someone else meanwhile, or the Hub could
+                not be reached; the repository is as it was. Calling it again goes on where it stopped.
         """
-        repo_id = hub.create_repo(repo_id, private=private, token=token)
-        with tempfile.TemporaryDirectory(prefix="grasp_hf-") as name:
-            report = self.report.without_paths()
-            save_merge(Path(name), self.model, self.processing_class, report, model_id=repo_id)
-            return hub.push_folder(Path(name), repo_id, token=token, revision=revision)
+        to = Destination(repo_id, revision, create_pr, private, token)
+        to = replace(to, repo_id=create_repo(to))
+        with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as directory:
+            folder = directory / "push"
+            save_record(folder, self.model, self.processing_class, self.report.without_paths(), model_id=to.repo_id)
+            files = chain(sorted(folder.iterdir()), saved_shards(folder, self.model, max_shard_size))
+            commit = push_files(to, files, message=commit_message)
+        if not create_pr and revision in (None, "main"):
+            tag_version(to, commit.oid)
+        return str(commit.pr_url if create_pr else commit.commit_url)
 
 
 def _peak_memory() -> int:

@@ -1,31 +1,41 @@
 """What a merge would do, and all that stands in its way, before any weight is read."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from . import hub
 from .adapters import adapter_problems, load_adapter_config
-from .config import Recipe
+from .card import declared_license
+from .checkpoint import runtime_tensors
+from .config import GraspConfig, Recipe
 from .errors import GraspError
+from .headers import header_tensors
 from .loading import (
+    Read,
     adapter_labels,
     architecture_problems,
+    compare,
     is_headless,
     load_config,
     load_processing_class,
-    match_vocabularies,
     model_class,
 )
-from .matching import head_tensors, movable_tensors, partition, tensor_problems, tie_problems
+from .matching import head_tensors, movable_tensors, partition, shortened, tie_problems
 from .prepare import check_prepared, labelled_splits, required_processing_class
 from .report import markdown_table
 from .rows import label_names, match_head
+from .saving import read_record
 from .sources import Source
+
+LOOK_UPS = 8  # at a time
+DOWNLOAD_RATE = 50e6  # bytes per second; an assumption, for a feeling of the time
 
 
 @dataclass
@@ -38,7 +48,15 @@ class PlannedSource:
         kind: `full` or `adapter`; empty where it was not found.
         sha: Commit on the Hub.
         architecture: The model type, or the type of the adapter.
+        dtypes: Of its weights, in the spelling of safetensors.
+        parameters: Number of numbers in its files.
+        labels: Names of its classes, where it has a head with names.
+        vocabulary: Number of tokens that it embeds.
+        adapter_of: The model that an adapter says that it belongs to.
+        license: What its card declares.
+        gated: Whether conditions stand before its files.
         num_bytes: Size of its weights.
+        cached_bytes: How much of them lies on this machine already.
         problems: Everything that keeps it from being merged.
         notes: What will happen to its head and its vocabulary, where there is something to say.
         partition: Of the base: the units that are decided together, those that differ in a number only on one line.
@@ -49,7 +67,15 @@ class PlannedSource:
     kind: str = ""
     sha: str | None = None
     architecture: str = ""
+    dtypes: list[str] = field(default_factory=list)
+    parameters: int | None = None
+    labels: list[str] | None = None
+    vocabulary: int | None = None
+    adapter_of: str | None = None
+    license: str | None = None
+    gated: bool = False
     num_bytes: int = 0
+    cached_bytes: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     partition: list[str] = field(default_factory=list)
@@ -57,52 +83,135 @@ class PlannedSource:
     def row(self) -> dict[str, str]:
         """Return its line of the plan."""
         name = Path(self.reference).name if Path(self.reference).is_dir() else self.reference
+        licence = f"{self.license or '–'}{', gated' if self.gated else ''}"
         return {
             "": self.role,
             "model": name,
             "kind": self.kind or "–",
             "architecture": self.architecture or "–",
+            "adapter of": self.adapter_of or "–",
+            "dtype": ", ".join(self.dtypes) or "–",
+            "labels": shortened(self.labels, 3) if self.labels else "–",
+            "tokens": str(self.vocabulary or "–"),
+            "licence": licence,
             "revision": (self.sha or "local")[:7],
             "MB": f"{self.num_bytes / 1e6:.1f}",
+            "to download": f"{(self.num_bytes - self.cached_bytes) / 1e6:.1f}",
             "problems": str(len(self.problems) or "none"),
         }
+
+
+@dataclass
+class _Found:
+    """One reference after the Hub was asked: its configuration files are here, and the headers of its weights."""
+
+    source: Source
+    listing: hub.Listing | None
+    headers: dict[str, Tensor] | None  # None where the weights are pickled
 
 
 def plan(recipe: Recipe, *, token: str | None = None) -> list[PlannedSource]:
     """Look up the base model and every source of `recipe` and list all problems of each; no weight is read.
 
-    Models are built on the meta device from their configurations, so shapes are compared at no cost. The shapes of an
-    adapter are known only when it is loaded.
+    Several references are looked up at a time. Models are built on the meta device from their configurations, and compared
+    by the shapes in the headers of their files, so nothing large is read. An adapter's own tensors are checked when it is
+    loaded.
     """
     references = [recipe.base_model, *recipe.sources] if recipe.base_model else recipe.sources
-    rows: list[PlannedSource] = []
+    rows = [
+        PlannedSource(reference, role="source" if index else "base")
+        for index, reference in enumerate(map(recipe.locate, references))
+    ]
+    with ThreadPoolExecutor(max_workers=LOOK_UPS) as threads:
+        found = list(threads.map(lambda row: _find(row, token), rows))
     target: _Target | None = None
-    for reference in map(recipe.locate, references):
-        planned = PlannedSource(reference, role="source" if rows else "base")
-        rows.append(planned)
+    for planned, one in zip(rows, found, strict=True):
+        if one is None:
+            continue
         try:
-            source, planned.num_bytes = hub.look_up(reference, token=token)
-            planned.kind, planned.sha = source.kind, source.sha
             if planned.role == "base":
-                target = _plan_base(planned, source, recipe)
-            elif source.kind == "adapter":
-                _plan_adapter(planned, source, target)
+                target = _plan_base(planned, one, recipe, token)
+            elif one.source.kind == "adapter":
+                _plan_adapter(planned, one.source, target)
             else:
-                _plan_full(planned, source, target)
+                _plan_full(planned, one, target)
         except GraspError as error:
             planned.problems.append(str(error))
     return rows
 
 
-def plan_table(rows: list[PlannedSource]) -> str:
-    """Return the plan as a Markdown table; below it the units, every note and every problem in full."""
+def _find(planned: PlannedSource, token: str | None) -> _Found | None:
+    """Ask the Hub, or look into the folder, and note what that says; `None` where there is nothing to go on."""
+    try:
+        source, listing = hub.look_up(planned.reference, token=token)
+        planned.kind, planned.sha = source.kind, source.sha
+        planned.num_bytes = listing.num_bytes if listing else source.num_bytes
+        planned.cached_bytes = hub.cached_bytes(listing) if listing else planned.num_bytes
+        planned.license = listing.license if listing else declared_license(source.folder)
+        planned.gated = listing.gated if listing else False
+        headers = header_tensors(source, listing, token=token)
+        if headers is not None:
+            planned.dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in headers.values()})
+            planned.parameters = sum(tensor.numel() for tensor in headers.values())
+        return _Found(source, listing, headers)
+    except GraspError as error:
+        planned.problems.append(str(error))
+        return None
+
+
+def plan_table(rows: list[PlannedSource], recipe: Recipe | None = None) -> str:
+    """Return the plan as a Markdown table; below it the cost, the units, every note and every problem in full."""
+    table = [row.row() for row in rows]
+    told = [column for column in table[0] if any(line[column] != "–" for line in table)]
     blocks = [
-        [markdown_table([row.row() for row in rows])],
+        [markdown_table([{column: line[column] for column in told} for line in table])],
+        cost_lines(rows, recipe.config) if recipe else [],
         [line for row in rows for line in row.partition],
         [f"- {row.reference}: {note}" for row in rows for note in row.notes],
         problem_list(rows),
     ]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
+
+
+def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
+    """Return what a merge will download, and hold on the disk and in memory, as estimates.
+
+    The factors are those that `python -m tests.benchmarks.memory` measures; activations come on top.
+    """
+    base, sources = rows[0], rows[1:]
+    weights = 4 * (base.parameters or base.num_bytes // 4)  # the target is float32
+    download = sum(row.num_bytes - row.cached_bytes for row in rows)
+    largest = sorted((row.num_bytes - row.cached_bytes for row in sources), reverse=True)
+    disk = sum(largest[: 2 if config.prefetch else 1]) + base.num_bytes - base.cached_bytes
+    temporary = 0
+    if config.needs_data:
+        temporary = weights * (2 + (config.method == "copy" or config.order == "rank") + config.accumulate_gradients)
+    factor, how = _memory_factor(config)
+    seconds = download / DOWNLOAD_RATE
+    return [
+        f"download: {_gigabytes(download)}, {_minutes(seconds)} at {DOWNLOAD_RATE / 1e6:.0f} MB/s",
+        f"disk at most: {_gigabytes(disk)} of models, {_gigabytes(temporary)} of temporary files",
+        f"memory: about {_gigabytes(factor * weights)} and activations ({how})",
+    ]
+
+
+def _memory_factor(config: GraspConfig) -> tuple[float, str]:
+    """Return the peak of a merge in sizes of its model, and what sets it."""
+    if not config.needs_data or not (config.initial_epochs or config.finetune_epochs):
+        return 1.1, "no fine-tuning"
+    if config.lora is not None:
+        return 1.2, "fine-tuning by LoRA"
+    if config.training_arguments.get("optim") == "adafactor":
+        return 2.2, "fine-tuning with Adafactor"
+    return 4.1, "fine-tuning with AdamW; lora: or optim: adafactor need less"
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def partition_lines(model: PreTrainedModel, unit: str) -> list[str]:
@@ -134,6 +243,7 @@ class _Target:
     has_labels: bool  # of the data; where that cannot be read, label names are not compared
     processing_class: Any
     accepted_bases: list[str]
+    adapters_base: Source  # of a continued merge, the model that it started from
 
 
 def _without_weights(target: _Target, config: PretrainedConfig) -> PreTrainedModel:
@@ -141,7 +251,8 @@ def _without_weights(target: _Target, config: PretrainedConfig) -> PreTrainedMod
         return type(target.model)(config)
 
 
-def _plan_base(planned: PlannedSource, base: Source, recipe: Recipe) -> _Target:
+def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str | None) -> _Target:
+    base = found.source
     config = load_config(base)
     planned.architecture = config.model_type
     cls = model_class(config, recipe.task, str(base.ref))
@@ -158,39 +269,50 @@ def _plan_base(planned: PlannedSource, base: Source, recipe: Recipe) -> _Target:
     with torch.device("meta"):
         model = cls(config)
     planned.partition = partition_lines(model, recipe.config.unit)
-    return _Target(base, model, has_labels, processor, recipe.config.accepted_bases)
+    _describe(planned, config)
+    record = read_record(base.folder)
+    adapters_base = hub.look_up(record.base_reference, token=token)[0] if record and record.base_sha else base
+    return _Target(base, model, has_labels, processor, recipe.config.accepted_bases, adapters_base)
+
+
+def _describe(planned: PlannedSource, config: PretrainedConfig) -> None:
+    planned.labels = label_names(config)
+    planned.vocabulary = getattr(config.get_text_config(), "vocab_size", None)
 
 
 def _plan_adapter(planned: PlannedSource, adapter: Source, target: _Target | None) -> None:
     config = load_adapter_config(adapter)
     planned.architecture = str(getattr(config.peft_type, "value", config.peft_type))
+    planned.adapter_of = config.base_model_name_or_path
     if target is None:
         return
-    planned.problems += adapter_problems(config, adapter, target.base, target.accepted_bases)
+    planned.problems += adapter_problems(config, adapter, target.adapters_base, target.accepted_bases)
     heads = {name.partition(".")[0] for name in head_tensors(target.model)}
     if target.has_labels and heads & set(getattr(config, "modules_to_save", None) or ()):
-        labels = adapter_labels(adapter, target.base)
-        model = _without_weights(target, load_config(target.base))
+        labels = adapter_labels(adapter, target.adapters_base)
+        model = _without_weights(target, load_config(target.adapters_base))
         planned.notes += match_head(target.model, movable_tensors(model), labels).notes
 
 
-def _plan_full(planned: PlannedSource, source: Source, target: _Target | None) -> None:
+def _plan_full(planned: PlannedSource, found: _Found, target: _Target | None) -> None:
+    source = found.source
     config = load_config(source)
     planned.architecture = config.model_type
-    if source.ref.is_local:
-        source.dtypes()  # raises where a file is damaged
+    _describe(planned, config)
     if target is None:
         return
     planned.problems += architecture_problems(config, target.model)
     if planned.problems:
         return
     model = _without_weights(target, config)
-    lacking = head_tensors(model) if is_headless(config) else set()
-    tensors = {name: tensor for name, tensor in movable_tensors(model).items() if name not in lacking}
     labels = label_names(config if target.has_labels else target.model.config)
-    head = match_head(target.model, tensors, labels)
-    tokens = match_vocabularies(source, tensors, target.model, target.processing_class)
-    matched = set(head.rows) | set(tokens.rows) | head.left_out
-    planned.problems += head.problems + tokens.problems + tie_problems(target.model, model)
-    planned.problems += tensor_problems(movable_tensors(target.model), tensors, ignored=matched)
-    planned.notes += head.notes + tokens.notes
+    if found.headers is None:  # pickled: what the configuration promises
+        lacking = head_tensors(model) if is_headless(config) else set()
+        tensors = {name: tensor for name, tensor in movable_tensors(model).items() if name not in lacking}
+        read = Read(tensors, set(tensors), labels)
+    else:
+        tensors, problems = runtime_tensors(found.headers, target.model, Path())
+        read = Read(tensors, set(tensors), labels, problems)
+    comparison = compare(source, read, target.model, target.processing_class)
+    planned.problems += comparison.problems + tie_problems(target.model, model)
+    planned.notes += comparison.notes

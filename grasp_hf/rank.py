@@ -15,6 +15,7 @@ from .errors import GraspError, NonFiniteError
 from .loading import LoadedSource
 from .matching import Unit, units_within
 from .measure import UnitProducts
+from .pull import Puller
 from .report import markdown_table, shown
 from .sources import Source
 
@@ -76,7 +77,8 @@ class RankedSource:
 
 def rank_sources(
     references: Sequence[str],
-    load: Callable[[str], tuple[Source, LoadedSource]],
+    puller: Puller,
+    load: Callable[[Source], LoadedSource],
     gradient: Mapping[str, Tensor],
     target: Mapping[str, Tensor],
     units: Sequence[Unit],
@@ -85,16 +87,19 @@ def rank_sources(
 
     Args:
         references: The sources; one at a time is loaded.
-        load: Finds and reads a source.
+        puller: Brings them.
+        load: Reads a source that is there.
         gradient: See `rank_source`.
         target: See `rank_source`.
         units: See `rank_source`.
     """
     rows = []
-    for reference in tqdm(references, desc="ranking", unit="source", leave=False, disable=None):
+    bar = tqdm(references, desc="ranking", unit="source", leave=False, disable=None)
+    for number, reference in enumerate(bar, start=1):
         began = time.perf_counter()
         try:
-            row = rank_source(*load(reference), gradient, target, units)
+            with puller.pull(reference, *references[number : number + 1]) as source:
+                row = rank_source(source, load(source), gradient, target, units)
         except GraspError as error:
             row = RankedSource(reference, problem=str(error))
         row.seconds = time.perf_counter() - began

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import yaml
 
+from .errors import ConfigError
+
 Evaluation = dict[str, float]
 Decision = Literal["moved", "kept", "undefined", "undone"]
 
@@ -75,6 +77,7 @@ class StepReport:
         kind: `full` or `adapter`.
         num_bytes: Size of the source's weight files.
         license: What its card declares.
+        gated: Whether conditions stand before its files on the Hub.
         accepted: `False` where the gate undid the transfer.
         notes: How its head and its vocabulary were matched with the target's, where there is something to say.
         units: One row per unit that could have moved.
@@ -91,6 +94,7 @@ class StepReport:
     kind: str
     num_bytes: int = 0
     license: str | None = None
+    gated: bool = False
     accepted: bool = True
     notes: list[str] = field(default_factory=list)
     units: list[UnitReport] = field(default_factory=list)
@@ -171,6 +175,7 @@ class MergeReport:
         base: Where the target started, and the commit of its files (`None` for a local folder or a model object).
         base_sha: See `base`.
         base_license: What its card declares.
+        base_gated: Whether conditions stand before its files on the Hub.
         start: Held-out loss (and accuracy) after the initial fine-tuning; empty without evaluation data.
         starts_from_source: Whether the base is itself the first source, so that an average counts it.
         ranking: The order of the sources by what they promised, where they were ranked.
@@ -179,11 +184,14 @@ class MergeReport:
         recipe: Task and data of the recipe, where one was used.
         data: What the target data was: number of samples and fingerprint.
         versions: Versions of the packages that did it.
+        continues: The merge that this one was appended to, a Hub reference pinned to its commit or a folder.
+        continued_steps: How many of the steps are its.
     """
 
     base: str
     base_sha: str | None = None
     base_license: str | None = None
+    base_gated: bool = False
     start: Evaluation = field(default_factory=dict)
     starts_from_source: bool = False
     ranking: list[dict[str, Any]] = field(default_factory=list)
@@ -192,25 +200,41 @@ class MergeReport:
     recipe: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    continues: str | None = None
+    continued_steps: int = 0
+
+    @property
+    def gated(self) -> list[str]:
+        """Names of the parents that have conditions before their files."""
+        return [*([self.base] if self.base_gated else []), *(step.source for step in self.steps if step.gated)]
+
+    @property
+    def base_reference(self) -> str:
+        """Where the first version of this merge started, pinned to its commit."""
+        return _pinned(self.base, self.base_sha)
 
     def without_paths(self) -> "MergeReport":
         """Return a copy that names local folders by their last part, for others to read."""
         base = self.base if self.base_sha else Path(self.base).name
         steps = [replace(step, source=step.name) for step in self.steps]
-        named = {key: _names_of_paths(getattr(self, key)) for key in ("ranking", "config", "recipe")}
+        named = {key: _names_of_paths(getattr(self, key)) for key in ("ranking", "config", "recipe", "continues")}
         return replace(self, base=base, steps=steps, **named)
 
     def configuration(self) -> str:
-        """Return the merge as a recipe in YAML, every Hub reference pinned to its commit, with a record of the run."""
+        """Return the last run as a recipe in YAML, every Hub reference pinned to its commit, with a record of the run.
 
-        def pinned(name: str, sha: str | None) -> str:
-            return f"{name.partition('@')[0]}@{sha}" if sha else name
-
+        What was appended to an earlier merge starts from that merge. Ranked sources are listed in their final order.
+        """
+        start = {"base_model": self.continues or self.base_reference}
+        sources = [_pinned(step.source, step.sha) for step in self.steps[self.continued_steps :]]
+        if self.starts_from_source and not self.continues:
+            start, sources = {}, [self.base_reference, *sources]
         values = {
-            "base_model": pinned(self.base, self.base_sha),
-            "sources": [pinned(step.source, step.sha) for step in self.steps],
+            **start,
+            "sources": sources,
             **self.recipe,
             **self.config,
+            **({"order": "given", "top": None} if self.config else {}),
             "record": {"data": self.data, "versions": self.versions},
         }
         return yaml.safe_dump(values, sort_keys=False)
@@ -225,6 +249,27 @@ class MergeReport:
     def to_json(self, path: Path) -> None:
         """Write everything to `path`."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def from_json(cls, path: Path) -> "MergeReport":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ConfigError: It holds something else.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            steps = [
+                StepReport(**{**step, "units": [UnitReport(**unit) for unit in step["units"]]})
+                for step in values.pop("steps")
+            ]
+            return cls(**values, steps=steps)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"'{path.name}' is not the record of a merge by grasp_hf {error}") from error
+
+
+def _pinned(name: str, sha: str | None) -> str:
+    return f"{name.partition('@')[0]}@{sha}" if sha else name
 
 
 def _names_of_paths(value: Any) -> Any:

@@ -1,18 +1,36 @@
 """What a merge leaves: a model folder with its card, its configuration and its record."""
 
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .card import model_card
 from .errors import OutputExistsError
+from .figures import save_figures
 from .loading import quiet_transformers
 from .report import MergeReport
 
 REPORT_FILE = "grasp_report.json"
 CONFIG_FILE = "grasp_config.yaml"
+
+
+def read_record(folder: Path) -> MergeReport | None:
+    """Return the record of the merge in `folder`; `None` where it holds another model.
+
+    Raises:
+        ConfigError: It holds a record that cannot be read.
+    """
+    return MergeReport.from_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None
 
 
 def check_output(directory: Path) -> None:
@@ -44,16 +62,66 @@ def save_merge(
     model_id: str | None = None,
 ) -> None:
     """Write the model, its tokenizer or processor, the card, the configuration and the report to `directory`."""
-    # The small files are made first: what is wrong with them is wrong before any weight is written.
+    save_record(directory, model, processing_class, report, model_id=model_id)
+    with quiet_transformers():
+        model.save_pretrained(directory)
+    for path in directory.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes them for the owner alone
+
+
+def save_record(
+    directory: Path,
+    model: PreTrainedModel,
+    processing_class: Any,
+    report: MergeReport,
+    *,
+    model_id: str | None = None,
+) -> None:
+    """Write all but the weights to `directory`: configurations, tokenizer or processor, card and report."""
+    # What is wrong with them is wrong before anything is written.
     configuration = report.configuration()
-    card = model_card(model, report.without_paths(), model_id or directory.name)
     directory.mkdir(parents=True, exist_ok=True)
+    figures = save_figures(report.without_paths(), directory)
+    card = model_card(
+        model,
+        report.without_paths(),
+        model_id or directory.name,
+        figures,
+        with_pipeline=processing_class is not None,
+        gated=report.gated,
+    )
     report.to_json(directory / REPORT_FILE)
     (directory / CONFIG_FILE).write_text(configuration, encoding="utf-8")
     card.save(directory / "README.md")
     with quiet_transformers():
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict={})
     if processing_class is not None:
         processing_class.save_pretrained(directory)
-    for path in directory.glob("*.safetensors"):
-        path.chmod(0o644)  # safetensors writes them for the owner alone
+
+
+def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the tensors of `model` as `save_pretrained` writes them: under the names of files, tied ones once."""
+    state = model.state_dict()
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    return dict(revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model)))
+
+
+def saved_shards(directory: Path, model: PreTrainedModel, max_shard_size: int | str) -> Iterator[Path]:
+    """Write the weights as `save_pretrained` would, but each shard only when it is asked for, and the index at the end.
+
+    The files of a folder that loads are the same, byte for byte; who asks may delete a shard before the next.
+    """
+    state = saved_state(model)
+    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
+    for name, tensors in split.filename_to_tensors.items():
+        shard = {tensor: state.pop(tensor).contiguous() for tensor in tensors}
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        del shard
+        yield directory / name
+    if split.is_sharded:
+        metadata = {"total_parameters": model.num_parameters(), **split.metadata}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        path = directory / SAFE_WEIGHTS_INDEX_NAME
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        yield path

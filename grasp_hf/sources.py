@@ -27,14 +27,16 @@ class SourceRef:
     Attributes:
         name: The folder, or `org/name`.
         revision: Branch, tag or commit on the Hub; `None` is the main branch.
+        subfolder: Folder in the repository.
     """
 
     name: str
     revision: str | None = None
+    subfolder: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "SourceRef":
-        """Read `org/name`, `org/name@revision`, or the path of a folder.
+        """Read `org/name`, `org/name@revision`, `org/name/subfolder@revision`, or the path of a folder.
 
         >>> SourceRef.parse("org/name@v1.0")
         SourceRef(name='org/name', revision='v1.0')
@@ -49,12 +51,14 @@ class SourceRef:
             raise SourceNotFoundError(
                 f"'{text}': '{name}' is a folder, which has no revisions; leave out '@{revision}'"
             )
-        if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or text.endswith("@"):
+        if not name or name.startswith((".", "/", "~")) or "//" in name or name.endswith("/") or text.endswith("@"):
             raise SourceNotFoundError(
                 f"'{text}' is neither an existing folder nor a Hub id; expected 'org/name', 'org/name@revision' or a "
                 "folder that holds config.json or adapter_config.json"
             )
-        return cls(name, revision or None)
+        org, _, rest = name.partition("/")
+        repository, _, subfolder = rest.partition("/")
+        return cls(f"{org}/{repository}" if repository else name, revision or None, subfolder or None)
 
     @property
     def is_local(self) -> bool:
@@ -62,7 +66,8 @@ class SourceRef:
         return Path(self.name).is_dir()
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.revision}" if self.revision else self.name
+        name = f"{self.name}/{self.subfolder}" if self.subfolder else self.name
+        return f"{name}@{self.revision}" if self.revision else name
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,14 @@ class Source:
         folder: Where the files are.
         sha: The commit that the files are of; `None` for a local folder.
         kind: A full model, or an adapter of one.
+        gated: Whether conditions stand before its files on the Hub.
     """
 
     ref: SourceRef
     folder: Path
     sha: str | None
     kind: Literal["full", "adapter"]
+    gated: bool = False
 
     @classmethod
     def inspect(
@@ -90,7 +97,8 @@ class Source:
         Raises:
             SourceNotFoundError: No configuration, or no weights beside it.
         """
-        files = files or sorted(path.name for path in folder.iterdir() if path.is_file())
+        if files is None:
+            files = sorted(path.name for path in folder.iterdir() if path.is_file())
         kind: Literal["full", "adapter"] = "adapter" if "adapter_config.json" in files else "full"
         gguf = any(name.endswith(".gguf") for name in files)
         advice = "; a GGUF file holds quantized weights: name the float model that it was made from" if gguf else ""

@@ -48,3 +48,9 @@ def hub() -> HubServer:
     No token is set: pass `token=`, or set `HF_TOKEN`, which clients read at each call, with `monkeypatch.setenv`.
     """
     return HUB
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try again at once where the package would wait for the Hub."""
+    monkeypatch.setattr("grasp_hf.hub.PAUSES", (0.01, 0.01, 0.01))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from grasp_hf import GraspConfig, GraspMerger
-from grasp_hf.checkpoint import runtime_tensors
+from grasp_hf.checkpoint import file_tensors, runtime_tensors
 from grasp_hf.matching import movable_tensors
 from grasp_hf.sources import Source, SourceRef
 from tests.models import KINDS, perturbed, saved, tiny_model
@@ -18,7 +18,8 @@ from tests.models import KINDS, perturbed, saved, tiny_model
 
 def read(folder: Path | str, kind: str, scratch: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     scratch.mkdir(exist_ok=True)
-    return runtime_tensors(Source.inspect(SourceRef(str(folder)), Path(folder)), tiny_model(kind), scratch)
+    raw = file_tensors(Source.inspect(SourceRef(str(folder)), Path(folder)))
+    return runtime_tensors(raw, tiny_model(kind), scratch)
 
 
 @pytest.mark.parametrize("shards", ["1GB", "5KB"], ids=["one-file", "shards"])

@@ -65,7 +65,7 @@ def test_the_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "plan | rank | merge | demo"),
+        ([], "plan | rank | merge | append | reproduce | demo"),
         (["merge"], "recipe"),
         (["merge", "recipe.yaml"], "--output"),
         (["blend", "recipe.yaml"], "invalid choice: 'blend'"),
@@ -84,13 +84,20 @@ def test_a_plan_without_problems(world: Path, capsys: pytest.CaptureFixture[str]
     assert main(["plan", str(world / "recipe.yaml")]) == 0
     output = capsys.readouterr()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.out.splitlines()]
-    assert lines[0] == ["", "model", "kind", "architecture", "revision", "MB", "problems"]
-    assert [line[:5] + line[6:] for line in lines[2:6]] == [
-        ["base", "base", "full", "vit", "local", "none"],
-        ["source", "fine-1", "full", "vit", "local", "none"],
-        ["source", "lora", "adapter", "LORA", "local", "none"],
-        ["source", "fine-2", "full", "vit", "local", "none"],
+    assert lines[0] == [
+        *["", "model", "kind", "architecture", "adapter of", "dtype", "labels"],
+        *["revision", "MB", "to download", "problems"],
     ]
+    rows = [dict(zip(lines[0], line, strict=True)) for line in lines[2:6]]
+    assert [(row[""], row["model"], row["kind"], row["architecture"], row["problems"]) for row in rows] == [
+        ("base", "base", "full", "vit", "none"),
+        ("source", "fine-1", "full", "vit", "none"),
+        ("source", "lora", "adapter", "LORA", "none"),
+        ("source", "fine-2", "full", "vit", "none"),
+    ]
+    assert {(row["dtype"], row["revision"], row["to download"]) for row in rows} == {("float32", "local", "0.0")}
+    assert [row["labels"] for row in rows] == ["bird, cat, dog", "bird, cat, dog", "–", "bird, cat, dog"]
+    assert "download: 0.00 GB, 0 s at 50 MB/s\n" in output.out
 
 
 def test_a_plan_lists_all_problems_of_all_sources(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +122,7 @@ def test_a_plan_lists_all_problems_of_all_sources(world: Path, capsys: pytest.Ca
     assert len(problems) == len(expected)
     for line, (name, problem) in zip(problems, expected, strict=True):
         assert f"{name}: " in line and problem in line
-    counts = [line.strip("|").split("|")[6].strip() for line in text.splitlines()[2:10]]
+    counts = [line.strip("|").split("|")[-1].strip() for line in text.splitlines()[2:10]]
     assert counts == ["none", "1", "none", "none", "1", "1", "1", "1"]
 
 

@@ -1,0 +1,121 @@
+"""The life of a merge after it was made: sources appended to it, and its record replayed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from . import hub
+from .checkpoint import file_tensors
+from .config import Recipe, override_
+from .errors import ConfigError
+from .prepare import prepare
+from .report import MergeReport
+from .saving import CONFIG_FILE, read_record, saved_state
+from .sources import Source
+
+
+def append_recipe(
+    merged: str, sources: Sequence[str], overrides: Sequence[str] = (), *, token: str | None = None
+) -> Recipe:
+    """Return the recipe that appends `sources` to a merge, with the data and the settings of its last run.
+
+    Relative paths in it are looked up in the working directory.
+
+    Args:
+        merged: Hub id or folder of a merge by this package.
+        sources: References of the new sources.
+        overrides: `key=value`, such as `data.path=...` where the data lies elsewhere now.
+        token: Hub token.
+
+    Raises:
+        ConfigError: It is not such a merge, or an override is wrong.
+    """
+    values, _, _ = _recorded(merged, overrides, token)
+    values |= {"base_model": merged, "sources": list(sources)}
+    return Recipe.from_dict(values, folder=Path.cwd(), name=f"the record of '{merged}'")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A merge made again from its record.
+
+    Attributes:
+        report: Of the new merge.
+        differences: The largest absolute difference by tensor, of those that are not equal bit for bit.
+        tensors: Number of tensors compared.
+    """
+
+    report: MergeReport
+    differences: dict[str, float]
+    tensors: int
+
+    def __str__(self) -> str:
+        if not self.differences:
+            return f"reproduced: all {self.tensors} tensors are equal, bit for bit"
+        worst = sorted(self.differences, key=lambda name: self.differences[name], reverse=True)[:5]
+        lines = [f"- {name}: differs by up to {self.differences[name]:.3g}" for name in worst]
+        count = f"not reproduced: {len(self.differences)} of {self.tensors} tensors differ, most of all"
+        return "\n".join([count, *lines])
+
+
+def reproduce(merged: str, overrides: Sequence[str] = (), *, token: str | None = None) -> Replay:
+    """Make the last run of a merge again, from its recorded revisions, data and seeds, and compare the weights.
+
+    Equal bits are expected on the same platform with the same versions and number of threads.
+
+    Args:
+        merged: Hub id or folder of a merge by this package.
+        overrides: `key=value`, such as `data.path=...` where the data lies elsewhere now.
+        token: Hub token.
+
+    Raises:
+        ConfigError: It is not such a merge, or its record names something that only its author had: a local folder, or
+            data that was given from Python; or the data is another one.
+    """
+    values, record, located = _recorded(merged, overrides, token)
+    recipe = Recipe.from_dict(values, folder=Path.cwd(), name=f"the record of '{merged}'")
+    named = [*([recipe.base_model] if recipe.base_model else []), *recipe.sources]
+    if lost := [name for name in named if "@" not in name and not Path(name).is_dir()]:
+        raise ConfigError(
+            f"'{merged}' cannot be reproduced: it was made with folders that are not here: {', '.join(lost)}"
+        )
+    if recipe.config.needs_data and not recipe.data:
+        raise ConfigError(
+            f"'{merged}' cannot be reproduced: its data was given from Python, and its record names none; name the same "
+            "data with data.path=..."
+        )
+    merger, sources, data = prepare(recipe, token=token)
+    merger.merge(sources, token=token, **data.merge_arguments())
+    for split, recorded in record.data.items():
+        made = merger.report.data.get(split)
+        if recorded and (made or {}).get("samples") != recorded["samples"]:
+            raise ConfigError(f"the {split} data is not the recorded one: got {made}, expected {recorded}")
+    published = file_tensors(located)
+    return Replay(merger.report, _differences(merger.model, published), len(published))
+
+
+def _differences(model: Any, published: dict[str, torch.Tensor]) -> dict[str, float]:
+    made = saved_state(model)
+    found = dict.fromkeys(made.keys() ^ published.keys(), float("inf"))
+    for name in made.keys() & published.keys():
+        ours, theirs = made[name].cpu(), published[name]
+        if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
+            found[name] = float((ours.double() - theirs.double()).abs().max()) if ours.shape == theirs.shape else 0.0
+    return found
+
+
+def _recorded(merged: str, overrides: Sequence[str], token: str | None) -> tuple[dict[str, Any], MergeReport, Source]:
+    located = hub.locate(merged, token=token)
+    record = read_record(located.folder)
+    path = located.folder / CONFIG_FILE
+    if record is None or not path.is_file():
+        raise ConfigError(f"'{merged}' is not a merge by grasp_hf: it holds no {CONFIG_FILE} or no record beside it")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values.pop("record", None)
+    for text in overrides:
+        override_(values, text)
+    return values, record, located

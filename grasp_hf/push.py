@@ -1,0 +1,235 @@
+"""A merge pushed to the Hub: shard by shard, as one commit that others see whole or not at all."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import get_session
+
+from .errors import PushError, SourceNotFoundError
+from .hub import PICKLED, SAFETENSORS, Listing, RemoteFile, resolve, retried
+from .sources import SourceRef
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 120.0  # seconds for one answer; a commit of many large files takes its time
+REPLACED = (*SAFETENSORS, *PICKLED, "model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where to push to, as in `PreTrainedModel.push_to_hub`.
+
+    Attributes:
+        repo_id: Repository; made where there is none.
+        revision: Branch; made where there is none.
+        create_pr: Open a pull request instead of changing the branch.
+        private: Make a new repository private.
+        token: Hub token.
+    """
+
+    repo_id: str
+    revision: str | None = None
+    create_pr: bool = False
+    private: bool | None = None
+    token: str | None = None
+
+    @property
+    def api(self) -> HfApi:
+        """The client."""
+        return HfApi(token=self.token)
+
+
+def create_repo(to: Destination) -> str:
+    """Create the repository and the branch where there is none, and return the repository's full id.
+
+    Raises:
+        PushError: The token may not, or the Hub could not be reached.
+    """
+    with _pushing(to):
+        repo_id = retried(
+            lambda: to.api.create_repo(to.repo_id, private=to.private, exist_ok=True).repo_id, "creating it"
+        )
+        if to.revision is not None and not to.revision.startswith("refs/"):
+            branch = to.revision
+            retried(lambda: to.api.create_branch(repo_id, branch=branch, exist_ok=True), "creating the branch")
+        return str(repo_id)
+
+
+def push_files(to: Destination, files: Iterable[Path], *, message: str) -> CommitInfo:
+    """Upload `files` as one commit to the root of an existing repository, replacing all its weights.
+
+    Every large file is uploaded, and then deleted here, before the next one is asked for; others see nothing of it until
+    the commit at the end. A file that the Hub holds already is not uploaded again, so a failed push goes on where it was.
+
+    Args:
+        to: The repository, under its full id.
+        files: Paths, made as they are asked for.
+        message: Title of the commit.
+
+    Raises:
+        PushError: The branch was changed by someone else meanwhile, or the token may not, or the Hub could not be reached;
+            nothing has changed there.
+    """
+    with _pushing(to):
+        head = _listing(to, to.revision)
+        requests = _pull_requests(to) if to.create_pr else set()
+        operations, intended = [], {}
+        for path in files:
+            operation = CommitOperationAdd(path.name, path)
+            intended[path.name] = _described(path)
+            retried(
+                lambda op=operation: to.api.preupload_lfs_files(  # type: ignore[misc]
+                    to.repo_id, [op], revision=to.revision, create_pr=to.create_pr, num_threads=1
+                ),
+                f"uploading {path.name}",
+            )
+            if operation.path_or_fileobj == b"":  # uploaded: the client holds on to small files only
+                path.unlink()
+            operations.append(operation)
+        stale = [path for path in head.select(REPLACED) if path not in intended]
+        deletions = [CommitOperationDelete(path) for path in stale]
+        commit = _commit(to, [*operations, *deletions], intended, stale, head, requests, message)
+        arrived = _listing(to, commit.oid)
+        if not _holds(arrived, intended, stale):
+            raise PushError(f"'{to.repo_id}': what its commit {commit.oid} holds is not what was sent; push again")
+        return commit
+
+
+def _commit(
+    to: Destination,
+    operations: list[CommitOperationAdd | CommitOperationDelete],
+    intended: dict[str, RemoteFile],
+    stale: list[str],
+    head: Listing,
+    requests: set[str],
+    message: str,
+) -> CommitInfo:
+    """Make the commit once, also where the Hub's answer to it is lost."""
+
+    def attempt() -> CommitInfo:
+        if done := _done(to, intended, stale, head, requests):
+            return done
+        return to.api.create_commit(
+            to.repo_id,
+            operations,
+            commit_message=message,
+            revision=to.revision,
+            create_pr=to.create_pr,
+            parent_commit=None if to.create_pr else head.sha,
+        )
+
+    try:
+        return retried(attempt, "the commit")
+    except HfHubHTTPError as error:
+        if error.response is None or error.response.status_code != 412:
+            raise
+        if done := _done(to, intended, stale, head, requests):  # the client had tried twice
+            return done
+        raise PushError(
+            f"'{to.repo_id}' was changed by someone else while this was uploaded; look at the change, and push again"
+        ) from error
+
+
+def _done(
+    to: Destination, intended: dict[str, RemoteFile], stale: list[str], head: Listing, requests: set[str]
+) -> CommitInfo | None:
+    """Return the commit of this push where it has been made and only the answer was lost."""
+    for revision in sorted(_pull_requests(to) - requests) if to.create_pr else [to.revision]:
+        now = _listing(to, revision)
+        if now.sha != head.sha and _holds(now, intended, stale):
+            url = f"{to.api.endpoint}/{to.repo_id}"
+            return CommitInfo(
+                commit_url=f"{url}/commit/{now.sha}",
+                commit_message="",
+                commit_description="",
+                oid=now.sha,
+                pr_url=f"{url}/discussions/{str(revision).rpartition('/')[2]}" if to.create_pr else None,
+            )
+    return None
+
+
+def _holds(listing: Listing, intended: dict[str, RemoteFile], stale: list[str]) -> bool:
+    same = all(
+        name in listing.files
+        and (found := listing.files[name]).size == file.size
+        and (found.sha256 == file.sha256 if found.sha256 else found.git_sha1 == file.git_sha1)
+        for name, file in intended.items()
+    )
+    return same and not set(stale) & set(listing.files)
+
+
+def _described(path: Path) -> RemoteFile:
+    """Return size and checksums of a file that is here."""
+    size = path.stat().st_size
+    sha256, sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            sha256.update(piece)
+            sha1.update(piece)
+    return RemoteFile(size, sha256.hexdigest(), sha1.hexdigest())
+
+
+def _listing(to: Destination, revision: str | None) -> Listing:
+    found = resolve(SourceRef(to.repo_id, revision), token=to.token)
+    if found is None:
+        raise PushError(f"'{to.repo_id}' could not be written on the Hub: it cannot be reached; push again later")
+    return found
+
+
+def _pull_requests(to: Destination) -> set[str]:
+    refs = retried(lambda: to.api.list_repo_refs(to.repo_id, include_pull_requests=True), "listing pull requests")
+    return {ref.ref for ref in refs.pull_requests or []}
+
+
+def tag_version(to: Destination, sha: str) -> str | None:
+    """Tag a commit with the next version, `v1`, `v2`, …, unless it has one; return the tag.
+
+    A tag that cannot be made is a warning: the model is there.
+    """
+    try:
+        with _pushing(to):
+            tags = retried(lambda: to.api.list_repo_refs(to.repo_id), "listing tags").tags
+            versions = {int(tag.name[1:]): tag.target_commit for tag in tags if re.fullmatch(r"v\d+", tag.name)}
+            if known := [f"v{number}" for number, commit in versions.items() if commit == sha]:
+                return known[0]
+            name = f"v{max(versions, default=0) + 1}"
+            retried(lambda: to.api.create_tag(to.repo_id, tag=name, revision=sha, exist_ok=True), "tagging")
+            return name
+    except PushError as error:
+        logger.warning("the commit %s was pushed, but has no version tag: %s", sha, error)
+        return None
+
+
+@contextmanager
+def _pushing(to: Destination) -> Iterator[None]:
+    """Give every request a time limit, which the client has not, and name the repository in errors."""
+    session = get_session()
+    before, session.timeout = session.timeout, TIMEOUT
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, HTTPError, LocalTokenNotFoundError) as error:
+        raise PushError(
+            f"'{to.repo_id}' could not be written on the Hub: {error}; log in with `hf auth login` or pass a token that "
+            "may write there, and push again: what has arrived is not uploaded twice"
+        ) from error
+    except SourceNotFoundError as error:
+        raise PushError(f"'{to.repo_id}' could not be written on the Hub: {error}") from error
+    except (ConnectionError, TimeoutError) as error:  # as Xet raises them
+        if isinstance(error, PushError):
+            raise
+        raise PushError(f"'{to.repo_id}' could not be written on the Hub: {error}; push again") from error
+    finally:
+        session.timeout = before
