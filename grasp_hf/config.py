@@ -136,6 +136,8 @@ class GraspConfig:
         prefetch: Bring the following source to this machine while one is merged: at most two are on the disk then, else one.
         accepted_bases: Names (`org/name` or `org/name@revision`) that adapters may give as their base although the
             target started from another: you declare that they are the same weights.
+        trust_remote_code: References whose own Python code may run: their configuration and model classes. Read the code
+            first.
         seed: Seed of the batches; fine-tuning after source k is seeded with `seed + k`.
         published: Follow arXiv:2606.14900 to the letter, see `paper`.
         training_arguments: Anything that `transformers.TrainingArguments` takes; what stands here wins.
@@ -159,6 +161,7 @@ class GraspConfig:
     top: int | None = None
     prefetch: bool = True
     accepted_bases: list[str] = field(default_factory=list)
+    trust_remote_code: list[str] = field(default_factory=list)
     seed: int = 42
     published: bool = False
     training_arguments: dict[str, Any] = field(default_factory=dict)

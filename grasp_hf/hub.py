@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -77,6 +77,7 @@ class Listing:
         files: What it holds, by path.
         license: What its card declares.
         gated: Whether conditions stand before its files.
+        trusted: Whether its Python files are wanted.
     """
 
     ref: SourceRef
@@ -85,6 +86,7 @@ class Listing:
     files: dict[str, RemoteFile]
     license: str | None = None
     gated: bool = False
+    trusted: bool = False
 
     def select(self, patterns: Sequence[str]) -> list[str]:
         """Return the files in the reference's folder that match one of `patterns`."""
@@ -104,7 +106,7 @@ class Listing:
     @property
     def configuration(self) -> list[str]:
         """Paths of the configuration files."""
-        return self.select(CONFIG_FILES)
+        return self.select([*CONFIG_FILES, "*.py"] if self.trusted else CONFIG_FILES)
 
     @property
     def weights(self) -> list[str]:
@@ -120,7 +122,7 @@ class Listing:
         return sum(self.files[path].size for path in self.weights)
 
 
-def resolve(ref: SourceRef, *, token: str | None = None) -> Listing | None:
+def resolve(ref: SourceRef, *, token: str | None = None, trusted: Collection[str] = ()) -> Listing | None:
     """Return the commit that `ref` names now; `None` where the Hub cannot be asked, so that only a cache can serve.
 
     Raises:
@@ -141,18 +143,19 @@ def resolve(ref: SourceRef, *, token: str | None = None) -> Listing | None:
     if info.id != ref.name and "/" in ref.name:
         logger.warning("'%s' is called '%s' now", ref.name, info.id)
     licence = info.card_data.get("license") if info.card_data else None
-    return Listing(ref, info.id, str(info.sha), files, licence, bool(info.gated))
+    return Listing(ref, info.id, str(info.sha), files, licence, bool(info.gated), ref.is_among(trusted))
 
 
 def _info(ref: SourceRef, token: str | None) -> ModelInfo:
     return HfApi(token=token).model_info(ref.name, revision=ref.revision, files_metadata=True, timeout=TIMEOUT)
 
 
-def locate(reference: str | SourceRef, *, token: str | None = None) -> Source:
+def locate(reference: str | SourceRef, *, token: str | None = None, trusted: Collection[str] = ()) -> Source:
     """Return where the files of `reference` lie on this machine; those of a Hub model are in the Hugging Face cache.
 
     All files are of one commit, and each has the checksum that the Hub lists; one that has not is downloaded again.
-    Weights are downloaded in one format: safetensors where the repository has them.
+    Weights are downloaded in one format: safetensors where the repository has them. Python files are downloaded only where
+    `trusted` names the reference.
 
     Raises:
         SourceNotFoundError: No such folder, repository, revision or weights, or no access to them.
@@ -160,10 +163,10 @@ def locate(reference: str | SourceRef, *, token: str | None = None) -> Source:
     """
     ref = SourceRef.parse(reference) if isinstance(reference, str) else reference
     if ref.is_local:
-        return Source.inspect(ref, Path(ref.name))
-    listing = resolve(ref, token=token)
+        return replace(Source.inspect(ref, Path(ref.name)), trusted=ref.is_among(trusted))
+    listing = resolve(ref, token=token, trusted=trusted)
     if listing is None:
-        return cached_source(ref, token)
+        return cached_source(ref, token, trusted)
     Source.inspect(ref, Path(), listing.sha, files=listing.names)  # raises before anything is downloaded
     source = fetch_source(listing, token=token)
     _remember(listing)
@@ -175,7 +178,7 @@ def fetch_source(listing: Listing, **options: Any) -> Source:
     folder = Path()
     for path in [*listing.configuration, *listing.weights]:
         folder = fetch(listing, path, **options).parent
-    source = replace(Source.inspect(listing.ref, folder, listing.sha), gated=listing.gated)
+    source = replace(Source.inspect(listing.ref, folder, listing.sha), gated=listing.gated, trusted=listing.trusted)
     if any(path.suffix == ".bin" for path in source.weight_files):
         logger.warning(
             "%s has no safetensors weights; its pickled weights are read with weights_only=True", listing.ref
@@ -281,9 +284,9 @@ def _short(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def cached_source(ref: SourceRef, token: str | None = None) -> Source:
+def cached_source(ref: SourceRef, token: str | None = None, trusted: Collection[str] = ()) -> Source:
     """Return a model that the user's cache holds whole, without asking the Hub."""
-    names = [*CONFIG_FILES, *SAFETENSORS, *PICKLED, *ADAPTER_WEIGHTS]
+    names = [*CONFIG_FILES, "*.py", *SAFETENSORS, *PICKLED, *ADAPTER_WEIGHTS]
     patterns = [f"{ref.subfolder}/{name}" for name in names] if ref.subfolder else names
     ignored = None if ref.subfolder else ["*/*"]
     with named_errors(ref, token):
@@ -295,6 +298,7 @@ def cached_source(ref: SourceRef, token: str | None = None) -> Source:
             local_files_only=True,
         )
     source = Source.inspect(ref, Path(folder, ref.subfolder or ""), Path(folder).name)
+    source = replace(source, trusted=ref.is_among(trusted))
     for path in source.weight_files:
         checksum = (
             Path(os.readlink(path)).name if path.is_symlink() else ""
@@ -306,7 +310,9 @@ def cached_source(ref: SourceRef, token: str | None = None) -> Source:
     return source
 
 
-def look_up(reference: str, *, token: str | None = None) -> tuple[Source, Listing | None]:
+def look_up(
+    reference: str, *, token: str | None = None, trusted: Collection[str] = ()
+) -> tuple[Source, Listing | None]:
     """Return what `reference` is and, for one on the Hub, its commit; only configuration files are downloaded.
 
     The folder of the returned source then holds no weights.
@@ -316,16 +322,16 @@ def look_up(reference: str, *, token: str | None = None) -> tuple[Source, Listin
     """
     ref = SourceRef.parse(reference)
     if ref.is_local:
-        return Source.inspect(ref, Path(ref.name)), None
-    listing = resolve(ref, token=token)
+        return locate(ref, trusted=trusted), None
+    listing = resolve(ref, token=token, trusted=trusted)
     if listing is None:
-        return cached_source(ref, token), None
+        return cached_source(ref, token, trusted), None
     folder = Path()
     source = Source.inspect(ref, folder, listing.sha, files=listing.names)
     for path in listing.configuration:
         folder = fetch(listing, path, token=token).parent
     _remember(listing)
-    return Source(ref, folder, listing.sha, source.kind), listing
+    return Source(ref, folder, listing.sha, source.kind, listing.gated, listing.trusted), listing
 
 
 def cached_bytes(listing: Listing) -> int:

@@ -89,6 +89,11 @@ def reproduce(merged: str, overrides: Sequence[str] = (), *, token: str | None =
             "data with data.path=..."
         )
     merger, sources, data = prepare(recipe, token=token)
+    if merger.report.continued_steps != record.continued_steps:
+        raise ConfigError(
+            f"'{merged}' cannot be reproduced: it was appended to a merge that is not there any more: "
+            f"'{recipe.base_model}' holds another one now"
+        )
     merger.merge(sources, token=token, **data.merge_arguments())
     for split, recorded in record.data.items():
         made = merger.report.data.get(split)

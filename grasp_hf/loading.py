@@ -3,7 +3,7 @@
 import logging
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel, pipelines
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
 from .adapters import adapter_problems, apply_adapter_, load_adapter_config, saved_classes
@@ -113,8 +114,13 @@ def load_config(source: Source) -> PretrainedConfig:
             quantized weights.
     """
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trusted)
     except (ValueError, OSError, KeyError, StrictDataclassError) as error:
+        if not source.trusted and "auto_map" in _raw_config(source):
+            raise IncompatibleSourceError(
+                f"'{source.ref}' needs Python code of its own; read it, and let it run with "
+                f"trust_remote_code: ['{source.ref}']"
+            ) from error
         raise IncompatibleSourceError(f"'{source.ref}': its config.json cannot be used: {error}") from error
     if getattr(config, "quantization_config", None):
         raise IncompatibleSourceError(
@@ -122,6 +128,25 @@ def load_config(source: Source) -> PretrainedConfig:
             "dequantize it and save it first"
         )
     return config
+
+
+def _raw_config(source: Source) -> str:
+    try:
+        return (source.folder / "config.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _custom_class(config: PretrainedConfig, autos: Sequence[Any]) -> type[PreTrainedModel] | None:
+    """Return the class that a trusted model brings along for one of `autos`, or for its architecture."""
+    if not type(config).__module__.startswith("transformers_modules"):
+        return None
+    named = getattr(config, "auto_map", None) or {}
+    for auto, reference in named.items():
+        wanted = auto in {found.__name__ for found in autos} if autos else None
+        if wanted or (wanted is None and reference.rpartition(".")[2] in (config.architectures or [])):
+            return get_class_from_dynamic_module(reference, config._name_or_path)
+    return None
 
 
 def model_class(config: PretrainedConfig, task: str | None = None, name: str = "model") -> type[PreTrainedModel]:
@@ -136,7 +161,7 @@ def model_class(config: PretrainedConfig, task: str | None = None, name: str = "
         IncompatibleSourceError: There is no such task, or the architecture has no model for it.
     """
     if task is None:
-        found = getattr(transformers, (config.architectures or [""])[0], None)
+        found = _custom_class(config, ()) or getattr(transformers, (config.architectures or [""])[0], None)
         if found is None or is_headless(config):
             raise IncompatibleSourceError(
                 f"'{name}' names the architecture {config.architectures}, which has no task on top; say which one you "
@@ -151,6 +176,8 @@ def model_class(config: PretrainedConfig, task: str | None = None, name: str = "
         raise IncompatibleSourceError(
             f"unknown task '{task}', expected the name of an AutoModelFor class, or one of {', '.join(sorted(TASKS))}"
         )
+    if custom := _custom_class(config, autos):
+        return custom
     for auto in autos:
         if type(config) in auto._model_mapping:
             found = auto._model_mapping[type(config)]

@@ -24,7 +24,7 @@ from . import hub
 from .batches import Collator, batch_loss, check_dataset, evaluate, keeping_model_columns, sample_batches
 from .card import declared_license
 from .config import GraspConfig
-from .errors import ConfigError, GraspError, IncompatibleSourceError
+from .errors import ConfigError, GraspError, IncompatibleSourceError, SourceNotFoundError
 from .gradients import checkpointing, preserved_state
 from .loading import LoadedSource, load_processing_class, load_source, load_target
 from .matching import Unit, movable_tensors, partition, units_within
@@ -187,7 +187,8 @@ class GraspMerger:
         if model_kwargs.get("device_map") is not None:
             raise ConfigError("device_map: leave it out; Accelerate chooses the device of each step")
         ref = SourceRef.parse(model_id)
-        base = hub.locate(replace(ref, revision=ref.revision or revision), token=token)
+        trusted = (config or GraspConfig()).trust_remote_code
+        base = hub.locate(replace(ref, revision=ref.revision or revision), token=token, trusted=trusted)
         seed = (config or GraspConfig()).seed
         model = load_target(base, task=task, dtype=dtype, seed=seed, new_head=new_head, **model_kwargs)
         merger = cls(model, config, processing_class=load_processing_class(base), base=base)
@@ -219,6 +220,8 @@ class GraspMerger:
         if self._original_base:
             reference, token = self._original_base
             try:
+                if "@" not in reference and not Path(reference).is_dir():  # nor is it a model of that name on the Hub
+                    raise SourceNotFoundError(f"it was the folder '{reference}', which is not here")
                 self.base = hub.locate(reference, token=token)
             except GraspError as error:
                 raise IncompatibleSourceError(
@@ -268,7 +271,7 @@ class GraspMerger:
                 self._initially_finetuned = True
             if self.config.order == "rank" and sources:
                 sources = self._most_promising(sources, train_dataset, data_collator, token)
-            with Puller(token=token, prefetch=self.config.prefetch) as puller:
+            with self._puller(token) as puller:
                 for number, source in enumerate(sources, start=1):
                     try:
                         with puller.pull(source, *sources[number : number + 1]) as located:
@@ -325,8 +328,11 @@ class GraspMerger:
             def load(located: Source) -> LoadedSource:
                 return self._load(located, scratch, check_finite=False)  # its products say so
 
-            with Puller(token=token, prefetch=self.config.prefetch) as puller:
+            with self._puller(token) as puller:
                 return rank_sources([str(source) for source in sources], puller, load, gradient, scratch.start, units)
+
+    def _puller(self, token: str | None) -> Puller:
+        return Puller(token=token, prefetch=self.config.prefetch, trusted=self.config.trust_remote_code)
 
     def _load(self, located: Source, scratch: Scratch, *, check_finite: bool = True) -> LoadedSource:
         return load_source(
@@ -356,7 +362,7 @@ class GraspMerger:
         Raises:
             GraspError: The source, the data or the numbers are not fit; the model is as it was before the call.
         """
-        with Puller(token=token) as puller, puller.pull(str(source)) as located:
+        with self._puller(token) as puller, puller.pull(str(source)) as located:
             return self._merge_located(
                 located, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator
             )
@@ -558,7 +564,7 @@ class GraspMerger:
             commit = push_files(to, files, message=commit_message)
         if not create_pr and revision in (None, "main"):
             tag_version(to, commit.oid)
-        return str(commit.pr_url if create_pr else commit.commit_url)
+        return str(commit.pr_url or commit.commit_url)
 
 
 def _peak_memory() -> int:

@@ -1,6 +1,7 @@
 """What a merge would do, and all that stands in its way, before any weight is read."""
 
 import re
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,7 +124,7 @@ def plan(recipe: Recipe, *, token: str | None = None) -> list[PlannedSource]:
         for index, reference in enumerate(map(recipe.locate, references))
     ]
     with ThreadPoolExecutor(max_workers=LOOK_UPS) as threads:
-        found = list(threads.map(lambda row: _find(row, token), rows))
+        found = list(threads.map(lambda row: _find(row, token, recipe.config.trust_remote_code), rows))
     target: _Target | None = None
     for planned, one in zip(rows, found, strict=True):
         if one is None:
@@ -140,10 +141,10 @@ def plan(recipe: Recipe, *, token: str | None = None) -> list[PlannedSource]:
     return rows
 
 
-def _find(planned: PlannedSource, token: str | None) -> _Found | None:
+def _find(planned: PlannedSource, token: str | None, trusted: Collection[str]) -> _Found | None:
     """Ask the Hub, or look into the folder, and note what that says; `None` where there is nothing to go on."""
     try:
-        source, listing = hub.look_up(planned.reference, token=token)
+        source, listing = hub.look_up(planned.reference, token=token, trusted=trusted)
         planned.kind, planned.sha = source.kind, source.sha
         planned.num_bytes = listing.num_bytes if listing else source.num_bytes
         planned.cached_bytes = hub.cached_bytes(listing) if listing else planned.num_bytes

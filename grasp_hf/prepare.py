@@ -59,7 +59,7 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     from .data import DataSection, with_images, with_tokens  # datasets, which a merge without data never imports
 
     section = DataSection.from_recipe(recipe)
-    base = hub.locate(start, token=token)
+    base = hub.locate(start, token=token, trusted=recipe.config.trust_remote_code)
     config = load_config(base)
     cls = model_class(config, recipe.task, str(base.ref))
     check_prepared(cls, base)

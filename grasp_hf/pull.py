@@ -3,7 +3,7 @@
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,10 +31,11 @@ class Puller:
     Args:
         token: Hub token; left out, the one that you are logged in with.
         prefetch: Whether the following source is brought while one is used.
+        trusted: References whose own Python code may run.
     """
 
-    def __init__(self, *, token: str | None = None, prefetch: bool = True) -> None:
-        self._token, self._prefetch = token, prefetch
+    def __init__(self, *, token: str | None = None, prefetch: bool = True, trusted: Collection[str] = ()) -> None:
+        self._token, self._prefetch, self._trusted = token, prefetch, trusted
         self._held = ExitStack()
         self._directory: Path | None = None
         self._count = 0
@@ -77,9 +78,13 @@ class Puller:
     def _bring(self, reference: str) -> tuple[Source, Path | None]:
         """Return the source, and the folder to be removed when it has been used."""
         ref = SourceRef.parse(reference)
-        listing = None if ref.is_local else hub.resolve(ref, token=self._token)
+        listing = None if ref.is_local else hub.resolve(ref, token=self._token, trusted=self._trusted)
         if listing is None:
-            source = hub.locate(ref) if ref.is_local else hub.cached_source(ref)
+            source = (
+                hub.locate(ref, trusted=self._trusted)
+                if ref.is_local
+                else hub.cached_source(ref, trusted=self._trusted)
+            )
             read_ahead(source)
             return source, None
         Source.inspect(ref, Path(), listing.sha, files=listing.names)  # raises before anything is downloaded

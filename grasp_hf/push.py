@@ -90,12 +90,7 @@ def push_files(to: Destination, files: Iterable[Path], *, message: str) -> Commi
         for path in files:
             operation = CommitOperationAdd(path.name, path)
             intended[path.name] = _described(path)
-            retried(
-                lambda op=operation: to.api.preupload_lfs_files(  # type: ignore[misc]
-                    to.repo_id, [op], revision=to.revision, create_pr=to.create_pr, num_threads=1
-                ),
-                f"uploading {path.name}",
-            )
+            retried(lambda op=operation: _upload(to, op), f"uploading {path.name}")  # type: ignore[misc]
             if operation.path_or_fileobj == b"":  # uploaded: the client holds on to small files only
                 path.unlink()
             operations.append(operation)
@@ -106,6 +101,21 @@ def push_files(to: Destination, files: Iterable[Path], *, message: str) -> Commi
         if not _holds(arrived, intended, stale):
             raise PushError(f"'{to.repo_id}': what its commit {commit.oid} holds is not what was sent; push again")
         return commit
+
+
+def _upload(to: Destination, operation: CommitOperationAdd) -> None:
+    try:
+        to.api.preupload_lfs_files(
+            to.repo_id, [operation], revision=to.revision, create_pr=to.create_pr, num_threads=1
+        )
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, (HfHubHTTPError, HFValidationError)):
+            raise
+        if isinstance(error.__cause__, (HfHubHTTPError, HTTPError, OSError)):  # what the client hides
+            raise error.__cause__ from None
+        raise PushError(
+            f"'{to.repo_id}': {operation.path_in_repo} could not be uploaded: {error}; push again"
+        ) from error
 
 
 def _commit(

@@ -1,6 +1,6 @@
 """What a user names as a source, and what is found there: a full model or an adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,6 +65,10 @@ class SourceRef:
         """Whether this names a folder on this machine."""
         return Path(self.name).is_dir()
 
+    def is_among(self, names: Collection[str]) -> bool:
+        """Whether `names` holds this reference, with its revision or without."""
+        return not {self.name, str(self)}.isdisjoint(names)
+
     def __str__(self) -> str:
         name = f"{self.name}/{self.subfolder}" if self.subfolder else self.name
         return f"{name}@{self.revision}" if self.revision else name
@@ -80,6 +84,7 @@ class Source:
         sha: The commit that the files are of; `None` for a local folder.
         kind: A full model, or an adapter of one.
         gated: Whether conditions stand before its files on the Hub.
+        trusted: Whether the user lets its own Python code run.
     """
 
     ref: SourceRef
@@ -87,6 +92,7 @@ class Source:
     sha: str | None
     kind: Literal["full", "adapter"]
     gated: bool = False
+    trusted: bool = False
 
     @classmethod
     def inspect(
@@ -102,6 +108,8 @@ class Source:
         kind: Literal["full", "adapter"] = "adapter" if "adapter_config.json" in files else "full"
         gguf = any(name.endswith(".gguf") for name in files)
         advice = "; a GGUF file holds quantized weights: name the float model that it was made from" if gguf else ""
+        if not gguf and any(name.endswith((".onnx", ".h5", ".msgpack")) for name in files):
+            advice = "; an export for another framework cannot be merged: name the PyTorch model that it was made from"
         if kind == "full" and "config.json" not in files:
             raise SourceNotFoundError(
                 f"'{ref}' holds no config.json and no adapter_config.json, so it is neither a model nor an adapter; "

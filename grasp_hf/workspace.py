@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,14 +22,14 @@ def workspace(parent: Path, prefix: str) -> Iterator[Path]:
     _remove_abandoned(parent, prefix)
     # Locked before it has the name that others look for: nobody takes it for an abandoned one.
     made = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=parent))
-    lock = FileLock(made / LOCK)
+    lock = FileLock(made / LOCK, thread_local=False)  # it may be released in another thread
     try:
         lock.acquire()
         made = made.rename(parent / made.name.removeprefix("."))
         yield made
     finally:
         lock.release()
-        shutil.rmtree(made, ignore_errors=True)
+        _remove(made)
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
@@ -39,6 +39,17 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
             continue
         try:
             with FileLock(lock, timeout=0):
-                shutil.rmtree(found, ignore_errors=True)
+                _remove(found)
         except (Timeout, OSError):
             continue
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory; its lock goes last, so that the next run finds what is left when this is interrupted."""
+    for path in directory.glob("*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK:
+            with suppress(OSError):
+                path.unlink()
+    shutil.rmtree(directory, ignore_errors=True)

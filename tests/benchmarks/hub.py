@@ -1,0 +1,184 @@
+"""Disk and bytes on the wire of a merge of K sources from the Hub, against a download of all of them.
+
+Run it with `python -m tests.benchmarks.hub`, and with `--xet` for the client's other transfer mode (whose payload is
+not HTTP, so that its bytes are not counted). The Hub is the project's own loopback server, the clients are real, and each
+row is a process of its own with an empty `HF_HOME`. The sources are BERTs of 21 MB that differ everywhere; the unit of
+the table is the size of one. The base model stands in the user's cache from the start.
+
+- `models`: the most that `HF_HOME` held beside the base model; what every process holds at the end is in brackets.
+- `temporary`: the most that the temporary directory held: the target as it was, and the best epoch.
+- `wire`: bytes that the server sent, configuration files included.
+
+With `--plan N`, it also prints how long `plan` takes for N sources.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.hub_server import HubServer
+
+SIZES = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+TOKEN = "hf_me"
+
+MAKE = f"""
+import sys, torch
+from transformers import BertConfig, BertForSequenceClassification
+torch.manual_seed(0)
+model = BertForSequenceClassification(BertConfig(vocab_size=8192, num_labels=3, **{SIZES!r}))
+for index in range(int(sys.argv[2])):
+    model.save_pretrained(f"{{sys.argv[1]}}/model-{{index}}")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+"""
+PUBLISH = """
+import sys
+from huggingface_hub import HfApi
+for index in range(int(sys.argv[2])):
+    HfApi().create_repo(f"me/model-{index}")
+    HfApi().upload_folder(repo_id=f"me/model-{index}", folder_path=f"{sys.argv[1]}/model-{index}")
+"""
+CACHE_BASE = "from grasp_hf.hub import locate; locate('me/model-0')"
+MERGE = """
+import sys, torch
+from grasp_hf import GraspConfig, GraspMerger
+torch.manual_seed(0)
+data = [{"input_ids": torch.randint(0, 8192, (8,)), "labels": index % 3} for index in range(4)]
+config = GraspConfig(num_batches=1, batch_size=2, initial_epochs=0, finetune_epochs=1, prefetch=sys.argv[2] == "yes")
+merger = GraspMerger.from_pretrained("me/model-0", config=config)
+merger.merge([f"me/model-{index}" for index in range(1, int(sys.argv[1]) + 1)], train_dataset=data, eval_dataset=data)
+"""
+SNAPSHOT = """
+import sys
+from huggingface_hub import snapshot_download
+for index in range(1, int(sys.argv[1]) + 1):
+    snapshot_download(f"me/model-{index}")
+"""
+PLAN = """
+import sys, time
+from grasp_hf import Recipe
+from grasp_hf.plan import plan
+recipe = Recipe.from_dict({
+    "base_model": "me/model-0", "method": "average", "initial_epochs": 0, "finetune_epochs": 0,
+    "sources": [f"me/model-{1 + index % 20}" for index in range(int(sys.argv[1]))],
+})
+began = time.perf_counter()
+rows = plan(recipe)
+assert not any(row.problems for row in rows), rows
+print(time.perf_counter() - began)
+"""
+
+
+def held(folder: Path) -> int:
+    """Return the bytes that the files below `folder` take on the disk, each once."""
+    found = {}
+    for directory, _, names in os.walk(folder):  # which passes over what is removed in between
+        for name in names:
+            try:
+                stat = os.lstat(os.path.join(directory, name))
+            except OSError:
+                continue
+            found[stat.st_ino] = stat.st_blocks * 512
+    return sum(found.values())
+
+
+class Bench:
+    """A Hub with models, and processes that use it."""
+
+    def __init__(self, hub: HubServer, root: Path, xet: bool) -> None:
+        """Keep everything below `root`."""
+        self.hub, self.root, self.xet = hub, root, xet
+
+    def run(self, code: str, *arguments: str, home: Path, temporary: Path | None = None) -> tuple[str, dict[str, int]]:
+        """Run Python code in a process of its own; return what it prints, and the peaks of the two folders in bytes."""
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+            "HF_ENDPOINT": self.hub.url,
+            "HF_HOME": str(home),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "0" if self.xet else "1",
+            "TMPDIR": str(temporary or self.root),
+        }
+        peaks, done = {"models": 0, "temporary": 0}, threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.01):
+                peaks["models"] = max(peaks["models"], held(home))
+                peaks["temporary"] = max(peaks["temporary"], held(temporary) if temporary else 0)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        command = [sys.executable, "-c", code, *arguments]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done.set()
+        watcher.join()
+        if result.returncode:
+            raise RuntimeError(result.stderr[-3000:])
+        return result.stdout, peaks
+
+    def row(self, code: str, *arguments: str) -> dict[str, float]:
+        """Run one row with an empty home that holds the base model, and return its bytes."""
+        with tempfile.TemporaryDirectory(dir=self.root) as name:
+            home, temporary = Path(name, "home"), Path(name, "tmp")
+            temporary.mkdir()
+            self.run(CACHE_BASE, home=home)
+            base, since = held(home), len(self.hub.requests)
+            _, peaks = self.run(code, *arguments, home=home, temporary=temporary)
+            return {
+                "models": peaks["models"] - base,
+                "left": held(home) - base,
+                "temporary": peaks["temporary"],
+                "wire": self.hub.sent(since=since),
+            }
+
+
+def main() -> None:
+    """Print the table, and write it if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sources", type=int, nargs="+", default=[2, 8, 20], metavar="K")
+    parser.add_argument("--xet", action="store_true", help="let the clients use Xet")
+    parser.add_argument("--plan", type=int, metavar="N", help="also time a plan of N sources")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, HubServer(Path(name, "hub"), {TOKEN: "me"}, xet=args.xet) as hub:
+        bench, count = Bench(hub, Path(name), args.xet), max(max(args.sources), 20 if args.plan else 0) + 1
+        models = Path(name, "models")
+        bench.run(MAKE, str(models), str(count), home=Path(name, "maker"))
+        bench.run(PUBLISH, str(models), str(count), home=Path(name, "maker"))
+        size = (models / "model-1" / "model.safetensors").stat().st_size
+        print(f"sources of {size / 1e6:.1f} MB, {'Xet' if args.xet else 'without Xet'}; in sizes of one source")
+        print(f"{'':36}{'models (left)':>18}{'temporary':>12}{'wire':>8}")
+        rows: dict[str, Any] = {}
+        for sources in args.sources:
+            for label, code, arguments in (
+                (f"K = {sources}, merge", MERGE, [str(sources), "yes"]),
+                (f"K = {sources}, merge, prefetch: false", MERGE, [str(sources), "no"]),
+                (f"K = {sources}, snapshot_download of all", SNAPSHOT, [str(sources)]),
+            ):
+                row = rows[label] = {key: value / size for key, value in bench.row(code, *arguments).items()}
+                models_held = f"{row['models']:.2f} ({row['left']:.2f})"
+                wire = "–" if args.xet else f"{row['wire']:.2f}"
+                print(f"{label:36}{models_held:>18}{row['temporary']:>12.2f}{wire:>8}", flush=True)
+        if args.plan:
+            with tempfile.TemporaryDirectory(dir=name) as home:
+                began, since = time.perf_counter(), len(hub.requests)
+                seconds = float(bench.run(PLAN, str(args.plan), home=Path(home))[0])
+                total, requests = time.perf_counter() - began, len(hub.requests) - since
+                rows[f"plan of {args.plan}"] = {"seconds": seconds, "with start-up": total, "requests": requests}
+                sent = hub.sent(since=since) / 1e6
+                print(f"plan of {args.plan} sources: {seconds:.1f} s, {requests} requests, {sent:.1f} MB received")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Models that bring Python code of their own: refused unless the user names them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grasp_hf import GraspConfig, GraspMerger, Recipe
+from grasp_hf.errors import IncompatibleSourceError
+from grasp_hf.plan import plan
+from tests.hub_server import HubServer
+
+CODE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "grasp-own"
+
+    def __init__(self, width=4, **kwargs):
+        self.width = width
+        super().__init__(**kwargs)
+
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.body = torch.nn.Linear(config.width, config.width)
+        self.classifier = torch.nn.Linear(config.width, 2)
+        self.post_init()
+
+    def forward(self, features=None, labels=None):
+        logits = self.classifier(self.body(features))
+        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+"""
+
+
+@pytest.fixture(scope="module")
+def own(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Publish three models with their code, filled with 0, 1 and 2, and return their ids."""
+    names: dict[str, Any] = {}
+    exec(CODE, names)
+    made = []
+    for index in range(3):
+        folder = tmp_path_factory.mktemp("own") / "model"
+        model = names["OwnModel"](names["OwnConfig"]())
+        for parameter in model.parameters():
+            parameter.data.fill_(index)
+        model.config.auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnModel"}
+        model.save_pretrained(folder)
+        (folder / "own.py").write_text(CODE)
+        hub.add_repo(f"org/own-{index}", folder)
+        made.append(f"org/own-{index}")
+    return made
+
+
+def test_code_is_refused_unless_its_model_is_named(own: list[str], hub: HubServer) -> None:
+    since = len(hub.requests)
+    with pytest.raises(
+        IncompatibleSourceError, match=r"'org/own-0' needs Python code .* trust_remote_code: \['org/own-0'\]"
+    ):
+        GraspMerger.from_pretrained(own[0])
+    rows = plan(Recipe(sources=own[1:], base_model=own[0], config=GraspConfig(trust_remote_code=own[:1])))
+    assert ["needs Python code" in "".join(row.problems) for row in rows] == [False, True, True]
+    asked = {path.split("/")[2] for _, path in hub.requests[since:] if path.endswith(".py")}
+    assert asked == {"own-0"}, "code that is not trusted is not even downloaded"
+
+
+def test_code_runs_where_its_model_is_named(own: list[str], tmp_path: Path) -> None:
+    config = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0, trust_remote_code=own)
+    merger = GraspMerger.from_pretrained(own[0], config=config)
+    merger.merge(own[1:])
+    assert {float(value) for parameter in merger.model.parameters() for value in parameter.flatten()} == {1.5}
+    merger.save_pretrained(tmp_path / "merged")
+    again = GraspMerger.from_pretrained(
+        str(tmp_path / "merged"), config=GraspConfig(trust_remote_code=[str(tmp_path / "merged")])
+    )
+    assert torch.equal(again.model.get_parameter("body.weight"), torch.full((4, 4), 1.5))
+
+
+def test_one_trusted_source_does_not_make_another_one_trusted(own: list[str]) -> None:
+    config = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0, trust_remote_code=own[:2])
+    merger = GraspMerger.from_pretrained(own[0], config=config)
+    with pytest.raises(IncompatibleSourceError, match="'org/own-2' needs Python code"):
+        merger.merge(own[1:])
+    assert [step.source for step in merger.report.steps] == ["org/own-1"]
