@@ -76,7 +76,8 @@ def merge_pretrained(
             raise ConfigError("there is nothing to merge: expected a base model or at least one source")
         base_model, sources = sources[0], sources[1:]
     merger = GraspMerger.from_pretrained(base_model, config=config, **from_pretrained_kwargs)
-    merger.report.starts_from_source = starts_from_source
+    if not merger.report.continues:
+        merger.report.starts_from_source = starts_from_source
     merger.merge(sources, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator)
     return merger.model
 

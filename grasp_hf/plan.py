@@ -244,7 +244,13 @@ class _Target:
     has_labels: bool  # of the data; where that cannot be read, label names are not compared
     processing_class: Any
     accepted_bases: list[str]
-    adapters_base: Source  # of a continued merge, the model that it started from
+    token: str | None
+
+    @property
+    def adapters_base(self) -> Source:
+        """The model whose adapters can be merged: of a continued merge, the one that it started from."""
+        record = read_record(self.base.folder)
+        return hub.look_up(record.base_reference, token=self.token)[0] if record else self.base
 
 
 def _without_weights(target: _Target, config: PretrainedConfig) -> PreTrainedModel:
@@ -271,9 +277,7 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
         model = cls(config)
     planned.partition = partition_lines(model, recipe.config.unit)
     _describe(planned, config)
-    record = read_record(base.folder)
-    adapters_base = hub.look_up(record.base_reference, token=token)[0] if record and record.base_sha else base
-    return _Target(base, model, has_labels, processor, recipe.config.accepted_bases, adapters_base)
+    return _Target(base, model, has_labels, processor, recipe.config.accepted_bases, token)
 
 
 def _describe(planned: PlannedSource, config: PretrainedConfig) -> None:

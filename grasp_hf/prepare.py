@@ -54,7 +54,8 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     start = recipe.locate(recipe.base_model) if recipe.base_model else sources.pop(0)
     if not recipe.data and not recipe.config.needs_data:
         merger = GraspMerger.from_pretrained(start, config=recipe.config, task=recipe.task, token=token)
-        merger.report.starts_from_source = recipe.base_model is None
+        if not merger.report.continues:
+            merger.report.starts_from_source = recipe.base_model is None
         return merger, sources, TaskData(None, None, None, default_data_collator)
     from .data import DataSection, with_images, with_tokens  # datasets, which a merge without data never imports
 
@@ -75,7 +76,8 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     merger = GraspMerger.from_pretrained(
         start, config=recipe.config, task=recipe.task, token=token, new_head=new_head, **model_kwargs
     )
-    merger.report.starts_from_source = recipe.base_model is None
+    if not merger.report.continues:
+        merger.report.starts_from_source = recipe.base_model is None
     merger.report.recipe = {"task": task_of(cls), "data": section.given()}
     data = TaskData(splits["train"], splits.get("validation"), splits.get("test"), collator)
     return merger, sources, data
