@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -192,7 +193,7 @@ def fetch(
     *,
     token: str | None = None,
     cache_dir: Path | None = None,
-    tqdm_class: type[hub_tqdm] | None = None,
+    stop: threading.Event | None = None,
 ) -> Path:
     """Return one file of a commit in a cache, downloaded where it is not there with the right checksum.
 
@@ -203,21 +204,20 @@ def fetch(
         path: The file in it.
         token: Hub token.
         cache_dir: The cache; the user's own where left out.
-        tqdm_class: Shows progress, and may raise to stop the download.
+        stop: Ends the download when it is set.
 
     Raises:
+        Stopped: `stop` was set.
         SourceNotFoundError: No access to it.
         DownloadError: It did not arrive whole after several attempts.
     """
     expected = listing.files[path]
-    found = try_to_load_from_cache(listing.repo_id, path, revision=listing.sha)
-    damaged = isinstance(found, str) and not expected.matches(Path(found))
-    if isinstance(found, str) and not damaged:
-        return Path(found) if cache_dir is None else _linked(Path(found), listing, path, cache_dir)
-    damaged = damaged and cache_dir is None
+    damaged = False
 
     def download() -> Path:
         nonlocal damaged
+        if stop is not None and stop.is_set():
+            raise Stopped
         file = hf_hub_download(
             listing.repo_id,
             path,
@@ -225,7 +225,7 @@ def fetch(
             token=token,
             cache_dir=cache_dir,
             force_download=damaged,
-            tqdm_class=tqdm_class,
+            tqdm_class=_stoppable(stop) if stop is not None else None,
         )
         damaged = not expected.matches(Path(file))
         if damaged:
@@ -233,7 +233,28 @@ def fetch(
         return Path(file)
 
     with named_errors(listing.ref, token):
+        found = try_to_load_from_cache(listing.repo_id, path, revision=listing.sha)
+        if isinstance(found, str):
+            if expected.matches(Path(found)):
+                return Path(found) if cache_dir is None else _linked(Path(found), listing, path, cache_dir)
+            damaged = cache_dir is None
         return retried(download, f"downloading {path} of '{listing.ref}'")
+
+
+class Stopped(Exception):
+    """The download is not wanted any more."""
+
+
+def _stoppable(stop: threading.Event) -> type[hub_tqdm]:
+    class Progress(hub_tqdm):
+        """The client's progress bar, which also stops a download that nobody waits for."""
+
+        def update(self, n: float | None = 1) -> Any:
+            if stop.is_set():
+                raise Stopped
+            return super().update(n)
+
+    return Progress
 
 
 def _remember(listing: Listing) -> None:
@@ -274,7 +295,13 @@ def retried(ask: Callable[[], Answer], doing: str) -> Answer:
 def _passing(error: Exception) -> bool:
     """Tell whether trying again may help: the client itself gives up on much that passes."""
     if isinstance(error, HfHubHTTPError):
-        return error.response is not None and error.response.status_code in BUSY
+        if error.response is None:
+            return False
+        # The address in the Hub's storage holds for a while only; the next attempt asks the Hub for another one.
+        expired = error.response.status_code == 403 and not str(error.response.url).startswith(
+            f"{constants.ENDPOINT}/"
+        )
+        return expired or error.response.status_code in BUSY
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):  # the client has tried for a while
         return False
     return isinstance(error, (HTTPError, ConnectionError, TimeoutError, _Corrupt)) or "onsistency check" in str(error)

@@ -4,22 +4,20 @@ import os
 import shutil
 import threading
 from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from huggingface_hub import constants
-from huggingface_hub.utils import tqdm as hub_tqdm
 
 from . import hub
 from .sources import Source, SourceRef
 from .workspace import workspace
 
+PATIENCE = 5.0  # seconds that a download has to end when it is not wanted any more
 
-class _Stopped(Exception):
-    """The download is not wanted any more."""
+Brought = tuple[Source, Path | None]
 
 
 class Puller:
@@ -39,9 +37,9 @@ class Puller:
         self._held = ExitStack()
         self._directory: Path | None = None
         self._count = 0
-        self._next: tuple[str, Future[tuple[Source, Path | None]]] | None = None
+        self._next: tuple[str, Future[Brought]] | None = None
         self._stop = threading.Event()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grasp_hf-pull")
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Puller":
         return self
@@ -50,8 +48,11 @@ class Puller:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._held.close()
+        try:
+            if self._thread is not None:
+                self._thread.join(PATIENCE)
+        finally:
+            self._held.close()
 
     @contextmanager
     def pull(self, reference: str, following: str | None = None) -> Iterator[Source]:
@@ -65,17 +66,37 @@ class Puller:
             SourceNotFoundError, DownloadError: As for `hub.locate`.
         """
         expected, self._next = self._next, None
-        future = expected[1] if expected and expected[0] == reference else self._thread.submit(self._bring, reference)
+        future = expected[1] if expected and expected[0] == reference else self._begin(reference)
         source, own = future.result()
         if following is not None and self._prefetch:
-            self._next = following, self._thread.submit(self._bring, following)
+            self._next = following, self._begin(following)
         try:
             yield source
         finally:
             if own is not None:
                 shutil.rmtree(own, ignore_errors=True)
 
-    def _bring(self, reference: str) -> tuple[Source, Path | None]:
+    def _begin(self, reference: str) -> Future[Brought]:
+        """Bring a source in a thread of its own, after the one that is being brought.
+
+        The thread is a daemon, as the client waits for minutes where a connection has stalled: neither the end of the
+        block nor that of the process waits as long.
+        """
+        before, future = self._thread, Future[Brought]()
+
+        def bring() -> None:
+            if before is not None:
+                before.join()
+            try:
+                future.set_result(self._bring(reference))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._thread = threading.Thread(target=bring, name="grasp_hf-pull", daemon=True)
+        self._thread.start()
+        return future
+
+    def _bring(self, reference: str) -> Brought:
         """Return the source, and the folder to be removed when it has been used."""
         ref = SourceRef.parse(reference)
         listing = None if ref.is_local else hub.resolve(ref, token=self._token, trusted=self._trusted)
@@ -88,33 +109,27 @@ class Puller:
             read_ahead(source)
             return source, None
         Source.inspect(ref, Path(), listing.sha, files=listing.names)  # raises before anything is downloaded
-        own = self._new_folder()
+        with hub.named_errors(ref):
+            own = self._new_folder()
         try:
-            return hub.fetch_source(listing, token=self._token, cache_dir=own, tqdm_class=self._progress()), own
+            source = hub.fetch_source(listing, token=self._token, cache_dir=own, stop=self._stop)
+            if self._stop.is_set():
+                raise hub.Stopped
+            return source, own
         except BaseException:
-            shutil.rmtree(own, ignore_errors=True)
+            # Where the end of the block has not waited, the client may have made its folders once more.
+            shutil.rmtree(own.parent if self._stop.is_set() else own, ignore_errors=True)
             raise
 
     def _new_folder(self) -> Path:
+        if self._stop.is_set():
+            raise hub.Stopped
         if self._directory is None:
             self._directory = self._held.enter_context(workspace(Path(constants.HF_HOME, "grasp_hf"), "run-"))
         self._count += 1
         folder = self._directory / str(self._count)
         folder.mkdir()
         return folder
-
-    def _progress(self) -> type[hub_tqdm]:
-        stop = self._stop
-
-        class Progress(hub_tqdm):
-            """The client's progress bar, which also stops a download that nobody waits for."""
-
-            def update(self, n: float | None = 1) -> Any:
-                if stop.is_set():
-                    raise _Stopped
-                return super().update(n)
-
-        return Progress
 
 
 def read_ahead(source: Source) -> None:
