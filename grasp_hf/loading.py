@@ -113,6 +113,8 @@ def load_config(source: Source) -> PretrainedConfig:
         IncompatibleSourceError: It cannot be read, names an architecture that transformers does not hold, or is that of
             quantized weights.
     """
+    if source.kind == "adapter" and not (source.folder / "config.json").is_file():
+        raise IncompatibleSourceError(f"'{source.ref}' is an adapter; expected a full model")
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trusted)
     except (ValueError, OSError, KeyError, StrictDataclassError) as error:

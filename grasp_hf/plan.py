@@ -95,7 +95,7 @@ class PlannedSource:
             "labels": shortened(self.labels, 3) if self.labels else "–",
             "tokens": str(self.vocabulary or "–"),
             "licence": licence,
-            "revision": (self.sha or "local")[:7],
+            "revision": (self.sha or ("local" if self.kind else "–"))[:7],
             "MB": f"{self.num_bytes / 1e6:.1f}",
             "to download": f"{(self.num_bytes - self.cached_bytes) / 1e6:.1f}",
             "problems": str(len(self.problems) or "none"),
@@ -232,7 +232,11 @@ def partition_lines(model: PreTrainedModel, unit: str) -> list[str]:
 
 def problem_list(rows: list[PlannedSource]) -> list[str]:
     """Return every problem of the plan as a line that names its model."""
-    return [f"- {row.reference}: {problem}" for row in rows for problem in row.problems]
+    return [
+        f"- {row.reference}: " + problem.removeprefix(f"'{row.reference}': ")
+        for row in rows
+        for problem in row.problems
+    ]
 
 
 @dataclass
@@ -261,6 +265,7 @@ def _without_weights(target: _Target, config: PretrainedConfig) -> PreTrainedMod
 def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str | None) -> _Target:
     base = found.source
     config = load_config(base)
+    _describe(planned, config)
     planned.architecture = config.model_type
     cls = model_class(config, recipe.task, str(base.ref))
     has_labels, processor = False, load_processing_class(base)
@@ -276,7 +281,6 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
     with torch.device("meta"):
         model = cls(config)
     planned.partition = partition_lines(model, recipe.config.unit)
-    _describe(planned, config)
     return _Target(base, model, has_labels, processor, recipe.config.accepted_bases, token)
 
 

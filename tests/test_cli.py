@@ -116,7 +116,7 @@ def test_a_plan_lists_all_problems_of_all_sources(world: Path, capsys: pytest.Ca
         ("resnet", "another architecture: got resnet, expected vit"),
         ("stray", "it is an adapter of 'org/elsewhere', expected an adapter of '"),
         ("empty", "holds no config.json and no adapter_config.json"),
-        ("damaged", "damaged'"),
+        ("damaged", "adapter_model.safetensors cannot be read as safetensors"),
         ("nowhere", "is neither an existing folder nor a Hub id"),
     ]
     assert len(problems) == len(expected)
@@ -172,7 +172,7 @@ def test_a_merge_in_a_process_of_its_own(world: Path) -> None:
 def test_an_error_in_a_process_of_its_own(world: Path) -> None:
     done = run("merge", write_recipe(world, sources=["fine-1", "nowhere/at/all"]), "--output", str(world / "merged"))
     assert done.returncode == 1
-    assert "error: nothing was merged, because of these problems:\n- nowhere/at/all: 'nowhere/at/all'" in done.stderr
+    assert "error: nothing was merged, because of these problems:\n- nowhere/at/all: no such model on the Hub" in done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert not any((world / "merged").iterdir())
 
