@@ -172,7 +172,10 @@ def test_a_merge_in_a_process_of_its_own(world: Path) -> None:
 def test_an_error_in_a_process_of_its_own(world: Path) -> None:
     done = run("merge", write_recipe(world, sources=["fine-1", "nowhere/at/all"]), "--output", str(world / "merged"))
     assert done.returncode == 1
-    assert "error: nothing was merged, because of these problems:\n- nowhere/at/all: no such model on the Hub" in done.stderr
+    assert (
+        "error: nothing was merged, because of these problems:\n- nowhere/at/all: no such model on the Hub"
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert not any((world / "merged").iterdir())
 
