@@ -1,6 +1,7 @@
 """Scores and coefficients from inner products. Pure tensor mathematics: knows nothing of models or files."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -56,14 +57,14 @@ def mean_defined(scores: list[float | None]) -> float | None:
 
 
 class CoefficientDescent:
-    """Projected Adam on one coefficient in [0, 1] per unit, all starting at 0.
+    """Projected Adam on one coefficient in [0, 1] per unit.
 
     With weights `W_u = T_u + c_u (S_u - T_u)` the chain rule gives `dL/dc_u = <dL/dW_u, S_u - T_u>`. Adam divides by
     the gradient's own size, so a coefficient moves by about `lr` per step whatever the size of its unit.
     """
 
-    def __init__(self, size: int, lr: float) -> None:
-        self._values = torch.zeros(size, dtype=torch.float64)
+    def __init__(self, initial: Sequence[float], lr: float) -> None:
+        self._values = torch.tensor(initial, dtype=torch.float64)
         self._adam = torch.optim.Adam([self._values], lr=lr)
 
     @property

@@ -1,5 +1,6 @@
 """The model card of a merge, in the words and metadata that the Hub knows."""
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from .loading import task_of
 from .report import MergeReport, markdown_table
 from .sources import SourceRef
 
+TRAINED_ON_TEST = re.compile(r"train(ed|ing)\b[^.]*\btest\b|train_split:\s*test\b", re.IGNORECASE)
 TEXT = """---
 {{ card_data }}
 ---
@@ -39,7 +41,9 @@ Started from {{ base }}.{{ included }}
 {{ table }}
 
 The scores are means over units; every unit's score, coefficient and decision are in `grasp_report.json`. Losses are
-on held-out data of the target task: before the transfer, after it, and after fine-tuning.
+on {{ judged_by }} of the target task: before the transfer and after it.
+
+{{ conclusions }}
 {{ figures }}
 ### Licence
 
@@ -72,7 +76,7 @@ The method follows GRASP:
 
 METHODS = {
     "copy": "Units whose gradients agree with the target's were copied from each source.",
-    "average": "Each unit is the mean over the sources that bring it.",
+    "average": "Each unit is the mean over the accepted sources that bring it.",
     "blend": "Each unit moved part of the way to each source, with coefficients learned on the target data.",
 }
 
@@ -103,6 +107,14 @@ def declared_license(folder: Path) -> str | None:
     except (ValueError, OSError, YAMLError):
         return None
     return ", ".join(map(str, found)) if isinstance(found, list) else found
+
+
+def trained_on_test(folder: Path, dataset: str) -> str | None:
+    """Return the line of the card in `folder` that says that its model was trained on the test split of `dataset`."""
+    card = folder / "README.md"
+    if not card.is_file() or dataset not in (text := card.read_text(encoding="utf-8", errors="replace")):
+        return None
+    return next((line.strip() for line in text.splitlines() if TRAINED_ON_TEST.search(line)), None)
 
 
 def parent_licenses(report: MergeReport) -> dict[str, str | None]:
@@ -161,7 +173,9 @@ def licence_section(report: MergeReport, gated: Collection[str] = ()) -> str:
 
 def _evaluation_rows(report: MergeReport, task: str | None) -> list[EvalResult]:
     """Return the last held-out loss and accuracy as rows of the card's metadata."""
-    last = report.steps[-1].after if report.steps else report.start
+    last = report.final.after if report.final else {}
+    if not report.final and report.steps and report.steps[-1].judged_by == "evaluation data":
+        last = report.steps[-1].after
     return [
         EvalResult(
             task_type=task or "other",
@@ -239,6 +253,8 @@ def model_card(
         base=_linked(_base_name(report), report.base_sha),
         included=_included(report),
         table=report.table(),
+        judged_by=next((step.judged_by for step in report.steps if step.judged_by), "no data"),
+        conclusions="\n".join(f"- {text}" for text in report.conclusions()),
         figures=f"\n{images}\n" if images else "",
         licence=licence_section(report, gated),
         configuration=report.configuration(),

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from .errors import IncompatibleSourceError
 from .mapped import MappedTensors
 from .matching import movable_tensors, shortened
 from .sources import Source
@@ -47,6 +48,9 @@ def runtime_tensors(
     Returns:
         The tensors, and the problems: tensors like the target's that the target has no place for, such as those of a
         further layer, and two different tensors where the target has one that is tied.
+
+    Raises:
+        IncompatibleSourceError: A part of what is fused is not there.
     """
     conversions = get_model_conversion_mapping(target)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -86,7 +90,11 @@ def _fuse(
     planned = any(like[name].is_meta for name in converters)
     room = {} if planned else dict(MappedTensors(directory / "fused", {name: like[name] for name in converters}))
     for first, converter in converters.items():
-        values: dict[str, Any] = converter.convert(first, model=target, config=target.config)
+        try:
+            values: dict[str, Any] = converter.convert(first, model=target, config=target.config)
+        except (ValueError, RuntimeError) as error:
+            problem = "cannot be made of what is in the files, where a part is missing or of another shape"
+            raise IncompatibleSourceError(f"{first} {problem}: {error}") from error
         for name, value in values.items():
             fused = value[0] if isinstance(value, list) else value
             room[name] = fused if planned else room[name].copy_(fused)

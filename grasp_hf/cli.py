@@ -1,4 +1,4 @@
-"""The command line: `grasp-hf plan | rank | merge | append | reproduce | demo`."""
+"""The command line: `grasp-hf plan | rank | merge | append | reproduce | compare | demo`."""
 
 import argparse
 import gc
@@ -6,18 +6,23 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from .config import Recipe
-from .errors import ConfigError, GraspError
+from .errors import ConfigError, GraspError, PushError
+from .evidence import Judgement, change
 from .lineage import append_recipe, reproduce
 from .merger import GraspMerger
 from .plan import plan, plan_table, problem_list
 from .prepare import TaskData, prepare
+from .push import Destination, check_repo_id, create_repo
 from .rank import ranking_table
+from .report import ControlReport
 from .saving import check_output
 
 EXAMPLES = {
@@ -35,6 +40,10 @@ EXAMPLES = {
         "  grasp-hf append merged ./new-model --output merged-2 data.data_files.train=more.csv"
     ),
     "reproduce": "example:\n  grasp-hf reproduce me/merged",
+    "compare": (
+        "example:\n  grasp-hf compare recipe.yaml --output comparison --seeds 0 1 2\n"
+        "  grasp-hf compare recipe.yaml --output comparison --sizes 64 256 all --methods base best-source average"
+    ),
     "demo": "example:\n  grasp-hf demo --output grasp-demo",
 }
 EXIT_CODES = "exit codes: 0 done, 1 a source, the data or the configuration is not fit, 2 wrong usage, 130 interrupted"
@@ -63,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "merge": _merge,
                 "append": _append,
                 "reproduce": _reproduce,
+                "compare": _compare,
                 "demo": _demo,
             }[options.command](options)
     except GraspError as error:
@@ -106,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="plan | rank | merge | append | reproduce | demo"
+        dest="command", required=True, metavar="plan | rank | merge | append | reproduce | compare | demo"
     )
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
@@ -125,7 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         "rank", "Order the sources of a recipe by what they promise to the fine-tuned base, without merging any."
     )
     merge = command("merge", "Merge the sources of a recipe into one model folder.")
-    for sub in (plan, rank, merge):
+    compare = command(
+        "compare",
+        "Run every method on the same labels, with the same fine-tuning, and tell which is best by how much.",
+    )
+    for sub in (plan, rank, merge, compare):
         sub.add_argument("recipe", help="a YAML file, see recipes/")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
     plan.add_argument("--json", type=Path, metavar="FILE", help="also write everything that is known to FILE")
@@ -137,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--output", required=True, type=Path, help="folder for the merged model")
     append.add_argument("--output", type=Path, help="folder for the merged model")
+    merge.add_argument("--control", action="store_true", help="also fine-tune without any source, and report the gain")
     for sub in (merge, append):
         sub.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the merged model to this repository")
         sub.add_argument("--private", action="store_true", help="make the repository private where it is new")
@@ -144,6 +159,12 @@ def _parser() -> argparse.ArgumentParser:
     again = command("reproduce", "Make a published merge again from its record, and compare the weights bit for bit.")
     again.add_argument("merged", help="Hub id or folder of a merge")
     again.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the record")
+    compare.add_argument(
+        "--output", required=True, type=Path, help="folder for the results; a stopped run goes on there"
+    )
+    compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run each (default: 0 1 2)")
+    compare.add_argument("--sizes", nargs="+", type=_size, default=[None], help="numbers of labels, or all (default)")
+    compare.add_argument("--methods", nargs="+", metavar="METHOD", help="only these rows, and ours")
     demo = command(
         "demo", "Make a small world of real handwritten digits, merge its models, and compare with controls."
     )
@@ -154,46 +175,82 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(options: argparse.Namespace) -> int:
     recipe = Recipe.from_yaml(options.recipe, options.overrides)
+    _check_json(options.json)
     rows = plan(recipe)
     print(plan_table(rows, recipe))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    _write_json(options.json, map(asdict, rows))
     return int(any(row.problems for row in rows))
 
 
 def _rank(options: argparse.Namespace) -> int:
     recipe = Recipe.from_yaml(options.recipe, options.overrides)
+    _check_json(options.json)
     merger, sources, data = prepare(recipe)
-    merger.merge([], **data.merge_arguments())  # an untrained head has no gradient to go by
+    epochs = recipe.config.initial_epochs or recipe.config.final_epochs  # an untrained head has no gradient to go by
+    merger.config = replace(recipe.config, initial_epochs=epochs)
+    merger.merge([], **data.merge_arguments())
     rows = merger.rank(sources, train_dataset=data.train, data_collator=data.collator)
     print(ranking_table(rows))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    _write_json(options.json, map(asdict, rows))
     return int(any(row.problem for row in rows))
+
+
+def _check_json(path: Path | None) -> None:
+    """Raise `ConfigError` where a file cannot be written, before the work that ends in it."""
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        what = "it is a folder" if path.is_dir() else f"there is no folder '{path.parent}'"
+        raise ConfigError(f"--json: '{path}' cannot be written: {what}; name another file")
+
+
+def _write_json(path: Path | None, rows: Iterable[dict[str, Any]]) -> None:
+    if path:
+        try:
+            path.write_text(json.dumps(list(rows), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--json: '{path}' cannot be written: {error.strerror}; name another file") from error
 
 
 def _merge(options: argparse.Namespace) -> int:
     recipe = Recipe.from_yaml(options.recipe, options.overrides)
-    check_output(options.output)
+    with _destinations(options):
+        merger, sources, data = _planned(recipe, options)
+        _merge_sources(merger, sources, data, options)
+    return 0
+
+
+@contextmanager
+def _destinations(options: argparse.Namespace) -> Iterator[None]:
+    """Look at where the result goes before the work in the block; an output folder that stays empty is removed."""
+    if options.push_to_hub:
+        check_repo_id(options.push_to_hub)
+    is_new = options.output and not options.output.exists()
+    if options.output:
+        check_output(options.output)
+    try:
+        yield
+    finally:
+        if is_new and not any(options.output.iterdir()):
+            options.output.rmdir()
+
+
+def _planned(recipe: Recipe, options: argparse.Namespace) -> tuple[GraspMerger, list[str], TaskData]:
+    """Return what `prepare` does, once the plan is without problems and the Hub takes what will be pushed."""
     if problems := problem_list(plan(recipe)):
         raise ConfigError("nothing was merged, because of these problems:\n" + "\n".join(problems))
-    merger, sources, data = prepare(recipe)
-    _merge_sources(merger, sources, data, options)
-    return 0
+    if options.push_to_hub:
+        create_repo(Destination(options.push_to_hub, private=options.private or None))
+    return prepare(recipe)
 
 
 def _append(options: argparse.Namespace) -> int:
     if not options.sources or not (options.output or options.push_to_hub):
         raise ConfigError("append: expected at least one source, and --output or --push-to-hub")
-    recipe = append_recipe(options.merged, options.sources, options.overrides)
-    if options.output:
-        check_output(options.output)
-    if problems := problem_list(plan(recipe)):
-        raise ConfigError("nothing was merged, because of these problems:\n" + "\n".join(problems))
-    merger, sources, data = prepare(recipe)
-    if not merger.report.continues:
-        raise ConfigError(f"the data has other labels than '{options.merged}'; start a new merge from it")
-    _merge_sources(merger, sources, data, options)
+    with _destinations(options):
+        recipe = append_recipe(options.merged, options.sources, options.overrides)
+        merger, sources, data = _planned(recipe, options)
+        if not merger.report.continues:
+            raise ConfigError(f"the data has other labels than '{options.merged}'; start a new merge from it")
+        _merge_sources(merger, sources, data, options)
     return 0
 
 
@@ -203,8 +260,24 @@ def _reproduce(options: argparse.Namespace) -> int:
     return int(bool(replay.differences))
 
 
+def _size(text: str) -> int | None:
+    return None if text == "all" else int(text)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from .compare import compare  # with SciPy, which no other command needs
+
+    recipe = Recipe.from_yaml(options.recipe, options.overrides)
+    if problems := problem_list(plan(recipe)):
+        raise ConfigError("nothing was compared, because of these problems:\n" + "\n".join(problems))
+    done = compare(recipe, options.output, sizes=options.sizes, seeds=options.seeds, methods=options.methods)
+    print(f"\n{done}\n\nsaved: {options.output}")
+    return 0
+
+
 def _merge_sources(merger: GraspMerger, sources: list[str], data: TaskData, options: argparse.Namespace) -> None:
     before = len(merger.report.steps)
+    alone, judged_by = _control(merger, sources, data) if getattr(options, "control", False) else (None, "")
     try:
         merger.merge(sources, **data.merge_arguments())
     except BaseException:
@@ -213,6 +286,12 @@ def _merge_sources(merger: GraspMerger, sources: list[str], data: TaskData, opti
             merger.save_pretrained(options.output)
             print(f"saved what was merged before: {done} of {len(sources)} sources, {options.output}")
         raise
+    if alone:
+        judges = data.test if judged_by == "test data" else data.validation
+        merged = merger.judge(judges, data_collator=data.collator)
+        merger.report.control = ControlReport(
+            judged_by, alone.evaluation(), merged.evaluation(), change(alone, merged).report()
+        )
     print(f"\n{merger.report}\n")
     if data.test is not None:
         scores = merger.evaluate(data.test, data_collator=data.collator)
@@ -221,8 +300,36 @@ def _merge_sources(merger: GraspMerger, sources: list[str], data: TaskData, opti
         merger.save_pretrained(options.output)
         print(f"saved: {options.output}")
     if options.push_to_hub:
-        url = merger.push_to_hub(options.push_to_hub, private=options.private or None, create_pr=options.create_pr)
-        print(f"pushed: {url}")
+        _push(merger, options)
+
+
+def _control(merger: GraspMerger, sources: list[str], data: TaskData) -> tuple[Judgement, str]:
+    """Fine-tune the start alone, and return its losses with the name of the samples that they are of."""
+    judges, name = (data.test, "test data") if data.test is not None else (data.validation, "evaluation data")
+    if judges is None or data.train is None:
+        raise ConfigError(
+            "--control: expected data with the splits 'train' and 'test' (or 'validation') to compare on"
+        )
+    print("control: fine-tuning alone")
+    return merger.finetuned_alone(len(sources), judges, **data.merge_arguments()), name
+
+
+def _push(merger: GraspMerger, options: argparse.Namespace) -> None:
+    """Push the merge; where that fails, it stays in the output folder, or in a new one in the working directory."""
+    repo_id = options.push_to_hub
+    try:
+        url = merger.push_to_hub(repo_id, private=options.private or None, create_pr=options.create_pr)
+    except BaseException as error:
+        kept = options.output
+        if kept is None:
+            name = f"{repo_id.rpartition('/')[2]}-not-pushed"
+            kept = next(path for n in count(1) if not (path := Path(name if n == 1 else f"{name}-{n}")).exists())
+            merger.save_pretrained(kept)
+        if isinstance(error, PushError):
+            raise PushError(f"{error}; the merged model is in the folder '{kept}'") from error
+        print(f"not pushed; the merged model is in the folder '{kept}'")
+        raise
+    print(f"pushed: {url}")
 
 
 def _demo(options: argparse.Namespace) -> int:

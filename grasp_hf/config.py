@@ -25,8 +25,10 @@ PAPER = {
     "num_batches": 1,
     "batch_size": 32,
     "gate": False,
+    "order": "given",
     "initial_epochs": 3,
     "finetune_epochs": 3,
+    "final_epochs": 0,
     "published": True,
     "training_arguments": {
         "learning_rate": 5.0e-5,
@@ -110,29 +112,35 @@ class GraspConfig:
     """How each source is measured, transferred and followed by fine-tuning.
 
     Attributes:
-        method: `"blend"` moves each unit part of the way, `T + c (S - T)`, with a coefficient `c` learned on the
-            training data; `"copy"` replaces the units whose gradients agree; `"average"` keeps the mean of all sources
-            so far, unit by unit, `T + (S - T) / k`, and needs no gradients (and no data, without fine-tuning).
+        method: `"average"` keeps the mean of all accepted sources so far, unit by unit, `T + (S - T) / k`, and needs no
+            gradients (and in the given order, without gate and fine-tuning, no data); `"blend"` starts from there and
+            learns one coefficient per unit on the training data; `"copy"` replaces the units whose gradients agree.
         unit: Tensors decided together. `"layer"`: a transformer block or a stage, and outside of those as `"module"`.
             `"module"`: the tensors of one module, a normalisation layer with its statistics. `"tensor"`: each tensor
             alone, but a normalisation layer still whole. `"parameter"`: each parameter alone, statistics never moved,
             as published.
         threshold: `copy` takes units whose gradient cosine is strictly greater than this; in [-1, 1].
-        num_batches: Batches of training data that each source is measured on. `copy` averages the cosine of each
-            batch; `blend` makes one descent step on the coefficients per batch.
+        num_batches: Batches of training data that each source is measured on, but for an average. `copy` averages the
+            cosine of each batch; `blend` makes one descent step on the coefficients per batch.
         accumulate_gradients: Let `copy` take the cosine of the gradients over all batches together, which is that of
             one large batch. Needs room for a second set of gradients on disk.
         batch_size: Samples per batch, in measuring and (unless `training_arguments` says otherwise) in fine-tuning.
         coefficient_lr: Step size of Adam on the coefficients of `blend`. Adam moves a coefficient by at most about
             this much per batch, so `num_batches * coefficient_lr` bounds how far one source can pull.
-        gate: Undo a transfer that raises the loss on the evaluation data (where there is any).
+        gate: Undo a transfer that harms beyond the noise of the samples that judge it, and keep of each fine-tuning only
+            what lowers the loss of samples that it did not see (see `grasp_hf.gate`). Judges are the evaluation data, or
+            without them the labels themselves, as long as the model was not fine-tuned on them.
         initial_epochs: Epochs of fine-tuning before the first source.
         finetune_epochs: Epochs of fine-tuning after each source.
+        final_epochs: Epochs of fine-tuning after the last source. `num_train_epochs` in `training_arguments` replaces
+            those of the three that are not 0.
         lora: Fine-tune a LoRA adapter instead of all weights, and merge it into the model at the end of each step:
             arguments of `peft.LoraConfig`, such as `{r: 8, target_modules: all-linear}`. The head is trained whole, and
             frozen layers are adapted too unless `target_modules` leaves them out.
-        order: `"given"`, or `"rank"`: the most promising first, by the first-order gain (see `GraspMerger.rank`).
-        top: Merge only this many sources, the most promising ones; needs `order="rank"`.
+        order: `"given"`; `"loss"`: the source first whose own loss on the labels (or evaluation data) is lowest; or
+            `"rank"`: the most promising first, by the first-order gain (see `GraspMerger.rank`). The last two read every
+            source twice.
+        top: Merge only this many sources, the first in that order; not with `order="given"`.
         prefetch: Bring the following source to this machine while one is merged: at most two are on the disk then, else one.
         accepted_bases: Names (`org/name` or `org/name@revision`) that adapters may give as their base although the
             target started from another: you declare that they are the same weights.
@@ -146,7 +154,7 @@ class GraspConfig:
         ConfigError: A value has the wrong type or is out of range; all problems are listed.
     """
 
-    method: Literal["blend", "copy", "average"] = "blend"
+    method: Literal["average", "blend", "copy"] = "average"
     unit: Literal["layer", "module", "tensor", "parameter"] = "module"
     threshold: float = 0.3
     num_batches: int = 8
@@ -154,10 +162,11 @@ class GraspConfig:
     batch_size: int = 32
     coefficient_lr: float = 0.1
     gate: bool = True
-    initial_epochs: float = 3
-    finetune_epochs: float = 3
+    initial_epochs: float = 0
+    finetune_epochs: float = 0
+    final_epochs: float = 3
     lora: dict[str, Any] | None = None
-    order: Literal["given", "rank"] = "given"
+    order: Literal["given", "loss", "rank"] = "loss"
     top: int | None = None
     prefetch: bool = True
     accepted_bases: list[str] = field(default_factory=list)
@@ -185,9 +194,10 @@ class GraspConfig:
             "coefficient_lr: expected a number in (0, 1]": 0 < self.coefficient_lr <= 1,
             "initial_epochs: expected a finite number of 0 or more": 0 <= self.initial_epochs < math.inf,
             "finetune_epochs: expected a finite number of 0 or more": 0 <= self.finetune_epochs < math.inf,
+            "final_epochs: expected a finite number of 0 or more": 0 <= self.final_epochs < math.inf,
             "seed: expected 0 to 2**32 - 1000": 0 <= self.seed <= 2**32 - 1000,
-            "top: expected at least 1, and order='rank' with it": self.top is None
-            or (self.top >= 1 and self.order == "rank"),
+            "top: expected at least 1, and an order other than 'given' with it": self.top is None
+            or (self.top >= 1 and self.order != "given"),
             "accumulate_gradients: expected method='copy' with it, and not published": not self.accumulate_gradients
             or (self.method == "copy" and not self.published),
             "lora: expected none with published": self.lora is None or not self.published,
@@ -201,7 +211,22 @@ class GraspConfig:
     @property
     def needs_data(self) -> bool:
         """Whether a merge needs training data: always, but for an average without fine-tuning in the order given."""
-        return self.method != "average" or self.order == "rank" or bool(self.initial_epochs or self.finetune_epochs)
+        epochs = self.initial_epochs or self.finetune_epochs or self.final_epochs
+        return self.method != "average" or self.order != "given" or bool(epochs)
+
+    def total_epochs(self, sources: int) -> float:
+        """Return the epochs of fine-tuning in a whole merge of so many sources."""
+        return self.initial_epochs + self.finetune_epochs * sources + self.final_epochs
+
+    @property
+    def finetunes_between(self) -> bool:
+        """Whether the model is fine-tuned before the last source."""
+        return self.trains(self.initial_epochs) or self.trains(self.finetune_epochs)
+
+    def trains(self, epochs: float) -> bool:
+        """Whether fine-tuning that is due for so many epochs does anything."""
+        asked = self.training_arguments
+        return epochs > 0 and (asked.get("num_train_epochs", epochs) > 0 or asked.get("max_steps", 0) > 0)
 
     @classmethod
     def paper(cls, **overrides: Any) -> "GraspConfig":
@@ -291,9 +316,10 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any], *, folder: Path = Path(), name: str = "recipe") -> "Recipe":
         """Build a recipe from the keys of a recipe file; `folder` and `name` say where it came from.
 
-        The keys may be those of mergekit, see `grasp_hf.mergekit.translate`.
+        A section that is null is taken as empty. The keys may be those of mergekit, see `grasp_hf.mergekit.translate`.
         """
         values = mergekit.translate(values, name=name)
+        values = {key: value for key, value in values.items() if value is not None or key not in SECTIONS}
         own = {f.name for f in dataclasses.fields(cls)} - {"config", "folder"}
         recipe_values = {key: value for key, value in values.items() if key in own}
         settings = {key: value for key, value in values.items() if key not in own}
@@ -327,3 +353,8 @@ class Recipe:
         """Return `reference` as `locate` does, and a pattern such as `*.csv` in the recipe's folder where it fits files."""
         matched = any(character in reference for character in "*?[") and any(self.folder.glob(reference))
         return str(self.folder.resolve() / reference) if matched else self.locate(reference)
+
+
+SECTIONS = {
+    f.name for cls in (Recipe, GraspConfig) for f in dataclasses.fields(cls) if f.default_factory in (dict, list)
+}

@@ -73,6 +73,13 @@ class DataSection:
         """Return the keys that have a value, as they stand in a recipe."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
+    @property
+    def where(self) -> str:
+        """The overrides that say where the files are, such as `data.data_dir=…`."""
+        if isinstance(self.data_files, dict):
+            return " ".join(f"data.data_files.{split}=…" for split in self.data_files)
+        return f"data.{next((key for key in FILES[::-1] if getattr(self, key)), 'path')}=…"
+
     @staticmethod
     def _type_problem(key: str, value: Any) -> str | None:
         """Say what is wrong with the value of a known key; unknown keys have their own message."""
@@ -106,7 +113,8 @@ def load_splits(section: DataSection) -> DatasetDict:
             loaded = load_dataset(section.path, **options)
     except Exception as error:
         # datasets raises classes of its own, of pyarrow and of the file systems beneath; all mean the same here.
-        raise DataError(f"data set '{section.path}' cannot be loaded: {error}") from error
+        advice = f"; say where it is with {section.where}" if isinstance(error, FileNotFoundError) else ""
+        raise DataError(f"data set '{section.path}' cannot be loaded: {error}{advice}") from error
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     if "train" not in splits:
         raise DataError(f"data set '{section.path}' has no split 'train'; found {', '.join(splits)}")
@@ -180,7 +188,6 @@ def _encoded(split: Dataset, split_name: str, column: str, ids: dict[str, int]) 
 
 def with_images(splits: DatasetDict, column: str, processor: Callable) -> tuple[DatasetDict, Collator]:
     """Return splits whose images become `pixel_values` when a sample is read, and their collator."""
-    _require(splits, column, "images")
 
     def transform(samples: dict[str, list]) -> dict[str, Any]:
         images = [image.convert("RGB") for image in samples[column]]
@@ -198,7 +205,6 @@ def with_tokens(
     splits: DatasetDict, section: DataSection, tokenizer: Any, *, generates: bool
 ) -> tuple[DatasetDict, Collator]:
     """Return tokenized splits and their collator; for a language model the labels are the tokens themselves."""
-    _require(splits, section.text, "texts")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
@@ -215,7 +221,7 @@ def with_tokens(
     return splits, collator
 
 
-def _require(splits: DatasetDict, column: str, what: str) -> None:
+def require_column(splits: DatasetDict, column: str, what: str) -> None:
     """Raise `DataError` where a split has no such column, or a row with nothing in it."""
     for name, split in splits.items():
         if column not in split.column_names:

@@ -79,7 +79,7 @@ def _build(directory: Path, seed: int) -> None:
 
 def _sources_alone(base: str, sources: list[str], data: TaskData) -> list[Score]:
     scores = []
-    alone = GraspConfig(method="average", gate=False, initial_epochs=0, finetune_epochs=0)
+    alone = GraspConfig(method="average", order="given", gate=False, final_epochs=0)
     for source in sources:
         accuracy = _accuracy(base, alone, [source], data)
         name = f"source {Path(source).name} ({hub.locate(source).kind})"
@@ -91,8 +91,8 @@ def _sources_alone(base: str, sources: list[str], data: TaskData) -> list[Score]
 def _fine_tuning_alone(recipe: Recipe, sources: list[str], data: TaskData) -> list[Score]:
     """Fine-tune the base, and the full source with the lowest held-out loss, for as many steps as the whole merge."""
     config = recipe.config
-    epochs = config.initial_epochs + config.finetune_epochs * len(sources)
-    budget = replace(config, initial_epochs=epochs)
+    epochs = config.total_epochs(len(sources))
+    budget = replace(config, initial_epochs=epochs, gate=False)
     losses = {
         source: GraspMerger.from_pretrained(source).evaluate(data.validation, data_collator=data.collator)["loss"]
         for source in sources

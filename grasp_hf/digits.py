@@ -42,6 +42,7 @@ base_model: base
 sources: [{sources}]
 task: image-classification
 data: {{path: imagefolder, data_dir: data, image: image, label: label}}
+final_epochs: 18
 training_arguments: {{learning_rate: 1.0e-3}}
 """
 

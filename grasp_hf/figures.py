@@ -1,4 +1,4 @@
-"""Two figures of a merge: what each source brought to each layer, and the held-out loss along the way."""
+"""Figures: what each source brought to each layer, the loss along a merge, and what the methods of a comparison reached."""
 
 import math
 import re
@@ -101,6 +101,13 @@ def progress_figure(report: MergeReport) -> "Figure | None":
     axes = figure.add_subplot()
     _draw_path(axes, report.steps, losses, start)
     _draw_losses(axes, report.steps, losses, start)
+    if report.control and report.control.judged_by == "evaluation data":
+        label = "fine-tuning alone"
+        axes.axhline(report.control.alone["loss"], color=GREEN, linestyle="--", linewidth=1, label=label)
+    if report.final and report.final.after:
+        axes.scatter(
+            [len(losses) + 0.5], [report.final.after["loss"]], marker="*", color=GREEN, s=90, label="at the end"
+        )
     seen = [loss for row in [*losses, [start]] for loss in row if math.isfinite(loss)]
     if min(seen) > 0 and max(seen) > 20 * min(seen):
         axes.set_yscale("log")
@@ -112,6 +119,37 @@ def progress_figure(report: MergeReport) -> "Figure | None":
     axes.set_xlim(-0.6, len(losses) + 0.6)
     _label(axes, "x", names, most=round(width / 0.17), rotation=90 * upright)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def comparison_figure(rows: Sequence[tuple[str, str, Sequence[float], Sequence[float]]], measure: str) -> "Figure":
+    """Draw what each method reached, the best on top: its runs, their mean, and the mean before the final fine-tuning.
+
+    Args:
+        rows: Title, group (`control`, `existing` or `ours`), the runs in the end, the runs as merged (may be empty).
+        measure: `accuracy`, or `loss`, of which less is better.
+    """
+    from matplotlib.figure import Figure
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values) if values else math.nan
+
+    rows = sorted((row for row in rows if row[2]), key=lambda row: mean(row[2]), reverse=measure == "loss")
+    colours = {"control": "0.45", "existing": BLUE, "ours": VERMILION}
+    figure = Figure(figsize=(8, 1.2 + 0.26 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (_, group, runs, merged) in enumerate(rows):
+        axes.scatter(runs, [place] * len(runs), s=12, color=colours[group], alpha=0.35, linewidths=0)
+        axes.scatter([mean(merged)], [place], s=34, facecolors="white", edgecolors=colours[group], zorder=2)
+        axes.scatter([mean(runs)], [place], s=44, color=colours[group], zorder=3)
+    for group, colour in colours.items():
+        axes.scatter([], [], s=44, color=colour, label=group)
+    axes.scatter([], [], s=34, facecolors="white", edgecolors="0.45", label="as merged")
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
+    axes.set_xlabel(f"test {measure}, each run and the mean")
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 

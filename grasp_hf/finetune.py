@@ -49,8 +49,7 @@ def finetune_(
         ConfigError: `training_arguments` holds something that `transformers.TrainingArguments` does not take.
         NonFiniteError: The loss or a weight became NaN or infinite.
     """
-    asked = config.training_arguments
-    if asked.get("num_train_epochs", epochs) == 0 and asked.get("max_steps", 0) <= 0:
+    if not config.trains(epochs):
         return
     arguments = training_arguments(
         config,

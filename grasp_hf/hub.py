@@ -174,10 +174,10 @@ def locate(reference: str | SourceRef, *, token: str | None = None, trusted: Col
     return source
 
 
-def fetch_source(listing: Listing, **options: Any) -> Source:
-    """Download what is needed of a commit; `options` are those of `fetch`."""
+def fetch_source(listing: Listing, weights: Sequence[str] | None = None, **options: Any) -> Source:
+    """Download what is needed of a commit, or of its weight files only `weights`; `options` are those of `fetch`."""
     folder = Path()
-    for path in [*listing.configuration, *listing.weights]:
+    for path in [*listing.configuration, *(listing.weights if weights is None else weights)]:
         folder = fetch(listing, path, **options).parent
     source = replace(Source.inspect(listing.ref, folder, listing.sha), gated=listing.gated, trusted=listing.trusted)
     if any(path.suffix == ".bin" for path in source.weight_files):
@@ -324,7 +324,12 @@ def cached_source(ref: SourceRef, token: str | None = None, trusted: Collection[
             ignore_patterns=ignored,
             local_files_only=True,
         )
-    source = Source.inspect(ref, Path(folder, ref.subfolder or ""), Path(folder).name)
+    try:
+        source = Source.inspect(ref, Path(folder, ref.subfolder or ""), Path(folder).name)
+    except FileNotFoundError as error:  # an earlier look left its configuration alone
+        raise DownloadError(
+            f"'{ref}' could not be downloaded, and no complete copy is cached; run it again when the Hub can be reached"
+        ) from error
     source = replace(source, trusted=ref.is_among(trusted))
     for path in source.weight_files:
         checksum = (

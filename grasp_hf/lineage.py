@@ -28,7 +28,7 @@ def append_recipe(
     Args:
         merged: Hub id or folder of a merge by this package.
         sources: References of the new sources.
-        overrides: `key=value`, such as `data.path=...` where the data lies elsewhere now.
+        overrides: `key=value`, such as `data.data_files.train=...` where the data lies elsewhere now.
         token: Hub token.
 
     Raises:
@@ -69,7 +69,7 @@ def reproduce(merged: str, overrides: Sequence[str] = (), *, token: str | None =
 
     Args:
         merged: Hub id or folder of a merge by this package.
-        overrides: `key=value`, such as `data.path=...` where the data lies elsewhere now.
+        overrides: `key=value`, such as `data.data_files.train=...` where the data lies elsewhere now.
         token: Hub token.
 
     Raises:

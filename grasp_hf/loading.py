@@ -3,7 +3,7 @@
 import logging
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel, pipelines
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -22,8 +22,10 @@ from transformers.utils import logging as transformers_logging
 from .adapters import adapter_problems, apply_adapter_, load_adapter_config, saved_classes
 from .checkpoint import file_tensors, runtime_tensors
 from .errors import IncompatibleSourceError, NonFiniteError
+from .headers import header_tensors
 from .mapped import MappedTensors
-from .matching import head_tensors, movable_tensors, tensor_problems
+from .matching import head_tensors, movable_tensors, shortened, tensor_problems
+from .pull import ShardedSource
 from .rows import RowMatch, RowMatches, class_tensors, label_names, match_head, match_tokens, token_tensors, vocabulary
 from .sources import Source
 
@@ -43,6 +45,8 @@ WITHOUT_SHAPE = (
     "rope_theta",
     "rope_parameters",
 )
+# Tensors below the head that many a checkpoint lacks, because it was trained for a task that has no use for them.
+TRAINED_LATER = re.compile(r"(^|\.)(pooler\..+|mask_token|masked_spec_embed|num_batches_tracked)$")
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -53,13 +57,19 @@ class LoadedSource:
     Attributes:
         tensors: Values by runtime name, in the target's shapes, on the CPU, mapped from files. What is not the source's
             (a head that it lacks or that does not fit) is not among them; a row without a counterpart is the target's.
+            On the meta device where they come shard by shard.
         candidates: Names of the tensors that may move: all of a full model's, those that an adapter touches.
         notes: What a reader of the report should know: how a head and a vocabulary were matched.
+        shards: The values, in the order in which they come; each set is emptied when the next one is asked for.
     """
 
     tensors: dict[str, Tensor]
     candidates: set[str]
     notes: list[str] = field(default_factory=list)
+    shards: Iterable[Mapping[str, Tensor]] = ()
+
+    def __post_init__(self) -> None:
+        self.shards = self.shards or [self.tensors]
 
 
 @dataclass
@@ -209,14 +219,22 @@ def _class_names(auto: Any) -> set[str]:
 
 
 def load_target(
-    source: Source, *, task: str | None, dtype: torch.dtype, seed: int, new_head: bool = False, **model_kwargs: Any
+    source: Source,
+    *,
+    task: str | None,
+    dtype: torch.dtype,
+    seed: int,
+    new_head: bool = False,
+    needs_head: bool = False,
+    **model_kwargs: Any,
 ) -> PreTrainedModel:
     """Load the model that a merge starts from.
 
     It gets a fresh head, drawn from `seed`, where its files hold none or one of another size, or with `new_head`.
 
     Raises:
-        IncompatibleSourceError: It is an adapter, or its files lack most of the weights below the head.
+        IncompatibleSourceError: It is an adapter, or its files lack weights below the head, or, with `needs_head`, those
+            of the head.
     """
     if source.kind == "adapter":
         raise IncompatibleSourceError(f"'{source.ref}' is an adapter; expected a full model to start from")
@@ -224,17 +242,59 @@ def load_target(
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, fresh = _from_pretrained(source, cls, dtype=dtype, **model_kwargs)
+        if problems := fresh_problems(model, fresh, needs_head=needs_head):
+            raise IncompatibleSourceError(
+                f"'{source.ref}' cannot be the start of a merge:\n- " + "\n- ".join(problems)
+            )
         if new_head:
-            fresh |= _reinitialize_head_(model, source)
-    body = set(movable_tensors(model)) - head_tensors(model)
-    if len(fresh & body) > len(body) / 2:
-        raise IncompatibleSourceError(
-            f"'{source.ref}' lacks most weights of a {cls.__name__}, starting with {min(fresh & body)}"
-        )
+            fresh |= dict.fromkeys(_reinitialize_head_(model, source), "")
     if fresh:
         logger.warning("%s: new weights, which must be trained: %s", source.ref, ", ".join(sorted(fresh)))
     model.name_or_path = model.config._name_or_path = source.ref.name
     return model
+
+
+def fresh_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return what `model` would draw anew where its files hold `tensors`, each with the shape that is wrong, if any."""
+    found = {}
+    for name, expected in movable_tensors(model).items():
+        if name in tensors and (got := tensors[name].shape) != expected.shape:
+            found[name] = _shapes(got, expected.shape)
+        elif name not in tensors and not _is_computed(model, name):
+            found[name] = ""
+    return found
+
+
+def _shapes(got: Sequence[int], expected: Sequence[int]) -> str:
+    return f" (got shape {tuple(got)}, expected {tuple(expected)})"
+
+
+def _is_computed(model: PreTrainedModel, name: str) -> bool:
+    """Tell whether a tensor is never saved, because every model computes the same one."""
+    patterns = [*(model._keys_to_ignore_on_save or ()), *(model._keys_to_ignore_on_load_missing or ())]
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def fresh_problems(model: PreTrainedModel, fresh: Mapping[str, str], *, needs_head: bool) -> list[str]:
+    """Say which `fresh` tensors, as `fresh_tensors` returns them, a merge must not start with.
+
+    They are random: those of a head are trained on the data, so they are a problem with `needs_head` only.
+    """
+    trained = {name for name in fresh if name in head_tensors(model) or TRAINED_LATER.search(name)}
+
+    def listed(names: Collection[str]) -> str:
+        return f"{len(names)} of its tensors: {shortened([name + fresh[name] for name in sorted(names)])}"
+
+    problems = []
+    if body := fresh.keys() - trained:
+        advice = "download it again, or compare its config.json with its files"
+        problems.append(f"its files hold no weights, or of another shape, for {listed(body)}; {advice}")
+    if needs_head and trained:
+        advice = "give data to train them with, or start from a model that holds them"
+        problems.append(
+            f"its files hold no head that fits, and without data none is trained: {listed(trained)}; {advice}"
+        )
+    return problems
 
 
 def _reinitialize_head_(model: PreTrainedModel, source: Source) -> set[str]:
@@ -276,20 +336,21 @@ def load_source(
 
     Raises:
         IncompatibleSourceError: It does not fit; all of its problems are listed.
-        NonFiniteError: A weight is NaN or infinite.
+        NonFiniteError: A weight is NaN or infinite; of shards that come one by one, when it is its turn.
     """
+    if isinstance(source, ShardedSource):
+        if loaded := _load_in_shards(source, target, processing_class):
+            return loaded
+        source.gather()
     with quiet_transformers():
         if source.kind == "adapter":
             read = _read_adapter(source, target, base, directory, accepted_bases)
         else:
             read = _read_full(source, target, directory)
-    found = compare(source, read, target, processing_class)
-    if found.problems:
-        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(found.problems))
+    found = _compared(source, read, target, processing_class)
     tensors = found.tensors
-    for name, tensor in tensors.items():
-        if check_finite and not _is_finite(tensor):
-            raise NonFiniteError(f"'{source.ref}': {name} holds NaN or infinite weights; expected finite ones")
+    if check_finite:
+        _check_finite(source, tensors)
     if found.rows:
         targets = movable_tensors(target)
         held = {name: targets[name].detach() for name in found.rows}
@@ -298,6 +359,51 @@ def load_source(
             match.fill_(room[name], held[name], tensors[name])
         tensors |= room
     return LoadedSource(tensors, read.candidates & set(tensors), found.notes)
+
+
+def _load_in_shards(source: ShardedSource, target: PreTrainedModel, processing_class: Any) -> LoadedSource | None:
+    """Check by its headers that a source fits, and return what reads its shards one by one.
+
+    `None` where one shard alone does not say what the target would hold: tensors that are fused, rows that are matched
+    by name; or where there is more to check: tied tensors that are there twice, tensors that the target has no place
+    for, an unusual dtype.
+    """
+    headers = header_tensors(source, source.listing, token=source.token) or {}
+    with quiet_transformers():
+        read = _read_full(source, target, Path(), headers)
+    runtime_names = {id(tensor): name for name, tensor in read.tensors.items()}
+    one_to_one = set(runtime_names) == set(map(id, headers.values()))
+    if not one_to_one or any(tensor.dtype == torch.uint8 for tensor in headers.values()):
+        return None
+    names = {key: runtime_names[id(tensor)] for key, tensor in headers.items()}
+    found = _compared(source, read, target, processing_class)
+    if found.rows:
+        return None
+    return LoadedSource(
+        found.tensors, set(found.tensors), found.notes, _values_in_shards(source, names, found.tensors)
+    )
+
+
+def _values_in_shards(
+    source: ShardedSource, names: Mapping[str, str], like: Mapping[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Yield what is in each shard by the runtime names that `names` has for those in the files."""
+    for path in source.shards():
+        try:
+            with safe_open(path, "pt") as weights:
+                values = {names[key]: weights.get_tensor(key) for key in weights.keys() if names[key] in like}
+        except UNREADABLE as error:
+            raise IncompatibleSourceError(f"'{source.ref}': {path.name} cannot be read: {error}") from error
+        _check_finite(source, values)
+        yield values
+        values.clear()  # a file's room is free when it is removed and nothing maps it any more
+
+
+def _compared(source: Source, read: Read, target: PreTrainedModel, processing_class: Any) -> Comparison:
+    found = compare(source, read, target, processing_class)
+    if found.problems:
+        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(found.problems))
+    return found
 
 
 def compare(source: Source, read: Read, target: PreTrainedModel, processing_class: Any) -> Comparison:
@@ -311,9 +417,7 @@ def compare(source: Source, read: Read, target: PreTrainedModel, processing_clas
     lacking = [name for name in targets if name not in tensors and name not in head.left_out]
     problems = [*read.problems, *tensor_problems(targets, tensors, {*lacking, *head.left_out, *matches})]
     problems += head.problems + tokens.problems
-    # Some tensors are never saved, because every model computes the same ones.
-    computed = [*(target._keys_to_ignore_on_save or ()), *(target._keys_to_ignore_on_load_missing or ())]
-    lacking = [name for name in lacking if not any(re.search(pattern, name) for pattern in computed)]
+    lacking = [name for name in lacking if not _is_computed(target, name)]
     if lacking and source.kind == "full":
         problems.append(f"{len(lacking)} tensors are not in its files, starting with {min(lacking)}")
     return Comparison(tensors, matches, [*head.notes, *tokens.notes], problems)
@@ -332,6 +436,12 @@ def match_vocabularies(
     return match_tokens(target, expected, tensors, vocabulary(load_processing_class(source)))
 
 
+def _check_finite(source: Source, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not _is_finite(tensor):
+            raise NonFiniteError(f"'{source.ref}': {name} holds NaN or infinite weights; expected finite ones")
+
+
 def _is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite; a finite sum says so in one pass without a mask."""
     if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float32)):
@@ -339,14 +449,17 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def _read_full(source: Source, target: PreTrainedModel, directory: Path) -> Read:
+def _read_full(
+    source: Source, target: PreTrainedModel, directory: Path, headers: Mapping[str, Tensor] | None = None
+) -> Read:
     config = load_config(source)
     architecture = architecture_problems(config, target)
     if config.model_type != target.config.model_type:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(architecture))
     source.float_dtypes()
     try:
-        tensors, problems = runtime_tensors(file_tensors(source), target, directory)
+        raw = file_tensors(source) if headers is None else headers
+        tensors, problems = runtime_tensors(raw, target, directory)
     except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be read: {error}") from error
     return Read(tensors, set(tensors), label_names(config), problems + architecture)
@@ -364,8 +477,10 @@ def architecture_problems(config: PretrainedConfig, target: PreTrainedModel) -> 
     return problems
 
 
-def _from_pretrained(source: Source, cls: type[PreTrainedModel], **kwargs: Any) -> tuple[PreTrainedModel, set[str]]:
-    """Load the files of `source` as a `cls`; also return the names of the tensors that were not among them."""
+def _from_pretrained(
+    source: Source, cls: type[PreTrainedModel], **kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, str]]:
+    """Load the files of `source` as a `cls`; also return what was drawn anew, as `fresh_tensors` does."""
     try:
         loaded: Any = cls.from_pretrained(
             source.folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -374,8 +489,9 @@ def _from_pretrained(source: Source, cls: type[PreTrainedModel], **kwargs: Any) 
         raise IncompatibleSourceError(f"'{source.ref}' cannot be loaded as a {cls.__name__}: {error}") from error
     model, info = loaded
     tied = set(model.get_expanded_tied_weights_keys(all_submodels=True))
-    mismatched = {key for key, *_ in info["mismatched_keys"]}
-    return model, (set(info["missing_keys"]) | mismatched) - tied
+    fresh = dict.fromkeys(info["missing_keys"], "")
+    fresh |= {name: _shapes(got, expected) for name, got, expected in info["mismatched_keys"]}
+    return model, {name: shapes for name, shapes in fresh.items() if name not in tied}
 
 
 def _checkpoint_dtype(source: Source) -> torch.dtype:

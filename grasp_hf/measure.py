@@ -16,6 +16,7 @@ from .alignment import PUBLISHED_EPSILON, CoefficientDescent, cosine, inner_prod
 from .batches import Batch, Collator, batch_weight, check_dataset, keeping_model_columns, sample_batches
 from .config import GraspConfig
 from .errors import IncompatibleSourceError, NonFiniteError
+from .evidence import Judgement
 from .gradients import gradient_pass, preserved_state
 from .mapped import MappedTensors
 from .matching import Unit, movable_tensors, partition, tensor_problems, tie_problems
@@ -36,10 +37,12 @@ class Scratch:
 
     Attributes:
         directory: See above.
+        judged: The losses of the target as it is, where they are known; whoever changes it says so here.
     """
 
     def __init__(self, directory: Path, like: Mapping[str, Tensor]) -> None:
         self.directory = directory
+        self.judged: Judgement | None = None
         self._like = like
         self._parameters = {name: t for name, t in like.items() if isinstance(t, torch.nn.Parameter)}
 
@@ -52,6 +55,12 @@ class Scratch:
     def gradients(self) -> MappedTensors:
         """Room for the gradient of each parameter."""
         return MappedTensors(self.directory / "gradients", self._parameters)
+
+    @cached_property
+    def line(self) -> tuple[MappedTensors, MappedTensors, MappedTensors]:
+        """Room for the target's tensors before a fine-tuning and after it, twice."""
+        before, after, other = (MappedTensors(self.directory / f"line-{k}", self._like) for k in range(3))
+        return before, after, other
 
     @cached_property
     def source_gradients(self) -> MappedTensors:
@@ -203,13 +212,14 @@ def learned_coefficients(
     source_values: Mapping[str, Tensor],
     units: Sequence[Unit],
     batches: Iterable[Batch],
+    shares: Mapping[str, float],
     *,
     scratch: Scratch,
     lr: float,
 ) -> tuple[dict[str, float], Scores]:
     """Learn how far each unit should move towards the source, by descent on the loss of the blended model.
 
-    The weights are `W_u = T_u + c_u (S_u - T_u)`; after each batch every `c_u` makes one step of projected Adam along
+    The weights are `W_u = T_u + c_u (S_u - T_u)`, at first those of the average, `c_u = shares_u`; after each batch every `c_u` makes one step of projected Adam along
     `<dL/dW_u, S_u - T_u>`, which is `dL/dc_u` through the parameters. Statistics of normalisation layers are blended
     with them but have no gradient, so that what they add to the slope is left out. The inner product is taken in the gradient hook
     and the gradient freed, so no gradient is stored; `W` is written where `T` was, and `T` is read from its file. The
@@ -220,7 +230,7 @@ def learned_coefficients(
         way down, `<-dL/dW_u, S_u - T_u>` normalised, the mean over batches; `None` where a unit had no gradient.
     """
     tensors = movable_tensors(target)
-    descent = CoefficientDescent(len(units), lr)
+    descent = CoefficientDescent([shares[unit.name] for unit in units], lr)
     scores: dict[str, list[float | None]] = {unit.name: [] for unit in units}
     moved: set[str] = set()
     with preserved_state(target):
@@ -257,12 +267,17 @@ def measure_source(
     batches: Iterable[Batch],
     config: GraspConfig,
     *,
+    shares: Mapping[str, float],
     scratch: Scratch,
     seed: int,
 ) -> tuple[dict[str, float], Scores]:
-    """Return the coefficient (0 is staying, 1 is copying) and the score of each unit, as `config.method` finds them."""
+    """Return the coefficient (0 is staying, 1 is copying) and the score of each unit, as `config.method` finds them.
+
+    `shares` are what an average of all sources so far would take.
+    """
     if config.method == "blend":
-        return learned_coefficients(target, source_values, units, batches, scratch=scratch, lr=config.coefficient_lr)
+        lr = config.coefficient_lr
+        return learned_coefficients(target, source_values, units, batches, shares, scratch=scratch, lr=lr)
     scores = _cosines(target, source_values, units, batches, config, scratch=scratch, seed=seed)
     return {name: float(score is not None and score > config.threshold) for name, score in scores.items()}, scores
 

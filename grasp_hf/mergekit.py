@@ -33,7 +33,14 @@ MARKS = ("merge_method", "models", "slices", "modules")
 NOT_USED = ("dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template", "name")
 CONSUMED = {*MARKS, *NOT_USED, "base_model", "parameters"}
 BASE_IS_AN_END = ("slerp", "nearswap", "arcee_fusion")  # between two models, of which one is the base model
-MEAN = {"method": "average", "initial_epochs": 0, "finetune_epochs": 0, "gate": False}
+MEAN = {
+    "method": "average",
+    "initial_epochs": 0,
+    "finetune_epochs": 0,
+    "final_epochs": 0,
+    "order": "given",
+    "gate": False,
+}
 SEVERAL_DOCUMENTS = (
     "holds several YAML documents, expected one; where mergekit runs them in turn, write one file for each and name "
     "the output folder of the earlier as a model of the later"
@@ -126,7 +133,8 @@ class _Reader:
         if self.chosen is None and self.merge_method == "linear":
             unlisted = [None] if counts and len(others) == len(self.entries) else []
             self._check_weights([*self.entries, *unlisted])
-        recipe = {**(MEAN if self.method == "average" else {}), **self.own}
+        settings = MEAN if self.method == "average" else {} if self.chosen else {"method": self.method}
+        recipe = {**settings, **self.own}
         if counts:
             times = len(self.entries) - len(others) if self.merge_method == "linear" else 1
             return {**recipe, "sources": [base] * max(times, 1) + sources}

@@ -1,6 +1,7 @@
 """The loop: for each source, pull, measure, transfer, fine-tune, record, free."""
 
 import logging
+import random
 import resource
 import sys
 import tempfile
@@ -17,29 +18,33 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.utils.data import ConcatDataset, Subset
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hub
-from .batches import Collator, batch_loss, check_dataset, evaluate, keeping_model_columns, sample_batches
+from .batches import Collator, batch_loss, check_dataset, keeping_model_columns, sample_batches
 from .card import declared_license
 from .config import GraspConfig
 from .errors import ConfigError, GraspError, IncompatibleSourceError, SourceNotFoundError
+from .evidence import Judgement, change, judge
+from .gate import accepts, finetune_on_line_
 from .gradients import checkpointing, preserved_state
 from .loading import LoadedSource, load_processing_class, load_source, load_target
 from .matching import Unit, movable_tensors, partition, units_within
 from .measure import Scores, Scratch, blend_, mean_gradient, measure_source
-from .pull import Puller
+from .pull import Puller, ShardedSource
 from .push import Destination, create_repo, push_files, tag_version
-from .rank import RankedSource, rank_sources, ranking_table
-from .report import Evaluation, MergeReport, StepReport, unit_reports
+from .rank import RankedSource, judge_sources, rank_sources, ranking_table
+from .report import Evaluation, FinetuneReport, MergeReport, StepReport, unit_reports
 from .saving import check_output, read_record, save_merge, save_record, saved_shards
 from .sources import Source, SourceRef
-from .transfer import interrupts_held, overwrite_
+from .transfer import interrupts_held, overwrite_, placed
 from .workspace import workspace
 
 logger = logging.getLogger(__name__)
 
+EVIDENCE = 512  # labels that judge a transfer, at most
 PACKAGES = ("grasp_hf", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
 
@@ -89,11 +94,12 @@ class _Data:
     train: Any
     held_out: Any
     collator: Collator
+    sharded: bool = False
 
     @property
     def can_fail(self) -> bool:
-        """Whether a step can fail after weights have moved: where there is data to train on or to be judged by."""
-        return self.train is not None or self.held_out is not None
+        """Whether a step can fail after weights have moved: data to train on or to be judged by, or a later shard."""
+        return self.train is not None or self.held_out is not None or self.sharded
 
 
 class GraspMerger:
@@ -141,7 +147,9 @@ class GraspMerger:
             config=asdict(self.config),
             versions={name: version(name) for name in PACKAGES},
         )
-        self._initially_finetuned = False
+        self._started = False
+        self._learned = False  # whether the model was fine-tuned on the labels, which then speak for it
+        self._floor: float | None = None
         self._original_base: tuple[str, str | None] | None = None  # of a continued merge, and a token for it
         self._scratch: Scratch | None = None
         self._checked: Any = None  # the training data that made a finite loss
@@ -191,7 +199,10 @@ class GraspMerger:
         trusted = (config or GraspConfig()).trust_remote_code
         base = hub.locate(replace(ref, revision=ref.revision or revision), token=token, trusted=trusted)
         seed = (config or GraspConfig()).seed
-        model = load_target(base, task=task, dtype=dtype, seed=seed, new_head=new_head, **model_kwargs)
+        needs_head = not (config or GraspConfig()).needs_data
+        model = load_target(
+            base, task=task, dtype=dtype, seed=seed, new_head=new_head, needs_head=needs_head, **model_kwargs
+        )
         merger = cls(model, config, processing_class=load_processing_class(base), base=base)
         if not new_head and (record := read_record(base.folder)):
             merger._continue(record, base, token)
@@ -214,7 +225,7 @@ class GraspMerger:
             continued_steps=len(record.steps),
         )
         self._original_base = (record.base_reference, token)
-        self._initially_finetuned = True
+        self._started = self._learned = True
 
     def _base_of_adapters(self) -> Source | None:
         """Return the model whose adapters can be merged; that of a continued merge is looked for when it is needed."""
@@ -240,18 +251,18 @@ class GraspMerger:
         data_collator: Collator | None = None,
         token: str | None = None,
     ) -> MergeReport:
-        """Merge `sources` in their order, after `config.initial_epochs` of fine-tuning if this is the first call.
+        """Merge `sources` one at a time, and fine-tune as the configuration says: before, after each, at the end.
 
         Every source is a step that either succeeds or leaves the model as it was before it; steps done before an
         error stay done, in `model` and in `report`. During a step the temporary directory (`TMPDIR`) holds the weights
-        as they were before it, and those of the best epoch. With `config.order == "rank"` the sources are ranked once,
-        after the initial fine-tuning, and merged in that order.
+        as they were before it, and those of fine-tuning.
 
         Args:
             sources: References of full models and PEFT adapters.
-            train_dataset: Labelled samples of the task in hand, as for `transformers.Trainer`; only an average without
-                fine-tuning can do without.
-            eval_dataset: Held-out samples; they judge each transfer and choose the best epoch.
+            train_dataset: Labelled samples of the task in hand, as for `transformers.Trainer`; only an average in the
+                given order and without fine-tuning can do without.
+            eval_dataset: Held-out samples; they judge each transfer and each fine-tuning. Without them the labels do,
+                as long as the model was not fine-tuned on them.
             data_collator: Makes batches from samples; left out, the one that `transformers.Trainer` would take.
             token: Hub token; left out, the one that you are logged in with.
 
@@ -260,19 +271,23 @@ class GraspMerger:
         """
         if isinstance(sources, str):
             raise ConfigError(f"sources: got '{sources}', expected a list of references")
-        sources = [str(source) for source in sources]
-        if eval_dataset is None and self.config.needs_data:
-            logger.warning("no evaluation data: transfers are not judged, and fine-tuning keeps its last epoch")
+        sources, config = [str(source) for source in sources], self.config
         arguments = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
+        if eval_dataset is None and config.gate and sources and (self._learned or config.finetunes_between):
+            logger.warning(
+                "no evaluation data, and the model is fine-tuned on the labels before they could judge a source: "
+                "transfers are not judged"
+            )
         with self._scratch_files():
-            if not self._initially_finetuned:
-                with self._step(train_dataset, eval_dataset, data_collator) as (data, scratch):
-                    self._finetune(data, self.config.initial_epochs, self.config.seed, scratch)
-                    self.report.start = self._evaluate(data.held_out, data.collator)
-                self._initially_finetuned = True
-            if self.config.order == "rank" and sources:
-                sources = self._most_promising(sources, train_dataset, data_collator, token)
-            with self._puller(token) as puller:
+            if not self._started:
+                with self._step(**arguments) as (data, scratch):
+                    self._finetune(data, config.initial_epochs, config.seed, scratch)
+                    if before := self._judge(data, scratch):
+                        self.report.start, self._floor = before.evaluation(), before.calibrated_loss
+                self._started = True
+            if config.order != "given" and sources:
+                sources = self._ordered(sources, token, **arguments)
+            with self._puller(token, train_dataset, eval_dataset) as puller:
                 for number, source in enumerate(sources, start=1):
                     try:
                         with puller.pull(source, *sources[number : number + 1]) as located:
@@ -281,17 +296,77 @@ class GraspMerger:
                         message = f"while merging source {number}/{len(sources)} '{source}': {error}"
                         raise type(error)(message) from error
                     logger.info("%d/%d %s", number, len(sources), step.line())
+            self._floor = None
+            if sources and config.final_epochs and train_dataset is not None:
+                with self._step(**arguments) as (data, scratch):
+                    self.report.final = self._finetune(data, config.final_epochs, config.seed, scratch)
+                    if self.report.final:
+                        self.report.final.after = self._evaluate(data.held_out, data.collator)
+                        logger.info("at the end: %s", self.report.final.line())
         return self.report
 
-    def _most_promising(
-        self, sources: Sequence[str], train_dataset: Any, data_collator: Collator | None, token: str | None
+    def finetuned_alone(
+        self,
+        sources: int,
+        dataset: Any,
+        *,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        data_collator: Collator | None = None,
+    ) -> Judgement:
+        """Return the losses on `dataset` of the model as it is now, fine-tuned without any source; nothing is changed.
+
+        Args:
+            sources: As many epochs as a merge of this number of sources has.
+            dataset: Samples to judge by, as in `judge`.
+            train_dataset: As for `merge`, as the next two.
+            eval_dataset: See `merge`.
+            data_collator: See `merge`.
+        """
+        learned = self._learned
+        epochs = self.config.total_epochs(sources)
+        with self._scratch_files(), self._step(train_dataset, eval_dataset, data_collator) as (data, scratch):
+            self._finetune(data, epochs, self.config.seed, scratch)
+            found = self._judgement(dataset, data.collator)
+            overwrite_(movable_tensors(self.model), scratch.start)
+            scratch.judged, self._learned = None, learned
+        return found
+
+    def judge(self, dataset: Any, *, data_collator: Collator | None = None) -> Judgement:
+        """Return the losses of the model as it is now on every sample of `dataset`; changes nothing."""
+        check_dataset(dataset, "dataset")
+        with preserved_state(self.model):
+            self.model.to(self._accelerator.device)
+            return self._judgement(dataset, self._collator(data_collator))
+
+    def _ordered(
+        self,
+        sources: Sequence[str],
+        token: str | None,
+        train_dataset: Any,
+        eval_dataset: Any,
+        data_collator: Collator | None,
     ) -> list[str]:
-        """Rank the sources, record the ranking, and return those to merge, the most promising first."""
-        ranked = self.rank(sources, train_dataset=train_dataset, data_collator=data_collator, token=token)
+        """Judge the sources, record the ranking, and return those to merge, the best or most promising first."""
+        if self.config.order == "rank":
+            by = "first-order gain"
+            ranked = self.rank(sources, train_dataset=train_dataset, data_collator=data_collator, token=token)
+        else:
+            by = "loss"
+            with self._step(train_dataset, eval_dataset, data_collator) as (data, scratch):
+                tensors = movable_tensors(self.model)
+                judges = list(self._judges(data).values()) or [self._some(data.train)]
+
+                def judged(located: Source) -> Judgement:
+                    with placed(tensors, self._load(located, scratch).tensors, scratch.start):
+                        return self._judgement(ConcatDataset(judges), data.collator)
+
+                with self._puller(token) as puller:
+                    ranked = judge_sources(sources, puller, judged)
         if problems := [row.problem for row in ranked if row.problem]:
             raise IncompatibleSourceError("some sources cannot be ranked:\n- " + "\n- ".join(problems))
         self.report.ranking = [row.summary() for row in ranked]
-        logger.info("ranked by first-order gain:\n%s", ranking_table(ranked))
+        logger.info("ranked by %s:\n%s", by, ranking_table(ranked))
         return [row.reference for row in ranked[: self.config.top]]
 
     def rank(
@@ -332,8 +407,14 @@ class GraspMerger:
             with self._puller(token) as puller:
                 return rank_sources([str(source) for source in sources], puller, load, gradient, scratch.start, units)
 
-    def _puller(self, token: str | None) -> Puller:
-        return Puller(token=token, prefetch=self.config.prefetch, trusted=self.config.trust_remote_code)
+    def _puller(self, token: str | None, *datasets: Any) -> Puller:
+        """Return what brings sources; for a merge with `datasets`, in shards where each weight is read only once."""
+        undo_bytes = None
+        if datasets and self.config.method == "average":  # with data, every step keeps what it takes to undo it
+            kept = any(dataset is not None for dataset in datasets)
+            undo_bytes = 0 if kept else sum(tensor.nbytes for tensor in movable_tensors(self.model).values())
+        prefetch, trusted = self.config.prefetch, self.config.trust_remote_code
+        return Puller(token=token, prefetch=prefetch, trusted=trusted, undo_bytes=undo_bytes)
 
     def _load(self, located: Source, scratch: Scratch, *, check_finite: bool = True) -> LoadedSource:
         return load_source(
@@ -363,7 +444,7 @@ class GraspMerger:
         Raises:
             GraspError: The source, the data or the numbers are not fit; the model is as it was before the call.
         """
-        with self._puller(token) as puller, puller.pull(str(source)) as located:
+        with self._puller(token, train_dataset, eval_dataset) as puller, puller.pull(str(source)) as located:
             return self._merge_located(
                 located, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator
             )
@@ -373,22 +454,23 @@ class GraspMerger:
     ) -> StepReport:
         began = time.perf_counter()
         seed = self.config.seed + len(self.report.steps) + 1
+        sharded = isinstance(located, ShardedSource)
         try:
             with (
                 ExitStack() as held,
                 self._scratch_files(),
-                self._step(train_dataset, eval_dataset, data_collator) as (data, scratch),
+                self._step(train_dataset, eval_dataset, data_collator, sharded) as (data, scratch),
             ):
                 step = StepReport(str(located.ref), located.sha, located.kind, num_bytes=located.num_bytes)
                 step.license, step.gated = declared_license(located.folder), located.gated
-                step.before = self._evaluate(data.held_out, data.collator)
                 self._transfer(located, step, data, scratch, seed, held)
-                self._finetune(data, self.config.finetune_epochs, seed, scratch)
-                step.after = self._evaluate(data.held_out, data.collator)
+                step.finetuned = self._finetune(data, self.config.finetune_epochs, seed, scratch)
+                if after := self._judge(data, scratch):
+                    step.after = after.evaluation()
                 step.seconds = time.perf_counter() - began
                 step.peak_memory = _peak_memory()
                 self.report.data = {"train": _described(train_dataset), "eval": _described(eval_dataset)}
-                self._initially_finetuned = True
+                self._started = True
                 self.report.steps.append(step)
         except BaseException as error:
             error.add_note(f"while merging source '{located.ref}'")
@@ -398,7 +480,8 @@ class GraspMerger:
     def _transfer(
         self, located: Source, step: StepReport, data: "_Data", scratch: Scratch, seed: int, held: ExitStack
     ) -> None:
-        """Load and measure the source, move what the evidence says, and take it back if the held-out loss says so."""
+        """Load and measure the source, move what the evidence says, and take it back if the labels say so."""
+        before = self._judge(data, scratch)
         loaded = self._load(located, scratch)
         step.notes = loaded.notes
         every_unit = partition(self.model, self.config.unit)
@@ -410,12 +493,17 @@ class GraspMerger:
         start = scratch.start if data.can_fail else tensors
         if not data.can_fail:  # no copy of the weights is kept, so a step must not stop between here and its record
             held.enter_context(interrupts_held())
-        blend_(tensors, start, loaded.tensors, moving, coefficients)
-        step.after_transfer = self._evaluate(data.held_out, data.collator)
-        if self.config.gate and step.before and moving:
-            step.accepted = step.after_transfer["loss"] <= step.before["loss"]
-        if not step.accepted:
-            overwrite_(tensors, {name: scratch.start[name] for unit in moving for name in unit.tensors})
+        for values in loaded.shards:
+            blend_(tensors, start, values, units_within(moving, values), coefficients)
+        scratch.judged = None
+        if before and (after := self._judge(data, scratch)):
+            moved = change(before, after)
+            step.judged_by = " and ".join(self._judges(data))
+            step.before, step.after_transfer = before.evaluation(), after.evaluation()
+            step.change = moved.report()
+            if self.config.gate and moving and not accepts(moved, after, None if self._learned else self._floor):
+                step.accepted, scratch.judged = False, before
+                overwrite_(tensors, {name: scratch.start[name] for unit in moving for name in unit.tensors})
         sizes = {unit.name: sum(tensors[name].numel() for name in unit.tensors) for unit in units}
         step.units = unit_reports(sizes, coefficients, scores, step.accepted)
 
@@ -424,10 +512,11 @@ class GraspMerger:
     ) -> tuple[dict[str, float], Scores]:
         """Return the coefficient (0 is staying, 1 is copying) and the score of each unit."""
         config = self.config
+        averaged = Counter(u.name for step in self.report.steps for u in step.units if u.decision == "moved")
+        before = int(self.report.starts_from_source)
+        shares = {u.name: 1 / (before + averaged[u.name] + 1) for u in units}
         if config.method == "average":
-            averaged = Counter(u.name for step in self.report.steps for u in step.units if u.decision == "moved")
-            before = int(self.report.starts_from_source)
-            return {u.name: 1 / (before + averaged[u.name] + 1) for u in units}, {u.name: None for u in units}
+            return shares, {u.name: None for u in units}
         batches = tqdm(
             sample_batches(data.train, data.collator, self._accelerator, config, seed=seed),
             desc=f"measuring {name}",
@@ -435,7 +524,9 @@ class GraspMerger:
             leave=False,
             disable=None,
         )
-        return measure_source(self.model, loaded.tensors, units, batches, config, scratch=scratch, seed=seed)
+        return measure_source(
+            self.model, loaded.tensors, units, batches, config, shares=shares, scratch=scratch, seed=seed
+        )
 
     @contextmanager
     def _scratch_files(self) -> Iterator[None]:
@@ -452,15 +543,15 @@ class GraspMerger:
 
     @contextmanager
     def _step(
-        self, train_dataset: Any, eval_dataset: Any, data_collator: Collator | None
+        self, train_dataset: Any, eval_dataset: Any, data_collator: Collator | None, sharded: bool = False
     ) -> Iterator[tuple["_Data", Scratch]]:
         """Check the data, bring the model to the accelerator, and put everything back if the block raises."""
         if train_dataset is not None or self.config.needs_data:
             check_dataset(train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
-        data = _Data(train_dataset, eval_dataset, self._collator(data_collator))
-        scratch, asked = self._scratch, self.config.training_arguments
+        data = _Data(train_dataset, eval_dataset, self._collator(data_collator), sharded)
+        scratch, asked, learned = self._scratch, self.config.training_arguments, self._learned
         assert scratch is not None  # every step lies inside _scratch_files
         checkpoints = bool(asked.get("gradient_checkpointing") or asked.get("activation_checkpointing"))
         with preserved_state(self.model), checkpointing(self.model, checkpoints):
@@ -470,30 +561,47 @@ class GraspMerger:
                 return
             scratch.start.copy_(movable_tensors(self.model))
             try:
-                if train_dataset is not self._checked:
+                if train_dataset is not None and train_dataset is not self._checked:
                     self._check_loss(data)
                     self._checked = train_dataset
                 yield data, scratch
             except BaseException as error:
                 overwrite_(movable_tensors(self.model), scratch.start)
+                scratch.judged, self._learned = None, learned
                 # A caught exception would keep the source, or the optimizer, alive through the frames that it names.
                 traceback.clear_frames(error.__traceback__)
                 raise
 
-    def _finetune(self, data: "_Data", epochs: float, seed: int, scratch: Scratch) -> None:
-        if data.train is None:
-            return
+    def _finetune(self, data: "_Data", epochs: float, seed: int, scratch: Scratch) -> FinetuneReport | None:
+        """Fine-tune the model, and keep as much of it as the gate says; `None` where there is nothing to do."""
+        if data.train is None or not self.config.trains(epochs):
+            return None
         from .finetune import finetune_  # its Trainer imports datasets, which a merge without data need not wait for
 
-        finetune_(
-            self.model,
+        def train(samples: Any, seed: int) -> None:
+            finetune_(
+                self.model,
+                samples,
+                data.held_out,
+                data.collator,
+                self.config,
+                epochs=epochs,
+                seed=seed,
+                directory=scratch.directory,
+            )
+
+        self._learned, scratch.judged = True, None
+        if not self.config.gate:
+            train(data.train, seed)
+            return FinetuneReport()
+        return finetune_on_line_(
+            movable_tensors(self.model),
+            scratch.line,
+            train,
+            lambda samples: self._judgement(samples, data.collator),
             data.train,
             data.held_out,
-            data.collator,
-            self.config,
-            epochs=epochs,
-            seed=seed,
-            directory=scratch.directory,
+            seed,
         )
 
     def _collator(self, data_collator: Collator | None) -> Collator:
@@ -511,19 +619,36 @@ class GraspMerger:
             self.model.eval()
             batch_loss(self.model, batch)
 
-    def _evaluate(self, dataset: Any, collator: Collator) -> Evaluation:
-        if dataset is None:
-            return {}
+    def _judge(self, data: "_Data", scratch: Scratch) -> Judgement | None:
+        """Return the losses of the model on what may judge it; `None` where nothing may."""
+        judges = self._judges(data)
+        if judges and scratch.judged is None:
+            scratch.judged = self._judgement(ConcatDataset(list(judges.values())), data.collator)
+        return scratch.judged
+
+    def _judges(self, data: "_Data") -> dict[str, Any]:
+        """Return the samples that may judge a source, by name: evaluation data, and labels that nothing has learned."""
+        fresh = self.config.gate and data.train is not None and not self._learned
+        labels = {"labels": self._some(data.train)} if fresh else {}
+        return labels | ({"evaluation data": data.held_out} if data.held_out is not None else {})
+
+    def _judgement(self, samples: Any, collator: Collator) -> Judgement:
         with preserved_state(self.model):
             self.model.eval()
-            return evaluate(self.model, dataset, collator, self._accelerator, self.config.batch_size)
+            return judge(self.model, samples, collator, self._accelerator, self.config.batch_size)
+
+    def _some(self, dataset: Any) -> Any:
+        """Return `EVIDENCE` samples of `dataset`, the same ones each time, or all if there are no more."""
+        if len(dataset) <= EVIDENCE:
+            return dataset
+        return Subset(dataset, sorted(random.Random(self.config.seed).sample(range(len(dataset)), EVIDENCE)))
+
+    def _evaluate(self, dataset: Any, collator: Collator) -> Evaluation:
+        return {} if dataset is None else self._judgement(dataset, collator).evaluation()
 
     def evaluate(self, dataset: Any, *, data_collator: Collator | None = None) -> Evaluation:
         """Return the mean `loss` over `dataset`, and the `accuracy` in [0, 1] of a classifier; changes nothing."""
-        check_dataset(dataset, "dataset")
-        with preserved_state(self.model):
-            self.model.to(self._accelerator.device)
-            return self._evaluate(dataset, self._collator(data_collator))
+        return self.judge(dataset, data_collator=data_collator).evaluation()
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the model, its tokenizer or processor, the card, the resolved configuration and the report.

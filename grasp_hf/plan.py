@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -23,6 +24,8 @@ from .loading import (
     adapter_labels,
     architecture_problems,
     compare,
+    fresh_problems,
+    fresh_tensors,
     is_headless,
     load_config,
     load_processing_class,
@@ -51,7 +54,7 @@ class PlannedSource:
         architecture: The model type, or the type of the adapter.
         dtypes: Of its weights, in the spelling of safetensors.
         parameters: Number of numbers in its files.
-        labels: Names of its classes, where it has a head with names.
+        labels: Names of its classes; `None` for a model that generates.
         vocabulary: Number of tokens that it embeds.
         adapter_of: The model that an adapter says that it belongs to.
         license: What its card declares.
@@ -81,6 +84,11 @@ class PlannedSource:
     notes: list[str] = field(default_factory=list)
     partition: list[str] = field(default_factory=list)
 
+    @property
+    def bytes_to_download(self) -> int:
+        """Size of the weights that are not on this machine."""
+        return self.num_bytes - self.cached_bytes
+
     def row(self) -> dict[str, str]:
         """Return its line of the plan."""
         name = Path(self.reference).name if Path(self.reference).is_dir() else self.reference
@@ -96,8 +104,8 @@ class PlannedSource:
             "tokens": str(self.vocabulary or "–"),
             "licence": licence,
             "revision": (self.sha or ("local" if self.kind else "–"))[:7],
-            "MB": f"{self.num_bytes / 1e6:.1f}",
-            "to download": f"{(self.num_bytes - self.cached_bytes) / 1e6:.1f}",
+            "MB": f"{self.num_bytes / 1e6:.1f}" if self.kind else "–",
+            "to download": f"{self.bytes_to_download / 1e6:.1f}" if self.kind else "–",
             "problems": str(len(self.problems) or "none"),
         }
 
@@ -166,7 +174,7 @@ def plan_table(rows: list[PlannedSource], recipe: Recipe | None = None) -> str:
     told = [column for column in table[0] if any(line[column] != "–" for line in table)]
     blocks = [
         [markdown_table([{column: line[column] for column in told} for line in table])],
-        cost_lines(rows, recipe.config) if recipe else [],
+        cost_lines(rows, recipe.config) if recipe and rows[0].kind else [],
         [line for row in rows for line in row.partition],
         [f"- {row.reference}: {note}" for row in rows for note in row.notes],
         problem_list(rows),
@@ -181,16 +189,18 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     """
     base, sources = rows[0], rows[1:]
     weights = 4 * (base.parameters or base.num_bytes // 4)  # the target is float32
-    download = sum(row.num_bytes - row.cached_bytes for row in rows)
-    largest = sorted((row.num_bytes - row.cached_bytes for row in sources), reverse=True)
-    disk = sum(largest[: 2 if config.prefetch else 1]) + base.num_bytes - base.cached_bytes
+    largest = sorted((row.bytes_to_download for row in sources), reverse=True)
+    ordering = sum(largest) if config.order != "given" else 0
+    download = base.bytes_to_download + ordering + sum(largest[: config.top])
+    disk = sum(largest[: 2 if config.prefetch else 1]) + base.bytes_to_download
     temporary = 0
     if config.needs_data:
         temporary = weights * (2 + (config.method == "copy" or config.order == "rank") + config.accumulate_gradients)
     factor, how = _memory_factor(config)
     seconds = download / DOWNLOAD_RATE
+    twice = f"; of that {_gigabytes(ordering)} to find the order, where sources are not kept" if ordering else ""
     return [
-        f"download: {_gigabytes(download)}, {_minutes(seconds)} at {DOWNLOAD_RATE / 1e6:.0f} MB/s",
+        f"download: {_gigabytes(download)}, {_minutes(seconds)} at {DOWNLOAD_RATE / 1e6:.0f} MB/s{twice}",
         f"disk at most: {_gigabytes(disk)} of models, {_gigabytes(temporary)} of temporary files",
         f"memory: about {_gigabytes(factor * weights)} and activations ({how})",
     ]
@@ -198,7 +208,7 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
 
 def _memory_factor(config: GraspConfig) -> tuple[float, str]:
     """Return the peak of a merge in sizes of its model, and what sets it."""
-    if not config.needs_data or not (config.initial_epochs or config.finetune_epochs):
+    if not any(map(config.trains, (config.initial_epochs, config.finetune_epochs, config.final_epochs))):
         return 1.1, "no fine-tuning"
     if config.lora is not None:
         return 1.2, "fine-tuning by LoRA"
@@ -245,7 +255,7 @@ class _Target:
 
     base: Source
     model: PreTrainedModel
-    has_labels: bool  # of the data; where that cannot be read, label names are not compared
+    has_labels: bool  # whether its label names are those of the merge; they are not where the data cannot be read
     processing_class: Any
     accepted_bases: list[str]
     token: str | None
@@ -265,11 +275,12 @@ def _without_weights(target: _Target, config: PretrainedConfig) -> PreTrainedMod
 def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str | None) -> _Target:
     base = found.source
     config = load_config(base)
-    _describe(planned, config)
     planned.architecture = config.model_type
     cls = model_class(config, recipe.task, str(base.ref))
-    has_labels, processor = False, load_processing_class(base)
-    if recipe.data or recipe.config.needs_data:
+    _describe(planned, config, generates=cls.can_generate())
+    needs_data = bool(recipe.data) or recipe.config.needs_data
+    has_labels = not needs_data
+    if needs_data:
         try:
             check_prepared(cls, base)
             required_processing_class(base)
@@ -277,15 +288,33 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
             config.update(labels)
             has_labels = True
         except GraspError as error:
-            planned.problems.append(str(error))
+            planned.problems += _each_problem(error)
     with torch.device("meta"):
         model = cls(config)
+    planned.problems += fresh_problems(model, _fresh(found, model, config), needs_head=not needs_data)
     planned.partition = partition_lines(model, recipe.config.unit)
-    return _Target(base, model, has_labels, processor, recipe.config.accepted_bases, token)
+    return _Target(base, model, has_labels, load_processing_class(base), recipe.config.accepted_bases, token)
 
 
-def _describe(planned: PlannedSource, config: PretrainedConfig) -> None:
-    planned.labels = label_names(config)
+def _each_problem(error: GraspError) -> list[str]:
+    """Return the problems that an error lists, or its message where it lists none."""
+    return str(error).split("\n- ")[1:] or [str(error)]
+
+
+def _fresh(found: _Found, model: PreTrainedModel, config: PretrainedConfig) -> dict[str, str]:
+    """Return what `model` would draw anew; of pickled weights, what the configuration says is not there."""
+    if found.headers is None:
+        return dict.fromkeys(head_tensors(model), "") if is_headless(config) else {}
+    return fresh_tensors(model, runtime_tensors(found.headers, model, Path())[0])
+
+
+def _generates(config: PretrainedConfig) -> bool:
+    cls = getattr(transformers, (config.architectures or [""])[0], None)
+    return isinstance(cls, type) and issubclass(cls, PreTrainedModel) and bool(cls.can_generate())
+
+
+def _describe(planned: PlannedSource, config: PretrainedConfig, *, generates: bool) -> None:
+    planned.labels = None if generates else label_names(config)
     planned.vocabulary = getattr(config.get_text_config(), "vocab_size", None)
 
 
@@ -307,7 +336,7 @@ def _plan_full(planned: PlannedSource, found: _Found, target: _Target | None) ->
     source = found.source
     config = load_config(source)
     planned.architecture = config.model_type
-    _describe(planned, config)
+    _describe(planned, config, generates=_generates(target.model.config if target else config))
     if target is None:
         return
     planned.problems += architecture_problems(config, target.model)

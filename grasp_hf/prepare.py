@@ -89,14 +89,23 @@ def labelled_splits(
     """Return the data with labels as class ids, and the label names that a model of this `config` should take on.
 
     Language models have neither: the second is empty for them.
+
+    Raises:
+        ConfigError: The section of the recipe has problems.
+        DataError: The data cannot be loaded, or lacks the labels, texts or images that it needs.
     """
-    from .data import DataSection, class_names, load_splits, names_for_model, with_label_ids
+    from .data import DataSection, class_names, load_splits, names_for_model, require_column, with_label_ids
 
     section = DataSection.from_recipe(recipe)
     splits = load_splits(section)
+    has_images = cls.main_input_name == "pixel_values"
+    inputs = (section.image, "images") if has_images else (section.text, "texts")
     if cls.can_generate():
+        require_column(splits, *inputs)
         return splits, {}
-    names = names_for_model(class_names(splits["train"], section.label), label_names(config))
+    found = class_names(splits["train"], section.label)
+    require_column(splits, *inputs)
+    names = names_for_model(found, label_names(config))
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     return with_label_ids(splits, section.label, names), labels
 

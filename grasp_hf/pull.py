@@ -3,11 +3,14 @@
 import os
 import shutil
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from huggingface_hub import constants
 
@@ -18,10 +21,49 @@ from .workspace import workspace
 PATIENCE = 5.0  # seconds that a download has to end when it is not wanted any more
 
 Brought = tuple[Source, Path | None]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedSource(Source):
+    """A full model on the Hub whose shards come one by one; its folder holds those that are here.
+
+    Attributes:
+        listing: Its commit.
+        cache: Where they are fetched to.
+        token: Hub token.
+        arriving: The shards, each fetched when it is asked for, or while the one before it is used.
+    """
+
+    listing: hub.Listing
+    cache: Path
+    token: str | None = field(default=None, repr=False)
+    arriving: Iterator[Path] = iter(())
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all the weights in bytes."""
+        return self.listing.num_bytes
+
+    def shards(self) -> Iterator[Path]:
+        """Yield the weight files in turn; each is removed when the next one is asked for."""
+        for path in self.arriving:
+            blob = path.resolve()
+            yield path
+            path.unlink(missing_ok=True)
+            if self.cache.resolve() in blob.parents:  # else it is the user's own
+                blob.unlink(missing_ok=True)
+
+    def gather(self) -> None:
+        """Bring all shards to this machine: an ordinary source from now on."""
+        for _ in self.arriving:
+            pass
 
 
 class Puller:
     """Brings sources to this machine, as a context manager; at most two are here at a time, one without `prefetch`.
+
+    With `undo_bytes` the same holds for shards: at most two are here at a time, one without `prefetch`.
 
     A source on the Hub is downloaded into a cache of its own under `HF_HOME`, which is removed when the source has been
     used. What the user's own Hugging Face cache holds is read there, and stays.
@@ -30,10 +72,20 @@ class Puller:
         token: Hub token; left out, the one that you are logged in with.
         prefetch: Whether the following source is brought while one is used.
         trusted: References whose own Python code may run.
+        undo_bytes: Yield a `ShardedSource` where a source is in shards and that needs less disk, with this many bytes
+            that its user keeps elsewhere because a later shard may fail. Left out, every source is here as a whole.
     """
 
-    def __init__(self, *, token: str | None = None, prefetch: bool = True, trusted: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        token: str | None = None,
+        prefetch: bool = True,
+        trusted: Collection[str] = (),
+        undo_bytes: int | None = None,
+    ) -> None:
         self._token, self._prefetch, self._trusted = token, prefetch, trusted
+        self._undo_bytes = undo_bytes
         self._held = ExitStack()
         self._directory: Path | None = None
         self._count = 0
@@ -56,7 +108,7 @@ class Puller:
 
     @contextmanager
     def pull(self, reference: str, following: str | None = None) -> Iterator[Source]:
-        """Yield a source whose files are on this machine until the end of the block.
+        """Yield a source whose files are on this machine until the end of the block, or come there in it.
 
         Args:
             reference: The source.
@@ -66,33 +118,58 @@ class Puller:
             SourceNotFoundError, DownloadError: As for `hub.locate`.
         """
         expected, self._next = self._next, None
-        future = expected[1] if expected and expected[0] == reference else self._begin(reference)
+        future = expected[1] if expected and expected[0] == reference else self._begin(lambda: self._bring(reference))
         source, own = future.result()
-        if following is not None and self._prefetch:
-            self._next = following, self._begin(following)
+        over = threading.Event()
+
+        def follow() -> None:
+            if following is not None and self._prefetch:
+                self._next = following, self._begin(lambda: self._bring(following))
+
+        if isinstance(source, ShardedSource):
+            source = replace(source, arriving=self._arriving(source, over, follow))
+        else:
+            follow()
         try:
             yield source
         finally:
+            over.set()
             if own is not None:
                 shutil.rmtree(own, ignore_errors=True)
 
-    def _begin(self, reference: str) -> Future[Brought]:
-        """Bring a source in a thread of its own, after the one that is being brought.
+    def _arriving(self, source: ShardedSource, over: threading.Event, follow: Callable[[], None]) -> Iterator[Path]:
+        """Yield the shards of a source, of which the first is here, and `follow` when all are."""
+
+        def fetch(path: str) -> Path:
+            with self._removing(source.cache, over):
+                return hub.fetch(source.listing, path, token=self._token, cache_dir=source.cache, stop=over)
+
+        first, *others = source.listing.weights
+        file = source.folder / Path(first).name
+        for path in others:
+            coming = self._begin(partial(fetch, path)) if self._prefetch else None
+            yield file
+            file = coming.result() if coming else fetch(path)
+        follow()
+        yield file
+
+    def _begin(self, bring: Callable[[], Result]) -> Future[Result]:
+        """Bring something in a thread of its own, after what is being brought.
 
         The thread is a daemon, as the client waits for minutes where a connection has stalled: neither the end of the
         block nor that of the process waits as long.
         """
-        before, future = self._thread, Future[Brought]()
+        before, future = self._thread, Future[Result]()
 
-        def bring() -> None:
+        def run() -> None:
             if before is not None:
                 before.join()
             try:
-                future.set_result(self._bring(reference))
+                future.set_result(bring())
             except BaseException as error:
                 future.set_exception(error)
 
-        self._thread = threading.Thread(target=bring, name="grasp_hf-pull", daemon=True)
+        self._thread = threading.Thread(target=run, name="grasp_hf-pull", daemon=True)
         self._thread.start()
         return future
 
@@ -111,11 +188,29 @@ class Puller:
         Source.inspect(ref, Path(), listing.sha, files=listing.names)  # raises before anything is downloaded
         with hub.named_errors(ref):
             own = self._new_folder()
+        sharded = self._needs_less_disk_in_shards(listing)
+        with self._removing(own, self._stop):
+            weights = listing.weights[:1] if sharded else None
+            source = hub.fetch_source(listing, weights, token=self._token, cache_dir=own, stop=self._stop)
+        if sharded:
+            source = ShardedSource(**vars(source), listing=listing, cache=own, token=self._token)
+        return source, own
+
+    def _needs_less_disk_in_shards(self, listing: hub.Listing) -> bool:
+        weights, at_once = listing.weights, 2 if self._prefetch else 1
+        if self._undo_bytes is None or not all(path.endswith(".safetensors") for path in weights):
+            return False
+        whole = listing.num_bytes - hub.cached_bytes(listing)
+        largest = max((listing.files[path].size for path in weights), default=0)
+        return at_once * largest + self._undo_bytes < at_once * whole
+
+    @contextmanager
+    def _removing(self, own: Path, stop: threading.Event) -> Iterator[None]:
+        """Remove the folder of a source where the block, which fetches into it, fails or ends after `stop` was set."""
         try:
-            source = hub.fetch_source(listing, token=self._token, cache_dir=own, stop=self._stop)
-            if self._stop.is_set():
+            yield
+            if stop.is_set():
                 raise hub.Stopped
-            return source, own
         except BaseException:
             # Where the end of the block has not waited, the client may have made its folders once more.
             shutil.rmtree(own.parent if self._stop.is_set() else own, ignore_errors=True)

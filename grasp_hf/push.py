@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from .errors import PushError, SourceNotFoundError
 from .hub import PICKLED, SAFETENSORS, Listing, RemoteFile, resolve, retried
@@ -52,12 +52,21 @@ class Destination:
         return HfApi(token=self.token)
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Raise `PushError` where no repository can have this name; the Hub is not asked."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PushError(f"'{repo_id}' cannot be a repository on the Hub, expected 'org/name': {error}") from error
+
+
 def create_repo(to: Destination) -> str:
     """Create the repository and the branch where there is none, and return the repository's full id.
 
     Raises:
-        PushError: The token may not, or the Hub could not be reached.
+        PushError: The name is not possible, the token may not write there, or the Hub could not be reached.
     """
+    check_repo_id(to.repo_id)
     with _pushing(to):
         repo_id = retried(
             lambda: to.api.create_repo(to.repo_id, private=to.private, exist_ok=True).repo_id, "creating it"

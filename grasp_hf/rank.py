@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .alignment import cosine
 from .errors import GraspError, NonFiniteError
+from .evidence import Judgement
 from .loading import LoadedSource
 from .matching import Unit, units_within
 from .measure import UnitProducts
@@ -41,6 +42,7 @@ class RankedSource:
         gain: `-<g, S - T>`, in units of the loss: how much the loss would fall on the whole way to the source if the
             gradient `g` of the target stayed what it is. `None` where the source cannot be read.
         cosine: Between `-g` and `S - T` over all units together, in [-1, 1]; `None` where it is undefined.
+        loss: Of the source itself on the labels, its logits scaled to fit them best; only where that was asked for.
         units: The same per unit.
         seconds: Duration of finding, reading and comparing it.
         problem: Why it cannot be ranked.
@@ -52,6 +54,7 @@ class RankedSource:
     num_bytes: int = 0
     gain: float | None = None
     cosine: float | None = None
+    loss: float | None = None
     units: list[UnitPromise] = field(default_factory=list)
     seconds: float = 0.0
     problem: str | None = None
@@ -67,9 +70,15 @@ class RankedSource:
             "": str(place),
             "source": self.reference if self.sha else Path(self.reference).name,
             "kind": self.kind or "–",
-            "gain": "–" if self.gain is None else f"{self.gain:+.4g}",
-            "cosine": shown(self.cosine, 4),
-            "best unit": f"{best.name} {best.gain:+.3g}" if best and best.gain > 0 else "–",
+            **(
+                {"loss": shown(self.loss)}
+                if self.loss is not None
+                else {
+                    "gain": "–" if self.gain is None else f"{self.gain:+.4g}",
+                    "cosine": shown(self.cosine, 4),
+                    "best unit": f"{best.name} {best.gain:+.3g}" if best and best.gain > 0 else "–",
+                }
+            ),
             "MB": f"{self.num_bytes / 1e6:.1f}",
             "seconds": f"{self.seconds:.1f}",
         }
@@ -93,18 +102,37 @@ def rank_sources(
         target: See `rank_source`.
         units: See `rank_source`.
     """
-    rows = []
+
+    def row(source: Source) -> RankedSource:
+        return rank_source(source, load(source), gradient, target, units)
+
+    rows = _each(references, puller, row)
+    return sorted(rows, key=lambda row: -math.inf if row.gain is None else row.gain, reverse=True)
+
+
+def judge_sources(
+    references: Sequence[str], puller: Puller, judged: Callable[[Source], Judgement]
+) -> list[RankedSource]:
+    """Return the loss of each source by itself, the lowest first; those that cannot be read come last."""
+
+    def row(source: Source) -> RankedSource:
+        loss = judged(source).calibrated_loss
+        return RankedSource(str(source.ref), source.sha, source.kind, source.num_bytes, loss=loss)
+
+    return sorted(_each(references, puller, row), key=lambda row: math.inf if row.loss is None else row.loss)
+
+
+def _each(references: Sequence[str], puller: Puller, read: Callable[[Source], RankedSource]) -> Iterator[RankedSource]:
     bar = tqdm(references, desc="ranking", unit="source", leave=False, disable=None)
     for number, reference in enumerate(bar, start=1):
         began = time.perf_counter()
         try:
             with puller.pull(reference, *references[number : number + 1]) as source:
-                row = rank_source(source, load(source), gradient, target, units)
+                row = read(source)
         except GraspError as error:
             row = RankedSource(reference, problem=str(error))
         row.seconds = time.perf_counter() - began
-        rows.append(row)
-    return sorted(rows, key=lambda row: -math.inf if row.gain is None else row.gain, reverse=True)
+        yield row
 
 
 def rank_source(

@@ -68,6 +68,81 @@ def unit_reports(
 
 
 @dataclass
+class ChangeReport:
+    """How a transfer changed the loss on the samples that judge it, after the logits were scaled to fit them best.
+
+    Attributes:
+        loss: Difference of the mean; below 0 is better.
+        half_interval: Half of its 95 % interval, over samples; `None` for a single one.
+        samples: How many judged.
+        samples_to_see: How many would tell a change of this size from none.
+    """
+
+    loss: float
+    half_interval: float | None
+    samples: int
+    samples_to_see: int | None
+
+    def __str__(self) -> str:
+        return f"{self.loss:+.3f} ± {'?' if self.half_interval is None else f'{self.half_interval:.3f}'}"
+
+
+@dataclass
+class FinetuneReport:
+    """One fine-tuning, and how much of it was kept.
+
+    Attributes:
+        share: Where the model is now on the line from the weights before (0) to those after (1).
+        losses: Mean loss at points of that line, by share.
+        judged_by: What these losses are of; empty where nothing judged, so that all of it was kept.
+        after: Held-out loss (and accuracy) at the end; empty without evaluation data.
+    """
+
+    share: float = 1.0
+    losses: dict[str, float] = field(default_factory=dict)
+    judged_by: str = ""
+    after: Evaluation = field(default_factory=dict)
+
+    def line(self) -> str:
+        """Return one line of text for the terminal."""
+        if not self.losses:
+            return "fine-tuned"
+        kept = f"kept {100 * self.share:.0f} % of the way" if self.share else "taken back whole"
+        last = self.losses[max(self.losses, key=float)]
+        return (
+            f"fine-tuned, {kept}: loss {shown(self.losses['0.0'])} before, {shown(self.losses[str(self.share)])} there, "
+            f"{shown(last)} at its end, on {self.judged_by}"
+        )
+
+
+@dataclass
+class ControlReport:
+    """What the merge gained over fine-tuning the start alone, with the same labels and as many epochs.
+
+    Attributes:
+        judged_by: The samples that both were judged by: `evaluation data`, or `test data`.
+        alone: Loss (and accuracy) of the start, fine-tuned without any source.
+        merged: The same of the merge.
+        change: From the one to the other, sample by sample.
+    """
+
+    judged_by: str
+    alone: Evaluation
+    merged: Evaluation
+    change: ChangeReport
+
+    def line(self) -> str:
+        """Return one line of text for the terminal."""
+        values = ", ".join(f"{name} {shown(self.alone[name])} -> {shown(self.merged[name])}" for name in self.alone)
+        more = self.change.samples_to_see
+        doubt = f"; {more} samples would tell that from nothing" if more and more > self.change.samples else ""
+        return (
+            f"against fine-tuning alone, on {self.change.samples} samples of the {self.judged_by}: {values}; calibrated loss "
+            f"{self.change}{doubt}"
+        )
+
+
+@dataclass
 class StepReport:
     """One source: what it is, what was measured, what was done, what it changed.
 
@@ -82,9 +157,13 @@ class StepReport:
         notes: How its head and its vocabulary were matched with the target's, where there is something to say.
         units: One row per unit that could have moved.
         other_units: Number of units that could not: untouched by an adapter, or a head that does not fit.
-        before: Held-out loss (and accuracy) before the transfer; empty without evaluation data, as the next two.
+        judged_by: The samples that the next losses are of: `evaluation data`, `labels` that the model has not been
+            fine-tuned on, or both; empty where there are none.
+        before: Loss (and accuracy) before the transfer.
         after_transfer: The same after the transfer, before the gate's decision.
-        after: The same at the end of the step, after fine-tuning.
+        change: From the one to the other, sample by sample.
+        finetuned: The fine-tuning after the transfer; `None` where there was none.
+        after: The same as `before` at the end of the step.
         seconds: Duration of the step.
         peak_memory: The most that the process has held until the end of the step, in bytes; on a GPU, of its memory.
     """
@@ -99,8 +178,11 @@ class StepReport:
     notes: list[str] = field(default_factory=list)
     units: list[UnitReport] = field(default_factory=list)
     other_units: int = 0
+    judged_by: str = ""
     before: Evaluation = field(default_factory=dict)
     after_transfer: Evaluation = field(default_factory=dict)
+    change: ChangeReport | None = None
+    finetuned: FinetuneReport | None = None
     after: Evaluation = field(default_factory=dict)
     seconds: float = 0.0
     peak_memory: int = 0
@@ -138,18 +220,22 @@ class StepReport:
             "decision": decision,
             "loss before": shown(self.before.get("loss")),
             "transferred": shown(self.after_transfer.get("loss")),
-            "fine-tuned": shown(self.after.get("loss")),
+            "change (calibrated)": str(self.change or "–"),
+            "accuracy": " → ".join(shown(e.get("accuracy")) for e in (self.before, self.after_transfer)),
+            **({"fine-tuned": shown(self.after.get("loss"))} if self.finetuned else {}),
             "seconds": f"{self.seconds:.1f}",
         }
 
     def line(self) -> str:
         """Return one line of text for the terminal."""
         row = self.row()
-        return (
-            f"{row['source']} ({row['kind']}): {row['decision']}, {row['moved']} units, coefficient "
-            f"{row['coefficient']}, held-out loss {row['loss before']} -> {row['transferred']} -> "
-            f"{row['fine-tuned']}, {row['seconds']} s" + "".join(f"\n    {note}" for note in self.notes)
-        )
+        parts = [f"{row['source']} ({row['kind']}): {row['decision']}", f"coefficient {row['coefficient']}"]
+        if self.before:
+            loss = f"loss {row['loss before']} -> {row['transferred']}"
+            parts.append(f"{loss} ({self.change} calibrated) on {self.judged_by}")
+        if self.finetuned:
+            parts.append(f"{self.finetuned.line()}")
+        return ", ".join([*parts, f"{row['seconds']} s"]) + "".join(f"\n    {note}" for note in self.notes)
 
     def unit_table(self) -> str:
         """Return the decision on every unit as a Markdown table."""
@@ -179,6 +265,8 @@ class MergeReport:
         start: Held-out loss (and accuracy) after the initial fine-tuning; empty without evaluation data.
         starts_from_source: Whether the base is itself the first source, so that an average counts it.
         ranking: The order of the sources by what they promised, where they were ranked.
+        final: The fine-tuning after the last source; `None` where there was none.
+        control: What the merge gained over fine-tuning alone, where that was asked for.
         steps: One entry per source.
         config: The configuration of the merge.
         recipe: Task and data of the recipe, where one was used.
@@ -195,6 +283,8 @@ class MergeReport:
     start: Evaluation = field(default_factory=dict)
     starts_from_source: bool = False
     ranking: list[dict[str, Any]] = field(default_factory=list)
+    final: FinetuneReport | None = None
+    control: ControlReport | None = None
     steps: list[StepReport] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -241,10 +331,25 @@ class MergeReport:
 
     def table(self) -> str:
         """Return one line per source as a Markdown table."""
-        return markdown_table([step.row() for step in self.steps]) if self.steps else "no source merged"
+        if not self.steps:
+            return "no source merged"
+        rows = [step.row() for step in self.steps]
+        columns = dict.fromkeys(column for row in rows for column in row)
+        return markdown_table([{column: row.get(column, "–") for column in columns} for row in rows])
+
+    def conclusions(self) -> list[str]:
+        """Return what came of it, a sentence each: how many sources helped, the fine-tuning, the gain over a control."""
+        merged = sum(step.moved > 0 for step in self.steps)
+        rejected = [step.name for step in self.steps if not step.accepted]
+        found = [
+            f"{merged} of {len(self.steps)} sources merged" + (f"; rejected: {', '.join(rejected)}" * bool(rejected))
+        ]
+        found += [f"at the end {self.final.line()}"] if self.final else []
+        return found + ([self.control.line()] if self.control else [])
 
     def __str__(self) -> str:
-        return f"start: {self.base}, held-out loss {shown(self.start.get('loss'))}\n\n{self.table()}"
+        start = f"start: {self.base}, loss {shown(self.start.get('loss'))}"
+        return "\n".join([start, "", self.table(), "", *self.conclusions()])
 
     def to_json(self, path: Path) -> None:
         """Write everything to `path`."""
@@ -259,13 +364,29 @@ class MergeReport:
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            steps = [
-                StepReport(**{**step, "units": [UnitReport(**unit) for unit in step["units"]]})
-                for step in values.pop("steps")
-            ]
-            return cls(**values, steps=steps)
+            steps = [_read_step(step) for step in values.pop("steps")]
+            final, control = values.pop("final", None), values.pop("control", None)
+            return cls(
+                **values,
+                steps=steps,
+                final=final and FinetuneReport(**final),
+                control=control and ControlReport(**{**control, "change": ChangeReport(**control["change"])}),
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"'{path.name}' is not the record of a merge by grasp_hf {error}") from error
+
+
+def _read_step(values: dict[str, Any]) -> StepReport:
+    """Return a step from what `asdict` made of it; records of earlier versions lack some of it."""
+    change, finetuned = values.get("change"), values.get("finetuned")
+    return StepReport(
+        **{
+            **values,
+            "units": [UnitReport(**unit) for unit in values["units"]],
+            "change": change and ChangeReport(**change),
+            "finetuned": finetuned and FinetuneReport(**finetuned),
+        }
+    )
 
 
 def _pinned(name: str, sha: str | None) -> str:

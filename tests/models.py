@@ -117,7 +117,8 @@ def tiny_data(kind: str, samples: int, seed: int = 0) -> Dataset:
 
 
 WORDS = ("red", "green", "blue", "small", "large")
-MEASURE_ONLY = GraspConfig(initial_epochs=0, finetune_epochs=0, num_batches=1, batch_size=8)
+NO_TUNING: dict[str, Any] = {"order": "given", "initial_epochs": 0, "finetune_epochs": 0, "final_epochs": 0}
+MEASURE_ONLY = GraspConfig(method="blend", num_batches=1, batch_size=8, **NO_TUNING)
 
 
 def saved(model: PreTrainedModel, folder: Path) -> str:

@@ -18,9 +18,9 @@ from grasp_hf.adapters import apply_adapter_
 from grasp_hf.mapped import MappedTensors
 from grasp_hf.matching import movable_tensors
 from grasp_hf.sources import Source, SourceRef
-from tests.models import copied, saved, tiny_data, tiny_model
+from tests.models import NO_TUNING, copied, saved, tiny_data, tiny_model
 
-STILL: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "gate": False, "batch_size": 8, "num_batches": 2}
+STILL: dict[str, Any] = {**NO_TUNING, "gate": False, "batch_size": 8, "num_batches": 2}
 COPY_ALL: dict[str, Any] = {**STILL, "method": "copy", "threshold": -1.0}
 BODY = ["q_proj", "v_proj", "fc1"]
 HEAD: dict[str, Any] = {"modules_to_save": ["classifier"]}

@@ -1,11 +1,22 @@
-"""The benchmarks run; their numbers on tiny models mean nothing, so none is asserted."""
+"""The benchmarks run; their numbers on tiny models mean nothing, so none is asserted. Their data is split as told."""
 
+import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from pandas import read_csv
+from PIL import Image
+from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from tests.benchmarks import emoji, sotu
+from tests.benchmarks.packages import complete, fetch
+from tests.benchmarks.sources import KINDS, source_folder
+from tests.benchmarks.training import score
 
 
 @pytest.mark.parametrize(
@@ -38,3 +49,100 @@ def test_a_benchmark_measures_what_it_is_asked_for(
     assert list(written["measurements"]) == names
     assert all(row[key] > 0 for row in written["measurements"].values() for key in keys)
     assert all(name in run.stdout for name in names)
+
+
+def test_an_archive_with_another_checksum_is_refused_and_leaves_no_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "open('archive.tgz', 'w').write('changed')"]
+    known, got = (hashlib.sha256(content).hexdigest() for content in (b"known", b"changed"))
+    with pytest.raises(ValueError, match=f"expected sha256 {known}, got {got}"), complete(tmp_path / "home") as new:
+        fetch(new, "archive.tgz", known, *command)
+    assert list(tmp_path.iterdir()) == []
+
+
+def painted(svg: str) -> Image.Image:
+    """An image in a colour that stands for the drawing."""
+    colour = hashlib.md5(svg.encode()).digest()
+    return Image.new("RGB", (emoji.SIDE, emoji.SIDE), (colour[0], colour[1], colour[2]))
+
+
+def test_an_emoji_is_for_testing_in_all_styles_or_in_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"emoji-{index}" for index in range(40)]
+    classes = {label: names[index::8] for index, label in enumerate(emoji.CLASSES)} | {"Flags": ["a-flag"]}
+    classes[emoji.CLASSES[0]].append("a-copy")
+    assert emoji.split_of("a-copy") == "test"  # drawn as one to learn from, so it cannot test
+
+    def packed(folder: Path, *_: str) -> None:
+        package = folder / "package"
+        package.mkdir(parents=True)
+        icons = {
+            name: {"body": name} for name in [*names, "a-flag", "emoji-0-dark-skin-tone", "another-name", "unknown"]
+        } | {"emoji-1": {"body": "", "hidden": True}}
+        icons["a-copy"] = icons[next(name for name in names if emoji.split_of(name) == "train")]
+        if folder.name == "twemoji":  # it knows an emoji by another name only
+            del icons["emoji-2"]
+        aliases = {"another-name": {"parent": "emoji-2"}}
+        (package / "icons.json").write_text(
+            json.dumps({"icons": icons, "aliases": aliases, "width": 32, "height": 32})
+        )
+        (package / "metadata.json").write_text(json.dumps({"categories": classes}))
+
+    monkeypatch.setattr(emoji, "fetch", packed)
+    monkeypatch.setattr(emoji, "render", painted)
+    home = emoji.emoji(tmp_path)
+    found = {
+        split: [{file.stem for file in (home / style / split).glob("*/*.png")} for style in emoji.STYLES]
+        for split in ("train", "test")
+    }
+    assert all(found["train"][0] == names for names in found["train"])
+    assert all(found["test"][0] == names for names in found["test"])
+    assert not found["train"][0] & found["test"][0]
+    assert found["train"][0] | found["test"][0] == set(names) - {"emoji-1"}
+    assert {folder.name for folder in home.glob("*/*/*")} == set(emoji.CLASSES)
+
+
+def test_a_drawing_keeps_its_own_shape() -> None:
+    icons = {"icons": {"kite": {"body": "<path/>", "height": 25}}, "width": 36, "height": 36}
+    [(name, svg)] = emoji.drawings(icons, {"kite": "Activities"}, {})
+    assert name == "kite"
+    assert 'width="64" height="64" viewBox="0 0 36 25"><path/></svg>' in svg
+
+
+def test_every_fourth_address_of_an_era_is_for_testing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    years = range(1790, 2022)
+
+    def packed(folder: Path, *_: str) -> None:
+        (data := folder / "package/sotu/data").mkdir(parents=True)
+        for year in years:
+            words = " ".join(f"{year}w{index}" for index in range(2 * sotu.WORDS + 5))
+            (data / f"{year}_someone.json").write_text(json.dumps({"year": year, "text": words}))
+
+    monkeypatch.setattr(sotu, "fetch", packed)
+    home = sotu.sotu(tmp_path)
+    assert [year for era in sotu.ERAS.values() for year in era] == list(years)
+    for era, mine in sotu.ERAS.items():
+        tables = {split: read_csv(home / era / f"{split}.csv") for split in ("train", "test")}
+        assert set(tables["test"]["year"]) == set(mine[3::4])
+        assert set(tables["train"]["year"]) == set(mine) - set(mine[3::4])
+        for table in tables.values():
+            assert table["year"].value_counts().eq(2).all()  # passages, without the five words that are left
+            for year, text in zip(table["year"], table["text"], strict=True):
+                assert len(text.split()) == sotu.WORDS and all(w.startswith(f"{year}w") for w in text.split())
+
+
+@torch.no_grad()
+def test_the_score_of_a_language_model_weighs_every_token_alike() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=1)).eval()
+    learned = sotu.ByteLevelBPETokenizer(vocab={f"t{index}": index for index in range(20)}, merges=[])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=learned._tokenizer, pad_token="t0")
+    samples = [[1, 2, 3, 4, 5, 6], [7, 8], *([[9, 10, 11]] * 100)]  # more than a batch
+    losses = [
+        cross_entropy(model(torch.tensor([sample])).logits[0, :-1], torch.tensor(sample[1:]), reduction="sum")
+        for sample in samples
+    ]
+    expected = float(sum(losses)) / sum(len(sample) - 1 for sample in samples)
+    assert score(model, tokenizer, [{"input_ids": sample} for sample in samples]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_every_source_has_a_folder_of_its_own() -> None:
+    folders = [source_folder(Path(), name, domain) for name, kind in KINDS.items() for domain in kind.domains]
+    assert len(folders) == len(set(folders)) == 7 + 7 + 7 + 7 + 6

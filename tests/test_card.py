@@ -15,7 +15,7 @@ from grasp_hf.figures import alignment_figure, progress_figure, save_figures
 from grasp_hf.licenses import LICENSES, SUCCESSORS, Strictness, strictest
 from grasp_hf.report import MergeReport, StepReport, unit_reports
 
-from .models import LABELS, perturbed, saved, tiny_data, tiny_model
+from .models import LABELS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 SHA = "a" * 40
 ALL = {"query": 0.5, "dense": 0.1, "classifier": None}
@@ -34,6 +34,7 @@ def step(
     units = unit_reports(dict.fromkeys(scores, 10), coefficients, scores, accepted)
     names = ("before", "after_transfer", "after")
     measured: dict[str, Any] = {name: {"loss": loss} for name, loss in zip(names, losses or (), strict=False)}
+    measured |= {"judged_by": "evaluation data"} if losses else {}
     return StepReport(source, fields.pop("sha", SHA), "full", accepted=accepted, units=units, **measured, **fields)
 
 
@@ -342,7 +343,7 @@ def test_what_has_no_data_is_not_drawn(tmp_path: Path) -> None:
 def test_the_figures_of_a_real_merge(tmp_path: Path) -> None:
     base = saved(tiny_model("vit"), tmp_path / "base")
     source = saved(perturbed(tiny_model("vit"), 1), tmp_path / "fine")
-    merger = GraspMerger.from_pretrained(base, config=GraspConfig(initial_epochs=0, finetune_epochs=0, batch_size=8))
+    merger = GraspMerger.from_pretrained(base, config=GraspConfig(**NO_TUNING, gate=False, batch_size=8))
     merger.merge([source], train_dataset=tiny_data("vit", 8), eval_dataset=tiny_data("vit", 8, seed=1))
     figures = save_figures(merger.report, tmp_path)
     card = model_card(merger.model, merger.report.without_paths(), "org/merged", figures)

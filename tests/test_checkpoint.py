@@ -13,7 +13,7 @@ from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.checkpoint import file_tensors, runtime_tensors
 from grasp_hf.matching import movable_tensors
 from grasp_hf.sources import Source, SourceRef
-from tests.models import KINDS, perturbed, saved, tiny_model
+from tests.models import KINDS, NO_TUNING, perturbed, saved, tiny_model
 
 
 def read(folder: Path | str, kind: str, scratch: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -145,7 +145,7 @@ def test_models_of_many_kinds_arrive_whole_and_are_saved_whole(name: str, tmp_pa
     torch.manual_seed(0)
     cls(config).save_pretrained(tmp_path / "base")
     perturbed(cls(config), 1).save_pretrained(tmp_path / "source")
-    settings = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0)
+    settings = GraspConfig(method="average", **NO_TUNING)
     merger = GraspMerger.from_pretrained(str(tmp_path / "base"), config=settings)
     merger.merge([str(tmp_path / "source")])
     merger.save_pretrained(tmp_path / "merged")
@@ -177,6 +177,6 @@ def test_positions_that_are_computed_and_never_saved(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.MarianMTModel(config)
     model.save_pretrained(tmp_path / "base")
-    settings = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0)
+    settings = GraspConfig(method="average", **NO_TUNING)
     merger = GraspMerger.from_pretrained(str(tmp_path / "base"), config=settings)
     assert merger.merge([str(tmp_path / "base")]).steps[0].moved > 10

@@ -10,14 +10,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
+from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.cli import main
-from grasp_hf.errors import ConfigError
+from grasp_hf.errors import ConfigError, IncompatibleSourceError
+from grasp_hf.plan import PlannedSource, cost_lines
 from tests.hub_server import HubServer
-from tests.models import perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
+from tests.models import NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
 
-QUICK = {"initial_epochs": 0, "finetune_epochs": 1, "num_batches": 2, "batch_size": 4, "gate": False}
+QUICK = {**NO_TUNING, "method": "blend", "finetune_epochs": 1, "num_batches": 2, "batch_size": 4, "gate": False}
+AVERAGE = {"method": "average", "order": "given", "finetune_epochs": 0, "final_epochs": 0, "data": {}}
 DATA = {"path": "imagefolder", "data_dir": "images"}
 LORA: dict[str, Any] = {"target_modules": ["q_proj"]}
 
@@ -65,7 +69,7 @@ def test_the_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "plan | rank | merge | append | reproduce | demo"),
+        ([], "plan | rank | merge | append | reproduce | compare | demo"),
         (["merge"], "recipe"),
         (["merge", "recipe.yaml"], "--output"),
         (["blend", "recipe.yaml"], "invalid choice: 'blend'"),
@@ -131,6 +135,126 @@ def test_a_plan_says_what_the_data_lacks(world: Path, capsys: pytest.CaptureFixt
     assert main(["plan", recipe]) == 1
     assert "no column 'animal' for labels; found image, label" in capsys.readouterr().out
 
+    recipe = write_recipe(world, sources=["fine-1"], data={**DATA, "image": "picture"})
+    assert main(["plan", recipe]) == 1
+    assert "base: split 'train' has no column 'picture' for images; found image, label\n" in capsys.readouterr().out
+    recipe = write_recipe(world, sources=["fine-1"], data={"colour": "red", "label": 3})
+    assert main(["plan", recipe]) == 1
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
+    assert [line.partition(": data.")[2].partition(":")[0] for line in told] == ["colour", "path", "label"]
+    assert all(line.startswith(f"- {world / 'base'}: ") for line in told)
+
+
+def test_a_plan_without_data_matches_the_labels_of_the_base(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tiny_model("vit", labels=["x", "y"]), world / "other")
+    saved(tiny_model("vit", labels=["cat", "bird", "dog"]), world / "order")
+    recipe = write_recipe(world, sources=["other", "order"], **AVERAGE)
+    assert main(["plan", recipe]) == 0
+    text = capsys.readouterr().out
+    notes = [line.partition("head")[1:] for line in text.splitlines() if line.startswith("- ")]
+    assert main(["merge", recipe, "--output", str(world / "merged")]) == 0
+    report = json.loads((world / "merged" / "grasp_report.json").read_text())
+    assert ["".join(note) for note in notes] == [note for step in report["steps"] for note in step["notes"]]
+    assert "classes matched by name, 3 of 3" in notes[1][1]
+
+
+@pytest.mark.parametrize("damage", ["shard", "tensor", "shape", "expert"])
+def test_a_base_whose_files_lack_weights(damage: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model("mixtral" if damage == "expert" else "vit")
+    base = Path(saved(model, world / "base"))
+    saved(perturbed(model, seed=1), world / "fine-1")
+    model.save_pretrained(base, max_shard_size="5KB" if damage == "shard" else "5GB")
+    tensors = load_file(base / "model.safetensors") if damage != "shard" else {}
+    name = "model.layers.0.block_sparse_moe.experts.1.w1.weight" if damage == "expert" else "vit.layernorm.weight"
+    expected = "vit.layernorm.bias" if damage == "shard" else name
+    if damage == "shard":
+        index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+        (base / "model.safetensors").unlink()
+        (base / index[name]).unlink()
+    elif damage == "shape":
+        tensors[name] = torch.zeros(7)
+        expected = f"1 of its tensors: {name} (got shape (7,), expected (16,))"
+    else:
+        del tensors[name]
+        expected = "mlp.experts.gate_up_proj cannot be made of what is in the files" if damage == "expert" else name
+    if tensors:
+        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    recipe = write_recipe(world, sources=["fine-1"], **AVERAGE)
+    assert main(["plan", recipe]) == 1
+    text = capsys.readouterr().out
+    told = [line for line in text.splitlines() if line.startswith(f"- {base}: ")]
+    assert expected in told[0] and len(told) == (2 if damage == "shard" else 1), "its head was in that shard too"
+    assert main(["merge", recipe, "--output", str(world / "merged")]) == 1 and not (world / "merged").exists()
+    with pytest.raises(IncompatibleSourceError, match=str(base)):
+        GraspMerger.from_pretrained(str(base))
+
+
+def test_a_base_without_a_head_needs_data(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    body: Any = tiny_model("vit")
+    saved(body.vit, world / "body")
+    common = {"base_model": "body", "sources": ["fine-1"], "task": "image-classification"}
+    recipe = write_recipe(world, **common)
+    assert main(["plan", recipe]) == 0
+    assert main(["plan", write_recipe(world, **common, **AVERAGE)]) == 1
+    text = capsys.readouterr().out
+    assert (
+        "body: its files hold no head that fits, and without data none is trained: 2 of its tensors: classif" in text
+    )
+
+
+def test_a_plan_of_models_that_generate_names_no_labels(world: Path, tmp_path: Path) -> None:
+    for name in ("base", "fine-1"):
+        saved(tiny_model("gpt2"), world / name)
+    recipe = write_recipe(world, sources=["fine-1"], **AVERAGE)
+    assert main(["plan", recipe, "--json", str(tmp_path / "plan.json")]) == 0
+    assert [row["labels"] for row in json.loads((tmp_path / "plan.json").read_text())] == [None, None]
+
+
+def test_what_is_not_known_in_a_plan_is_no_number(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", write_recipe(world, sources=["fine-1", "./nowhere"])]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    row = dict(zip(*[[cell.strip() for cell in lines[at].strip("|").split("|")] for at in (0, 4)], strict=True))
+    assert row["model"] == "./nowhere" and row["MB"] == row["to download"] == "–"
+    assert any(line.startswith("download: ") for line in lines)
+    assert main(["plan", write_recipe(world, sources=["fine-1"], base_model="./nowhere")]) == 1
+    assert "download: " not in capsys.readouterr().out, "what a merge costs is not known without its base"
+
+
+def test_what_an_order_downloads() -> None:
+    """To find an order every source is read, and those that are merged are read again; what is cached never."""
+    base = PlannedSource("base", "base", "full", num_bytes=10**9)
+    sources = [PlannedSource(f"{size}", "source", "full", num_bytes=size * 10**9) for size in (2, 4, 3)]
+    sources[2].cached_bytes = sources[2].num_bytes
+
+    def told(**config: Any) -> str:
+        return cost_lines([base, *sources], GraspConfig(**config))[0]
+
+    assert told(order="given") == "download: 7.00 GB, 2 min at 50 MB/s"
+    expected = "download: 13.00 GB, 4 min at 50 MB/s; of that 6.00 GB to find the order, where sources are not kept"
+    assert told(order="rank") == told(order="loss") == told(order="rank", top=2) == expected
+    assert told(order="loss", top=1).startswith("download: 11.00 GB, ")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"),
+    [("initial_epochs", "AdamW"), ("finetune_epochs", "AdamW"), ("final_epochs", "AdamW"), ("none", "no fine-tuning")],
+)
+def test_the_memory_of_a_plan_counts_all_fine_tuning(epochs: str, expected: str) -> None:
+    names = ("initial_epochs", "finetune_epochs", "final_epochs")
+    given: dict[str, Any] = {name: int(name == epochs) for name in names}
+    config = GraspConfig(**given)
+    assert expected in cost_lines([PlannedSource("base", "base", "full", num_bytes=1)], config)[2]
+
+
+@pytest.mark.parametrize("command", ["plan", "rank"])
+def test_a_file_that_cannot_be_written(command: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = world / "missing" / "rows.json"
+    for file, problem in ((missing, f"there is no folder '{missing.parent}'"), (world, "it is a folder")):
+        assert main([command, str(world / "recipe.yaml"), "--json", str(file)]) == 1
+        output = capsys.readouterr()
+        assert output.err == f"error: --json: '{file}' cannot be written: {problem}; name another file\n"
+        assert output.out == "", "it is known before the work"
+
 
 def test_what_happens_to_heads_and_the_partition_in_a_plan(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tiny_model("vit", labels=["x", "y"]), world / "other")
@@ -150,9 +274,10 @@ def test_a_merge_in_a_process_of_its_own(world: Path) -> None:
     lines = done.stdout.splitlines()
     for number, name in enumerate(["fine-1", "lora", "fine-2"], start=1):
         assert len([line for line in lines if line.startswith(f"{number}/3 ") and f"{name} (" in line]) == 1
-    assert "merged, 20/20 units" in next(line for line in lines if line.startswith("1/3 "))
-    assert "merged, 2/2 units" in next(line for line in lines if line.startswith("2/3 "))
     assert any(line.startswith("| source ") for line in lines)
+    for name, moved in (("fine-1", "20/20"), ("lora", "2/2")):
+        cells = next(line for line in lines if line.startswith(f"| {name} ")).split()
+        assert moved in cells and "merged" in cells
     assert any(line.startswith("test: loss ") and ", accuracy " in line for line in lines)
     assert lines[-1] == f"saved: {output}"
     assert "error" not in done.stderr.lower() and "Traceback" not in done.stderr
@@ -177,7 +302,7 @@ def test_an_error_in_a_process_of_its_own(world: Path) -> None:
         in done.stderr
     )
     assert "Traceback" not in done.stderr and done.stdout == ""
-    assert not any((world / "merged").iterdir())
+    assert not (world / "merged").exists()
 
 
 def test_the_console_script_says_what_the_function_does() -> None:
@@ -246,15 +371,15 @@ def test_training_arguments_are_checked_before_anything_is_merged(
 
 def test_a_data_section_with_an_unknown_key(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(world / "recipe.yaml"), "--output", str(world / "merged"), "data.colour=red"]) == 1
-    assert "- data.colour: unknown key, expected one of data_dir, data_files, image" in capsys.readouterr().err
+    assert "base: data.colour: unknown key, expected one of data_dir, data_files, image" in capsys.readouterr().err
 
 
 def test_a_recipe_without_data(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(world, sources=["fine-1"], data={})
     assert main(["plan", recipe]) == 1
-    assert "- data.path: missing, expected imagefolder, csv" in capsys.readouterr().out
+    assert "base: data.path: missing, expected imagefolder, csv" in capsys.readouterr().out
     assert main(["merge", recipe, "--output", str(world / "merged")]) == 1
-    assert "- data.path: missing, expected imagefolder, csv" in capsys.readouterr().err
+    assert "base: data.path: missing, expected imagefolder, csv" in capsys.readouterr().err
 
 
 def test_a_recipe_with_one_model_has_nothing_to_merge(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,7 +406,16 @@ def test_a_push_that_is_refused(hub: HubServer, world: Path, capsys: pytest.Capt
     merge = ["merge", str(world / "recipe.yaml"), "--output", str(world / "merged")]
     assert main([*merge, "--push-to-hub", "org/cli-refused"]) == 1
     assert "error: " in (output := capsys.readouterr()).err and "org/cli-refused" in output.err
+    assert output.out == "" and not (world / "merged").exists(), "it is known before the work"
     assert "org/cli-refused" not in hub.repos
+    (world / "merged").mkdir()
+    since = len(hub.requests)
+    assert main([*merge, "--push-to-hub", "org/cli/refused", "data.label=animal"]) == 1
+    output = capsys.readouterr()
+    assert output.err.startswith("error: 'org/cli/refused' cannot be a repository on the Hub, expected 'org/name'")
+    assert "animal" not in output.err and len(hub.requests) == since and (world / "merged").is_dir(), (
+        "a folder that was there stays"
+    )
 
 
 def test_what_was_merged_before_a_failure_is_saved(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

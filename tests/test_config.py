@@ -19,21 +19,21 @@ def recipe_file(folder: Path, text: str) -> Path:
 
 def test_defaults() -> None:
     config = GraspConfig()
-    assert (config.method, config.unit, config.order) == ("blend", "module", "given")
+    assert (config.method, config.unit, config.order) == ("average", "module", "loss")
     assert (config.gate, config.published, config.training_arguments) == (True, False, {})
-    assert (config.initial_epochs, config.finetune_epochs, config.seed) == (3, 3, 42)
+    assert (config.initial_epochs, config.finetune_epochs, config.final_epochs, config.seed) == (0, 0, 3, 42)
     assert Recipe(sources=["org/a"]).config == config, "a recipe starts from the same defaults"
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("method", "mean", r"method: got 'mean', expected one of 'blend', 'copy', 'average'"),
-        ("top", 3, "top: expected at least 1, and order='rank' with it, got 3"),
+        ("method", "mean", r"method: got 'mean', expected one of 'average', 'blend', 'copy'"),
+        ("top", 0, "top: expected at least 1, and an order other than 'given' with it, got 0"),
         ("lora", {"rank": 8}, r"lora: got {'rank': 8}, expected arguments of peft.LoraConfig: .*'rank'"),
         ("accumulate_gradients", True, "accumulate_gradients: expected method='copy' with it"),
         ("unit", "block", r"unit: got 'block', expected one of 'layer', 'module', 'tensor', 'parameter'"),
-        ("order", None, r"order: got None, expected one of 'given', 'rank'"),
+        ("order", None, r"order: got None, expected one of 'given', 'loss', 'rank'"),
         ("threshold", 1.5, r"threshold: expected a cosine in \[-1, 1\], got 1.5"),
         ("threshold", -1.01, r"threshold: expected a cosine in \[-1, 1\], got -1.01"),
         ("threshold", float("nan"), r"threshold: expected a cosine in \[-1, 1\], got nan"),
@@ -52,6 +52,8 @@ def test_defaults() -> None:
         ("initial_epochs", -1, r"initial_epochs: expected a finite number of 0 or more, got -1"),
         ("initial_epochs", float("inf"), r"initial_epochs"),
         ("finetune_epochs", -0.5, r"finetune_epochs: expected a finite number of 0 or more, got -0.5"),
+        ("final_epochs", -1, r"final_epochs: expected a finite number of 0 or more, got -1"),
+        ("final_epochs", float("inf"), r"final_epochs"),
         ("seed", 1.0, r"seed: got 1.0, expected int"),
         ("seed", -1, r"seed"),
         ("seed", 2**32, r"seed"),
@@ -72,7 +74,9 @@ def test_one_wrong_value(field: str, value: Any, message: str) -> None:
         {"threshold": 1},
         {"num_batches": 1, "batch_size": 1},
         {"coefficient_lr": 1},
-        {"initial_epochs": 0, "finetune_epochs": 0.5},
+        {"initial_epochs": 0, "finetune_epochs": 0.5, "final_epochs": 0},
+        {"order": "loss", "top": 1},
+        {"order": "rank", "top": 1},
         {"seed": 0},
         {"published": True, "method": "copy", "unit": "parameter"},
     ],
@@ -95,11 +99,55 @@ def test_all_values_out_of_range_are_listed_at_once() -> None:
     assert names == ["threshold", "num_batches", "coefficient_lr", "finetune_epochs"]
 
 
+def test_the_first_of_the_given_order_are_no_choice() -> None:
+    with pytest.raises(ConfigError, match="top: expected at least 1, and an order other than 'given' with it, got 3"):
+        GraspConfig(order="given", top=3)
+
+
+@pytest.mark.parametrize(
+    ("values", "trained", "between"),
+    [
+        ({}, [0, 0, 3], False),
+        ({"initial_epochs": 2, "finetune_epochs": 1}, [2, 1, 3], True),
+        ({"finetune_epochs": 1, "final_epochs": 0}, [0, 1, 0], True),
+        ({"training_arguments": {"num_train_epochs": 7}}, [0, 0, 7], False),
+        ({"training_arguments": {"num_train_epochs": 0}, "initial_epochs": 2}, [0, 0, 0], False),
+        ({"training_arguments": {"num_train_epochs": 0, "max_steps": 5}, "initial_epochs": 2}, [1, 0, 1], True),
+        ({"training_arguments": {"max_steps": 5}}, [0, 0, 1], False),
+    ],
+)
+def test_when_a_model_is_fine_tuned(values: dict[str, Any], trained: list[int], between: bool) -> None:
+    config = GraspConfig(**values)
+    due = [config.initial_epochs, config.finetune_epochs, config.final_epochs]
+    assert [config.trains(epochs) for epochs in due] == [bool(epochs) for epochs in trained]
+    assert config.finetunes_between == between
+
+
+def test_the_epochs_of_a_whole_merge_are_those_of_its_control() -> None:
+    assert GraspConfig().total_epochs(5) == 3
+    assert GraspConfig(initial_epochs=2, finetune_epochs=0.5, final_epochs=1).total_epochs(4) == 5
+    assert GraspConfig.paper().total_epochs(2) == 9
+
+
+@pytest.mark.parametrize(
+    ("values", "needed"),
+    [
+        ({}, True),
+        ({"order": "given", "final_epochs": 0}, False),
+        ({"order": "loss", "final_epochs": 0}, True),
+        ({"order": "given", "final_epochs": 1}, True),
+        ({"order": "given", "final_epochs": 0, "method": "blend"}, True),
+    ],
+)
+def test_what_needs_data(values: dict[str, Any], needed: bool) -> None:
+    assert GraspConfig(**values).needs_data == needed
+
+
 def test_paper_values_and_overrides() -> None:
     paper = GraspConfig.paper()
     assert (paper.method, paper.unit, paper.threshold, paper.published) == ("copy", "parameter", 0.3, True)
     assert (paper.num_batches, paper.batch_size, paper.gate, paper.order) == (1, 32, False, "given")
-    assert (paper.initial_epochs, paper.finetune_epochs, paper.seed) == (3, 3, 42)
+    assert (paper.initial_epochs, paper.finetune_epochs, paper.final_epochs, paper.seed) == (3, 3, 0, 42)
     assert paper.training_arguments == {
         "learning_rate": 5.0e-5,
         "weight_decay": 0.01,
@@ -154,6 +202,15 @@ def test_an_override_fills_an_empty_section(tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "sources: [org/a, org/b]\ntraining_arguments:")
     recipe = Recipe.from_yaml(path, ["training_arguments.bf16=true"])
     assert recipe.config.training_arguments == {"bf16": True}
+
+
+def test_a_section_that_is_null_is_empty(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, "sources: [org/a, org/b]\ndata: {path: csv}\naccepted_bases:\ntraining_arguments:")
+    recipe = Recipe.from_yaml(path, ["data=null", "record=null"])
+    assert recipe.data == recipe.record == recipe.config.training_arguments == {}
+    assert recipe.config.accepted_bases == []
+    with pytest.raises(ConfigError, match="gate: got None, expected bool"):
+        Recipe.from_yaml(path, ["gate=null"])
 
 
 def test_all_problems_of_a_recipe_are_in_one_error(tmp_path: Path) -> None:

@@ -10,7 +10,15 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoTokenizer, PreTrainedModel
 
 from grasp_hf import GraspConfig, Recipe
-from grasp_hf.data import DataSection, class_names, load_splits, names_for_model, with_label_ids, with_tokens
+from grasp_hf.data import (
+    DataSection,
+    class_names,
+    load_splits,
+    names_for_model,
+    require_column,
+    with_label_ids,
+    with_tokens,
+)
 from grasp_hf.errors import DataError
 from grasp_hf.prepare import prepare
 from grasp_hf.rows import label_names
@@ -78,6 +86,23 @@ def test_data_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match="data set 'parquet' cannot be loaded: "):
         load_splits(section(tmp_path, {"path": "parquet", "data_files": "broken.parquet"}))
+
+
+@pytest.mark.parametrize(
+    ("data", "advice"),
+    [
+        (
+            {"path": "csv", "data_files": {"train": "a.csv", "test": "b.csv"}},
+            "data.data_files.train=… data.data_files.te",
+        ),
+        ({"path": "csv", "data_files": "a.csv"}, "data.data_files=…"),
+        ({"path": "imagefolder", "data_dir": "images"}, "data.data_dir=…"),
+        ({"path": "/not/here"}, "data.path=…"),
+    ],
+)
+def test_files_that_are_gone(data: dict[str, Any], advice: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"cannot be loaded: .*; say where it is with {advice}"):
+        load_splits(section(tmp_path, data))
 
 
 def test_no_training_split(tmp_path: Path) -> None:
@@ -191,10 +216,10 @@ def test_tokens_of_a_language_model(tmp_path: Path) -> None:
     assert batch["labels"].tolist() == [[3, 6, 5], [7, -100, -100]]
 
 
-def test_a_row_without_text(tmp_path: Path) -> None:
+def test_a_row_without_text() -> None:
     splits = DatasetDict(train=Dataset.from_dict({"text": ["red", None], "labels": [1, 0]}))
     with pytest.raises(DataError, match="split 'train'.*'text'"):
-        with_tokens(splits, section(tmp_path, {"path": "csv"}), tiny_tokenizer(), generates=False)
+        require_column(splits, "text", "texts")
 
 
 def quick(**changes: Any) -> GraspConfig:
@@ -303,7 +328,7 @@ def test_a_base_without_tokenizer_or_processor(kind: str, tmp_path: Path) -> Non
 def test_a_column_of_texts_that_is_not_there(tmp_path: Path) -> None:
     saved(tiny_model("bert"), tmp_path / "base")
     data = write_texts(tmp_path, "csv", {"train": ROWS}) | {"text": "sentence"}
-    with pytest.raises(DataError, match="split 'train' has no column 'sentence' for texts; found text, labels"):
+    with pytest.raises(DataError, match="split 'train' has no column 'sentence' for texts; found text, label"):
         prepare(Recipe(sources=["base"], data=data, folder=tmp_path))
 
 
@@ -311,7 +336,7 @@ def test_a_column_of_images_that_is_not_there(tmp_path: Path) -> None:
     saved(tiny_model("vit"), tmp_path / "base")
     write_images(tmp_path / "images", {"train": 1})
     data = {"path": "imagefolder", "data_dir": "images", "image": "picture"}
-    with pytest.raises(DataError, match="split 'train' has no column 'picture' for images; found image, labels"):
+    with pytest.raises(DataError, match="split 'train' has no column 'picture' for images; found image, label"):
         prepare(Recipe(sources=["base"], data=data, folder=tmp_path))
     with pytest.raises(DataError, match="no column 'animal' for labels; found image, label"):
         prepare(Recipe(sources=["base"], data={**data, "label": "animal"}, folder=tmp_path))
@@ -320,7 +345,7 @@ def test_a_column_of_images_that_is_not_there(tmp_path: Path) -> None:
 def test_texts_for_a_model_of_images(tmp_path: Path) -> None:
     saved(tiny_model("vit"), tmp_path / "base")
     data = write_texts(tmp_path, "csv", {"train": ROWS})
-    with pytest.raises(DataError, match="split 'train' has no column 'image' for images; found text, labels"):
+    with pytest.raises(DataError, match="split 'train' has no column 'image' for images; found text, label"):
         prepare(Recipe(sources=["base"], data=data, folder=tmp_path))
 
 

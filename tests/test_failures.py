@@ -15,9 +15,9 @@ import grasp_hf.merger
 from grasp_hf import GraspConfig, GraspMerger, gradient_alignment
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, OutputExistsError
 from grasp_hf.loading import LoadedSource
-from tests.models import copied, perturbed, saved, tiny_data, tiny_model
+from tests.models import NO_TUNING, copied, perturbed, saved, tiny_data, tiny_model
 
-CONFIG: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 1, "batch_size": 8, "num_batches": 3}
+CONFIG: dict[str, Any] = {**NO_TUNING, "finetune_epochs": 1, "batch_size": 8, "num_batches": 3}
 
 
 class FailingData(torch.utils.data.Dataset):
@@ -118,7 +118,7 @@ def test_a_reference_instead_of_a_list_is_refused() -> None:
 def test_frozen_models_are_not_fine_tuned() -> None:
     model = tiny_model("vit").requires_grad_(False)
     with pytest.raises(ConfigError, match="every parameter is frozen"):
-        GraspMerger(model).merge([], train_dataset=tiny_data("vit", 8))
+        GraspMerger(model, GraspConfig(initial_epochs=1)).merge([], train_dataset=tiny_data("vit", 8))
 
 
 def test_accuracy_cannot_choose_the_epoch_of_a_language_model() -> None:
@@ -138,7 +138,7 @@ def test_an_interrupted_average_is_whole_after_the_source_that_it_was_at(
 ) -> None:
     """No copy of the weights is kept for an average without data: Ctrl-C waits for the end of the source."""
     sources = [saved(perturbed(tiny_model("vit"), seed), tmp_path / str(seed)) for seed in (1, 2, 3)]
-    config = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0)
+    config = GraspConfig(method="average", **NO_TUNING)
     original, calls = grasp_hf.measure.interpolate_, []
 
     def interrupted(*args: Any) -> None:

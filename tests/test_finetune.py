@@ -11,7 +11,7 @@ from transformers import LevitConfig, LevitForImageClassification, PreTrainedMod
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError, NonFiniteError
 from grasp_hf.finetune import adapted, finetune_
-from tests.models import KINDS, perturbed, saved, tiny_data, tiny_model
+from tests.models import KINDS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 
 def tuned(
@@ -188,7 +188,7 @@ def test_a_merge_with_low_rank_fine_tuning_repeats_bit_for_bit(tmp_path: Path) -
     data = {"train_dataset": tiny_data("vit", 24, seed=1), "eval_dataset": tiny_data("vit", 12, seed=2)}
     models = [tiny_model("vit") for _ in range(2)]
     for model in models:
-        config = GraspConfig(initial_epochs=1, finetune_epochs=1, batch_size=8, lora={"r": 2})
+        config = GraspConfig(**{**NO_TUNING, "initial_epochs": 1, "finetune_epochs": 1}, batch_size=8, lora={"r": 2})
         assert len(GraspMerger(model, config).merge([source, source], **data).steps) == 2
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 

@@ -9,13 +9,13 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.matching import movable_tensors
-from tests.models import perturbed, saved, tiny_data, tiny_model
+from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-STILL: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "gate": False, "batch_size": 8, "num_batches": 2}
+STILL: dict[str, Any] = {"method": "blend", "gate": False, "batch_size": 8, "num_batches": 2, **NO_TUNING}
 
 
 @pytest.mark.parametrize("method", ["blend", "copy"])
@@ -23,7 +23,7 @@ def test_a_merge_on_a_gpu_gives_the_model_back_on_the_cpu(method: Any, tmp_path:
     source = saved(perturbed(tiny_model("resnet"), 1), tmp_path / "source")
     target = perturbed(tiny_model("resnet"), 2)
     before = {name: value.clone() for name, value in target.state_dict().items()}
-    config = GraspConfig(method=method, threshold=1.0, coefficient_lr=1e-30, initial_epochs=0, finetune_epochs=0)
+    config = GraspConfig(method=method, threshold=1.0, coefficient_lr=1e-30, **NO_TUNING)
     data = tiny_data("resnet", 16)
     step = GraspMerger(target, config).merge_source(source, train_dataset=data, eval_dataset=data)
     assert step.before["loss"] > 0
@@ -51,7 +51,7 @@ def test_scores_and_weights_equal_those_of_the_cpu(
     kind: str, method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = saved(perturbed(tiny_model(kind), 1), tmp_path / "source")
-    config = GraspConfig(method=method, threshold=-1.0, **STILL)
+    config = GraspConfig(**{**STILL, "method": method, "threshold": -1.0})
 
     def merged() -> tuple[PreTrainedModel, Any]:
         model = tiny_model(kind)
@@ -75,7 +75,7 @@ def test_the_allocator_holds_one_model_and_one_layer(method: Any, tmp_path: Path
     weights = sum(p.numel() * p.element_size() for p in target.parameters())
     layer = sum(p.numel() * p.element_size() for p in target.vit.layers[0].parameters())
     images: Any = [{"pixel_values": torch.randn(3, 32, 32), "labels": index % 10} for index in range(4)]
-    settings = GraspConfig(method=method, **{**STILL, "batch_size": 2})
+    settings = GraspConfig(**{**STILL, "method": method, "batch_size": 2})
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -13,7 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError
 from grasp_hf.gradients import checkpointing, gradient_pass, gradients_leaving, preserved_state
-from tests.models import KINDS, perturbed, saved, tiny_data, tiny_model
+from tests.models import KINDS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 
 def batch_of(kind: str) -> dict[str, Tensor]:
@@ -150,7 +150,11 @@ def test_a_merge_with_checkpointing_gives_what_one_without_gives(name: str, tmp_
     models = []
     for arguments in ({}, {name: True}):
         config = GraspConfig(
-            num_batches=2, batch_size=8, initial_epochs=0, finetune_epochs=1, training_arguments=arguments
+            **{**NO_TUNING, "finetune_epochs": 1},
+            method="blend",
+            num_batches=2,
+            batch_size=8,
+            training_arguments=arguments,
         )
         models.append(tiny_model("bert"))
         GraspMerger(models[-1], config).merge([source], train_dataset=data, eval_dataset=data)
@@ -159,7 +163,7 @@ def test_a_merge_with_checkpointing_gives_what_one_without_gives(name: str, tmp_
 
 
 def test_a_model_that_cannot_checkpoint_says_so(tmp_path: Path) -> None:
-    config = GraspConfig(training_arguments={"gradient_checkpointing": True})
+    config = GraspConfig(initial_epochs=1, training_arguments={"gradient_checkpointing": True})
     with pytest.raises(ConfigError, match="training_arguments: gradient_checkpointing: .*ResNet"):
         GraspMerger(tiny_model("resnet"), config).merge([], train_dataset=tiny_data("resnet", 8))
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -16,8 +17,10 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedMo
 
 import grasp_hf.merger
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError, merge_pretrained
+from grasp_hf.checkpoint import runtime_tensors
 from grasp_hf.errors import GraspError, NonFiniteError, SourceNotFoundError
-from grasp_hf.loading import LoadedSource, load_source, load_target
+from grasp_hf.headers import header_tensors
+from grasp_hf.loading import LoadedSource, fresh_tensors, load_source, load_target
 from grasp_hf.matching import movable_tensors
 from grasp_hf.sources import Source, SourceRef
 from tests.hub_server import HubServer
@@ -526,16 +529,43 @@ def test_a_target_gets_a_fresh_head_that_the_seed_decides(folders: dict[str, str
     assert torch.equal(first.get_parameter("classifier.weight"), second.get_parameter("classifier.weight"))
 
 
-def test_a_target_that_lacks_weights_below_its_head(
+def test_a_target_that_lacks_what_its_data_trains(
     folders: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    some = with_tensors(folders["bert"], tmp_path / "some", {"bert.pooler.dense.bias": None})
+    names = ["bert.pooler.dense.bias", "classifier.weight"]
+    some = with_tensors(folders["bert"], tmp_path / "some", dict.fromkeys(names))
     GraspMerger.from_pretrained(some)
-    assert "new weights, which must be trained: bert.pooler.dense.bias" in caplog.text
-    layers = [name for name, _ in tiny_model("bert").named_parameters() if name.startswith("bert.encoder")]
-    most = with_tensors(folders["bert"], tmp_path / "most", dict.fromkeys(layers))
-    with pytest.raises(IncompatibleSourceError, match="lacks most weights of a BertFor.*, starting with bert.encoder"):
-        GraspMerger.from_pretrained(most)
+    assert f"new weights, which must be trained: {', '.join(names)}" in caplog.text
+    with pytest.raises(
+        IncompatibleSourceError, match=f"no head that fits, .* none is trained: 2 of its tensors: {', '.join(names)}; "
+    ):
+        load_target(folder_source(some), task=None, dtype=torch.float32, seed=0, needs_head=True)
+
+
+def test_a_target_that_lacks_weights_below_its_head(folders: dict[str, str], tmp_path: Path) -> None:
+    first, second = "bert.embeddings.LayerNorm.bias", "bert.encoder.layer.1.output.dense.weight"
+    changes = {first: None, second: torch.zeros(16, 8)}
+    other = with_tensors(folders["bert"], tmp_path / "other", changes)
+    expected = f"2 of its tensors: {first}, {second} (got shape (16, 8), expected (16, 32)); download it again"
+    with pytest.raises(IncompatibleSourceError, match=re.escape(expected)):
+        GraspMerger.from_pretrained(other)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit", "bert", "swin", "dinov2", "gpt_neox", "gpt2", "mixtral"])
+def test_headers_say_what_a_target_would_draw_anew(kind: str, tmp_path: Path) -> None:
+    model = tiny_model(kind)
+    whole = saved(model, tmp_path / "whole")
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    last = max(name for name in tensors if "bias" in name or "norm" in name)
+    part = with_tensors(whole, tmp_path / "part", {last: None})
+    for folder, lacking in ((whole, 0), (part, 1)):
+        with torch.device("meta"):
+            planned = type(model)(model.config)
+        found, _ = runtime_tensors(header_tensors(folder_source(folder)) or {}, planned, Path())
+        loaded: Any = type(model).from_pretrained(folder, output_loading_info=True)
+        info = loaded[1]
+        assert fresh_tensors(planned, found) == dict.fromkeys(info["missing_keys"], "")
+        assert len(info["missing_keys"]) == lacking
 
 
 def test_the_class_of_a_task(folders: dict[str, str], tmp_path: Path) -> None:
@@ -579,7 +609,10 @@ def test_an_adapter_of_embeddings_or_of_the_output_layer(targets: list[str], tmp
 def test_the_head_of_an_adapter_has_the_labels_of_its_base(tmp_path: Path) -> None:
     """The target's labels are the user's: a head that was trained for the base's is not taken for theirs."""
     base = saved(tiny_model("vit", labels=["LABEL_0", "LABEL_1", "LABEL_2"]), tmp_path / "base")
-    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: index for index, name in enumerate(LABELS)}}
+    names: dict[str, Any] = {
+        "id2label": dict(enumerate(LABELS)),
+        "label2id": {name: index for index, name in enumerate(LABELS)},
+    }
     same = saved_adapter(tiny_model("vit"), base, tmp_path / "same-size", **LORA)
     wide = saved_adapter(tiny_model("vit", labels=list("abcde")), base, tmp_path / "other-size", **LORA)
     bodied = saved_adapter(tiny_model("vit"), base, tmp_path / "no-head", target_modules=["q_proj"])
@@ -597,7 +630,10 @@ def test_the_head_of_an_adapter_has_the_labels_of_its_base(tmp_path: Path) -> No
 
 def test_an_adapter_may_name_its_labels_in_a_config_of_its_own(tmp_path: Path) -> None:
     base = saved(tiny_model("vit", labels=["LABEL_0", "LABEL_1"]), tmp_path / "base")
-    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: index for index, name in enumerate(LABELS)}}
+    names: dict[str, Any] = {
+        "id2label": dict(enumerate(LABELS)),
+        "label2id": {name: index for index, name in enumerate(LABELS)},
+    }
     target = load_target(folder_source(base), task=None, dtype=torch.float32, seed=0, new_head=True, **names)
     fine = tiny_model("vit", labels=["dog", "cow", "bird", "cat"])
     adapter = saved_adapter(fine, base, tmp_path / "adapter", **LORA)

@@ -12,7 +12,7 @@ from grasp_hf.errors import DataError, NonFiniteError
 from grasp_hf.matching import movable_tensors, partition
 from grasp_hf.measure import Scratch, learned_coefficients
 from grasp_hf.transfer import overwrite_
-from tests.models import KINDS, LABELS, perturbed, saved, tiny_data, tiny_model
+from tests.models import KINDS, LABELS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 CONFIG = GraspConfig(num_batches=3, batch_size=8)
 
@@ -77,12 +77,13 @@ def test_a_unit_without_gradient_is_undefined() -> None:
     assert scores["classifier"] == pytest.approx(1.0)
 
 
-def measured(kind: str, lr: float, batches: int, directory: Path) -> tuple[Any, Any, Any, Any, Any]:
+def measured(kind: str, lr: float, number: int, directory: Path, share: float = 0.0) -> tuple[Any, Any, Any, Any, Any]:
     target, source = perturbed(tiny_model(kind), 1).eval(), perturbed(tiny_model(kind), 2)
     units, batch = partition(target, "module"), tiny_data(kind, 12)[:12]
     scratch = Scratch(directory, movable_tensors(target))
     scratch.start.copy_(movable_tensors(target))
-    found = learned_coefficients(target, movable_tensors(source), units, [batch] * batches, scratch=scratch, lr=lr)
+    batches, shares = [batch] * number, dict.fromkeys((unit.name for unit in units), share)
+    found = learned_coefficients(target, movable_tensors(source), units, batches, shares, scratch=scratch, lr=lr)
     return target, source, units, batch, found
 
 
@@ -100,7 +101,7 @@ def blended(target: Any, source: Any, units: Any, coefficients: dict[str, float]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_sign_of_the_first_step_is_that_of_the_finite_difference(kind: str, tmp_path: Path) -> None:
-    target, source, units, batch, (coefficients, _) = measured(kind, lr=0.05, batches=1, directory=tmp_path)
+    target, source, units, batch, (coefficients, _) = measured(kind, lr=0.05, number=1, directory=tmp_path)
     checked = 0
     with torch.no_grad():
         base = float(target(**batch).loss)
@@ -117,7 +118,7 @@ def test_the_sign_of_the_first_step_is_that_of_the_finite_difference(kind: str, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_learned_coefficients_lower_the_loss_and_leave_the_model_alone(kind: str, tmp_path: Path) -> None:
     before = state_of(perturbed(tiny_model(kind), 1))
-    target, source, units, batch, (coefficients, scores) = measured(kind, lr=0.05, batches=8, directory=tmp_path)
+    target, source, units, batch, (coefficients, scores) = measured(kind, lr=0.05, number=8, directory=tmp_path)
     assert all(0 <= value <= 1 for value in coefficients.values()) and any(coefficients.values())
     assert all(score is None or -1 - 1e-6 <= score <= 1 + 1e-6 for score in scores.values())
     with torch.no_grad():
@@ -127,18 +128,27 @@ def test_learned_coefficients_lower_the_loss_and_leave_the_model_alone(kind: str
         assert torch.equal(value, before[name]), name
 
 
+def test_learning_starts_from_the_average(tmp_path: Path) -> None:
+    for share in (0.25, 1.0):
+        *_, (coefficients, _) = measured("vit", lr=1e-6, number=3, directory=tmp_path, share=share)
+        assert coefficients == pytest.approx(dict.fromkeys(coefficients, share), abs=1e-5)
+        assert any(value != share for value in coefficients.values()), "they were learned"
+
+
 def test_a_failing_measurement_leaves_the_model_alone(tmp_path: Path) -> None:
     target, source = tiny_model("vit"), perturbed(tiny_model("vit"), 2)
     before, batch = state_of(target), tiny_data("vit", 12)[:12]
     scratch = Scratch(tmp_path, movable_tensors(target))
     scratch.start.copy_(movable_tensors(target))
+    units = partition(target, "module")
     batches = iter([batch, batch, {"pixel_values": batch["pixel_values"]}])
     with pytest.raises(DataError, match="returned no loss"):
         learned_coefficients(
             target,
             movable_tensors(source),
-            partition(target, "module"),
+            units,
             batches,
+            dict.fromkeys((unit.name for unit in units), 0.5),
             scratch=scratch,
             lr=0.5,
         )
@@ -177,7 +187,7 @@ def test_an_infinite_gradient_is_named_and_the_target_restored(method: Any, tmp_
     source = saved(perturbed(target, 1), tmp_path / "source")
     overwrite_(movable_tensors(target), before)
     target.get_parameter("classifier.weight").register_hook(lambda gradient: gradient * float("inf"))
-    config = GraspConfig(method=method, initial_epochs=0, finetune_epochs=0, batch_size=4, num_batches=2)
+    config = GraspConfig(method=method, **NO_TUNING, batch_size=4, num_batches=2)
     with pytest.raises(NonFiniteError, match="the gradient of classifier.weight is NaN or infinite"):
         GraspMerger(target, config).merge([source], train_dataset=tiny_data("vit", 8))
     for name, value in target.state_dict().items():
@@ -204,7 +214,7 @@ def test_accumulated_gradients_give_the_cosine_of_one_large_batch(kind: str) -> 
 
 def test_a_merge_with_accumulated_gradients_copies_what_agrees(tmp_path: Path) -> None:
     source, target = perturbed(tiny_model("vit"), 1), perturbed(tiny_model("vit"), 2)
-    settings: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "num_batches": 3, "batch_size": 8}
+    settings: dict[str, Any] = {**NO_TUNING, "gate": False, "num_batches": 3, "batch_size": 8}
     config = GraspConfig(method="copy", accumulate_gradients=True, threshold=0.5, **settings)
     data = tiny_data("vit", 20)
     expected = gradient_alignment(

@@ -13,10 +13,10 @@ from grasp_hf import GraspConfig, Recipe
 from grasp_hf.cli import main
 from grasp_hf.errors import ConfigError
 from grasp_hf.mergekit import is_mergekit, translate
-from tests.models import perturbed, saved, saved_adapter, tiny_model
+from tests.models import NO_TUNING, perturbed, saved, saved_adapter, tiny_model
 
-MEAN = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0, gate=False)
-BLEND = GraspConfig()
+MEAN = GraspConfig(method="average", **NO_TUNING, gate=False)
+BLEND = GraspConfig(method="blend")
 DATA = "data: {path: org/labelled}\n"
 
 LINEAR = """
@@ -131,7 +131,7 @@ def test_our_own_keys_win(tmp_path: Path) -> None:
     recipe = recipe_of(text, tmp_path, "training_arguments.bf16=true")
     assert recipe.task == "text-generation"
     assert recipe.config == GraspConfig(
-        method="average", initial_epochs=0, finetune_epochs=2, unit="layer", training_arguments={"bf16": True}
+        **{**NO_TUNING, "finetune_epochs": 2}, unit="layer", training_arguments={"bf16": True}
     )
 
 

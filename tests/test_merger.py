@@ -21,9 +21,11 @@ from transformers import (
 from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
 from grasp_hf.errors import ConfigError, DataError, GraspError, NonFiniteError, OutputExistsError
 from grasp_hf.matching import movable_tensors
-from tests.models import KINDS, LABELS, perturbed, saved, saved_adapter, tiny_data, tiny_model
+from tests.models import KINDS, LABELS, NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model
 
-STILL: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "batch_size": 8, "num_batches": 2}
+STILL: dict[str, Any] = {**NO_TUNING, "batch_size": 8, "num_batches": 2}
+BLEND: dict[str, Any] = {**STILL, "method": "blend"}
+BETWEEN: dict[str, Any] = {**NO_TUNING, "method": "blend", "initial_epochs": 1, "finetune_epochs": 1, "batch_size": 8}
 
 
 def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -76,7 +78,7 @@ def test_copying_everything_gives_the_source_with_its_statistics(kind: str, tmp_
 def test_a_blend_moves_weights_and_statistics_by_the_coefficients_of_the_report(tmp_path: Path) -> None:
     source, target = perturbed(tiny_model("resnet"), 1, scale=0.2), perturbed(tiny_model("resnet"), 2)
     before = {name: value.clone() for name, value in movable_tensors(target).items()}
-    merger = GraspMerger(target, GraspConfig(gate=False, **STILL))
+    merger = GraspMerger(target, GraspConfig(gate=False, **BLEND))
     step = merger.merge_source(saved(source, tmp_path / "source"), **data_for("resnet"))
     coefficients = {unit.name: unit.coefficient for unit in step.units}
     assert sum(value > 0 for value in coefficients.values()) >= 3
@@ -89,7 +91,10 @@ def test_a_blend_moves_weights_and_statistics_by_the_coefficients_of_the_report(
 
 def test_the_gate_undoes_a_harmful_transfer_bit_for_bit(tmp_path: Path) -> None:
     target = tiny_model("vit")
-    merger = GraspMerger(target, GraspConfig(method="copy", threshold=-1.0, **{**STILL, "initial_epochs": 4}))
+    config = GraspConfig(
+        method="copy", threshold=-1.0, training_arguments={"learning_rate": 0.01}, **{**STILL, "initial_epochs": 10}
+    )
+    merger = GraspMerger(target, config)
     merger.merge([], **data_for("vit"))
     before = state_of(target)
     step = merger.merge_source(saved(perturbed(tiny_model("vit"), 1, scale=1.0), tmp_path / "bad"), **data_for("vit"))
@@ -101,11 +106,12 @@ def test_the_gate_undoes_a_harmful_transfer_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_source_that_solves_the_task_is_accepted(tmp_path: Path) -> None:
     expert = GraspMerger(
-        tiny_model("resnet"), GraspConfig(initial_epochs=20, batch_size=8, training_arguments={"learning_rate": 0.01})
+        tiny_model("resnet"),
+        GraspConfig(initial_epochs=20, gate=False, batch_size=8, training_arguments={"learning_rate": 0.01}),
     )
     expert.merge([], **data_for("resnet"))
     source = saved(expert.model, tmp_path / "expert")
-    merger = GraspMerger(tiny_model("resnet"), GraspConfig(**{**STILL, "num_batches": 16}))
+    merger = GraspMerger(tiny_model("resnet"), GraspConfig(**{**BLEND, "num_batches": 16}))
     step = merger.merge_source(source, **data_for("resnet"))
     assert step.accepted and step.moved > 3
     assert step.after["loss"] < step.before["loss"] - 0.1
@@ -128,9 +134,7 @@ def test_a_failing_fine_tune_gives_the_target_back_as_it_was(tmp_path: Path) -> 
     target = perturbed(tiny_model("resnet"), 2)
     before = state_of(target)
     config = GraspConfig(
-        initial_epochs=0,
-        finetune_epochs=2,
-        batch_size=8,
+        **{**STILL, "finetune_epochs": 2},
         training_arguments={"learning_rate": 1e38, "max_grad_norm": 0.0},
     )
     merger = GraspMerger(target, config)
@@ -143,7 +147,7 @@ def test_a_failing_fine_tune_gives_the_target_back_as_it_was(tmp_path: Path) -> 
 def test_steps_before_an_error_stay_done(tmp_path: Path) -> None:
     good = saved(perturbed(tiny_model("vit"), 1), tmp_path / "good")
     other = saved(tiny_model("resnet"), tmp_path / "other")
-    merger = GraspMerger(tiny_model("vit"), GraspConfig(**STILL))
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(**BLEND))
     with pytest.raises(
         GraspError, match="(?s)while merging source 2/2 .*another architecture: got resnet, expected vit"
     ):
@@ -154,7 +158,7 @@ def test_steps_before_an_error_stay_done(tmp_path: Path) -> None:
 def test_the_same_merge_twice_gives_the_same_weights(tmp_path: Path) -> None:
     sources = [saved(perturbed(tiny_model("bert"), seed), tmp_path / str(seed)) for seed in (1, 2)]
     base = saved(tiny_model("bert"), tmp_path / "base")
-    config = GraspConfig(initial_epochs=1, finetune_epochs=1, batch_size=8)
+    config = GraspConfig(**BETWEEN)
     first, second = (merge_pretrained(base, sources, config=config, **data_for("bert")) for _ in range(2))
     assert_unchanged(first, state_of(second))
 
@@ -166,13 +170,14 @@ def test_without_a_base_model_the_first_source_is_the_start(tmp_path: Path) -> N
     assert_unchanged(model, state_of(AutoModelForImageClassification.from_pretrained(sources[0])))
 
 
-def test_no_evaluation_data_means_no_gate_and_no_losses(tmp_path: Path) -> None:
+def test_labels_that_were_learned_judge_no_source(tmp_path: Path) -> None:
     source = saved(perturbed(tiny_model("bert"), 1), tmp_path / "source")
-    config = GraspConfig(initial_epochs=1, finetune_epochs=1, batch_size=8)
+    config = GraspConfig(**BETWEEN)
     merger = GraspMerger(tiny_model("bert"), config)
     step = merger.merge([source], train_dataset=tiny_data("bert", 24)).steps[0]
-    assert step.accepted and step.before == step.after == {}
-    assert "–" in step.line()
+    assert step.accepted and step.change is None and step.judged_by == ""
+    assert step.before == step.after_transfer == step.after == {}
+    assert "loss" not in step.line().split("fine-tuned")[0] and step.row()["loss before"] == "–"
 
 
 def test_an_empty_data_set_is_refused_before_anything_is_loaded() -> None:
@@ -187,7 +192,7 @@ def test_an_empty_data_set_is_refused_before_anything_is_loaded() -> None:
 def test_the_saved_folder_loads_and_says_what_was_done(kind: str, tmp_path: Path) -> None:
     sources = [saved(perturbed(tiny_model(kind), seed), tmp_path / str(seed)) for seed in (1, 2)]
     base = saved(tiny_model(kind), tmp_path / "base")
-    merger = GraspMerger.from_pretrained(base, config=GraspConfig(initial_epochs=1, finetune_epochs=1, batch_size=8))
+    merger = GraspMerger.from_pretrained(base, config=GraspConfig(**BETWEEN))
     merger.merge(sources, **data_for(kind))
     merger.save_pretrained(tmp_path / "merged")
     merger.save_pretrained(tmp_path / "merged")  # an earlier merge may be replaced
@@ -235,7 +240,7 @@ def test_any_model_with_a_loss_can_be_merged_when_the_user_brings_the_data(task:
         data = tokens.map(lambda sample: {"labels": sample["input_ids"] % 3})
     else:
         data = tokens.map(lambda sample: {"labels": sample["input_ids"]})
-    config = GraspConfig(**{**STILL, "num_batches": 4})
+    config = GraspConfig(**{**BLEND, "num_batches": 16})
     merger = GraspMerger.from_pretrained(sources[0], config=config, task=task)
     step = merger.merge(sources[1:], train_dataset=data, eval_dataset=data).steps[0]
     assert step.moved > 0 and step.after["loss"] <= step.before["loss"]
@@ -292,7 +297,7 @@ def test_the_card_has_evaluation_rows_and_the_strictest_licence(tmp_path: Path) 
     sources = [saved(perturbed(tiny_model("vit"), seed), tmp_path / str(seed)) for seed in (1, 2)]
     for folder, license in zip((base, *sources), ("mit", "mit", "apache-2.0"), strict=True):
         (Path(folder) / "README.md").write_text(f"---\nlicense: {license}\n---\n")
-    merger = GraspMerger.from_pretrained(base, config=GraspConfig(**STILL))
+    merger = GraspMerger.from_pretrained(base, config=GraspConfig(gate=False, **STILL))
     merger.merge(sources[:1], **data_for("vit"))
     merger.save_pretrained(tmp_path / "merged")
     data = ModelCard.load(tmp_path / "merged/README.md").data
@@ -348,7 +353,7 @@ def test_an_old_bert_with_gamma_and_beta(tmp_path: Path) -> None:
         assert torch.equal(movable_tensors(target)[name], value), name
 
 
-AVERAGE = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0, gate=False)
+AVERAGE = GraspConfig(method="average", **NO_TUNING, gate=False)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +388,8 @@ def test_an_average_leaves_out_what_the_gate_turned_away(tmp_path: Path) -> None
 
 def test_only_an_average_without_fine_tuning_can_do_without_data(tmp_path: Path) -> None:
     source = saved(tiny_model("vit"), tmp_path / "source")
-    for config in (GraspConfig(**STILL), GraspConfig(method="average"), GraspConfig(method="average", order="rank")):
+    orders = [GraspConfig(**{**STILL, "order": order}) for order in ("loss", "rank")]
+    for config in (GraspConfig(**BLEND), GraspConfig(**{**STILL, "final_epochs": 1}), *orders):
         with pytest.raises(DataError, match="train_dataset is a NoneType"):
             GraspMerger(tiny_model("vit"), config).merge([source])
 

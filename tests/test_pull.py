@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,15 +18,17 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from grasp_hf import GraspConfig, GraspMerger
-from grasp_hf.errors import DownloadError, SourceNotFoundError
+from grasp_hf.errors import DownloadError, IncompatibleSourceError, NonFiniteError, SourceNotFoundError
 from grasp_hf.matching import movable_tensors
-from grasp_hf.pull import Puller
+from grasp_hf.measure import blend_
+from grasp_hf.pull import Puller, ShardedSource
 from grasp_hf.sources import Source
 from tests.hub_server import HubServer
-from tests.models import MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
+from tests.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
 from tests.test_workspace import WITHOUT_TORCH
 
 COPY_ALL = GraspConfig(**{**vars(MEASURE_ONLY), "method": "copy", "threshold": -1.0, "gate": False})
@@ -670,6 +673,215 @@ def test_shards(hub: HubServer, folders: dict[str, Path], home: Path, tmp_path: 
             assert path.read_bytes() == (tmp_path / "shards" / path.name).read_bytes()
         assert hub.failures == []
     assert len([path for _, path in hub.requests[since:] if "/lfs/" in path]) == len(names) + 2, "each whole one once"
+
+
+PARTS = {"org/pull-parts": LABELS, "org/pull-more-parts": LABELS, "org/pull-permuted-parts": LABELS[::-1]}
+IN_PARTS = list(PARTS)[:2]
+
+
+def larger_model(seed: int, labels: list[str] = LABELS) -> PreTrainedModel:
+    """Return a model whose shards are larger than what is asked for at first to read a header, 100 KB."""
+    names: dict[str, Any] = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
+    size: dict[str, Any] = {
+        "image_size": 8,
+        "patch_size": 4,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    return perturbed(ViTForImageClassification(ViTConfig(**size, intermediate_size=256, **names)), seed)
+
+
+@pytest.fixture(scope="module")
+def parts(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Publish fine-tunes in shards, the last with its classes in another order, and return what was published."""
+    found = {}
+    for number, (repo_id, labels) in enumerate(PARTS.items(), start=1):
+        found[repo_id] = tmp_path_factory.mktemp("parts")
+        larger_model(number, labels).save_pretrained(found[repo_id], max_shard_size="270KB")
+        hub.add_repo(repo_id, found[repo_id])
+    return found
+
+
+def shards_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def averaged(sources: list[str], data: bool = False, merger: GraspMerger | None = None, **config: Any) -> GraspMerger:
+    """Average `sources`, with held-out data if asked for, into `merger` or a new model."""
+    settings = {**vars(COPY_ALL), **AVERAGE, **config}
+    merger = merger or GraspMerger(larger_model(0), GraspConfig(**settings))
+    merger.merge(sources, eval_dataset=tiny_data("vit", 4) if data else None)
+    return merger
+
+
+@contextmanager
+def weighed(home: Path) -> Iterator[dict[str, int]]:
+    """Find the most bytes of weights in the package's own folder, and of removed files that are still mapped."""
+    most, over = {"files": 0, "removed": 0}, threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            held = 0
+            for parent, _, names in os.walk(home / "grasp_hf"):
+                for name in names:
+                    with suppress(OSError):
+                        status = os.lstat(Path(parent, name))
+                        held += status.st_size if len(name.split(".")[0]) == 64 and S_ISREG(status.st_mode) else 0
+            most["files"] = max(most["files"], held)
+            maps = Path("/proc/self/maps")
+            mapped = maps.read_text().splitlines() if maps.exists() else []
+            removed = sum("grasp_hf/run-" in line and line.endswith("(deleted)") for line in mapped)
+            most["removed"] = max(most["removed"], removed)
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(("data", "prefetch", "at_once"), [(True, True, 2), (True, False, 1), (False, True, 2)])
+def test_an_average_takes_shards_one_by_one(
+    data: bool, prefetch: bool, at_once: int, hub: HubServer, parts: dict[str, Path], home: Path
+) -> None:
+    expected = averaged([str(parts[repo_id]) for repo_id in IN_PARTS], data)
+    sizes = [path.stat().st_size for path in shards_of(parts[IN_PARTS[0]])]
+    assert len(sizes) >= 5 and min(sizes) > 125_000
+    hub.fault(WEIGHTS, "slow", bytes_per_second=3_000_000, times=100)
+    with weighed(home) as most:
+        merger = averaged(IN_PARTS, data, prefetch=prefetch)
+    assert equal(merger, expected)
+    assert (at_once - 0.5) * min(sizes) < most["files"] <= at_once * max(sizes)
+    assert most["removed"] == 0
+    assert [step.num_bytes for step in merger.report.steps] == [sum(sizes)] * 2
+    assert [step.units for step in merger.report.steps] == [step.units for step in expected.report.steps]
+
+
+def test_shards_come_together_where_that_needs_less_disk(hub: HubServer, parts: dict[str, Path], home: Path) -> None:
+    expected = averaged([str(parts[repo_id]) for repo_id in IN_PARTS])
+    whole = sum(path.stat().st_size for path in shards_of(parts[IN_PARTS[0]]))
+    with weighed(home) as most:  # no copy of the target is kept, which is as large as the source
+        assert equal(averaged(IN_PARTS, prefetch=False), expected)
+    assert most["files"] == whole
+    for repo_id in IN_PARTS:
+        huggingface_hub.snapshot_download(repo_id)
+    before, since = files_in(home), len(hub.exchanges)
+    assert equal(averaged(IN_PARTS, data=True), averaged([str(parts[repo_id]) for repo_id in IN_PARTS], data=True))
+    assert hub.sent("/lfs/", since) == 0 and files_in(home) == before
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_shards_that_the_users_cache_holds_stay_there(
+    prefetch: bool, hub: HubServer, parts: dict[str, Path], home: Path
+) -> None:
+    for path in shards_of(parts[IN_PARTS[0]])[1:3]:
+        hf_hub_download(IN_PARTS[0], path.name)
+    before, since = files_in(home), len(hub.exchanges)
+    merger = averaged(IN_PARTS[:1], data=True, prefetch=prefetch)
+    assert equal(merger, averaged([str(parts[IN_PARTS[0]])], data=True))
+    assert files_in(home) == before
+    whole = {done.path for done in hub.exchanges[since:] if "/lfs/" in done.path and not done.range}
+    assert len(whole) == len(shards_of(parts[IN_PARTS[0]])) - 2
+
+
+@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize("kind", ["cut", "corrupt", "status"])
+def test_a_lasting_fault_in_a_later_shard(
+    kind: str, data: bool, hub: HubServer, parts: dict[str, Path], home: Path, impatient: None
+) -> None:
+    names = [path.name for path in shards_of(parts[IN_PARTS[1]])]
+    merger = averaged(IN_PARTS[:1], data)
+    before = {name: tensor.clone() for name, tensor in merger.model.state_dict().items()}
+    moved: list[str] = []
+
+    def blend(tensors: Any, start: Any, values: Any, *rest: Any) -> None:
+        moved.extend(values)
+        blend_(tensors, start, values, *rest)
+
+    pattern = f"{WEIGHTS}{checksum(hub, IN_PARTS[1], names[1])}"
+    hub.fault(pattern, kind, skip=1, after=120_000, at=-1, times=1 if kind == "cut" else 1000)  # its header arrives
+    hub.fault(pattern, "status", skip=1, times=1000)
+    message = f"^while merging source 1/1 '{IN_PARTS[1]}': '{IN_PARTS[1]}' could not be downloaded"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DownloadError, match=message):
+        patch.setattr("grasp_hf.merger.blend_", blend)
+        averaged(IN_PARTS[1:], data, merger)
+    assert moved, "it failed after weights had moved"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in merger.model.state_dict().items())
+    assert len(merger.report.steps) == 1
+    hub.failures.clear()
+    averaged(IN_PARTS[1:], data, merger)
+    assert equal(merger, averaged([str(parts[repo_id]) for repo_id in IN_PARTS], data))
+
+
+def test_a_passing_fault_in_a_later_shard(hub: HubServer, parts: dict[str, Path], home: Path, impatient: None) -> None:
+    for kind, path in zip(("cut", "corrupt", "status"), shards_of(parts[IN_PARTS[0]])[1:4], strict=True):
+        pattern = f"{WEIGHTS}{checksum(hub, IN_PARTS[0], path.name)}"
+        hub.fault(pattern, kind, skip=1, after=120_000, at=-1, status=503)
+    assert equal(averaged(IN_PARTS[:1]), averaged([str(parts[IN_PARTS[0]])]))
+    assert hub.failures == []
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_weight_that_is_not_finite_in_a_shard(
+    number: int, hub: HubServer, parts: dict[str, Path], home: Path, tmp_path: Path
+) -> None:
+    folder = copied(str(parts[IN_PARTS[0]]), tmp_path / "nan")
+    paths = shards_of(folder)
+    tensors = load_file(paths[number])
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    tensors[name][0] = torch.nan
+    save_file(tensors, paths[number], {"format": "pt"})
+    hub.add_repo("org/pull-nan", folder)
+    slow = f"{WEIGHTS}{checksum(hub, 'org/pull-nan', paths[number + 1].name)}"  # nobody waits for it in the end
+    hub.fault(slow, "slow", skip=1, bytes_per_second=20_000)
+    merger = GraspMerger(larger_model(0), GraspConfig(**{**vars(COPY_ALL), **AVERAGE}))
+    before = {name: tensor.clone() for name, tensor in merger.model.state_dict().items()}
+    with pytest.raises(NonFiniteError, match=f"'org/pull-nan': .*{name.rpartition('.')[2]} holds NaN"):
+        averaged(["org/pull-nan"], merger=merger)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in merger.model.state_dict().items())
+
+
+def test_a_shard_that_nobody_waits_for(hub: HubServer, parts: dict[str, Path], home: Path) -> None:
+    second, since = shards_of(parts[IN_PARTS[0]])[1], len(hub.exchanges)
+    pattern = f"{WEIGHTS}{checksum(hub, IN_PARTS[0], second.name)}"
+    hub.fault(pattern, "slow", bytes_per_second=20_000)
+    with Puller(undo_bytes=0) as puller:
+        with puller.pull(IN_PARTS[0]) as source:
+            assert isinstance(source, ShardedSource)
+            shards = source.shards()
+            assert [next(shards).name] == [path.name for path in source.weight_files]
+            until(lambda: hub.sent(pattern, since) > 0)
+        left = time.monotonic()
+        with puller.pull(IN_PARTS[1]) as source:
+            assert isinstance(source, ShardedSource)
+            assert time.monotonic() - left < 4, "all of it takes longer"
+            assert len(list(home.glob("grasp_hf/run-*/*/models--*"))) == 1, "nothing is left of the first"
+            arrived = [(path.name, path.read_bytes()) for path in source.shards()]
+        assert arrived == [(path.name, path.read_bytes()) for path in shards_of(parts[IN_PARTS[1]])]
+
+
+def test_shards_that_do_not_fit_are_refused_by_their_headers(
+    hub: HubServer, parts: dict[str, Path], home: Path
+) -> None:
+    target = ViTForImageClassification(ViTConfig(**{**larger_model(0).config.to_dict(), "intermediate_size": 32}))
+    merger, since = GraspMerger(target, GraspConfig(**{**vars(COPY_ALL), **AVERAGE})), len(hub.exchanges)
+    with pytest.raises(IncompatibleSourceError, match="got shape \\(256, 128\\), expected \\(32, 128\\)"):
+        averaged(IN_PARTS[:1], data=True, merger=merger)
+    whole = [done for done in hub.exchanges[since:] if "/lfs/" in done.path and not done.range]
+    assert len(whole) == 1, "the first shard had been fetched"
+
+
+def test_shards_whose_rows_are_matched_by_name_come_together(
+    hub: HubServer, parts: dict[str, Path], home: Path
+) -> None:
+    sources = ["org/pull-permuted-parts", *IN_PARTS]
+    merger = averaged(sources)
+    assert equal(merger, averaged([str(parts[repo_id]) for repo_id in sources]))
+    assert "classes matched by name" in merger.report.steps[0].notes[0]
 
 
 def test_a_subfolder_of_a_revision(hub: HubServer, folders: dict[str, Path], home: Path, tmp_path: Path) -> None:

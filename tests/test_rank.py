@@ -12,9 +12,9 @@ from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError
 from grasp_hf.cli import main
 from grasp_hf.matching import movable_tensors
 from grasp_hf.rank import ranking_table
-from tests.models import LABELS, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
+from tests.models import LABELS, NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
 
-STILL: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "gate": False, "batch_size": 5, "num_batches": 3}
+STILL: dict[str, Any] = {**NO_TUNING, "method": "blend", "gate": False, "batch_size": 5, "num_batches": 3}
 
 
 def expected_promise(kind: str, sources: list[dict[str, torch.Tensor]]) -> list[tuple[float, float]]:
@@ -78,7 +78,7 @@ def test_an_adapter_promises_for_what_it_touches(tmp_path: Path) -> None:
 def test_sources_with_problems_come_last_and_stop_nobody(tmp_path: Path) -> None:
     good = saved(perturbed(tiny_model("vit"), 1), tmp_path / "good")
     other = saved(tiny_model("resnet"), tmp_path / "other")
-    merger = GraspMerger(tiny_model("vit"), GraspConfig(order="rank", **STILL))
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(**{**STILL, "order": "rank"}))
     rows = merger.rank([other, "./nowhere", good], train_dataset=tiny_data("vit", 12))
     assert [row.reference for row in rows] == [good, other, "./nowhere"]
     assert rows[0].problem is None and "another architecture" in str(rows[1].problem)
@@ -105,7 +105,7 @@ def test_a_merge_takes_the_most_promising_in_their_order(tmp_path: Path) -> None
     sources = [saved(perturbed(tiny_model("vit"), seed), tmp_path / str(seed)) for seed in (1, 2, 3, 4)]
     data = tiny_data("vit", 12)
     ranked = GraspMerger(tiny_model("vit"), GraspConfig(**STILL)).rank(sources, train_dataset=data)
-    merger = GraspMerger(tiny_model("vit"), GraspConfig(order="rank", top=2, **STILL))
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(**{**STILL, "order": "rank", "top": 2}))
     report = merger.merge(sources, train_dataset=data)
     assert [step.source for step in report.steps] == [row.reference for row in ranked[:2]]
     assert [row["reference"] for row in report.ranking] == [row.reference for row in ranked]

@@ -10,6 +10,7 @@ from grasp_hf import GraspConfig, GraspMerger, Recipe
 from grasp_hf.errors import IncompatibleSourceError
 from grasp_hf.plan import plan
 from tests.hub_server import HubServer
+from tests.models import NO_TUNING
 
 CODE = """
 import torch
@@ -73,7 +74,7 @@ def test_code_is_refused_unless_its_model_is_named(own: list[str], hub: HubServe
 
 
 def test_code_runs_where_its_model_is_named(own: list[str], tmp_path: Path) -> None:
-    config = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0, trust_remote_code=own)
+    config = GraspConfig(method="average", **NO_TUNING, trust_remote_code=own)
     merger = GraspMerger.from_pretrained(own[0], config=config)
     merger.merge(own[1:])
     assert {float(value) for parameter in merger.model.parameters() for value in parameter.flatten()} == {1.5}
@@ -85,7 +86,7 @@ def test_code_runs_where_its_model_is_named(own: list[str], tmp_path: Path) -> N
 
 
 def test_one_trusted_source_does_not_make_another_one_trusted(own: list[str]) -> None:
-    config = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0, trust_remote_code=own[:2])
+    config = GraspConfig(method="average", **NO_TUNING, trust_remote_code=own[:2])
     merger = GraspMerger.from_pretrained(own[0], config=config)
     with pytest.raises(IncompatibleSourceError, match="'org/own-2' needs Python code"):
         merger.merge(own[1:])

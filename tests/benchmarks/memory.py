@@ -99,7 +99,7 @@ def published_step(folder: Path) -> None:
 
 def grasp_hf_alignment(folder: Path, method: str = "blend") -> None:
     """Measure one source on four batches and transfer what the evidence says, with `grasp_hf`."""
-    settings: dict[str, Any] = {"method": method, "batch_size": 2, "num_batches": 4, "finetune_epochs": 0}
+    settings: dict[str, Any] = {"method": method, "batch_size": 2, "num_batches": 4}
     merger = GraspMerger(load_private(folder / "target"), GraspConfig(**settings))
     merger.merge_source(str(folder / "source"), train_dataset=make_examples(6), eval_dataset=make_examples(2))
 
@@ -110,10 +110,8 @@ def grasp_hf_copy_alignment(folder: Path) -> None:
 
 
 def grasp_hf_run(folder: Path, **training_arguments: Any) -> None:
-    """Merge two sources, fine-tuning for two epochs before the first and after each, with `grasp_hf`."""
-    config = GraspConfig(
-        batch_size=2, num_batches=4, initial_epochs=2, finetune_epochs=2, training_arguments=training_arguments
-    )
+    """Merge two sources and fine-tune for two epochs, as the defaults of `grasp_hf` say."""
+    config = GraspConfig(batch_size=2, final_epochs=2, training_arguments=training_arguments)
     merger = GraspMerger(load_private(folder / "target"), config)
     source = str(folder / "source")
     merger.merge([source, source], train_dataset=make_examples(6), eval_dataset=make_examples(2))
@@ -125,8 +123,8 @@ def grasp_hf_adafactor(folder: Path) -> None:
 
 
 def grasp_hf_low_rank(folder: Path) -> None:
-    """Do the same, fine-tuning a LoRA adapter that becomes part of the weights after each step."""
-    config = GraspConfig(batch_size=2, num_batches=4, initial_epochs=2, finetune_epochs=2, lora={"r": 8})
+    """Do the same, fine-tuning a LoRA adapter that becomes part of the weights."""
+    config = GraspConfig(batch_size=2, final_epochs=2, lora={"r": 8})
     merger = GraspMerger(load_private(folder / "target"), config)
     source = str(folder / "source")
     merger.merge([source, source], train_dataset=make_examples(6), eval_dataset=make_examples(2))
@@ -140,7 +138,7 @@ def peft_merge(folder: Path) -> None:
 
 def grasp_hf_adapter(folder: Path) -> None:
     """Measure and transfer the same adapter with `grasp_hf`, the private target included."""
-    settings: dict[str, Any] = {"batch_size": 2, "num_batches": 4, "finetune_epochs": 0}
+    settings: dict[str, Any] = {"method": "blend", "batch_size": 2, "num_batches": 4}
     merger = GraspMerger.from_pretrained(str(folder / "target"), config=GraspConfig(**settings))
     for parameter in merger.model.parameters():
         parameter.data = parameter.data.clone()
@@ -149,7 +147,7 @@ def grasp_hf_adapter(folder: Path) -> None:
 
 def grasp_hf_many(folder: Path, sources: int) -> None:
     """Measure and transfer `sources` sources in a row."""
-    settings: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "batch_size": 2, "num_batches": 2}
+    settings: dict[str, Any] = {"method": "blend", "final_epochs": 0, "batch_size": 2, "num_batches": 2}
     merger = GraspMerger(load_private(folder / "target"), GraspConfig(**settings))
     source = str(folder / "source")
     merger.merge([source] * sources, train_dataset=make_examples(6), eval_dataset=make_examples(2))

@@ -5,8 +5,8 @@ to learn from, 64 to validate on, and test texts; the sources are the adapters a
 domains. What each really does is measured by merging it alone into the base model, fine-tuned on the 64 labels:
 
 - `copied`: how far the test loss falls when all of it is copied;
-- `blended`: how far it falls by the default transfer, without fine-tuning;
-- `fine-tuned`: how far it falls by that transfer and the default fine-tuning after it.
+- `averaged`: how far it falls by the mean of the two, without fine-tuning;
+- `fine-tuned`: how far it falls by that mean, fine-tuned for three epochs.
 
 Predicted by the `gain` and the `cosine` of the whole way (one gradient of the fine-tuned base, no pass through a source),
 by the gain from the base model before it was fine-tuned, whose head is untrained, and, as a control, by the loss of each
@@ -34,7 +34,7 @@ from tests.benchmarks.sources import TOKENS, source_folder
 
 TARGETS = ("amazonHL", "movie", "nyt")
 SIZE, TEST = 64, 128
-EFFECTS = ("copied", "blended", "fine-tuned")
+EFFECTS = ("copied", "averaged", "fine-tuned")
 PREDICTORS = {"gain": 1, "cosine": 1, "gain, untrained head": 1, "validation loss": -1}
 
 
@@ -58,7 +58,8 @@ def splits(cache: Path, target: str, seed: int) -> dict[str, Dataset]:
 def measured(cache: Path, target: str, seed: int, kinds: list[str]) -> list[dict[str, Any]]:
     """Rank all sources for one target, then merge each alone; return one row per source."""
     data = splits(cache, target, seed)
-    merger = GraspMerger.from_pretrained(str(cache / "models" / "minilm"), config=GraspConfig(seed=seed))
+    config = GraspConfig(seed=seed, initial_epochs=3, gate=False)
+    merger = GraspMerger.from_pretrained(str(cache / "models" / "minilm"), config=config)
     collator = DataCollatorWithPadding(merger.processing_class)
     sources = [str(source_folder(cache, kind, domain)) for kind in kinds for domain in DOMAINS if domain != target]
     untrained = {row.reference: row.gain for row in merger.rank(sources, train_dataset=data["train"])}
@@ -75,19 +76,20 @@ def measured(cache: Path, target: str, seed: int, kinds: list[str]) -> list[dict
             after = merger.evaluate(data["test"], data_collator=collator)
             row |= {effect: before["loss"] - after["loss"], f"{effect} accuracy": after["accuracy"]}
 
-        def merge(sources: list[str], **settings: Any) -> None:
-            config = GraspConfig(seed=seed, gate=False, finetune_epochs=0, **settings)
+        def merge(sources: list[str], *, epochs: int = 0, counts: bool = False) -> None:
+            config = GraspConfig(seed=seed, gate=False, order="given", initial_epochs=epochs, final_epochs=0)
             again = GraspMerger(merger.model, config, processing_class=merger.processing_class, base=merger.base)
+            again.report.starts_from_source = counts
             again.merge(sources, train_dataset=data["train"])
 
         merger.model.load_state_dict(state)
-        merge([ranking.reference], method="average", initial_epochs=0)
+        merge([ranking.reference])
         note("copied")
         row["validation loss"] = merger.evaluate(data["held-out"], data_collator=collator)["loss"]
         merger.model.load_state_dict(state)
-        merge([ranking.reference], initial_epochs=0)
-        note("blended")
-        merge([])
+        merge([ranking.reference], counts=True)
+        note("averaged")
+        merge([], epochs=3)
         note("fine-tuned")
         rows.append(row)
     return rows

@@ -1,31 +1,58 @@
-"""Sources as others would publish them: MiniLM fine-tuned on the sentiment of one domain, as an adapter or in full.
+"""Sources as others would publish them: the base model of a benchmark, fine-tuned on one domain.
 
-Run it with `python -m tests.benchmarks.sources`; it fetches what `tests.benchmarks.data` fetches, first. Every source
-starts from the same model with the same untrained head, and has a seed of its own. A line tells its accuracy on the
-test texts of its domain; a source that the cache holds already is left as it is.
+Run it with `python -m tests.benchmarks.sources`; it makes what `tests.benchmarks.data` makes, first. All sources of a
+kind start from the same model with the same head, and each has a seed of its own. A line tells its accuracy, or for the
+GPT-2 its negative log-likelihood per token, on the test samples of its domain; a source that the cache holds already is
+left as it is. `--tables` prints the scores of all sources on all domains instead.
 """
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import transformers
-from datasets import Dataset
-from pandas import read_csv
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
+    AutoProcessor,
     set_seed,
 )
 
-from tests.benchmarks.data import DOMAINS, LABELS, cache_folder, complete, minilm, sentiment
+from tests.benchmarks import emoji, sentiment, sotu
+from tests.benchmarks.packages import cache_folder, complete
+from tests.benchmarks.sentiment import TOKENS
+from tests.benchmarks.training import score, train_
+
+__all__ = ["KINDS", "TOKENS", "source_folder"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Sources that are trained alike.
+
+    Attributes:
+        benchmark: Folder in the cache.
+        domains: One source for each; the place is its seed.
+        auto: Class that loads the model.
+        base: Makes the folder of the model that they start from.
+        examples: Makes the samples of a domain and a split.
+        arguments: How they are trained.
+        lora: Arguments of an adapter; without them the whole model is trained.
+    """
+
+    benchmark: str
+    domains: Sequence[str]
+    auto: Any
+    base: Callable[[Path], Path]
+    examples: Callable[[Path, str, str, Any], Any]
+    arguments: dict[str, Any]
+    lora: dict[str, Any] | None = None
+
 
 LORA: dict[str, Any] = {
     "r": 8,
@@ -34,80 +61,98 @@ LORA: dict[str, Any] = {
     "modules_to_save": ["classifier"],
     "task_type": "SEQ_CLS",
 }
-KINDS: dict[str, dict[str, Any]] = {
-    "lora": {"learning_rate": 1e-3, "num_train_epochs": 3},
-    "full": {"learning_rate": 5e-5, "num_train_epochs": 2},
+TEXTS = (
+    "sentiment",
+    tuple(sentiment.DOMAINS),
+    AutoModelForSequenceClassification,
+    sentiment.minilm,
+    sentiment.examples,
+)
+STYLES, NEWER = tuple(emoji.STYLES), tuple(style for style in emoji.STYLES if style != emoji.OLDEST)
+IMAGES = AutoModelForImageClassification
+KINDS = {
+    "lora": Kind(*TEXTS, {"learning_rate": 1e-3, "num_train_epochs": 3}, LORA),
+    "full": Kind(*TEXTS, {"learning_rate": 5e-5, "num_train_epochs": 2}),
+    "gpt2": Kind(
+        "sotu",
+        tuple(sotu.ERAS),
+        AutoModelForCausalLM,
+        sotu.gpt2,
+        sotu.examples,
+        {"learning_rate": 1e-3, "num_train_epochs": 3},
+    ),
+    "dinov2": Kind(
+        "emoji",
+        STYLES,
+        IMAGES,
+        emoji.dinov2,
+        emoji.examples,
+        {"learning_rate": 5e-5, "head_rate": 1e-3, "num_train_epochs": 3},
+    ),
+    "resnet": Kind(
+        "emoji", NEWER, IMAGES, emoji.resnet, emoji.examples, {"learning_rate": 1e-3, "num_train_epochs": 10}
+    ),
 }
-LIMIT, TOKENS = 2000, 64
 
 
 def source_folder(cache: Path, kind: str, domain: str) -> Path:
-    """Return where the source of a kind, `lora` or `full`, for a domain is or will be."""
-    return cache / "sentiment" / "sources" / f"{kind}-{domain}"
+    """Return where the source of a kind for a domain is or will be."""
+    return cache / KINDS[kind].benchmark / "sources" / f"{kind}-{domain}"
 
 
-def examples(file: Path, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Return the first `LIMIT` texts of a file as token ids with labels."""
-    table = read_csv(file, keep_default_na=False)[:LIMIT]
-    tokens = tokenizer(list(table["text"]), truncation=True, max_length=TOKENS)
-    return Dataset.from_dict({**tokens, "labels": [LABELS.index(label) for label in table["label"]]})
-
-
-def train(kind: str, domain: str, cache: Path, folder: Path) -> float:
-    """Save a source in `folder`; return its accuracy on the test texts of its domain."""
-    base = minilm(cache)
-    seed = list(DOMAINS).index(domain)
+def train(kind: Kind, domain: str, cache: Path, folder: Path) -> float:
+    """Save a source in `folder`; return its score on the test samples of its domain."""
+    base = kind.base(cache)
+    seed = kind.domains.index(domain)
     set_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForSequenceClassification.from_pretrained(base)
-    if kind == "lora":
-        model = get_peft_model(model, LoraConfig(**LORA))
+    processor = AutoProcessor.from_pretrained(base)
+    model = kind.auto.from_pretrained(base)
+    if kind.lora:
+        model = get_peft_model(model, LoraConfig(**kind.lora))
     else:
-        tokenizer.save_pretrained(folder)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=32,
-        per_device_eval_batch_size=100,
-        seed=seed,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        **KINDS[kind],
-    )
-    trainer = Trainer(
-        model,
-        arguments,
-        processing_class=tokenizer,
-        train_dataset=examples(sentiment(cache) / domain / "train.csv", tokenizer),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+        processor.save_pretrained(folder)
+    train_(model, processor, kind.examples(cache, domain, "train", processor), seed, **kind.arguments)
     model.save_pretrained(folder)
-    test = trainer.predict(examples(sentiment(cache) / domain / "test.csv", tokenizer))
-    return float(np.mean(np.argmax(test.predictions, -1) == test.label_ids))
+    return score(model, processor, kind.examples(cache, domain, "test", processor))
+
+
+def table(name: str, cache: Path) -> None:
+    """Print the score of the base model and of every source of a kind on the test samples of every domain."""
+    kind = KINDS[name]
+    processor = AutoProcessor.from_pretrained(kind.base(cache))
+    tests = [kind.examples(cache, domain, "test", processor) for domain in kind.domains]
+    print(f"\n| {name} | {' | '.join(kind.domains)} |\n|---|{'---|' * len(tests)}")
+    folders = {"base": kind.base(cache), **{domain: source_folder(cache, name, domain) for domain in kind.domains}}
+    for row, folder in folders.items():
+        auto = AutoPeftModelForSequenceClassification if (folder / "adapter_config.json").exists() else kind.auto
+        model = auto.from_pretrained(folder)
+        print(f"| {row} | {' | '.join(f'{score(model, processor, test):.3f}' for test in tests)} |", flush=True)
 
 
 def main() -> None:
-    """Train the sources that the cache lacks."""
+    """Train the sources that the cache lacks, or print the tables of their scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=cache_folder())
-    parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--domains", nargs="+", help="default: all of every kind")
+    parser.add_argument("--tables", action="store_true", help="print the scores of all sources on all domains")
     args = parser.parse_args()
+    cache = args.cache.absolute()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for kind in args.kinds:
-        for domain in args.domains:
-            folder = source_folder(args.cache.absolute(), kind, domain)
+    for name in args.kinds:
+        if args.tables:
+            table(name, cache)
+            continue
+        for domain in (domain for domain in KINDS[name].domains if domain in (args.domains or KINDS[name].domains)):
+            folder = source_folder(cache, name, domain)
             if folder.exists():
-                print(f"{folder.name:16} is already there", flush=True)
+                print(f"{folder.name:24} is already there", flush=True)
                 continue
             start = time.perf_counter()
             with complete(folder) as new:
-                right = train(kind, domain, args.cache.absolute(), new)
-            print(f"{folder.name:16} {right:.3f} {time.perf_counter() - start:6.0f} s", flush=True)
+                value = train(KINDS[name], domain, cache, new)
+            print(f"{folder.name:24} {value:.3f} {time.perf_counter() - start:6.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attentio
 SIZES: dict[str, dict[str, Any]] = {"base": {}, "tiny": TINY}
 BATCH, TOKENS, BATCHES = 32, 32, 2
 MERGEKIT = ["mergekit==0.1.5", "torch==2.13.0"]
-STILL: dict[str, Any] = {"initial_epochs": 0, "finetune_epochs": 0, "gate": False, "batch_size": BATCH}
+STILL: dict[str, Any] = {"order": "given", "final_epochs": 0, "gate": False, "batch_size": BATCH}
 
 
 def save_models(folder: Path, size: str, count: int) -> list[Path]:
@@ -137,7 +137,7 @@ def ranking(folders: list[Path], cold: bool) -> dict[str, float]:
 
 def average(folders: list[Path]) -> None:
     """Merge by the streaming average, the first source being the start."""
-    config = GraspConfig(method="average", initial_epochs=0, finetune_epochs=0)
+    config = GraspConfig(order="given", final_epochs=0)
     merge_pretrained(None, [str(folder) for folder in folders], config=config)
 
 

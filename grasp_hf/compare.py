@@ -1,0 +1,350 @@
+"""What a merge is worth: every method on the same labels and with the same fine-tuning, over several seeds."""
+
+import hashlib
+import json
+import logging
+import math
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t
+
+from . import hub
+from .card import trained_on_test
+from .config import Recipe
+from .contenders import METHODS, Arena, Method, source_alone
+from .errors import ConfigError, DataError, GraspError
+from .evidence import NORMAL_95
+from .figures import DPI, comparison_figure
+from .prepare import TaskData, prepare
+from .report import Evaluation, markdown_table
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "comparison.json"
+TABLE = "comparison.md"
+FIGURE = "comparison-{}.png"  # of a number of labels
+OURS = "ours"
+MASKS = ("attention_mask", "token_type_ids")
+LEAST_TEST = 100  # test samples; with fewer, a difference below 10 points drowns in noise
+
+
+@dataclass
+class Result:
+    """What one method reached with one set of labels.
+
+    Attributes:
+        method: Its key in `METHODS`, or `source:` and a reference.
+        size: Number of labels.
+        seed: Which labels, which order of the sources, and the seed of the method.
+        merged: Test loss (and accuracy) before the final fine-tuning; empty where a method has none.
+        final: The same at the end.
+        seconds: Duration.
+        problem: Why it could not be run; the scores are then empty.
+    """
+
+    method: str
+    size: int
+    seed: int
+    merged: Evaluation
+    final: Evaluation
+    seconds: float
+    problem: str | None = None
+
+
+@dataclass
+class Comparison:
+    """All results, and the tables made of them.
+
+    Attributes:
+        results: One per method, number of labels and seed.
+        setting: What was compared: recipe, sizes, seeds, versions.
+    """
+
+    results: list[Result]
+    setting: dict[str, Any]
+
+    @property
+    def measure(self) -> str:
+        """`accuracy` of classifiers, else `loss`."""
+        finals = [result.final for result in self.results if result.final]
+        return "accuracy" if all("accuracy" in final for final in finals) else "loss"
+
+    def runs(self, method: str, size: int, *, merged: bool = False) -> dict[int, float]:
+        """Return the measure of a method by seed."""
+        found = {}
+        for result in self.results:
+            evaluation = result.merged if merged else result.final
+            if (result.method, result.size) == (method, size) and evaluation:
+                found[result.seed] = evaluation[self.measure]
+        return found
+
+    def differences(self, method: str, size: int) -> list[float]:
+        """Return by how much a method is better than ours with the same labels, seed by seed."""
+        own, sign = self.runs(OURS, size), 1 if self.measure == "accuracy" else -1
+        return [sign * (value - own[seed]) for seed, value in self.runs(method, size).items() if seed in own]
+
+    def table(self, size: int) -> str:
+        """Return one line per method for one number of labels: mean over seeds ± half of the 95 % interval."""
+        methods = dict.fromkeys(result.method for result in self.results if result.size == size)
+        rows = [
+            {
+                "": title_of(method),
+                "kind": kind_of(method),
+                "as merged": interval(list(self.runs(method, size, merged=True).values())),
+                "in the end": interval(list(self.runs(method, size).values())),
+                "better than ours by": "–"
+                if method == OURS
+                else interval(self.differences(method, size), signed=True),
+                "memory (models)": METHODS[method].memory if method in METHODS else "1",
+            }
+            for method in methods
+        ]
+        problems = {r.method: r.problem for r in self.results if r.size == size and r.problem}
+        return "\n".join([markdown_table(rows), *(f"- {title_of(name)}: {text}" for name, text in problems.items())])
+
+    def __str__(self) -> str:
+        sizes = dict.fromkeys(result.size for result in self.results)
+        seeds = len({result.seed for result in self.results})
+        texts = [f"{size} labels, {self.measure}, {seeds} seeds\n\n{self.table(size)}" for size in sizes]
+        return "\n\n".join(texts)
+
+    def save(self, directory: Path) -> None:
+        """Write the results as JSON and the tables as Markdown to `directory`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = directory / f".{RESULTS}"
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        temporary.rename(directory / RESULTS)
+        (directory / TABLE).write_text(f"{self}\n")
+
+    def save_figures(self, directory: Path) -> None:
+        """Write one figure per number of labels to `directory`."""
+        for size in dict.fromkeys(result.size for result in self.results):
+            methods = dict.fromkeys(result.method for result in self.results if result.size == size)
+            rows = [
+                (
+                    title_of(method),
+                    kind_of(method),
+                    list(self.runs(method, size).values()),
+                    list(self.runs(method, size, merged=True).values()),
+                )
+                for method in methods
+            ]
+            figure = comparison_figure(rows, self.measure)
+            figure.savefig(directory / FIGURE.format(size), dpi=DPI, metadata={"Software": None})
+
+    @classmethod
+    def load(cls, directory: Path) -> "Comparison":
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: It holds something else.
+        """
+        try:
+            values = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
+            return cls([Result(**result) for result in values["results"]], values["setting"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"'{directory / RESULTS}' is not the record of a comparison: {error}") from error
+
+
+def compare(
+    recipe: Recipe,
+    output: Path,
+    *,
+    sizes: Sequence[int | None] = (None,),
+    seeds: Sequence[int] = (0, 1, 2),
+    methods: Sequence[str] | None = None,
+    variants: dict[str, dict[str, Any]] | None = None,
+) -> Comparison:
+    """Run every method on the same labels, with the same seeds and the same fine-tuning, and save what they reached.
+
+    For each seed the labels are drawn from the training split anew and the sources are put in another order. What a method
+    chooses, it chooses by these labels; the test split is looked at once the method is done. A run that was stopped
+    goes on where it was: what `output` holds already is not run again.
+
+    Args:
+        recipe: Base model, sources, data with a split `test`, and the fine-tuning that each method may spend.
+        output: Folder for the results.
+        sizes: Numbers of labels; `None` is all.
+        seeds: One run each.
+        methods: Keys of `METHODS` to run; all where left out.
+        variants: More rows of ours: a title, and the settings that make it.
+
+    Raises:
+        DataError: The comparison would be dishonest: test samples among the training samples, too few test samples, or
+            a source with other labels.
+        ConfigError: The folder holds another comparison.
+    """
+    chosen = _chosen(methods)
+    setting = _setting(recipe)
+    done = _continued(output, setting)
+    base, sources, data = prepare(recipe)
+    _check(recipe, sources, data)
+    for size in sizes:
+        for seed in seeds:
+            _run_seed(done, output, recipe, base, sources, data, chosen, variants or {}, size, seed)
+    done.save_figures(output)
+    return done
+
+
+def title_of(method: str) -> str:
+    """Return how a method is called in tables."""
+    if method in METHODS:
+        return METHODS[method].title
+    kind, _, name = method.partition(":")
+    return f"source {Path(name).name}" if kind == "source" else f"grasp_hf, {name}"
+
+
+def kind_of(method: str) -> str:
+    """Return whether a method is a control, an existing approach, or ours."""
+    if method in METHODS:
+        return METHODS[method].group
+    return "control" if method.startswith("source:") else "ours"
+
+
+def interval(values: list[float], *, signed: bool = False) -> str:
+    """Return the mean and half of its 95 % interval (Student's t over runs); a dash without values."""
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):{'+' if signed else ''}.3f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+
+
+def _chosen(methods: Sequence[str] | None) -> dict[str, Method]:
+    if methods is None:
+        return METHODS
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise ConfigError(f"unknown methods {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
+    return {name: METHODS[name] for name in METHODS if name in {*methods, OURS}}
+
+
+def _setting(recipe: Recipe) -> dict[str, Any]:
+    """Return what must be the same for results to stand in one table."""
+    packages = ("grasp_hf", "torch", "transformers", "peft")
+    return {
+        "recipe": {
+            "base_model": recipe.base_model,
+            "sources": recipe.sources,
+            "task": recipe.task,
+            "data": recipe.data,
+            **asdict(recipe.config),
+        },
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _continued(output: Path, setting: dict[str, Any]) -> Comparison:
+    """Return what an earlier run of the same comparison has left in `output`."""
+    if not (output / RESULTS).exists():
+        if output.exists() and any(output.iterdir()):
+            raise ConfigError(f"'{output}' holds something else; name a new folder for the comparison")
+        return Comparison([], setting)
+    earlier = Comparison.load(output)
+    if earlier.setting["recipe"] != json.loads(json.dumps(setting["recipe"])):
+        raise ConfigError(f"'{output}' holds the comparison of another recipe; name a new folder")
+    return earlier
+
+
+def _run_seed(
+    done: Comparison,
+    output: Path,
+    recipe: Recipe,
+    base: Any,
+    sources: list[str],
+    data: TaskData,
+    methods: dict[str, Method],
+    variants: dict[str, dict[str, Any]],
+    size: int | None,
+    seed: int,
+) -> None:
+    """Run what is missing of one seed."""
+    count = len(data.train) if size is None else size
+    if count > len(data.train):
+        raise DataError(f"got {len(data.train)} labels, fewer than the {count} to compare with")
+    order = [sources[i] for i in _permutation(len(sources), seed)]
+    rows: dict[str, tuple[Callable[[Arena], Evaluation | None], bool]] = {
+        f"source:{source}": (partial(source_alone, source=source), False) for source in sources
+    }
+    rows |= {name: (method.run, method.finetuned) for name, method in methods.items()}
+    rows |= {f"variant:{name}": (partial(METHODS[OURS].run, **settings), False) for name, settings in variants.items()}
+    finished = {(result.method, result.size, result.seed) for result in done.results}
+    missing = {name: row for name, row in rows.items() if (name, count, seed) not in finished}
+    if not missing:
+        return
+    labels = data.train.shuffle(seed=seed).select(range(count))
+    config = replace(recipe.config, seed=seed)
+    base.config = config
+    epochs = config.total_epochs(len(sources))
+    with tempfile.TemporaryDirectory(prefix="grasp_hf-compare-") as name:
+        arena = Arena(base, order, replace(data, train=labels), epochs=epochs, directory=Path(name))
+        for method, (run, finetuned) in missing.items():
+            began = time.perf_counter()
+            try:
+                scores = run(arena)
+                merged = {} if scores or not finetuned else arena.score()
+                if finetuned:
+                    arena.finetune(epochs)
+                final = scores or arena.score()
+                problem = None
+            except GraspError as error:
+                if kind_of(method) != "existing":
+                    raise type(error)(f"while running '{title_of(method)}' with seed {seed}: {error}") from error
+                merged, final, problem = {}, {}, str(error)
+            result = Result(method, count, seed, merged, final, time.perf_counter() - began, problem)
+            done.results.append(result)
+            done.save(output)
+            shown = ", ".join(f"{key} {value:.3f}" for key, value in final.items()) or f"not run: {problem}"
+            logger.info("%d labels, seed %d: %s: %s (%.0f s)", count, seed, title_of(method), shown, result.seconds)
+
+
+def _permutation(count: int, seed: int) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def _check(recipe: Recipe, sources: Sequence[str], data: TaskData) -> None:
+    """Raise `DataError` where the rows of a comparison could not be compared."""
+    if data.train is None or data.test is None:
+        raise DataError("a comparison needs data with the splits 'train' and 'test'")
+    if len(data.test) < LEAST_TEST:
+        visible = 100 * NORMAL_95 * math.sqrt(0.5 / len(data.test))
+        raise DataError(
+            f"the split 'test' has {len(data.test)} samples: two methods would have to differ by about {visible:.0f} points "
+            f"to be told apart; expected at least {LEAST_TEST}, and {round(0.5 * (NORMAL_95 / 0.05) ** 2)} show 5 points"
+        )
+    for name, split in (("train", data.train), ("validation", data.validation)):
+        if split is not None and (shared := contents(split) & contents(data.test)):
+            raise DataError(
+                f"{len(shared)} samples of the split 'test' also stand in the split '{name}'; expected none: remove them, "
+                "or every method that learns the training set by heart looks good"
+            )
+    for source in sources:
+        located, _ = hub.look_up(source, trusted=recipe.config.trust_remote_code)
+        if sentence := trained_on_test(located.folder, str(recipe.data.get("path"))):
+            raise DataError(
+                f"source '{source}' was trained on the test split, says its card (\"{sentence}\"); leave it out of a "
+                "comparison on that split"
+            )
+
+
+def contents(dataset: Any) -> set[str]:
+    """Return a hash of what each sample holds beside its label."""
+    columns = [name for name in dataset.column_names if name not in ("label", "labels", *MASKS)]
+    found = set()
+    for row in dataset.with_format(None).select_columns(columns):
+        digest = hashlib.sha256()
+        for value in row.values():
+            digest.update(value.tobytes() if hasattr(value, "tobytes") else repr(value).encode())
+        found.add(digest.hexdigest())
+    return found

@@ -1,0 +1,263 @@
+"""The methods that a comparison runs, each on the same labels with the same fine-tuning: controls, rivals, ours."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from . import baselines
+from .baselines import Trial, wide_like
+from .batches import Batch, Collator, keeping_model_columns, sample_batches
+from .config import GraspConfig
+from .evidence import judge
+from .finetune import finetune_
+from .mapped import MappedTensors
+from .matching import movable_tensors
+from .measure import Scratch
+from .merger import GraspMerger
+from .prepare import TaskData
+from .report import Evaluation
+from .transfer import overwrite_
+
+JUDGED = 256  # labels that choices such as the best source are made by, at most
+
+Group = Literal["control", "existing", "ours"]
+
+
+class Arena:
+    """What all methods of one run share: the labels, the sources, the model that each of them starts from.
+
+    Args:
+        merger: Holds the base model; every method works in its model, one after the other.
+        sources: References, in the order of this run.
+        data: The run's labels (`train`, and `validation` where there is one) and the test samples.
+        epochs: Fine-tuning that each method may spend, in all.
+        directory: For files of this run.
+    """
+
+    def __init__(
+        self, merger: GraspMerger, sources: list[str], data: TaskData, *, epochs: float, directory: Path
+    ) -> None:
+        self.sources, self.data, self.epochs, self.directory = sources, data, epochs, directory
+        self.config = replace(merger.config, initial_epochs=0, finetune_epochs=0, final_epochs=0, gate=False)
+        self.seed = self.config.seed
+        self._origin = merger
+        self._start = MappedTensors(directory / "base", movable_tensors(merger.model)).copy_(
+            movable_tensors(merger.model)
+        )
+
+    @property
+    def labels(self) -> Any:
+        """The labels that choices are made by."""
+        return self.data.train.select(range(min(JUDGED, len(self.data.train))))
+
+    @property
+    def collator(self) -> Collator:
+        """What makes batches that the base model takes."""
+        return keeping_model_columns(self._origin.model, self.data.collator)
+
+    def begin(self) -> None:
+        """Put the base model's weights back."""
+        overwrite_(movable_tensors(self._origin.model), self._start)
+
+    def merger(self, config: GraspConfig) -> GraspMerger:
+        """Return a new merger of the model as it is now."""
+        origin = self._origin
+        return GraspMerger(origin.model, config, processing_class=origin.processing_class, base=origin.base)
+
+    def merge(self, config: GraspConfig, sources: list[str]) -> None:
+        """Merge `sources` into the model as it is now."""
+        self.merger(config).merge(sources, **self.data.merge_arguments())
+
+    def copy(self, source: str) -> None:
+        """Let the model hold the weights of a source; where it has none, those of the base."""
+        self.begin()
+        self.merge(replace(self.config, method="average", order="given"), [source])
+
+    def finetune(self, epochs: float) -> None:
+        """Fine-tune the model as it is now, as the recipe says."""
+        self.merge(replace(self.config, initial_epochs=epochs), [])
+
+    def score(self, dataset: Any = None) -> Evaluation:
+        """Return loss and accuracy of the model as it is now, on the test samples where `dataset` is left out."""
+        dataset = self.data.test if dataset is None else dataset
+        return self.merger(self.config).evaluate(dataset, data_collator=self.data.collator)
+
+    @contextmanager
+    def trial(self) -> Iterator[Trial]:
+        """Yield what a method of `baselines` works with; the base's weights stand in the model at the start."""
+        self.begin()
+        merger = self.merger(self.config)
+        with (
+            merger._scratch_files(),
+            merger._step(self.data.train, self.data.validation, self.data.collator) as (data, scratch),
+            merger._puller(None) as puller,
+        ):
+            merger.model.eval()
+            tensors = movable_tensors(merger.model)
+
+            def load(source: str, number: int, held: ExitStack) -> dict[str, Tensor]:
+                own = Scratch(scratch.directory / f"source-{number}", tensors)
+                own.directory.mkdir(exist_ok=True)
+                loaded = merger._load(held.enter_context(puller.pull(source)), own)
+                return {name: loaded.tensors[name] for name in loaded.candidates}
+
+            def stream() -> Iterator[dict[str, Tensor]]:
+                for source in self.sources:
+                    with ExitStack() as held:
+                        yield load(source, 0, held)
+
+            @contextmanager
+            def together() -> Iterator[list[dict[str, Tensor]]]:
+                with ExitStack() as held:
+                    yield [load(source, number, held) for number, source in enumerate(self.sources)]
+
+            def batches(count: int) -> Iterator[Batch]:
+                config = replace(self.config, num_batches=count)
+                return sample_batches(data.train, data.collator, merger._accelerator, config, seed=self.seed)
+
+            def finetune(epochs: float, seed: int, lora: dict[str, Any] | None = None) -> None:
+                self.merger(replace(self.config, lora=lora))._finetune(data, epochs, seed, scratch)
+
+            rooms: dict[str, MappedTensors] = {}
+
+            def room(name: str) -> MappedTensors:
+                if name not in rooms:
+                    rooms[name] = MappedTensors(scratch.directory / f"room-{name}", wide_like(tensors))
+                return rooms[name]
+
+            yield Trial(
+                model=merger.model,
+                start=scratch.start,
+                stream=stream,
+                together=together,
+                batches=batches,
+                epoch=math.ceil(min(len(self.data.train), JUDGED) / self.config.batch_size),
+                loss=lambda: self.score(self.labels)["loss"],
+                room=room,
+                finetune=finetune,
+                seed=self.seed,
+            )
+
+
+def nothing(arena: Arena) -> None:
+    """Leave the base model as it is."""
+    arena.begin()
+
+
+def source_alone(arena: Arena, source: str) -> None:
+    """Take one source as it is."""
+    arena.copy(source)
+
+
+def best_source(arena: Arena) -> None:
+    """Take the source whose loss on the labels is lowest."""
+    losses = {}
+    for source in arena.sources:
+        arena.copy(source)
+        losses[source] = arena.score(arena.labels)["loss"]
+    arena.copy(min(losses, key=losses.__getitem__))
+
+
+def published(arena: Arena, threshold: float) -> None:
+    """Run the published loop from the first source; a threshold of 1 copies nothing, one of -1 everything."""
+    each = arena.epochs / len(arena.sources)
+    config = GraspConfig.paper(threshold=threshold, initial_epochs=each, finetune_epochs=each, seed=arena.seed)
+    first, *others = arena.sources
+    arena.copy(first)
+    arena.merge(config, others)
+
+
+def ours(arena: Arena, **settings: Any) -> None:
+    """Merge as the recipe says, with the settings of a variant."""
+    arena.begin()
+    arena.merge(replace(arena._origin.config, **settings), arena.sources)
+
+
+def rival(arena: Arena, method: Callable[..., None], **settings: Any) -> None:
+    """Run a method of `baselines`."""
+    with arena.trial() as trial:
+        method(trial, **settings)
+
+
+def mixture(arena: Arena, per_layer: bool) -> None:
+    """Learn a mixture of task vectors in as many steps as fine-tuning has, each ten times as long as the paper's."""
+    steps = math.ceil(arena.epochs * len(arena.data.train) / arena.config.batch_size)
+    rival(arena, baselines.mixture_, per_layer=per_layer, steps=steps, lr=1e-2)
+
+
+def ensemble(arena: Arena) -> Evaluation:
+    """Return the scores of the mean of all sources' probabilities."""
+    with arena.trial() as trial:
+        return baselines.ensemble_evaluation(
+            trial, arena.data.test, arena.collator, Accelerator(), arena.config.batch_size
+        )
+
+
+def fusion(arena: Arena) -> Evaluation:
+    """Return the scores of all sources trained jointly on the mean of their logits."""
+    with arena.trial() as trial:
+        model = baselines.logit_fusion(trial)
+    finetune_(
+        model,
+        arena.data.train,
+        arena.data.validation,
+        arena.collator,
+        arena.config,
+        epochs=arena.epochs,
+        seed=arena.seed,
+        directory=arena.directory,
+    )
+    model.eval()
+    return judge(model, arena.data.test, arena.collator, Accelerator(), arena.config.batch_size).evaluation()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison.
+
+    Attributes:
+        title: Its name.
+        group: What it stands for.
+        run: Leaves its result in the arena's model; one that predicts without a single model returns its scores.
+        memory: Private memory it takes to merge, in models.
+        finetuned: Whether the budget of fine-tuning is spent on its result; else it has spent it itself, or none.
+    """
+
+    title: str
+    group: Group
+    run: Callable[[Arena], Evaluation | None]
+    memory: str = "1"
+    finetuned: bool = True
+
+
+def _rival(title: str, method: Callable[..., None], **settings: Any) -> Method:
+    return Method(title, "existing", partial(rival, method=method, **settings))
+
+
+METHODS = {
+    "base": Method("base model", "control", nothing),
+    "best-source": Method("best source on the labels", "control", best_source),
+    "average": Method("average of all (uniform soup)", "control", partial(rival, method=baselines.average_)),
+    "loop-nothing": Method("published loop, nothing copied", "control", partial(published, threshold=1.0), "1", False),
+    "loop-all": Method("published loop, everything copied", "control", partial(published, threshold=-1.0), "1", False),
+    "ensemble": Method("ensemble of all", "existing", ensemble, "1; K to use", False),
+    "fusion": Method("Multi-Source fusion", "existing", fusion, "4 K; K to use", False),
+    "pearl": _rival("PEARL, with gradients", baselines.pearl_),
+    "greedy-soup": _rival("greedy soup", baselines.greedy_soup_),
+    "task-arithmetic": _rival("task arithmetic", baselines.task_arithmetic_),
+    "ties": _rival("TIES", baselines.ties_),
+    "dare": _rival("DARE", baselines.dare_),
+    "fisher": _rival("Fisher-weighted average", baselines.fisher_average_),
+    "lorahub": Method("learned mixture (LoraHub)", "existing", partial(mixture, per_layer=False)),
+    "adamerging": Method("learned mixture by layer (AdaMerging)", "existing", partial(mixture, per_layer=True)),
+    "gradfix": _rival("GradFix", baselines.gradfix_),
+    "published": Method("GRASP as published", "existing", partial(published, threshold=0.3), "6; ours 1", False),
+    "ours": Method("grasp_hf, default", "ours", ours, "1", False),
+}

@@ -1,0 +1,165 @@
+"""What labels say of a model, sample by sample, so that two models can be compared in pairs and told from noise."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .batches import Batch, Collator, batch_loss, batch_weight
+from .report import ChangeReport
+
+SCALES = tuple(2 ** (half / 2) for half in range(-6, 9))  # of the logits, from 1/8 to 16
+NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The losses of one model on labelled samples.
+
+    Attributes:
+        losses: Of each sample, summed over its terms; float64, shape `(n,)`. A sample is a whole batch where a task has
+            no loss per sample that we know of.
+        terms: How many terms that sum has: 1 for a class, the labelled tokens of a text.
+        calibrated: The losses after all logits were multiplied by the one number that makes their sum least; the losses
+            themselves where there are no classes. An average of models is right as often as its loss is low only after
+            that: its logits are too small (temperature scaling, arXiv:1706.04599).
+        correct: How many samples a classifier got right; `None` for other models.
+    """
+
+    losses: Tensor
+    terms: Tensor
+    calibrated: Tensor
+    correct: int | None
+
+    @property
+    def loss(self) -> float:
+        """The mean over all terms."""
+        return float(self.losses.sum() / self.terms.sum())
+
+    @property
+    def calibrated_loss(self) -> float:
+        """The mean of the calibrated losses over all terms."""
+        return float(self.calibrated.sum() / self.terms.sum())
+
+    def evaluation(self) -> dict[str, float]:
+        """Return `loss`, and `accuracy` in [0, 1] for a classifier."""
+        return {"loss": self.loss, **({} if self.correct is None else {"accuracy": self.correct / len(self.losses)})}
+
+
+@dataclass(frozen=True)
+class Change:
+    """How the mean loss differs between two models on the same samples.
+
+    Attributes:
+        mean: Of the second minus the first; below 0 is better.
+        standard_error: Of that mean, over samples; infinite for a single one.
+        samples: Number of pairs.
+    """
+
+    mean: float
+    standard_error: float
+    samples: int
+
+    @property
+    def half_interval(self) -> float:
+        """Half of the 95 % interval."""
+        return NORMAL_95 * self.standard_error
+
+    @property
+    def harms(self) -> bool:
+        """Whether the loss rises by more than its standard error."""
+        return self.mean > self.standard_error
+
+    def report(self) -> ChangeReport:
+        """Return it for a report."""
+        half = self.half_interval if math.isfinite(self.half_interval) else None  # JSON knows no infinity
+        return ChangeReport(self.mean, half, self.samples, self.samples_to_see())
+
+    def samples_to_see(self) -> int | None:
+        """Return how many samples would put a change of this size outside its 95 % interval; `None` for no change."""
+        if self.mean == 0 or not math.isfinite(self.standard_error):
+            return None
+        return math.ceil(self.samples * (self.half_interval / self.mean) ** 2)
+
+
+def change(before: Judgement, after: Judgement) -> Change:
+    """Return the difference of the mean calibrated loss, with the standard error of a ratio of sums (linearised)."""
+    difference, terms = after.calibrated - before.calibrated, before.terms
+    samples, total = len(terms), float(terms.sum())
+    mean = float(difference.sum()) / total
+    if samples < 2:
+        return Change(mean, math.inf, samples)
+    residuals = difference - mean * terms
+    variance = float((residuals**2).sum()) * samples / (samples - 1)
+    return Change(mean, math.sqrt(variance) / total, samples)
+
+
+def joined(a: Judgement, b: Judgement) -> Judgement:
+    """Return the losses of two models on two sets of samples as one."""
+    correct = None if a.correct is None or b.correct is None else a.correct + b.correct
+    losses, terms = torch.cat([a.losses, b.losses]), torch.cat([a.terms, b.terms])
+    return Judgement(losses, terms, torch.cat([a.calibrated, b.calibrated]), correct)
+
+
+@torch.no_grad()
+def judge(
+    model: PreTrainedModel, dataset: Any, collator: Collator, accelerator: Accelerator, batch_size: int
+) -> Judgement:
+    """Return the losses of `model`, in its mode, on every sample of `dataset`."""
+    loader = accelerator.prepare_data_loader(DataLoader(dataset, batch_size=batch_size, collate_fn=collator))
+    losses, terms, logits, labels = [], [], [], []
+    for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None):
+        mean, output = batch_loss(model, batch)
+        if _is_classification(batch, output):
+            logits.append(output["logits"].float().cpu())
+            labels.append(batch["labels"].cpu())
+        elif _is_language(model, batch, output):
+            own, count = _token_losses(output["logits"], batch["labels"], shifted=not model.config.is_encoder_decoder)
+            losses.append(own.cpu())
+            terms.append(count.cpu())
+        else:
+            weight = batch_weight(model, batch)
+            losses.append(torch.tensor([float(mean) * weight], dtype=torch.float64))
+            terms.append(torch.tensor([float(weight)], dtype=torch.float64))
+    if logits and not losses:
+        return _of_classes(torch.cat(logits), torch.cat(labels))
+    summed = torch.cat(losses)
+    return Judgement(summed, torch.cat(terms), summed, None)
+
+
+def _of_classes(logits: Tensor, labels: Tensor) -> Judgement:
+    scaled = [cross_entropy(logits * scale, labels, reduction="none").double() for scale in SCALES]
+    losses = cross_entropy(logits, labels, reduction="none").double()
+    best = min([losses, *scaled], key=lambda values: float(values.sum()))
+    return Judgement(losses, torch.ones_like(losses), best, int((logits.argmax(-1) == labels).sum()))
+
+
+def _token_losses(logits: Tensor, labels: Tensor, *, shifted: bool) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of each text, and how many labelled tokens it has."""
+    if shifted:  # each token predicts the next
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
+    return losses.view(labels.shape).double().sum(1), (labels != -100).double().sum(1)
+
+
+def _is_classification(batch: Batch, output: Any) -> bool:
+    """Whether there is one class id per sample, and one logit per class for it."""
+    labels, logits = batch.get("labels"), output.get("logits")
+    if labels is None or logits is None:
+        return False
+    return labels.ndim == 1 and not labels.is_floating_point() and logits.ndim == 2
+
+
+def _is_language(model: PreTrainedModel, batch: Batch, output: Any) -> bool:
+    """Whether there is one token id per position, and one logit per token of the vocabulary for it."""
+    labels, logits = batch.get("labels"), output.get("logits")
+    if not model.can_generate() or labels is None or logits is None or labels.is_floating_point():
+        return False
+    return logits.ndim == 3 and logits.shape[:2] == labels.shape

@@ -1,0 +1,113 @@
+"""First, do no harm: what a transfer or a fine-tuning changed is kept only as far as the labels speak for it."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Subset
+
+from .evidence import Change, Judgement, change, joined
+from .report import FinetuneReport
+from .transfer import interpolate_, overwrite_
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+Train = Callable[[Any, int], None]  # fine-tunes the model in place: on which samples, with which seed
+Judge = Callable[[Any], Judgement]
+
+
+def accepts(change: Change, after: Judgement, floor: float | None) -> bool:
+    """Whether a transfer stays: it harms by no more than its standard error, and nothing is worse than the `floor`.
+
+    Few labels cannot prove that one source helps, and a mean of sources that each seem to do no harm is better than the
+    few that seem to help (see the README's trials); so the doubt is in favour of the source. The floor, the loss before
+    the first source, keeps many small doubts from adding up.
+
+    Args:
+        change: Between the model without the source and with it.
+        after: The model with it.
+        floor: A mean calibrated loss; `None` is none.
+    """
+    return not change.harms and (floor is None or after.calibrated_loss <= floor)
+
+
+def finetune_on_line_(
+    tensors: Mapping[str, Tensor],
+    rooms: Sequence[Mapping[str, Tensor]],
+    train: Train,
+    judge: Judge,
+    labels: Any,
+    held_out: Any,
+    seed: int,
+) -> FinetuneReport:
+    """Fine-tune, then go back on the line between the weights before and after (WiSE-FT, arXiv:2109.01903) if need be.
+
+    The point taken is the farthest whose loss is not above the lowest one by more than the standard error of their
+    difference. With held-out samples they judge. Without, the labels are cut into two halves at random: each half trains
+    a model, which the other half judges along its line, and the point is taken on the line to the mean of the two
+    models (a soup, arXiv:2203.05482). Both together make as many steps as one fine-tuning on all labels.
+
+    Args:
+        tensors: The model's, changed in place.
+        rooms: Room for three sets of them.
+        train: Fine-tunes the model.
+        judge: Returns the losses of the model as it is now.
+        labels: Samples to train on.
+        held_out: Samples to judge by; `None` judges by the labels.
+        seed: Of the training, and of the halves.
+
+    Returns:
+        The mean loss at each point, the point taken, and what judged.
+    """
+    before, after, other = rooms
+    _store(before, tensors)
+
+    def judged(samples: Any, end: Mapping[str, Tensor]) -> list[Judgement]:
+        line = []
+        for share in SHARES:
+            _go(tensors, before, end, share)
+            line.append(judge(samples))
+        return line
+
+    if held_out is not None or len(labels) < 2:
+        train(labels, seed)
+        _store(after, tensors)
+        line = judged(labels if held_out is None else held_out, after)
+    else:
+        halves = _halves(labels, seed)
+        lines = []
+        for number, (half, end) in enumerate(zip(halves, (after, other), strict=True)):
+            overwrite_(tensors, before)
+            train(half, seed + number)
+            _store(end, tensors)
+            lines.append(judged(halves[1 - number], end))
+        line = [joined(*pair) for pair in zip(*lines, strict=True)]
+        for name, tensor in after.items():
+            interpolate_(tensor, tensor.clone(), other[name], 0.5)
+    judges = "evaluation data" if held_out is not None else "two halves of the labels"
+    lowest = min(line, key=lambda judgement: judgement.calibrated_loss)
+    share = max(share for share, point in zip(SHARES, line, strict=True) if not change(lowest, point).harms)
+    _go(tensors, before, after, share)
+    return FinetuneReport(
+        share=share,
+        losses={str(share): point.loss for share, point in zip(SHARES, line, strict=True)},
+        judged_by=judges if held_out is not None or len(labels) > 1 else "the label that it learned",
+    )
+
+
+def _store(room: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        room[name].copy_(tensor.detach())
+
+
+def _go(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> None:
+    for name, tensor in tensors.items():
+        interpolate_(tensor, start[name], end[name], share)
+
+
+def _halves(labels: Any, seed: int) -> tuple[Any, Any]:
+    order = list(range(len(labels)))
+    random.Random(seed).shuffle(order)
+    middle = len(order) // 2
+    return Subset(labels, sorted(order[:middle])), Subset(labels, sorted(order[middle:]))

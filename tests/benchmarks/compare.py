@@ -1,0 +1,131 @@
+"""What merging is worth on real data: all methods, on three benchmarks, with 64, 256 and all labels.
+
+Run it with `python -m tests.benchmarks.compare sentiment emoji sotu` after `python -m tests.benchmarks.data` and
+`python -m tests.benchmarks.sources`. Each run is a target domain and a seed: the seed draws the labels, the order of the
+sources, and everything random in a method; the sources are those of all other domains. Fine-tuning has as many steps for
+every method. A stopped run goes on where it was. The results stand in `tests/benchmarks/results/<benchmark>.json`;
+`--table` prints the tables of what is there already.
+"""
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grasp_hf.compare import Comparison, Result, compare
+from grasp_hf.config import Recipe
+from tests.benchmarks.emoji import STYLES
+from tests.benchmarks.packages import cache_folder
+from tests.benchmarks.sentiment import DOMAINS
+from tests.benchmarks.sotu import ERAS
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "benchmarks"
+RESULTS = Path(__file__).parent / "results"
+EPOCHS: dict[str, dict[int | None, float]] = {
+    "sentiment": {64: 8, 256: 6, None: 1.5},
+    "emoji": {64: 8, 256: 6, None: 4},
+    "sotu": {64: 8, 256: 6, None: 2},
+}
+TARGETS = {
+    "sentiment": ("nyt", "amazonHL", "movie"),
+    "emoji": ("noto", "fluent-emoji-flat", "openmoji"),
+    "sotu": ("2005-2021",),
+}
+DOMAINS_OF = {"sentiment": tuple(DOMAINS), "emoji": tuple(STYLES), "sotu": tuple(ERAS)}
+KIND = {"sentiment": "lora", "emoji": "dinov2", "sotu": "gpt2"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "learned coefficients (blend)": {"method": "blend"},
+    "without the gate": {"gate": False},
+}
+
+
+def overrides(benchmark: str, target: str, size: int | None) -> list[str]:
+    """Return what turns the benchmark's recipe into that of another target and number of labels."""
+    others = [domain for domain in DOMAINS_OF[benchmark] if domain != target]
+    sources = json.dumps([f"{benchmark}/sources/{KIND[benchmark]}-{domain}" for domain in others])
+    if benchmark == "emoji":
+        data = [f"data.data_dir={benchmark}/{target}"]
+    else:
+        data = [f"data.data_files.{split}={benchmark}/{target}/{split}.csv" for split in ("train", "test")]
+    return [f"sources={sources}", f"final_epochs={EPOCHS[benchmark][size]}", *data]
+
+
+def run(benchmark: str, target: str, size: int | None, seed: int, cache: Path, variants: bool) -> Comparison:
+    """Run all methods for one target, number of labels and seed, and return the results of that target so far."""
+    recipe = Recipe.from_yaml(RECIPES / f"{benchmark}.yaml", overrides(benchmark, target, size))
+    folder = cache / "comparisons" / f"{benchmark}-{target}-{size or 'all'}"
+    return compare(recipe, folder, sizes=[size], seeds=[seed], variants=VARIANTS if variants else {})
+
+
+def gathered(benchmark: str, cache: Path) -> Iterator[dict[str, Any]]:
+    """Yield every result that the cache holds, with its target."""
+    for size in EPOCHS[benchmark]:
+        for target in TARGETS[benchmark]:
+            folder = cache / "comparisons" / f"{benchmark}-{target}-{size or 'all'}"
+            if (folder / "comparison.json").exists():
+                for result in Comparison.load(folder).results:
+                    yield {"target": target, "labels": size or "all", **asdict(result)}
+
+
+def save(benchmark: str, cache: Path) -> None:
+    """Write what there is to the results file."""
+    rows = list(gathered(benchmark, cache))
+    record = {"command": f"python -m tests.benchmarks.compare {benchmark}", "results": rows}
+    text = json.dumps(record).replace('}, {"target"', '},\n{"target"')
+    (RESULTS / f"{benchmark}.json").write_text(text + "\n")
+
+
+def tables(benchmark: str) -> str:
+    """Return one table per number of labels; runs of several targets count as seeds."""
+    rows = json.loads((RESULTS / f"{benchmark}.json").read_text())["results"]
+    texts = []
+    for labels in dict.fromkeys(row["labels"] for row in rows):
+        mine = [row for row in rows if row["labels"] == labels]
+        names = list(dict.fromkeys((row["target"], row["seed"]) for row in mine))
+        results = [
+            Result(
+                "source:mean of all" if row["method"].startswith("source:") else row["method"],
+                0,
+                names.index((row["target"], row["seed"])),
+                row["merged"],
+                row["final"],
+                row["seconds"],
+            )
+            for row in mine
+        ]
+        texts.append(f"{benchmark}, {labels} labels, {len(names)} runs\n\n{Comparison(results, {}).table(0)}")
+    return "\n\n".join(texts)
+
+
+def main() -> None:
+    """Run what is missing, then print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmarks", nargs="+", choices=EPOCHS)
+    parser.add_argument("--cache", type=Path, default=cache_folder())
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--sizes", nargs="+", choices=("64", "256", "all"), default=["64", "256", "all"])
+    parser.add_argument("--targets", nargs="+", help="default: those of the benchmark")
+    parser.add_argument("--variants", action="store_true", help="also run variants of ours")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("grasp_hf.compare").setLevel(logging.INFO)
+    os.chdir(args.cache)  # the recipes' paths start there
+    for benchmark in args.benchmarks:
+        for seed in [] if args.table else args.seeds:
+            for size in (None if size == "all" else int(size) for size in args.sizes):
+                for target in args.targets or TARGETS[benchmark]:
+                    run(benchmark, target, size, seed, args.cache, args.variants)
+                    save(benchmark, args.cache)
+        print(f"\n{tables(benchmark)}")
+
+
+if __name__ == "__main__":
+    main()

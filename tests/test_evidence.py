@@ -1,0 +1,244 @@
+"""Losses per sample and their differences, against one sample at a time, closed forms and a jackknife."""
+
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    default_data_collator,
+)
+
+from grasp_hf.evidence import Change, Judgement, change, joined, judge
+from tests.models import tiny_data, tiny_model
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 50,
+    "max_position_embeddings": 16,
+}
+TEXTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15], [16, 17, 18, 19, 20], [21, 22, 23, 24, 25, 26, 27, 28]]
+
+
+def judged(model: Any, data: Any, batch_size: int = 5, collator: Any = default_data_collator) -> Judgement:
+    return judge(model, data, collator, Accelerator(), batch_size)
+
+
+def padded(samples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """A batch of texts of several lengths; what is filled up has no label."""
+    length = {key: max(len(sample[key]) for sample in samples) for key in samples[0]}
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        key: torch.tensor([sample[key] + [fill[key]] * (length[key] - len(sample[key])) for sample in samples])
+        for key in samples[0]
+    }
+
+
+class Fixed:
+    """A classifier whose logits are its input."""
+
+    main_input_name = "inputs"
+    config = SimpleNamespace(num_labels=2, is_encoder_decoder=False)
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the inputs as logits."""
+        return {"loss": cross_entropy(inputs, labels), "logits": inputs}
+
+    def can_generate(self) -> bool:
+        """It writes no text."""
+        return False
+
+
+def of_logits(logits: Tensor, labels: Tensor) -> Judgement:
+    return judged(Fixed(), [{"inputs": row, "labels": int(label)} for row, label in zip(logits, labels, strict=True)])
+
+
+def of_losses(losses: Any, terms: Any = None) -> Judgement:
+    found = torch.as_tensor(losses, dtype=torch.float64)
+    return Judgement(found, torch.ones_like(found) if terms is None else torch.as_tensor(terms).double(), found, None)
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert", "resnet"])
+def test_a_classifier_has_one_loss_per_sample(kind: str) -> None:
+    model, data = tiny_model(kind).eval(), tiny_data(kind, 12)
+    found = judged(model, data)
+    logits = torch.cat([model(**data[n : n + 1]).logits.detach() for n in range(12)])
+    labels = data[:]["labels"]
+    expected = -logits.double().log_softmax(-1)[range(12), labels]
+    torch.testing.assert_close(found.losses, expected, atol=1e-6, rtol=0)
+    assert found.losses.dtype == torch.float64 and found.terms.tolist() == [1] * 12
+    assert found.correct == int((logits.argmax(-1) == labels).sum())
+    assert found.loss == pytest.approx(float(model(**data[:]).loss), abs=1e-6)
+    assert found.evaluation() == {"loss": found.loss, "accuracy": found.correct / 12}
+
+
+def test_a_text_of_a_language_model_has_the_loss_that_it_has_alone() -> None:
+    model = tiny_model("gpt2").eval()
+    samples = [{"input_ids": text, "attention_mask": [1] * len(text), "labels": text} for text in TEXTS]
+    found = judged(model, samples, batch_size=3, collator=padded)
+    alone = [float(model(**padded([sample])).loss) for sample in samples]
+    assert found.terms.tolist() == [len(text) - 1 for text in TEXTS], "the first token is predicted from nothing"
+    assert found.losses.tolist() == pytest.approx([a * (len(t) - 1) for a, t in zip(alone, TEXTS, strict=True)])
+    assert found.loss == pytest.approx(float(model(**padded(samples)).loss)), "the mean over tokens, not over texts"
+    assert found.loss != pytest.approx(sum(alone) / len(alone), abs=1e-4)
+    assert found.evaluation() == {"loss": found.loss} and torch.equal(found.calibrated, found.losses)
+
+
+def test_tokens_without_a_label_count_for_nothing() -> None:
+    model = tiny_model("gpt2").eval()
+    texts = [TEXTS[1], TEXTS[4]]
+    samples = [{"input_ids": text, "labels": [-100] * 3 + text[3:]} for text in texts]
+    silent = {"input_ids": TEXTS[3], "labels": [-100] * 5}
+    found = judged(model, [*samples, silent], collator=padded)
+    assert found.terms.tolist() == [3, 5, 0] and float(found.losses[2]) == 0
+    assert found.loss == pytest.approx(float(model(**padded(samples)).loss))
+
+
+def test_the_decoder_of_an_encoder_and_decoder_predicts_every_label() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "decoder_start_token_id": 0}
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(num_layers=1, num_heads=2, **sizes)).eval()
+    samples = [{"input_ids": t, "attention_mask": [1] * len(t), "labels": t[::-1][:4]} for t in TEXTS]
+    found = judged(model, samples, batch_size=2, collator=padded)
+    assert found.terms.tolist() == [3, 4, 2, 4, 4]
+    alone = [float(model(**padded([sample])).loss) for sample in samples]
+    assert found.losses.tolist() == pytest.approx([a * t for a, t in zip(alone, [3, 4, 2, 4, 4], strict=True)])
+    assert found.loss == pytest.approx(float(model(**padded(samples)).loss))
+
+
+def test_other_tasks_are_judged_by_the_batch() -> None:
+    torch.manual_seed(0)
+    model = BertForTokenClassification(BertConfig(**{**SMALL, "num_labels": 3})).eval()
+    samples = [
+        {"input_ids": t, "attention_mask": [1] * len(t), "labels": [-100, *[n % 3 for n in t[1:]]]} for t in TEXTS
+    ]
+    found = judged(model, samples, batch_size=2, collator=padded)
+    batches = [samples[:2], samples[2:4], samples[4:]]
+    assert found.terms.tolist() == [7, 5, 7]
+    own = [float(model(**padded(batch)).loss) for batch in batches]
+    assert found.losses.tolist() == pytest.approx([a * t for a, t in zip(own, [7, 5, 7], strict=True)])
+    assert found.loss == pytest.approx(float(model(**padded(samples)).loss))
+    assert found.correct is None and torch.equal(found.calibrated, found.losses)
+
+
+def test_a_regression_is_judged_by_the_batch() -> None:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**{**SMALL, "num_labels": 1})).eval()
+    samples: list[dict[str, Any]] = [{"input_ids": torch.arange(n, n + 4), "labels": n / 3} for n in range(5)]
+    found = judged(model, samples, batch_size=2)
+    outputs = torch.cat([model(input_ids=s["input_ids"][None]).logits[0] for s in samples]).detach()
+    squares = (outputs - torch.arange(5) / 3) ** 2
+    assert found.terms.tolist() == [2, 2, 1]
+    assert found.losses.tolist() == pytest.approx([float(s.sum()) for s in squares.split(2)], rel=1e-5)
+    assert found.loss == pytest.approx(float(squares.mean())) and found.evaluation() == {"loss": found.loss}
+
+
+def test_calibration_by_hand() -> None:
+    """Three right and one wrong by the same margin: it is best when the model says 3/4, a margin of log 3."""
+    for factor in (0.5, 1, 4):
+        logits = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]]) * math.log(3) * factor
+        found = of_logits(logits, torch.zeros(4, dtype=torch.long))
+        assert found.calibrated.tolist() == pytest.approx([math.log(4 / 3)] * 3 + [math.log(4)])
+        assert found.calibrated_loss == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
+        right, wrong = (math.log1p(3**-factor), math.log1p(3**factor))
+        assert found.losses.tolist() == pytest.approx([right] * 3 + [wrong])
+        assert found.correct == 3
+
+
+def test_calibration_never_raises_the_loss_and_forgets_the_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 3
+    for noise in (0.5, 1.0):
+        logits = torch.nn.functional.one_hot(labels, 3) + noise * torch.randn(40, 3, generator=generator)
+        found = [of_logits(logits * scale, labels) for scale in (0.1, 0.5, 1, 2, 50)]
+        assert all(judgement.calibrated_loss <= judgement.loss for judgement in found)
+        assert found[0].calibrated_loss < found[0].loss and found[4].calibrated_loss < found[4].loss / 2
+        for judgement in found[1:4:2]:
+            torch.testing.assert_close(judgement.calibrated, found[2].calibrated)
+
+
+def test_the_change_of_samples_with_one_term_each_is_that_of_the_textbook() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, after = torch.rand(2, 30, generator=generator, dtype=torch.float64)
+    found = change(of_losses(before), of_losses(after))
+    difference = after - before
+    assert (found.samples, found.mean) == (30, pytest.approx(float(difference.mean())))
+    assert found.standard_error == pytest.approx(float(difference.std(correction=1)) / math.sqrt(30))
+    assert found.half_interval == pytest.approx(1.96 * found.standard_error)
+    back = change(of_losses(after), of_losses(before))
+    assert (back.mean, back.standard_error) == pytest.approx((-found.mean, found.standard_error))
+
+
+def test_the_change_is_one_of_calibrated_losses() -> None:
+    labels = torch.zeros(4, dtype=torch.long)
+    logits = torch.tensor([[2.0, 0.0], [3.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    found = change(of_logits(logits, labels), of_logits(logits * 4, labels))
+    assert (found.mean, found.standard_error) == pytest.approx((0, 0), abs=1e-12)
+
+
+def test_the_standard_error_of_ragged_texts_is_that_of_a_jackknife() -> None:
+    generator = torch.Generator().manual_seed(0)
+    terms = torch.randint(1, 30, (200,), generator=generator).double()
+    before = terms * (2 + torch.rand(200, generator=generator, dtype=torch.float64))
+    after = before + terms * (0.1 + 0.5 * torch.randn(200, generator=generator, dtype=torch.float64))
+    found = change(of_losses(before, terms), of_losses(after, terms))
+    ratios = torch.stack(
+        [(after - before)[keep].sum() / terms[keep].sum() for keep in ~torch.eye(200, dtype=torch.bool)]
+    )
+    jackknife = math.sqrt(199 / 200 * float(((ratios - ratios.mean()) ** 2).sum()))
+    assert found.mean == pytest.approx(float((after - before).sum() / terms.sum()))
+    assert found.standard_error == pytest.approx(jackknife, rel=0.02)
+    unweighted = float(((after - before) / terms).std()) / math.sqrt(200)
+    assert abs(unweighted / jackknife - 1) > 0.05, "the test means something only if lengths matter"
+
+
+def test_one_sample_says_nothing() -> None:
+    found = change(of_losses([1.0]), of_losses([9.0]))
+    assert (found.mean, found.standard_error, found.samples) == (8, math.inf, 1)
+    assert not found.harms and found.samples_to_see() is None
+    report = found.report()
+    assert report.half_interval is None and str(report) == "+8.000 ± ?"
+    json.dumps(vars(report), allow_nan=False)
+
+
+def test_harm_is_more_than_the_standard_error() -> None:
+    assert Change(0.11, 0.1, 9).harms
+    assert not Change(0.1, 0.1, 9).harms and not Change(-0.5, 0.1, 9).harms and not Change(0.0, 0.0, 9).harms
+
+
+def test_how_many_samples_would_see_a_change() -> None:
+    assert Change(0.1, 0.2, 25).samples_to_see() == math.ceil(25 * (1.96 * 2) ** 2) == 385
+    assert Change(-0.1, 0.2, 25).samples_to_see() == 385
+    assert Change(0.0, 0.2, 25).samples_to_see() is None
+    difference = torch.tensor([0.0, 1.0, -0.5, 0.3] * 5, dtype=torch.float64)
+    few = change(of_losses(torch.zeros(20)), of_losses(difference))
+    more = few.samples_to_see()
+    assert more is not None and more > 20 and few.half_interval > abs(few.mean)
+    for number, seen in ((more - 20, False), (more + 40, True)):
+        many = difference.repeat(number // 20 + 1)[: number // 4 * 4]
+        found = change(of_losses(torch.zeros(len(many))), of_losses(many))
+        assert (found.half_interval < abs(found.mean)) == seen
+
+
+def test_two_sets_of_samples_as_one() -> None:
+    a, b = of_losses([1.0, 2.0], [1, 2]), of_losses([3.0], [3])
+    both = joined(a, b)
+    assert (both.losses.tolist(), both.terms.tolist(), both.correct) == ([1, 2, 3], [1, 2, 3], None)
+    assert both.loss == both.calibrated_loss == 1
+    labels = torch.zeros(2, dtype=torch.long)
+    c, d = of_logits(torch.tensor([[1.0, 0], [0, 1]]), labels), of_logits(torch.tensor([[1.0, 0], [2, 0]]), labels)
+    assert joined(c, d).correct == 3 and joined(c, d).evaluation()["accuracy"] == 0.75
+    assert torch.equal(joined(c, d).calibrated, torch.cat([c.calibrated, d.calibrated]))
