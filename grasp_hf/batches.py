@@ -1,4 +1,4 @@
-"""Batches of the user's data, and what a model makes of them: a loss, an evaluation."""
+"""Batches of the user's data, and what a model makes of them: a loss, and how many terms it is the mean of."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 
@@ -74,7 +73,7 @@ def batch_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Any]:
             "prepare the data set with the model's tokenizer or processor"
         )
     labels, classes = batch.get("labels"), model.config.num_labels or 0
-    if isinstance(labels, Tensor) and "Classification" in type(model).__name__ and _is_class_ids(labels):
+    if isinstance(labels, Tensor) and "Classification" in type(model).__name__ and is_class_ids(labels):
         if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise DataError(
                 f"a batch holds labels from {int(labels.min())} to {int(labels.max())}, expected 0 to {classes - 1}, the "
@@ -103,31 +102,6 @@ def batch_weight(model: PreTrainedModel, batch: Batch) -> int:
     return max(1, int((labels != -100).sum()))
 
 
-@torch.no_grad()
-def evaluate(
-    model: PreTrainedModel, dataset: Any, collator: Collator, accelerator: Accelerator, batch_size: int
-) -> dict[str, float]:
-    """Return `loss`, the mean over samples (or tokens) of `model` in its mode, and `accuracy` in [0, 1] for a classifier."""
-    loader = accelerator.prepare_data_loader(DataLoader(dataset, batch_size=batch_size, collate_fn=collator))
-    loss, terms, correct, samples, classifies = 0.0, 0, 0, 0, True
-    for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None):
-        batch_mean, output = batch_loss(model, batch)
-        weight = batch_weight(model, batch)
-        loss += float(batch_mean) * weight
-        terms += weight
-        samples += len(next(iter(batch.values())))
-        classifies = classifies and _is_classification(batch, output)
-        if classifies:
-            correct += int((output["logits"].argmax(-1) == batch["labels"]).sum())
-    return {"loss": loss / terms, **({"accuracy": correct / samples} if classifies else {})}
-
-
-def _is_class_ids(labels: Tensor) -> bool:
+def is_class_ids(labels: Tensor) -> bool:
     """Whether there is one class id per sample."""
     return labels.ndim == 1 and not labels.is_floating_point()
-
-
-def _is_classification(batch: Batch, output: Any) -> bool:
-    """Whether there is one class id per sample, and one logit per class for it."""
-    labels, logits = batch.get("labels"), output.get("logits")
-    return labels is not None and logits is not None and _is_class_ids(labels) and logits.ndim == 2

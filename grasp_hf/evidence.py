@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .batches import Batch, Collator, batch_loss, batch_weight
+from .batches import Batch, Collator, batch_loss, batch_weight, is_class_ids
 from .report import ChangeReport
 
 SCALES = tuple(2 ** (half / 2) for half in range(-6, 9))  # of the logits, from 1/8 to 16
@@ -89,9 +89,10 @@ class Change:
         return math.ceil(self.samples * (self.half_interval / self.mean) ** 2)
 
 
-def change(before: Judgement, after: Judgement) -> Change:
-    """Return the difference of the mean calibrated loss, with the standard error of a ratio of sums (linearised)."""
-    difference, terms = after.calibrated - before.calibrated, before.terms
+def change(before: Judgement, after: Judgement, *, calibrated: bool = True) -> Change:
+    """Return the difference of the mean loss, calibrated or not, with the standard error of a ratio of sums (linearised)."""
+    difference = after.calibrated - before.calibrated if calibrated else after.losses - before.losses
+    terms = before.terms
     samples, total = len(terms), float(terms.sum())
     mean = float(difference.sum()) / total
     if samples < 2:
@@ -152,9 +153,7 @@ def _token_losses(logits: Tensor, labels: Tensor, *, shifted: bool) -> tuple[Ten
 def _is_classification(batch: Batch, output: Any) -> bool:
     """Whether there is one class id per sample, and one logit per class for it."""
     labels, logits = batch.get("labels"), output.get("logits")
-    if labels is None or logits is None:
-        return False
-    return labels.ndim == 1 and not labels.is_floating_point() and logits.ndim == 2
+    return labels is not None and logits is not None and is_class_ids(labels) and logits.ndim == 2
 
 
 def _is_language(model: PreTrainedModel, batch: Batch, output: Any) -> bool:

@@ -43,10 +43,12 @@ def finetune_on_line_(
 ) -> FinetuneReport:
     """Fine-tune, then go back on the line between the weights before and after (WiSE-FT, arXiv:2109.01903) if need be.
 
-    The point taken is the farthest whose loss is not above the lowest one by more than the standard error of their
-    difference. With held-out samples they judge. Without, the labels are cut into two halves at random: each half trains
-    a model, which the other half judges along its line, and the point is taken on the line to the mean of the two
-    models (a soup, arXiv:2203.05482). Both together make as many steps as one fine-tuning on all labels.
+    Few samples cannot tell neighbouring points apart: the middle one is taken of those whose loss is not above the lowest
+    one by more than the standard error of their difference. That loss is not calibrated, because fine-tuning also mends
+    the scale of the logits, or spoils it. With held-out samples they judge. Without, the labels are cut into two halves
+    at random: each half trains a model, which the other half judges along its line, and the point is taken on the line
+    to the mean of the two models (a soup, arXiv:2203.05482). Both together make as many steps as one fine-tuning on all
+    labels.
 
     Args:
         tensors: The model's, changed in place.
@@ -86,8 +88,10 @@ def finetune_on_line_(
         for name, tensor in after.items():
             interpolate_(tensor, tensor.clone(), other[name], 0.5)
     judges = "evaluation data" if held_out is not None else "two halves of the labels"
-    lowest = min(line, key=lambda judgement: judgement.calibrated_loss)
-    share = max(share for share, point in zip(SHARES, line, strict=True) if not change(lowest, point).harms)
+    lowest = min(line, key=lambda judgement: judgement.loss)
+    changes = [change(lowest, point, calibrated=False) for point in line]
+    as_good = [share for share, to_it in zip(SHARES, changes, strict=True) if not to_it.harms]
+    share = as_good[len(as_good) // 2]
     _go(tensors, before, after, share)
     return FinetuneReport(
         share=share,

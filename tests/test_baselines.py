@@ -37,8 +37,8 @@ from grasp_hf.baselines import (
     ties_,
     wide_like,
 )
-from grasp_hf.batches import evaluate
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, NonFiniteError
+from grasp_hf.evidence import judge
 from grasp_hf.finetune import finetune_
 from grasp_hf.mapped import MappedTensors
 from grasp_hf.matching import movable_tensors, partition
@@ -658,7 +658,7 @@ def test_ensemble_of_one_source_is_its_evaluation_and_leaves_out_ignored_tokens(
     found = ensemble_evaluation(trial, data, collator, accelerator, 4)
     assert_close(trial.model, base, tolerance=0)
     place(trial.model, source)
-    assert found == pytest.approx(evaluate(trial.model, data, collator, accelerator, 4), rel=1e-5)
+    assert found == pytest.approx(judge(trial.model, data, collator, accelerator, 4).evaluation(), rel=1e-5)
 
 
 def test_ensemble_refuses_labels_that_are_no_classes(tmp_path: Path) -> None:
@@ -701,7 +701,7 @@ def test_fusion_of_one_source_is_that_source(tmp_path: Path) -> None:
     fusion = logit_fusion(trial)
     place(trial.model, source)
     data, accelerator = tiny_data("gpt2", 10), Accelerator(cpu=True)
-    scores = [evaluate(m, data, default_data_collator, accelerator, 4) for m in (fusion, trial.model)]
+    scores = [judge(m, data, default_data_collator, accelerator, 4).evaluation() for m in (fusion, trial.model)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 
 
@@ -724,11 +724,11 @@ def test_fusion_trains_all_members_and_keeps_the_best_epoch(kind: str, tmp_path:
     fusion = logit_fusion(trial_of(kind, fine_tunes(kind, 2), tmp_path))
     assert isinstance(fusion, LogitFusion)
     data, accelerator = tiny_data(kind, SAMPLES), Accelerator(cpu=True)
-    before, start = copies(fusion), evaluate(fusion, data, default_data_collator, accelerator, 4)
+    before, start = copies(fusion), judge(fusion, data, default_data_collator, accelerator, 4).evaluation()
     config = GraspConfig(batch_size=BATCH, training_arguments={"learning_rate": 0.01, "use_cpu": True})
     finetune_(fusion, data, data, default_data_collator, config, epochs=3, seed=0, directory=tmp_path)
     fusion.eval()
-    after = evaluate(fusion, data, default_data_collator, accelerator, 4)
+    after = judge(fusion, data, default_data_collator, accelerator, 4).evaluation()
     assert after["loss"] < start["loss"]
     changed = {n.partition(".")[0] for n, t in copies(fusion).items() if not torch.equal(t, before[n])}
     assert changed == {"member_0", "member_1"}

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -88,17 +89,17 @@ def tables(benchmark: str) -> str:
     for labels in dict.fromkeys(row["labels"] for row in rows):
         mine = [row for row in rows if row["labels"] == labels]
         names = list(dict.fromkeys((row["target"], row["seed"]) for row in mine))
-        results = [
-            Result(
-                "source:mean of all" if row["method"].startswith("source:") else row["method"],
-                0,
-                names.index((row["target"], row["seed"])),
-                row["merged"],
-                row["final"],
-                row["seconds"],
-            )
-            for row in mine
-        ]
+        results = []
+        for number, name in enumerate(names):
+            run = [row for row in mine if (row["target"], row["seed"]) == name]
+            alone = [row["final"] for row in run if row["method"].startswith("source:")]
+            mean = {key: fmean(final[key] for final in alone) for key in alone[0]}
+            results.append(Result("source:(mean of all)", 0, number, {}, mean, 0.0))
+            results += [
+                Result(row["method"], 0, number, row["merged"], row["final"], row["seconds"])
+                for row in run
+                if not row["method"].startswith("source:")
+            ]
         texts.append(f"{benchmark}, {labels} labels, {len(names)} runs\n\n{Comparison(results, {}).table(0)}")
     return "\n\n".join(texts)
 

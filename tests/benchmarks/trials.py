@@ -1,209 +1,295 @@
-"""Trials behind the default: which rule turns sources away, and how far to go with fine-tuning, on real sentiment.
+"""Trials behind the default: which sources to turn away, and how far to go with fine-tuning, on real data.
 
-Run it with `python -m tests.benchmarks.trials nyt amazonHL movie` after `python -m tests.benchmarks.sources --kinds
-lora`. All models are small enough to be kept in memory, so that many rules are tried quickly, outside the engine. The
-target domain gives labels, the sources are the adapters of the six others. For each rule sources are averaged one after
-the other, the one with the lowest loss on the labels first or in a random order; a source stays
+Run it with `python -m tests.benchmarks.trials lora:nyt dinov2:noto` after `python -m tests.benchmarks.sources`: the kind
+of the sources, and the domain whose labels there are. All models are small enough to be kept in memory, so that many rules
+are tried quickly, outside the engine. Losses that choose are those of the labels, calibrated as in `grasp_hf.evidence`; a
+score is loss and accuracy on `TEST` test samples.
 
+`rules`: sources are averaged one after the other, the one with the lowest loss first (`loss`) or in a random order
+(`given`). A source stays
+
+- `first`: if it is the first;
 - `all`: always;
-- `harm`: unless the mean loss of the labels rises by more than its standard error;
+- `harm`: unless the mean loss rises by more than its standard error, `harm/2`: by more than half of it;
 - `rise`: unless it rises;
 - `help`: only if it falls by more than its standard error.
 
-Losses are calibrated, as in `grasp_hf.evidence`. `merged` and `tuned` are loss and accuracy on 500 test texts before
-and after fine-tuning. With `--line` the merge of `harm` is fine-tuned on all labels, and on two halves of them whose models
-are averaged, and scored half-way and at the end. Results stand in `tests/benchmarks/results/trials.jsonl`.
+`merged` is its score, `half` and `end` those half-way and at the end of fine-tuning.
+
+`line`: the merge of `harm` in the order of the loss is fine-tuned, on all labels (`whole`), or on two halves of them whose
+models are averaged (`halves`), and scored along the line from before to after. `least` is the point of that line where
+the loss of each half in the other's model is lowest; of the points where it is not higher by more than its standard
+error, `farthest` is the last one and `middle` the middle one. The loss is calibrated or plain.
+
+Results stand in `tests/benchmarks/results/trials.jsonl`; `--table` prints their means, and differences to the first line.
 """
 
 import argparse
 import json
 import math
 import random
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pandas import read_csv
+import transformers
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
 
+from grasp_hf.compare import interval
 from grasp_hf.evidence import SCALES
+from grasp_hf.report import markdown_table
 from tests.benchmarks.packages import cache_folder
-from tests.benchmarks.sentiment import DOMAINS, LABELS
-from tests.benchmarks.sources import source_folder
+from tests.benchmarks.sources import KINDS, Kind, source_folder
+from tests.benchmarks.training import collator_for
 
 RESULTS = Path(__file__).parent / "results" / "trials.jsonl"
-POOL, TEST, TOKENS, BATCH = 2000, 500, 32, 16
-STEPS = {64: 32, 256: 96}
-RULES = ("all", "harm", "rise", "help")
+TEST, BATCH = 400, 16
+EPOCHS = {64: 8, 256: 6}
+RULES = ("harm", "harm/2", "first", "all", "rise", "help")
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 State = dict[str, Tensor]
-Samples = list[tuple[list[int], int]]
-
-
-def samples(cache: Path, domain: str, split: str, limit: int) -> Samples:
-    """Return texts as token ids, with the index of their label."""
-    tokenizer = AutoTokenizer.from_pretrained(cache / "models" / "minilm")
-    table = read_csv(cache / "sentiment" / domain / f"{split}.csv", keep_default_na=False)[:limit]
-    ids = tokenizer(list(table["text"]), truncation=True, max_length=TOKENS)["input_ids"]
-    return list(zip(ids, [LABELS.index(label) for label in table["label"]], strict=True))
-
-
-def batch(rows: Samples) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the inputs and labels of samples."""
-    width = max(len(ids) for ids, _ in rows)
-    inputs = {
-        "input_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
-    }
-    return inputs, torch.tensor([label for _, label in rows])
+Score = tuple[float, float]
 
 
 class Laboratory:
     """A network whose weights are exchanged for those of states."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, kind: Kind, cache: Path) -> None:
         """Load the base model."""
-        self.net: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(cache / "models" / "minilm")
-        self.parameters = dict(self.net.named_parameters())
+        base = kind.base(cache)
+        self.processor = AutoProcessor.from_pretrained(base)
+        self.net: PreTrainedModel = kind.auto.from_pretrained(base)
+        self.collate = collator_for(self.net, self.processor)
+
+    def draw(self, samples: Sequence[Any], count: int, seed: int) -> list[Any]:
+        """Return so many of the samples, drawn at random."""
+        return [samples[index] for index in random.Random(seed).sample(range(len(samples)), min(count, len(samples)))]
+
+    def state(self) -> State:
+        """Return a copy of the network's weights and statistics."""
+        return {name: value.clone() for name, value in self.net.state_dict().items()}
 
     @torch.no_grad()
-    def put(self, state: State) -> None:
-        """Let the network hold `state`."""
-        for name, value in state.items():
-            self.parameters[name].copy_(value)
-
-    @torch.no_grad()
-    def logits(self, state: State, rows: Samples) -> tuple[Tensor, Tensor]:
+    def logits(self, state: State, samples: list[Any]) -> tuple[Tensor, Tensor]:
         """Return logits `(n, classes)` and labels `(n,)`."""
-        self.put(state)
+        self.net.load_state_dict(state)
         self.net.eval()
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
-        found = torch.zeros(len(rows), len(LABELS))
-        for start in range(0, len(order), 64):
-            chosen = order[start : start + 64]
-            found[chosen] = self.net(**batch([rows[index] for index in chosen])[0]).logits
-        return found, torch.tensor([label for _, label in rows])
+        found, labels = [], []
+        for start in range(0, len(samples), 64):
+            batch = self.collate(samples[start : start + 64])
+            found.append(self.net(**batch).logits)
+            labels.append(batch["labels"])
+        return torch.cat(found), torch.cat(labels)
 
-    def calibrated(self, state: State, rows: Samples) -> Tensor:
-        """Return the loss of each sample at the scale of the logits that makes their sum least."""
-        logits, labels = self.logits(state, rows)
-        scaled = [cross_entropy(logits * scale, labels, reduction="none") for scale in SCALES]
+    def losses(self, state: State, samples: list[Any], scales: Sequence[float] = (1.0,)) -> Tensor:
+        """Return the loss of each sample at that one of the scales of the logits that makes their sum least."""
+        logits, labels = self.logits(state, samples)
+        scaled = [cross_entropy(logits * scale, labels, reduction="none") for scale in scales]
         return min(scaled, key=lambda values: float(values.sum()))
 
-    def score(self, state: State, rows: Samples) -> tuple[float, float]:
+    def score(self, state: State, samples: list[Any]) -> Score:
         """Return loss and accuracy."""
-        logits, labels = self.logits(state, rows)
+        logits, labels = self.logits(state, samples)
         return float(cross_entropy(logits, labels)), float((logits.argmax(-1) == labels).float().mean())
 
-    def tuned(self, state: State, rows: Samples, steps: int, rate: float, seed: int) -> State:
+    def tuned(self, state: State, samples: list[Any], rate: float, seed: int, epochs: int) -> State:
         """Return the state after fine-tuning with AdamW and a linear schedule."""
-        self.put(state)
+        self.net.load_state_dict(state)
         self.net.train()
         torch.manual_seed(seed)
-        shuffled, queue = random.Random(seed), list[int]()
-        adam = torch.optim.AdamW(self.net.parameters(), lr=rate, weight_decay=0.01)
+        steps = epochs * math.ceil(len(samples) / BATCH)
+        adam = torch.optim.AdamW(self.net.parameters(), lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: max(0.0, 1 - step / steps))
-        for _ in range(steps):
-            if len(queue) < min(BATCH, len(rows)):
-                more = list(range(len(rows)))
-                shuffled.shuffle(more)
-                queue += more
-            chosen, queue = queue[:BATCH], queue[BATCH:]
-            inputs, labels = batch([rows[index] for index in chosen])
-            adam.zero_grad()
-            cross_entropy(self.net(**inputs).logits, labels).backward()
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-            adam.step()
-            schedule.step()
-        return {name: value.detach().clone() for name, value in self.parameters.items()}
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(samples)).split(BATCH):
+                adam.zero_grad()
+                self.net(**self.collate([samples[index] for index in chosen.tolist()])).loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+                adam.step()
+                schedule.step()
+        return self.state()
 
 
 def between(start: State, end: State, share: float) -> State:
-    """Return a point of the line between two states."""
-    return {name: torch.lerp(start[name], end[name], share) for name in start}
+    """Return a point of the line between two states; counters stay."""
+    return {
+        name: torch.lerp(value, end[name], share) if value.is_floating_point() else value
+        for name, value in start.items()
+    }
 
 
-def sources(cache: Path, target: str) -> dict[str, State]:
-    """Return the weights of every adapter but the target's, merged into the base."""
+def sources(kind: str, cache: Path, target: str) -> dict[str, State]:
+    """Return the weights of every source but the target's, adapters merged into the base."""
     found = {}
-    for domain in (domain for domain in DOMAINS if domain != target):
-        base = AutoModelForSequenceClassification.from_pretrained(cache / "models" / "minilm")
-        merged = PeftModel.from_pretrained(base, source_folder(cache, "lora", domain)).merge_and_unload()
-        found[domain] = {name: value.detach().clone() for name, value in merged.named_parameters()}
+    for domain in KINDS[kind].domains:
+        folder = source_folder(cache, kind, domain)
+        if domain == target or not folder.exists():
+            continue
+        if KINDS[kind].lora:
+            base = KINDS[kind].auto.from_pretrained(KINDS[kind].base(cache))
+            model: Any = PeftModel.from_pretrained(base, folder).merge_and_unload()
+        else:
+            model = KINDS[kind].auto.from_pretrained(folder)
+        found[domain] = {name: value.detach().clone() for name, value in model.state_dict().items()}
     return found
 
 
-def stays(rule: str, before: Tensor, after: Tensor) -> bool:
-    """Whether a source stays, by the losses without it and with it."""
+def harms(before: Tensor, after: Tensor, errors: float = 1.0) -> bool:
+    """Whether the mean rises by more than so many of its standard errors."""
     difference = after - before
-    mean, error = float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
-    return {"all": True, "harm": mean <= error, "rise": mean <= 0, "help": mean <= -error}[rule]
+    return float(difference.mean()) > errors * float(difference.std()) / math.sqrt(len(difference))
 
 
 def merged(
-    lab: Laboratory, states: dict[str, State], order: list[str], labels: Samples, rule: str
+    lab: Laboratory, states: dict[str, State], order: list[str], labels: list[Any], rule: str
 ) -> tuple[State, list[str]]:
     """Return the mean of the sources that stay, and their names."""
     state, taken = states[order[0]], [order[0]]
-    losses = lab.calibrated(state, labels)
-    for name in order[1:]:
+    losses = lab.losses(state, labels, SCALES)
+    for name in [] if rule == "first" else order[1:]:
         candidate = between(state, states[name], 1 / (len(taken) + 1))
-        found = lab.calibrated(candidate, labels)
-        if stays(rule, losses, found):
+        found = lab.losses(candidate, labels, SCALES)
+        errors = {"all": math.inf, "harm": 1.0, "harm/2": 0.5, "rise": 0.0, "help": -1.0}[rule]
+        if not harms(losses, found, errors):
             state, losses = candidate, found
             taken.append(name)
     return state, taken
 
 
-def trial(cache: Path, target: str, size: int, seed: int, rate: float, line: bool) -> Iterator[dict[str, Any]]:
-    """Yield a row for each rule and order, or for each way of fine-tuning."""
-    lab, states, test = Laboratory(cache), sources(cache, target), samples(cache, target, "test", TEST)
-    pool = samples(cache, target, "train", POOL)
-    labels = [pool[index] for index in random.Random(seed).sample(range(len(pool)), size)]
-    by_loss = sorted(states, key=lambda name: float(lab.calibrated(states[name], labels).mean()))
-    given = list(states)
-    random.Random(seed + 99).shuffle(given)
-    common = {"target": target, "labels": size, "seed": seed, "rate": rate}
-    if line:
-        state, taken = merged(lab, states, by_loss, labels, "harm")
-        whole = lab.tuned(state, labels, STEPS[size], rate, seed)
-        halves = [lab.tuned(state, labels[k::2], STEPS[size] // 2, rate, seed + k) for k in (0, 1)]
-        for way, end in {"whole": whole, "halves": between(halves[0], halves[1], 0.5)}.items():
-            for share in (0.0, 0.5, 1.0):
-                yield common | {"way": way, "share": share, "tuned": lab.score(between(state, end, share), test)}
-        return
-    known: dict[frozenset[str], dict[str, Any]] = {}
-    for name, order in {"loss": by_loss, "given": given}.items():
+def rules(
+    lab: Laboratory,
+    states: dict[str, State],
+    orders: dict[str, list[str]],
+    labels: list[Any],
+    test: list[Any],
+    rate: float,
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each rule and order."""
+    known: dict[frozenset[str], dict[str, Score]] = {}
+    for name, order in orders.items():
         for rule in RULES:
             state, taken = merged(lab, states, order, labels, rule)
             if frozenset(taken) not in known:
-                tuned = lab.tuned(state, labels, STEPS[size], rate, seed)
-                known[frozenset(taken)] = {"merged": lab.score(state, test), "tuned": lab.score(tuned, test)}
-            yield common | {"order": name, "rule": rule, "taken": taken} | known[frozenset(taken)]
+                end = lab.tuned(state, labels, rate, seed, EPOCHS[len(labels)])
+                points = {"merged": state, "half": between(state, end, 0.5), "end": end}
+                known[frozenset(taken)] = {point: lab.score(state, test) for point, state in points.items()}
+            yield {"way": f"{rule}, {name}", "taken": taken, **known[frozenset(taken)]}
+
+
+def line(
+    lab: Laboratory, start: State, labels: list[Any], test: list[Any], rate: float, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each way of fine-tuning."""
+    epochs = EPOCHS[len(labels)]
+    whole = lab.tuned(start, labels, rate, seed, epochs)
+    yield {"way": "whole"} | {str(share): lab.score(between(start, whole, share), test) for share in SHARES}
+    halves = labels[::2], labels[1::2]
+    ends = [lab.tuned(start, half, rate, seed + k, epochs) for k, half in enumerate(halves)]
+    chosen = {}
+    for kind, scales in {"calibrated": SCALES, "plain": (1.0,)}.items():
+        judged = [
+            torch.cat([lab.losses(between(start, ends[k], share), halves[1 - k], scales) for k in (0, 1)])
+            for share in SHARES
+        ]
+        lowest = min(judged, key=lambda losses: float(losses.mean()))
+        as_good = [share for share, losses in zip(SHARES, judged, strict=True) if not harms(lowest, losses)]
+        chosen[f"least, {kind}"] = next(s for s, losses in zip(SHARES, judged, strict=True) if losses is lowest)
+        chosen[f"middle, {kind}"] = as_good[len(as_good) // 2]
+        chosen[f"farthest, {kind}"] = max(as_good)
+    mean = between(ends[0], ends[1], 0.5)
+    scores = {share: lab.score(between(start, mean, share), test) for share in SHARES}
+    yield (
+        {"way": "halves", "chosen": chosen}
+        | {str(share): score for share, score in scores.items()}
+        | {way: scores[share] for way, share in chosen.items()}
+    )
+
+
+def trial(
+    cache: Path, kind: str, target: str, size: int, seed: int, rate: float, parts: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one set of labels."""
+    lab, states = Laboratory(KINDS[kind], cache), sources(kind, cache, target)
+    test, pool = (KINDS[kind].examples(cache, target, split, lab.processor) for split in ("test", "train"))
+    test, labels = lab.draw(test, TEST, 0), lab.draw(pool, size, seed)
+    given = list(states)
+    random.Random(seed + 99).shuffle(given)
+    by_loss = sorted(states, key=lambda name: float(lab.losses(states[name], labels, SCALES).mean()))
+    common = {"kind": kind, "target": target, "labels": size, "seed": seed, "rate": rate}
+    if "rules" in parts:
+        probabilities = [lab.logits(state, test)[0].softmax(-1) for state in states.values()]
+        _, answers = lab.logits(states[given[0]], test)
+        mean = torch.stack(probabilities).mean(0)
+        right = float((mean.argmax(-1) == answers).float().mean())
+        loss = float(cross_entropy(mean.log(), answers))
+        yield common | {"part": "rules", "way": "ensemble", "merged": (loss, right)}
+        orders = {"loss": by_loss, "given": given}
+        for row in rules(lab, states, orders, labels, test, rate, seed):
+            yield common | {"part": "rules"} | row
+    if "line" in parts:
+        start, taken = merged(lab, states, by_loss, labels, "harm")
+        for row in line(lab, start, labels, test, rate, seed):
+            yield common | {"part": "line", "taken": taken} | row
+
+
+def table(rows: list[dict[str, Any]], part: str, number: int) -> str:
+    """Return means of the loss (0) or of the accuracy (1) by way and point, with differences to the first one."""
+    runs: dict[tuple[str, str], dict[tuple[Any, ...], float]] = {}
+    for row in rows:
+        if row["part"] == part:
+            run = tuple(row[key] for key in ("kind", "target", "labels", "seed", "rate"))
+            for point, score in row.items():
+                if isinstance(score, list) and isinstance(score[0], float):
+                    runs.setdefault((row["way"], point), {})[run] = score[number]
+    first = runs[("harm, loss", "half") if part == "rules" else ("halves", "middle, plain")]
+    return markdown_table(
+        [
+            {
+                "way": way,
+                "point": point,
+                "runs": str(len(values)),
+                "mean": f"{statistics.fmean(values.values()):.4f}",
+                "difference": interval([values[run] - first[run] for run in values if run in first], signed=True),
+            }
+            for (way, point), values in runs.items()
+        ]
+    )
 
 
 def main() -> None:
     """Run trials, append their rows to the results, and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="+", choices=DOMAINS)
+    parser.add_argument("targets", nargs="*", metavar="KIND:DOMAIN")
     parser.add_argument("--cache", type=Path, default=cache_folder())
-    parser.add_argument("--sizes", nargs="+", type=int, choices=STEPS, default=[64])
+    parser.add_argument("--sizes", nargs="+", type=int, choices=EPOCHS, default=[64])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--rate", type=float, default=2e-5)
-    parser.add_argument("--line", action="store_true", help="ways of fine-tuning instead of rules")
+    parser.add_argument("--rate", type=float, default=5e-5)
+    parser.add_argument("--parts", nargs="+", choices=("rules", "line"), default=["rules", "line"])
+    parser.add_argument("--table", action="store_true", help="also print the means of all results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for target in args.targets:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for seed in args.seeds:
         for size in args.sizes:
-            for seed in args.seeds:
-                for row in trial(args.cache, target, size, seed, args.rate, args.line):
+            for name in args.targets:
+                kind, _, target = name.partition(":")
+                for row in trial(args.cache, kind, target, size, seed, args.rate, args.parts):
                     print(row, flush=True)
                     with RESULTS.open("a") as file:
                         file.write(json.dumps(row) + "\n")
+    if args.table:
+        rows = [json.loads(text) for text in RESULTS.read_text().splitlines()]
+        for part in args.parts:
+            for number, measure in enumerate(("loss", "accuracy")):
+                print(f"\n{part}, {measure}\n\n{table(rows, part, number)}")
 
 
 if __name__ == "__main__":
