@@ -280,27 +280,34 @@ def _merge_sources(merger: GraspMerger, sources: list[str], data: TaskData, opti
     alone, judged_by = _control(merger, sources, data) if getattr(options, "control", False) else (None, "")
     try:
         merger.merge(sources, **data.merge_arguments())
+        if alone:
+            judges = data.test if judged_by == "test data" else data.validation
+            merged = merger.judge(judges, data_collator=data.collator)
+            gain = change(alone, merged).report()
+            merger.report.control = ControlReport(judged_by, alone.evaluation(), merged.evaluation(), gain)
+        print(f"\n{merger.report}\n")
+        if data.test is not None:
+            scores = merger.evaluate(data.test, data_collator=data.collator)
+            print("test: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
     except BaseException:
-        done = len(merger.report.steps) - before
-        if done and options.output:
-            merger.save_pretrained(options.output)
-            print(f"saved what was merged before: {done} of {len(sources)} sources, {options.output}")
+        if done := len(merger.report.steps) - before:
+            print(f"saved what was merged before: {done} of {len(sources)} sources, {_keep(merger, options)}")
         raise
-    if alone:
-        judges = data.test if judged_by == "test data" else data.validation
-        merged = merger.judge(judges, data_collator=data.collator)
-        merger.report.control = ControlReport(
-            judged_by, alone.evaluation(), merged.evaluation(), change(alone, merged).report()
-        )
-    print(f"\n{merger.report}\n")
-    if data.test is not None:
-        scores = merger.evaluate(data.test, data_collator=data.collator)
-        print("test: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
     if options.output:
         merger.save_pretrained(options.output)
         print(f"saved: {options.output}")
     if options.push_to_hub:
         _push(merger, options)
+
+
+def _keep(merger: GraspMerger, options: argparse.Namespace) -> Path:
+    """Save the merge in the output folder, or in a new one in the working directory, and return which."""
+    kept = options.output
+    if kept is None:
+        name = f"{options.push_to_hub.rpartition('/')[2]}-not-pushed"
+        kept = next(path for n in count(1) if not (path := Path(name if n == 1 else f"{name}-{n}")).exists())
+    merger.save_pretrained(kept)
+    return kept
 
 
 def _control(merger: GraspMerger, sources: list[str], data: TaskData) -> tuple[Judgement, str]:
@@ -320,11 +327,7 @@ def _push(merger: GraspMerger, options: argparse.Namespace) -> None:
     try:
         url = merger.push_to_hub(repo_id, private=options.private or None, create_pr=options.create_pr)
     except BaseException as error:
-        kept = options.output
-        if kept is None:
-            name = f"{repo_id.rpartition('/')[2]}-not-pushed"
-            kept = next(path for n in count(1) if not (path := Path(name if n == 1 else f"{name}-{n}")).exists())
-            merger.save_pretrained(kept)
+        kept = options.output or _keep(merger, options)
         if isinstance(error, PushError):
             raise PushError(f"{error}; the merged model is in the folder '{kept}'") from error
         print(f"not pushed; the merged model is in the folder '{kept}'")

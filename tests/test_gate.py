@@ -1,0 +1,287 @@
+"""What is kept of a transfer and of a fine-tuning."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grasp_hf import GraspConfig, GraspMerger
+from grasp_hf.evidence import Change, Judgement
+from grasp_hf.gate import SHARES, accepts, finetune_on_line_
+from grasp_hf.matching import movable_tensors
+from grasp_hf.report import ChangeReport, FinetuneReport, MergeReport
+from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
+
+Losses = Callable[[float, Sequence[float]], Sequence[float]]  # of a model with one weight, on samples
+
+
+def judgement(losses: Sequence[float]) -> Judgement:
+    found = torch.tensor(losses, dtype=torch.float64)
+    return Judgement(found, torch.ones_like(found), found, None)
+
+
+class Line:
+    """A model of one weight, whose training jumps to the mean of its samples."""
+
+    def __init__(self, losses: Losses, start: float = 0.0) -> None:
+        self.losses = losses
+        self.tensors = {"w": torch.tensor([start]), "count": torch.tensor(3)}
+        self.rooms = [{name: torch.full_like(value, 9) for name, value in self.tensors.items()} for _ in range(3)]
+        self.trained: list[tuple[list[float], int]] = []
+        self.judged: list[tuple[float, list[float]]] = []
+
+    def train(self, samples: Any, seed: int) -> None:
+        """Jump from where the weight must stand at the start."""
+        self.trained.append(([*samples], seed))
+        self.tensors["w"].fill_(sum(samples) / len(samples))
+        self.tensors["count"].add_(1)
+
+    def judge(self, samples: Any) -> Judgement:
+        """Note what judges."""
+        self.judged.append((float(self.tensors["w"]), [*samples]))
+        return judgement(self.losses(float(self.tensors["w"]), [*samples]))
+
+    def finetune(self, labels: Sequence[float], held_out: Sequence[float] | None = None) -> FinetuneReport:
+        """Go through the gate."""
+        return finetune_on_line_(self.tensors, self.rooms, self.train, self.judge, labels, held_out, 7)
+
+    @property
+    def weight(self) -> float:
+        """Where it is now."""
+        return float(self.tensors["w"])
+
+
+def noisy(weight: float, samples: Sequence[float], best: float, noise: float) -> list[float]:
+    """A parabola with its lowest mean at `best`, and on every second sample a slope of the other sign."""
+    return [(weight - best) ** 2 + noise * (weight - best) * (1 if i % 2 else -1) for i in range(len(samples))]
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "loss", "floor", "stays"),
+    [
+        (-0.1, 0.01, 1.0, None, True),
+        (0.1, 0.2, 1.0, None, True),
+        (0.1, 0.1, 1.0, None, True),
+        (0.11, 0.1, 1.0, None, False),
+        (0.1, 0.2, 1.01, 1.0, False),
+        (-0.1, 0.01, 1.01, 1.0, False),
+        (0.1, 0.2, 1.0, 1.0, True),
+        (5.0, math.inf, 1.0, None, True),
+    ],
+)
+def test_a_transfer_stays_unless_it_harms_beyond_its_noise_or_the_floor(
+    mean: float, error: float, loss: float, floor: float | None, stays: bool
+) -> None:
+    assert accepts(Change(mean, error, 10), judgement([loss] * 10), floor) is stays
+
+
+@pytest.mark.parametrize("best", SHARES)
+def test_without_noise_the_lowest_point_of_the_line_is_taken(best: float) -> None:
+    line = Line(lambda weight, samples: noisy(weight, samples, 4 * best, 0.0))
+    report = line.finetune([4.0, 4.0], [1.0, 2.0, 3.0])
+    assert report.share == best and line.weight == 4 * best
+    assert report.losses == {str(share): (4 * (share - best)) ** 2 for share in SHARES}
+    assert report.judged_by == "evaluation data"
+    assert [weight for weight, _ in line.judged] == [4 * share for share in SHARES]
+    assert all(samples == [1.0, 2.0, 3.0] for _, samples in line.judged)
+
+
+@pytest.mark.parametrize(
+    ("best", "noise", "share"),
+    [
+        (1.0, 100.0, 0.5),  # all points are alike
+        (0.0, 100.0, 0.5),
+        (1.0, 6.0, 0.75),  # those from half-way on
+        (1.0, 3.0, 1.0),  # the last two: the farther of them
+        (0.0, 6.0, 0.25),  # those up to half-way
+    ],
+)
+def test_of_the_points_that_noise_does_not_tell_apart_the_middle_one_is_taken(
+    best: float, noise: float, share: float
+) -> None:
+    """A point in the distance d from the best has the loss d^2 and the standard error d * noise / sqrt(n - 1)."""
+    line = Line(lambda weight, samples: noisy(weight, samples, 4 * best, noise))
+    held_out = [0.0] * 10
+    alike = [s for s in SHARES if 4 * abs(s - best) <= noise / 3]
+    assert line.finetune([4.0, 4.0], held_out).share == share == alike[len(alike) // 2]
+
+
+def test_a_fine_tuning_that_harms_is_taken_back_bit_for_bit() -> None:
+    line = Line(lambda weight, samples: [abs(weight - 0.1)] * len(samples), start=0.1)
+    assert line.finetune([4.0, 4.0], [0.0, 0.0]).share == 0.0
+    assert torch.equal(line.tensors["w"], torch.tensor([0.1])) and int(line.tensors["count"]) == 3
+
+
+def test_calibration_does_not_choose_the_point() -> None:
+    line = Line(lambda weight, samples: [weight] * len(samples))
+
+    def judge(samples: Any) -> Judgement:
+        found = line.judge(samples)
+        return Judgement(found.losses, found.terms, -found.losses, None)
+
+    report = finetune_on_line_(line.tensors, line.rooms, line.train, judge, [4.0], [0.0, 0.0], 7)
+    assert report.share == 0.0
+
+
+def test_without_held_out_samples_each_half_of_the_labels_judges_the_model_of_the_other() -> None:
+    labels = [float(n) for n in range(1, 12)]
+    line = Line(lambda weight, samples: [-weight] * len(samples))
+    report = line.finetune(labels)
+    (first, seed), (second, other_seed) = line.trained
+    assert sorted(first + second) == labels and abs(len(first) - len(second)) == 1
+    assert first != sorted(labels)[: len(first)]  # drawn at random
+    assert (seed, other_seed) == (7, 8)
+    ends = [sum(half) / len(half) for half in (first, second)]
+    for number, (half, end) in enumerate(zip((second, first), ends, strict=True)):
+        judged = line.judged[5 * number : 5 * number + 5]
+        assert [samples for _, samples in judged] == [half] * 5
+        assert [weight for weight, _ in judged] == pytest.approx([share * end for share in SHARES])
+    assert report.share == 1.0 and report.judged_by == "two halves of the labels"
+    assert line.weight == pytest.approx(sum(ends) / 2)
+    assert report.losses["1.0"] == pytest.approx(-(ends[0] * len(second) + ends[1] * len(first)) / 11)
+
+
+def test_the_second_half_starts_where_the_first_did_and_chance_repeats() -> None:
+    starts: list[float] = []
+    lines = [Line(lambda weight, samples: [weight] * len(samples), start=0.5) for _ in range(2)]
+
+    for line in lines:
+
+        def train(samples: Any, seed: int, line: Line = line) -> None:
+            starts.append(line.weight)
+            line.train(samples, seed)
+
+        finetune_on_line_(line.tensors, line.rooms, train, line.judge, [1.0, 2.0, 3.0, 4.0], None, 7)
+    assert starts == [0.5] * 4
+    assert lines[0].trained == lines[1].trained
+
+
+def test_a_single_label_judges_what_it_taught_and_the_report_says_so() -> None:
+    line = Line(lambda weight, samples: [(weight - 4) ** 2] * len(samples))
+    report = line.finetune([4.0])
+    assert report.judged_by == "the label that it learned"
+    assert report.share == 0.5  # one sample has no standard error: all points are alike
+
+
+LEARNING: dict[str, Any] = {"batch_size": 8, "training_arguments": {"learning_rate": 0.01}}
+
+
+def learned(kind: str, folder: Path, epochs: int = 15) -> str:
+    """Save a model that has learned the data, and return its folder."""
+    config = GraspConfig(gate=False, initial_epochs=epochs, final_epochs=0, order="given", **LEARNING)
+    expert = GraspMerger(tiny_model(kind), config)
+    expert.merge([], train_dataset=tiny_data(kind, 48, seed=1))
+    return saved(expert.model, folder)
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_where_no_source_helps_the_result_is_that_of_fine_tuning_alone(evaluates: bool, tmp_path: Path) -> None:
+    base = learned("resnet", tmp_path / "base")
+    noise = []
+    for seed in (1, 2):
+        model = GraspMerger.from_pretrained(base).model
+        noise.append(saved(perturbed(model, seed, scale=1.0), tmp_path / f"noise-{seed}"))
+    config = GraspConfig(order="given", final_epochs=2, **LEARNING)
+    first = GraspConfig(order="given", initial_epochs=2, final_epochs=0, **LEARNING)
+    data = {"train_dataset": tiny_data("resnet", 24, seed=1)}
+    data |= {"eval_dataset": tiny_data("resnet", 24, seed=2)} if evaluates else {}
+    merger, alone = (GraspMerger.from_pretrained(base, config=settings) for settings in (config, first))
+    report = merger.merge(noise, **data)
+    alone.merge([], **data)
+    for name, value in movable_tensors(alone.model).items():
+        assert torch.equal(value, movable_tensors(merger.model)[name]), name
+    assert [step.accepted for step in report.steps] == [False, False]
+    for step in report.steps:
+        row = step.row()
+        assert row["decision"] == "rejected" and step.moved == 0
+        assert step.after_transfer["loss"] > step.before["loss"] == step.after["loss"]
+        assert isinstance(step.change, ChangeReport) and step.change.loss > (step.change.half_interval or 0) / 1.96
+        assert row["change (calibrated)"] == f"{step.change.loss:+.3f} ± {step.change.half_interval:.3f}"
+        assert row["loss before"] in step.line() and row["transferred"] in step.line() and "rejected" in step.line()
+        assert step.judged_by == ("labels and evaluation data" if evaluates else "labels")
+        assert step.change.samples == (48 if evaluates else 24)
+    assert "0 of 2 sources merged; rejected: noise-1, noise-2" in report.conclusions()
+
+
+def test_a_source_that_has_learned_the_task_is_taken_and_noise_is_not(tmp_path: Path) -> None:
+    expert = learned("vit", tmp_path / "expert")
+    noise = saved(perturbed(tiny_model("vit"), 3, scale=1.0), tmp_path / "noise")
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(final_epochs=0, **LEARNING))
+    report = merger.merge([noise, expert], train_dataset=tiny_data("vit", 24, seed=5))
+    assert [(step.name, step.accepted) for step in report.steps] == [("expert", True), ("noise", False)]
+    assert report.steps[0].change is not None and report.steps[0].change.loss < -0.2
+    assert "1 of 2 sources merged; rejected: noise" in report.conclusions()
+
+
+def test_without_the_gate_noise_stays(tmp_path: Path) -> None:
+    base = learned("resnet", tmp_path / "base")
+    noise = saved(perturbed(GraspMerger.from_pretrained(base).model, 1, scale=1.0), tmp_path / "noise")
+    config = GraspConfig(gate=False, batch_size=8, **NO_TUNING)
+    merger = GraspMerger.from_pretrained(base, config=config)
+    merger.merge([noise], train_dataset=tiny_data("resnet", 24), eval_dataset=tiny_data("resnet", 24, seed=2))
+    assert merger.report.steps[0].accepted
+    expected = movable_tensors(GraspMerger.from_pretrained(noise).model)
+    for name, value in movable_tensors(merger.model).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_step_leaves_the_model_above_the_loss_that_it_started_from(seed: int, tmp_path: Path) -> None:
+    base, expert = learned("resnet", tmp_path / "base", epochs=2), learned("resnet", tmp_path / "expert", epochs=6)
+    sources = []
+    for number, scale in enumerate((0.02, 0.5, 0.05, 0.1)):
+        model = GraspMerger.from_pretrained(expert).model
+        sources.append(saved(perturbed(model, 10 * seed + number, scale=scale), tmp_path / str(number)))
+    merger = GraspMerger.from_pretrained(base, config=GraspConfig(order="given", final_epochs=1, **LEARNING))
+    judges = tiny_data("resnet", 24, seed=2)
+    start = merger.judge(judges).calibrated_loss
+    report = merger.merge(sources, train_dataset=judges, eval_dataset=judges)
+    assert 0 < sum(step.accepted for step in report.steps) < 4
+    for step in report.steps:
+        assert step.after == (step.after_transfer if step.accepted else step.before)
+    last = [step.change for step in report.steps if step.accepted and step.change]
+    assert start + sum(change.loss for change in last) <= start + 1e-9
+    assert (
+        report.final is not None and report.final.losses[str(report.final.share)] <= report.final.losses["0.0"] + 0.1
+    )
+
+
+def test_labels_that_the_model_has_learned_do_not_judge(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = learned("resnet", tmp_path / "base")
+    noise = saved(perturbed(GraspMerger.from_pretrained(base).model, 1, scale=1.0), tmp_path / "noise")
+    config = GraspConfig(finetune_epochs=1, final_epochs=0, order="given", **LEARNING)
+    merger = GraspMerger.from_pretrained(base, config=config)
+    report = merger.merge([noise, noise], train_dataset=tiny_data("resnet", 12))
+    assert "transfers are not judged" in caplog.text
+    assert [(bool(step.before), step.judged_by) for step in report.steps] == [(True, "labels"), (False, "")]
+    assert report.steps[1].accepted and report.steps[1].change is None
+
+
+def test_fine_tuning_alone_is_that_of_a_merger_of_its_own_and_changes_nothing(tmp_path: Path) -> None:
+    base = learned("resnet", tmp_path / "base", epochs=2)
+    config, test = GraspConfig(order="given", final_epochs=2, **LEARNING), tiny_data("resnet", 30, seed=3)
+    data = {"train_dataset": tiny_data("resnet", 24, seed=1)}
+    first = GraspConfig(initial_epochs=2, final_epochs=0, **LEARNING)
+    merger, other = (GraspMerger.from_pretrained(base, config=settings) for settings in (config, first))
+    before = {name: value.clone() for name, value in movable_tensors(merger.model).items()}
+    found = merger.finetuned_alone(5, test, **data)
+    for name, value in movable_tensors(merger.model).items():
+        assert torch.equal(value, before[name]), name
+    other.merge([], **data)
+    assert torch.equal(found.losses, other.judge(test).losses)
+    assert found.loss < merger.judge(test).loss
+
+
+def test_a_report_comes_back_from_json_as_it_was(tmp_path: Path) -> None:
+    source = learned("resnet", tmp_path / "source", epochs=2)
+    config = GraspConfig(order="given", initial_epochs=1, finetune_epochs=1, final_epochs=1, **LEARNING)
+    merger = GraspMerger(tiny_model("resnet"), config)
+    report = merger.merge([source], train_dataset=tiny_data("resnet", 12), eval_dataset=tiny_data("resnet", 6, seed=2))
+    report.to_json(tmp_path / "report.json")
+    again = MergeReport.from_json(tmp_path / "report.json")
+    assert again == report and str(again) == str(report)
+    assert isinstance(again.steps[0].change, ChangeReport) and isinstance(again.steps[0].finetuned, FinetuneReport)
+    assert isinstance(again.final, FinetuneReport) and again.final.losses
