@@ -18,14 +18,20 @@ from typing import Any
 from scipy.stats import t
 
 from . import hub
+from .adapters import load_adapter_config
 from .card import trained_on_test
 from .config import Recipe
 from .contenders import METHODS, Arena, Method, source_alone
 from .errors import ConfigError, DataError, GraspError
 from .evidence import NORMAL_95
 from .figures import DPI, comparison_figure
+from .loading import adapter_labels, is_headless, load_config, saves_head
+from .matching import shortened
+from .merger import GraspMerger
 from .prepare import TaskData, prepare
 from .report import Evaluation, markdown_table
+from .rows import label_names
+from .sources import Source
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +84,17 @@ class Comparison:
         finals = [result.final for result in self.results if result.final]
         return "accuracy" if all("accuracy" in final for final in finals) else "loss"
 
+    def methods(self, size: int) -> list[str]:
+        """Return the methods that have results for a number of labels: sources, those of `METHODS`, variants."""
+        found = dict.fromkeys(result.method for result in self.results if result.size == size)
+
+        def place(method: str) -> int:
+            if method in METHODS:
+                return list(METHODS).index(method)
+            return -1 if method.startswith("source:") else len(METHODS)
+
+        return sorted(found, key=place)
+
     def runs(self, method: str, size: int, *, merged: bool = False) -> dict[int, float]:
         """Return the measure of a method by seed."""
         found = {}
@@ -94,7 +111,6 @@ class Comparison:
 
     def table(self, size: int) -> str:
         """Return one line per method for one number of labels: mean over seeds ± half of the 95 % interval."""
-        methods = dict.fromkeys(result.method for result in self.results if result.size == size)
         rows = [
             {
                 "": title_of(method),
@@ -106,7 +122,7 @@ class Comparison:
                 else interval(self.differences(method, size), signed=True),
                 "memory (models)": METHODS[method].memory if method in METHODS else "1",
             }
-            for method in methods
+            for method in self.methods(size)
         ]
         problems = {r.method: r.problem for r in self.results if r.size == size and r.problem}
         return "\n".join([markdown_table(rows), *(f"- {title_of(name)}: {text}" for name, text in problems.items())])
@@ -128,7 +144,6 @@ class Comparison:
     def save_figures(self, directory: Path) -> None:
         """Write one figure per number of labels to `directory`."""
         for size in dict.fromkeys(result.size for result in self.results):
-            methods = dict.fromkeys(result.method for result in self.results if result.size == size)
             rows = [
                 (
                     title_of(method),
@@ -136,7 +151,7 @@ class Comparison:
                     list(self.runs(method, size).values()),
                     list(self.runs(method, size, merged=True).values()),
                 )
-                for method in methods
+                for method in self.methods(size)
             ]
             figure = comparison_figure(rows, self.measure)
             figure.savefig(directory / FIGURE.format(size), dpi=DPI, metadata={"Software": None})
@@ -187,7 +202,7 @@ def compare(
     setting = _setting(recipe)
     done = _continued(output, setting)
     base, sources, data = prepare(recipe)
-    _check(recipe, sources, data)
+    _check(recipe, base, sources, data)
     for size in sizes:
         for seed in seeds:
             _run_seed(done, output, recipe, base, sources, data, chosen, variants or {}, size, seed)
@@ -313,7 +328,7 @@ def _permutation(count: int, seed: int) -> list[int]:
     return order
 
 
-def _check(recipe: Recipe, sources: Sequence[str], data: TaskData) -> None:
+def _check(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], data: TaskData) -> None:
     """Raise `DataError` where the rows of a comparison could not be compared."""
     if data.train is None or data.test is None:
         raise DataError("a comparison needs data with the splits 'train' and 'test'")
@@ -331,11 +346,30 @@ def _check(recipe: Recipe, sources: Sequence[str], data: TaskData) -> None:
             )
     for source in sources:
         located, _ = hub.look_up(source, trusted=recipe.config.trust_remote_code)
+        labels, expected = own_labels(located, merger), label_names(merger.model.config)
+        if labels is not None and set(labels) != set(expected):
+            raise DataError(
+                f"source '{source}' knows other labels than the data: got {shortened(labels, 12)}, expected "
+                f"{shortened(expected, 12)}; give its config.json the names that its classes have in the data "
+                "(`id2label`), or leave it out: a merge takes what fits, but a model is not judged by labels it never saw"
+            )
         if sentence := trained_on_test(located.folder, str(recipe.data.get("path"))):
             raise DataError(
                 f"source '{source}' was trained on the test split, says its card (\"{sentence}\"); leave it out of a "
                 "comparison on that split"
             )
+
+
+def own_labels(source: Source, merger: GraspMerger) -> list[str] | None:
+    """Return the label names that the classes of a source have; `None` where it has no classifier of its own."""
+    if merger.model.can_generate():
+        return None
+    if source.kind == "full":
+        config = load_config(source)
+        return None if is_headless(config) else label_names(config)
+    if merger.base is None or not saves_head(load_adapter_config(source), merger.model):
+        return None
+    return adapter_labels(source, merger.base)
 
 
 def contents(dataset: Any) -> set[str]:

@@ -166,9 +166,19 @@ def best_source(arena: Arena) -> None:
 
 
 def published(arena: Arena, threshold: float) -> None:
-    """Run the published loop from the first source; a threshold of 1 copies nothing, one of -1 everything."""
+    """Run the published loop from the first source; a threshold of 1 copies nothing, one of -1 everything.
+
+    It fine-tunes as it was published, but in batches and at a learning rate of the recipe, as every method does.
+    """
     each = arena.epochs / len(arena.sources)
-    config = GraspConfig.paper(threshold=threshold, initial_epochs=each, finetune_epochs=each, seed=arena.seed)
+    config = GraspConfig.paper(
+        threshold=threshold,
+        initial_epochs=each,
+        finetune_epochs=each,
+        seed=arena.seed,
+        batch_size=arena.config.batch_size,
+        training_arguments=arena.config.training_arguments,
+    )
     first, *others = arena.sources
     arena.copy(first)
     arena.merge(config, others)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel, pipelines
@@ -547,6 +548,12 @@ def _read_adapter(
 def adapter_labels(adapter: Source, base: Source) -> list[str]:
     """Return the label names of an adapter: those of a config.json beside it, else those of its base model."""
     return label_names(load_config(adapter if (adapter.folder / "config.json").is_file() else base))
+
+
+def saves_head(config: PeftConfig, target: PreTrainedModel) -> bool:
+    """Whether an adapter brings a head along whole, in a model like `target`."""
+    heads = {name.partition(".")[0] for name in head_tensors(target)}
+    return bool(heads & set(getattr(config, "modules_to_save", None) or ()))
 
 
 def load_processing_class(source: Source) -> Any:

@@ -30,6 +30,7 @@ from .loading import (
     load_config,
     load_processing_class,
     model_class,
+    saves_head,
 )
 from .matching import head_tensors, movable_tensors, partition, shortened, tie_problems
 from .prepare import check_prepared, labelled_splits, required_processing_class
@@ -325,8 +326,7 @@ def _plan_adapter(planned: PlannedSource, adapter: Source, target: _Target | Non
     if target is None:
         return
     planned.problems += adapter_problems(config, adapter, target.adapters_base, target.accepted_bases)
-    heads = {name.partition(".")[0] for name in head_tensors(target.model)}
-    if target.has_labels and heads & set(getattr(config, "modules_to_save", None) or ()):
+    if target.has_labels and saves_head(config, target.model):
         labels = adapter_labels(adapter, target.adapters_base)
         model = _without_weights(target, load_config(target.adapters_base))
         planned.notes += match_head(target.model, movable_tensors(model), labels).notes

@@ -15,10 +15,12 @@ from transformers import AutoModelForImageClassification
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.cli import main
-from grasp_hf.errors import ConfigError, IncompatibleSourceError
+from grasp_hf.config import Recipe
+from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError
 from grasp_hf.plan import PlannedSource, cost_lines
+from grasp_hf.prepare import prepare
 from tests.hub_server import HubServer
-from tests.models import NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
+from tests.models import LABELS, NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
 
 QUICK = {**NO_TUNING, "method": "blend", "finetune_epochs": 1, "num_batches": 2, "batch_size": 4, "gate": False}
 AVERAGE = {"method": "average", "order": "given", "finetune_epochs": 0, "final_epochs": 0, "data": {}}
@@ -430,6 +432,49 @@ def test_what_was_merged_before_a_failure_is_saved(world: Path, capsys: pytest.C
     AutoModelForImageClassification.from_pretrained(output)
     report = json.loads((output / "grasp_report.json").read_text())
     assert [Path(step["source"]).name for step in report["steps"]] == ["fine-1"]
+
+
+@pytest.mark.parametrize(("splits", "judges"), [(("test",), "test data"), ((), "evaluation data")])
+def test_a_merge_with_its_control(
+    splits: tuple[str, ...], judges: str, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(world / "own", {"train": 4, "validation": 6, **dict.fromkeys(splits, 5)})
+    settings = {"finetune_epochs": 0, "final_epochs": 2, "order": "given"}
+    recipe = write_recipe(world, sources=["fine-1"], data={**DATA, "data_dir": "own"}, method="average", **settings)
+    assert main(["merge", recipe, "--output", str(world / "merged"), "--control"]) == 0
+    printed = capsys.readouterr().out
+    control = json.loads((world / "merged" / "grasp_report.json").read_text())["control"]
+    assert control["judged_by"] == judges
+    samples = len(LABELS) * (5 if splits else 6)
+    assert control["change"]["samples"] == samples and control["change"]["loss"] != 0
+    line = f"against fine-tuning alone, on {samples} samples of the {judges}: loss {control['alone']['loss']:.3f} -> "
+    assert line in printed and line in (world / "merged" / "README.md").read_text()
+
+    merged, data = GraspMerger.from_pretrained(str(world / "merged")), prepare(Recipe.from_yaml(recipe))[2]
+    judged = data.test if splits else data.validation
+    assert merged.evaluate(judged, data_collator=data.collator) == pytest.approx(control["merged"], rel=1e-4)
+
+
+def test_a_control_needs_samples_to_judge_by(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {**DATA, "data_dir": str(write_images(world / "own", {"train": 4}))}
+    recipe = write_recipe(world, sources=["fine-1"], data=data)
+    assert main(["merge", recipe, "--output", str(world / "merged"), "--control"]) == 1
+    assert "--control: expected data with the splits 'train' and 'test'" in capsys.readouterr().err
+    assert not (world / "merged").exists()
+
+
+def test_a_merge_that_cannot_be_judged_in_the_end_is_saved(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any, **settings: Any) -> None:
+        raise DataError("a test image is broken")
+
+    monkeypatch.setattr(GraspMerger, "evaluate", fails)
+    assert main(["merge", write_recipe(world, sources=["fine-1"]), "--output", str(world / "merged")]) == 1
+    printed = capsys.readouterr()
+    assert "a test image is broken" in printed.err
+    assert f"saved what was merged before: 1 of 1 sources, {world / 'merged'}" in printed.out
+    assert AutoModelForImageClassification.from_pretrained(world / "merged")
 
 
 def test_the_configuration_of_a_merge_is_a_recipe_again(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,445 @@
+"""The comparison: the same labels and steps for every method, what is refused, and what its tables say."""
+
+import json
+import math
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from datasets import Dataset
+from PIL import Image
+from scipy.stats import ttest_1samp
+from transformers import Trainer
+
+from grasp_hf import compare as module
+from grasp_hf.cli import main
+from grasp_hf.compare import OURS, Comparison, Result, compare, contents, interval
+from grasp_hf.config import Recipe
+from grasp_hf.contenders import METHODS, Arena, Method
+from grasp_hf.errors import ConfigError, DataError
+from tests.models import (
+    copied,
+    perturbed,
+    saved,
+    saved_adapter,
+    tiny_data,
+    tiny_model,
+    write_images,
+)
+
+Everything = tuple[Comparison, Path, dict[str, int]]
+TRAIN, TEST, BATCH, EPOCHS = 24, 102, 4, 2
+FAST = ["base", "average", OURS]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a base, a full fine-tune and an adapter of it, images, and a recipe of all."""
+    folder = tmp_path_factory.mktemp("compare")
+    base = saved(tiny_model("vit"), folder / "base")
+    saved(perturbed(tiny_model("vit"), seed=1), folder / "fine")
+    adapter = folder / "lora"
+    saved_adapter(tiny_model("vit"), base, adapter, modules_to_save=["classifier"], target_modules=["q_proj"])
+    write_images(folder / "images", {"train": TRAIN // 3, "test": TEST // 3})
+    write_recipe(folder, folder)
+    return folder
+
+
+def write_recipe(world: Path, to: Path, **values: Any) -> Recipe:
+    """Write a recipe of the world to `to`, and return it read."""
+    recipe = {
+        "base_model": f"{world}/base",
+        "sources": [f"{world}/fine", f"{world}/lora"],
+        "data": {"path": "imagefolder", "data_dir": f"{world}/images"},
+        "batch_size": BATCH,
+        "final_epochs": EPOCHS,
+        "training_arguments": {"learning_rate": 0.01},
+        **values,
+    }
+    (to / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return Recipe.from_yaml(to / "recipe.yaml")
+
+
+@pytest.fixture(scope="module")
+def recipe(world: Path) -> Recipe:
+    return Recipe.from_yaml(world / "recipe.yaml")
+
+
+@pytest.fixture(scope="module")
+def everything(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Everything:
+    """Compare all methods once; also return the folder, and how many steps Trainer made for each row."""
+    folder = tmp_path_factory.mktemp("everything") / "comparison"
+    steps: dict[str, int] = {}
+    made = 0
+    train, score = Trainer.train, Comparison.save
+
+    def counting(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal made
+        result = train(self, *args, **kwargs)
+        made += self.state.global_step
+        return result
+
+    def saving(self: Comparison, directory: Path) -> None:
+        nonlocal made
+        steps[self.results[-1].method], made = made, 0
+        score(self, directory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train", counting)
+        patch.setattr(Comparison, "save", saving)
+        variants = {"without the gate": {"gate": False}}
+        return compare(recipe, folder, seeds=[3], variants=variants), folder, steps
+
+
+def scores(comparison: Comparison) -> dict[tuple[str, int, int], Any]:
+    """Return all that a comparison reached, without how long it took."""
+    return {(r.method, r.size, r.seed): (r.merged, r.final, r.problem) for r in comparison.results}
+
+
+def test_every_method_is_run_and_scored_on_the_test_samples(everything: Everything, recipe: Recipe) -> None:
+    results = everything[0].results
+    rows = [f"source:{source}" for source in recipe.sources] + list(METHODS) + ["variant:without the gate"]
+    assert [result.method for result in results] == rows
+    for result in results:
+        assert (result.size, result.seed, result.problem) == (TRAIN, 3, None)
+        correct = result.final["accuracy"] * TEST
+        assert math.isfinite(result.final["loss"]) and correct == pytest.approx(round(correct))
+    before = {result.method for result in results if result.merged}
+    assert before == {name for name, method in METHODS.items() if method.finetuned}
+
+
+def test_every_method_makes_as_many_steps_of_fine_tuning(
+    everything: Everything,
+) -> None:
+    steps = everything[2]
+    whole = EPOCHS * TRAIN // BATCH
+    none = {name for name in steps if name.startswith("source:")} | {"ensemble"}
+    assert {name for name, made in steps.items() if made == 0} == none
+    assert {name for name, made in steps.items() if made > whole} == {"pearl"}  # it trains an adapter first
+    assert {name: made for name, made in steps.items() if 0 < made < whole} == {}
+
+
+def test_a_source_alone_is_the_source(everything: Everything, recipe: Recipe, world: Path) -> None:
+    merger, _, data = module.prepare(replace(recipe, base_model=f"{world}/fine"))
+    alone = merger.evaluate(data.test, data_collator=data.collator)
+    assert everything[0].results[0].final == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_row_does_not_depend_on_the_others(everything: Everything, recipe: Recipe, tmp_path: Path) -> None:
+    alone = scores(compare(recipe, tmp_path / "some", seeds=[3], methods=["loop-all", "gradfix"]))
+    whole = scores(everything[0])
+    assert {method for method, _, _ in alone} >= {"loop-all", "gradfix", OURS}
+    assert all(whole[row] == reached for row, reached in alone.items())
+
+
+def test_what_is_written(everything: Everything) -> None:
+    comparison, folder, _ = everything
+    assert {file.name for file in folder.iterdir()} == {
+        *("comparison.json", "comparison.md", f"comparison-{TRAIN}.png"),
+    }
+    assert Comparison.load(folder) == comparison
+    text = (folder / "comparison.md").read_text()
+    assert text.startswith(f"{TRAIN} labels, accuracy, 1 seed")
+    assert text == f"{comparison}\n" and all(method.title in text for method in METHODS.values())
+    with Image.open(folder / f"comparison-{TRAIN}.png") as figure:
+        assert figure.width > 500 and figure.height > 500 and len(figure.convert("L").getcolors() or []) > 20
+
+
+def test_a_killed_comparison_goes_on_where_it_was(recipe: Recipe, world: Path, tmp_path: Path) -> None:
+    arguments = ["compare", str(world / "recipe.yaml"), "--output", str(tmp_path / "killed"), "--seeds", "0", "1"]
+    code = "from grasp_hf.cli import main; raise SystemExit(main())"
+    record = tmp_path / "killed" / "comparison.json"
+    with subprocess.Popen([sys.executable, "-c", code, *arguments, "--methods", *FAST]) as process:
+        deadline = time.monotonic() + 120
+        while not record.exists() or len(json.loads(record.read_text())["results"]) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    before = Comparison.load(tmp_path / "killed")
+    assert 3 <= len(before.results) < 10
+    after = compare(recipe, tmp_path / "killed", seeds=[0, 1], methods=FAST)
+    assert after.results[: len(before.results)] == before.results
+    assert scores(after) == scores(compare(recipe, tmp_path / "whole", seeds=[0, 1], methods=FAST))
+
+
+def test_a_finished_comparison_runs_nothing(
+    everything: Everything, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison, folder, _ = everything
+    monkeypatch.setattr(module, "Arena", None)
+    assert compare(recipe, folder, seeds=[3]) == comparison
+
+
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[str], list[int], set[str]]]]:
+    """Replace all methods by two that note their sources, and what their labels are."""
+    seen: list[tuple[list[str], list[int], set[str]]] = []
+
+    def note(arena: Arena) -> dict[str, float]:
+        names = [Path(source).name for source in arena.sources]
+        seen.append((names, arena.data.train["labels"], contents(arena.data.train)))
+        return {"loss": 1.0, "accuracy": 0.5}
+
+    methods = {name: Method(name, "control", note, finetuned=False) for name in ("one", OURS)}
+    monkeypatch.setattr(module, "METHODS", methods)
+    yield seen
+
+
+def test_a_seed_draws_the_labels_and_the_order_and_all_methods_get_them(
+    spied: list[tuple[list[str], list[int], set[str]]], world: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe").mkdir()
+    recipe = write_recipe(world, tmp_path / "recipe", sources=[f"{world}/fine", f"{world}/lora"])
+    compare(recipe, tmp_path / "out", seeds=[0, 1, 2], sizes=[6, None])
+    assert len(spied) == 2 * 2 * 3
+    pairs = list(zip(spied[::2], spied[1::2], strict=True))
+    assert all(one == ours for one, ours in pairs)
+    few, all_labels = [one for one, _ in pairs[:3]], [one for one, _ in pairs[3:]]
+    assert {len(found) for _, _, found in few} == {6} and len({frozenset(found) for _, _, found in few}) == 3
+    assert {len(found) for _, _, found in all_labels} == {TRAIN}
+    assert {tuple(names) for names, _, _ in few} == {("fine", "lora"), ("lora", "fine")}
+    assert [names for names, _, _ in few] == [names for names, _, _ in all_labels]
+
+
+def test_more_labels_than_there_are_is_an_error(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"got {TRAIN} labels, fewer than the 25 to compare with"):
+        compare(recipe, tmp_path / "out", sizes=[25])
+
+
+def failing(group: Any) -> Method:
+    def run(arena: Arena) -> None:
+        raise DataError("no labels like that")
+
+    return Method("poor thing", group, run)
+
+
+def test_a_rival_that_cannot_run_is_listed_with_its_problem(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "poor", failing("existing"))
+    comparison = compare(recipe, tmp_path / "out", seeds=[0], methods=["base", "poor"])
+    assert {r.method: r.problem for r in comparison.results if r.problem} == {"poor": "no labels like that"}
+    assert {r.method for r in comparison.results if r.final} >= {"base", OURS}
+    assert "- poor thing: no labels like that" in (tmp_path / "out" / "comparison.md").read_text()
+    cells = next(line for line in comparison.table(TRAIN).splitlines() if line.startswith("| poor thing"))
+    assert [cell.strip() for cell in cells.strip("|").split("|")] == ["poor thing", "existing", "–", "–", "–", "1"]
+
+
+def test_a_control_that_fails_stops_the_comparison_and_keeps_what_was_reached(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "average", failing("control"))
+    with pytest.raises(DataError, match="while running 'poor thing' with seed 5: no labels like that"):
+        compare(recipe, tmp_path / "out", seeds=[5], methods=FAST)
+    assert [result.method for result in Comparison.load(tmp_path / "out").results][-1] == "base"
+
+
+def results(**runs: list[float]) -> list[Result]:
+    """Return results of methods by seed; of an accuracy `a`, the loss is `1 - a`."""
+    return [
+        Result(method, 64, seed, {}, {"loss": 1 - value, "accuracy": value}, 1.0)
+        for method, values in runs.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+RUNS = {"base": [0.5, 0.6, 0.9], OURS: [0.7, 0.7, 0.8]}
+
+
+def test_a_difference_is_paired_and_above_zero_where_the_other_is_better() -> None:
+    accuracy = Comparison(results(**RUNS), {})
+    assert accuracy.measure == "accuracy"
+    assert accuracy.differences("base", 64) == pytest.approx([-0.2, -0.1, 0.1])
+    losses = Comparison([replace(r, final={"loss": r.final["loss"]}) for r in results(**RUNS)], {})
+    assert losses.measure == "loss"
+    assert losses.differences("base", 64) == pytest.approx([-0.2, -0.1, 0.1])
+
+
+def test_a_difference_takes_the_seeds_that_both_have() -> None:
+    comparison = Comparison(results(base=[0.5, 0.6, 0.9], ours=[0.7]), {})
+    assert comparison.differences("base", 64) == pytest.approx([-0.2])
+
+
+def test_the_interval_is_that_of_a_t_test() -> None:
+    values = [0.1, -0.05, 0.2, 0.15]
+    half = ttest_1samp(values, 0).confidence_interval(0.95).high - statistics.fmean(values)
+    assert interval(values, signed=True) == f"+{statistics.fmean(values):.3f} ± {half:.3f}"
+    assert interval([0.5, 0.7]) == f"0.600 ± {12.706 * 0.1:.3f}"  # the quantile of one degree of freedom
+    assert interval([0.5]) == "0.500" and interval([]) == "–"
+
+
+def test_the_table_says_what_each_row_is() -> None:
+    found = [*results(**RUNS), *results(ensemble=[0.8, 0.8, 0.8]), replace(results(x=[0.4])[0], method="source:org/x")]
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in Comparison(found, {}).table(64).splitlines()]
+    assert lines[0] == ["", "kind", "as merged", "in the end", "better than ours by", "memory (models)"]
+    assert lines[2][:2] == ["base model", "control"] and lines[2][4].startswith("-0.067 ± ")
+    assert lines[3] == ["grasp_hf, default", "ours", "–", "0.733 ± 0.143", "–", "1"]
+    assert lines[4][1] == "existing" and lines[4][3:] == ["0.800 ± 0.000", lines[4][4], "1; K to use"]
+    assert lines[5] == ["source x", "control", "–", "0.400", "-0.300", "1"]
+
+
+def test_rows_stand_in_one_order_whenever_they_were_run() -> None:
+    one = [replace(results(x=[0.4])[0], method=name) for name in ("variant:v", OURS, "base", "source:b", "source:a")]
+    assert Comparison(one, {}).methods(64) == ["source:b", "source:a", "base", OURS, "variant:v"]
+    assert Comparison(one, {}).methods(65) == []
+
+
+def damaged(world: Path, to: Path, split: str, count: int = 1) -> Path:
+    """Return a copy of the images in which some test samples also stand in `split`."""
+    images = copied(str(world / "images"), to)
+    for index in range(count):
+        (images / split / "cat").mkdir(parents=True, exist_ok=True)
+        copy = images / split / "cat" / f"copy-{index}.png"
+        copy.write_bytes((images / "test" / "dog" / f"{index}.png").read_bytes())
+    return images
+
+
+def with_images(world: Path, to: Path, images: Path) -> Recipe:
+    return write_recipe(world, to, data={"path": "imagefolder", "data_dir": str(images)})
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_test_samples_among_the_labels_are_refused_whatever_their_label(
+    split: str, world: Path, tmp_path: Path
+) -> None:
+    recipe = with_images(world, tmp_path, damaged(world, tmp_path / "images", split, 2))
+    with pytest.raises(DataError, match=f"^2 samples of the split 'test' also stand in the split '{split}'"):
+        compare(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_content_of_a_sample_is_what_the_model_sees() -> None:
+    rows = {"input_ids": [[1, 2], [1, 2, 3]], "attention_mask": [[1, 1], [1, 1, 1]], "labels": [0, 1]}
+    found = contents(Dataset.from_dict(rows))
+    other = contents(Dataset.from_dict({**rows, "labels": [1, 1], "attention_mask": [[1, 0], [1, 1, 1]]}))
+    assert len(found) == 2 and found == other
+    assert not found & contents(Dataset.from_dict({**rows, "input_ids": [[2, 1], [1, 2, 4]]}))
+    images = tiny_data("vit", 6)
+    assert len(contents(images)) == 6
+    assert contents(images) == contents(images.with_format(None))
+
+
+def test_too_few_test_samples_are_refused_with_what_they_could_show(world: Path, tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", {"train": 2, "test": 16})
+    with pytest.raises(DataError) as raised:
+        compare(with_images(world, tmp_path, images), tmp_path / "out")
+    visible = 100 * 1.96 * math.sqrt(0.5 / 48)  # two methods that differ on every second sample
+    assert f"'test' has 48 samples: two methods would have to differ by about {visible:.0f} points" in str(
+        raised.value
+    )
+    assert "expected at least 100, and 768 show 5 points" in str(raised.value)
+
+
+def test_a_split_that_is_not_there_is_refused(world: Path, tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", {"train": 2, "validation": 40})
+    with pytest.raises(DataError, match="needs data with the splits 'train' and 'test'"):
+        compare(with_images(world, tmp_path, images), tmp_path / "out")
+
+
+def test_a_source_that_was_trained_on_the_test_split_is_refused(world: Path, tmp_path: Path) -> None:
+    source = copied(str(world / "fine"), tmp_path / "fine")
+    (source / "README.md").write_text("A model.\n\nIt was trained on the test split of imagefolder.\n")
+    with pytest.raises(DataError, match=r"fine' was trained on the test split, says its card \(\"It was trained on"):
+        compare(write_recipe(world, tmp_path, sources=[str(source)]), tmp_path / "out")
+
+
+def relabelled(source: Path, names: list[str]) -> str:
+    config = json.loads((source / "config.json").read_text())
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    (source / "config.json").write_text(json.dumps(config))
+    return str(source)
+
+
+def saved_with_labels(kind: str, world: Path, to: Path, names: list[str]) -> str:
+    """Write a source whose classes have these names: a full model, an adapter with its config, one without its head."""
+    if kind == "full":
+        return relabelled(copied(str(world / "fine"), to), names)
+    if kind == "adapter":
+        (copied(str(world / "lora"), to) / "config.json").write_text((world / "base" / "config.json").read_text())
+        return relabelled(to, names)
+    saved_adapter(tiny_model("vit"), str(world / "base"), to, target_modules=["q_proj"])
+    (to / "config.json").write_text((world / "base" / "config.json").read_text())
+    return relabelled(to, names)
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_a_source_with_other_labels_is_refused(kind: str, world: Path, tmp_path: Path) -> None:
+    source = saved_with_labels(kind, world, tmp_path / "other", ["bird", "cat", "horse"])
+    with pytest.raises(DataError) as raised:
+        compare(write_recipe(world, tmp_path, sources=[source]), tmp_path / "out")
+    assert f"source '{source}' knows other labels than the data: got bird, cat, horse, expected bird, cat, dog" in str(
+        raised.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [("full", ["dog", "bird", "cat"]), ("adapter without a head", ["a", "b", "c"])]
+)
+def test_labels_in_another_order_and_adapters_without_a_head_are_fine(
+    kind: str, names: list[str], world: Path, tmp_path: Path
+) -> None:
+    source = saved_with_labels(kind, world, tmp_path / "other", names)
+    done = compare(write_recipe(world, tmp_path, sources=[source]), tmp_path / "out", seeds=[0], methods=[OURS])
+    assert len(done.results) == 2
+
+
+def test_unknown_methods_are_named_with_those_that_are_known(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown methods tises; expected some of base, best-source, "):
+        compare(recipe, tmp_path / "out", methods=["ties", "tises"])
+
+
+def test_a_folder_with_something_else_is_left_alone(recipe: Recipe, world: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds something else; name a new folder"):
+        compare(recipe, tmp_path / "out")
+    (tmp_path / "out" / "comparison.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"comparison.json' is not the record of a comparison"):
+        compare(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("change", [{"final_epochs": 3}, {"batch_size": 8}, {"sources": ["{}/lora"]}])
+def test_the_folder_of_another_recipe_is_refused(
+    change: dict[str, Any],
+    everything: Everything,
+    world: Path,
+    tmp_path: Path,
+) -> None:
+    change = {key: [v.format(world) for v in value] if key == "sources" else value for key, value in change.items()}
+    with pytest.raises(ConfigError, match="holds the comparison of another recipe; name a new folder"):
+        compare(write_recipe(world, tmp_path, **change), everything[1])
+
+
+def test_the_command_prints_the_table(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["compare", str(world / "recipe.yaml"), "--output", str(tmp_path / "out"), "--sizes", "6", "all"]
+    assert main([*arguments, "--seeds", "0", "--methods", "base"]) == 0
+    printed = capsys.readouterr().out
+    comparison = Comparison.load(tmp_path / "out")
+    assert {result.size for result in comparison.results} == {6, TRAIN}
+    assert str(comparison) in printed and str(tmp_path / "out") in printed
+    assert (tmp_path / "out" / "comparison-6.png").exists()
+
+
+def test_the_command_names_the_problems_of_all_sources_first(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tiny_model("resnet"), tmp_path / "resnet")
+    write_recipe(world, tmp_path, sources=[str(tmp_path / "resnet"), str(tmp_path / "missing")])
+    assert main(["compare", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "nothing was compared" in error and "resnet" in error and "missing" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_keeps_all_that_it_knows() -> None:
+    result = Result("base", 64, 0, {}, {"loss": 1.0}, 2.5, "no")
+    assert Result(**asdict(result)) == result
