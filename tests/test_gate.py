@@ -28,7 +28,8 @@ class Line:
 
     def __init__(self, losses: Losses, start: float = 0.0) -> None:
         self.losses = losses
-        self.tensors = {"w": torch.tensor([start]), "count": torch.tensor(3)}
+        weight = torch.nn.Parameter(torch.tensor([start]), requires_grad=False)
+        self.tensors = {"w": weight, "count": torch.tensor(3)}
         self.rooms = [{name: torch.full_like(value, 9) for name, value in self.tensors.items()} for _ in range(3)]
         self.trained: list[tuple[list[float], int]] = []
         self.judged: list[tuple[float, list[float]]] = []
@@ -82,10 +83,11 @@ def test_a_transfer_stays_unless_it_harms_beyond_its_noise_or_the_floor(
 def test_without_noise_the_lowest_point_of_the_line_is_taken(best: float) -> None:
     line = Line(lambda weight, samples: noisy(weight, samples, 4 * best, 0.0))
     report = line.finetune([4.0, 4.0], [1.0, 2.0, 3.0])
-    assert report.share == best and line.weight == 4 * best
-    assert report.losses == {str(share): (4 * (share - best)) ** 2 for share in SHARES}
+    assert report.share == best and line.weight == pytest.approx(4 * best)
+    expected = {str(share): (4 * (share - best)) ** 2 for share in SHARES}
+    assert report.losses == pytest.approx(expected, abs=1e-6)
     assert report.judged_by == "evaluation data"
-    assert [weight for weight, _ in line.judged] == [4 * share for share in SHARES]
+    assert [weight for weight, _ in line.judged] == pytest.approx([4 * share for share in SHARES])
     assert all(samples == [1.0, 2.0, 3.0] for _, samples in line.judged)
 
 
@@ -96,7 +98,7 @@ def test_without_noise_the_lowest_point_of_the_line_is_taken(best: float) -> Non
         (0.0, 100.0, 0.5),
         (1.0, 6.0, 0.75),  # those from half-way on
         (1.0, 3.0, 1.0),  # the last two: the farther of them
-        (0.0, 6.0, 0.25),  # those up to half-way
+        (0.0, 6.0, 0.25),  # those up to half-way: the third of four
     ],
 )
 def test_of_the_points_that_noise_does_not_tell_apart_the_middle_one_is_taken(
@@ -136,8 +138,8 @@ def test_without_held_out_samples_each_half_of_the_labels_judges_the_model_of_th
     assert (seed, other_seed) == (7, 8)
     ends = [sum(half) / len(half) for half in (first, second)]
     for number, (half, end) in enumerate(zip((second, first), ends, strict=True)):
-        judged = line.judged[5 * number : 5 * number + 5]
-        assert [samples for _, samples in judged] == [half] * 5
+        judged = line.judged[len(SHARES) * number : len(SHARES) * (number + 1)]
+        assert [samples for _, samples in judged] == [half] * len(SHARES)
         assert [weight for weight, _ in judged] == pytest.approx([share * end for share in SHARES])
     assert report.share == 1.0 and report.judged_by == "two halves of the labels"
     assert line.weight == pytest.approx(sum(ends) / 2)
@@ -157,6 +159,76 @@ def test_the_second_half_starts_where_the_first_did_and_chance_repeats() -> None
         finetune_on_line_(line.tensors, line.rooms, train, line.judge, [1.0, 2.0, 3.0, 4.0], None, 7)
     assert starts == [0.5] * 4
     assert lines[0].trained == lines[1].trained
+
+
+class Ways:
+    """A model of many weights, whose two trainings lead from zero to two given ends."""
+
+    def __init__(self, ends: Sequence[torch.Tensor], best: torch.Tensor) -> None:
+        self.ends, self.best = list(ends), best
+        self.tensors = {"w": torch.nn.Parameter(torch.zeros_like(best), requires_grad=False), "mean": torch.zeros(1)}
+
+    def train(self, samples: Any, seed: int) -> None:
+        """Jump to the next end; the statistic moves far, and means nothing."""
+        self.tensors["w"].copy_(self.ends.pop(0))
+        self.tensors["mean"].fill_(1e6)
+
+    def judge(self, samples: Any) -> Judgement:
+        """The square of the distance from the best weights, of every sample."""
+        return judgement([float(((self.tensors["w"] - self.best) ** 2).sum())] * len(samples))
+
+    def finetune(self) -> FinetuneReport:
+        """Go through the gate without held-out samples."""
+        rooms = [{name: value.clone() for name, value in self.tensors.items()} for _ in range(3)]
+        return finetune_on_line_(self.tensors, rooms, self.train, self.judge, [1.0, 2.0, 3.0, 4.0], None, 7)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "agreement"),
+    [
+        ([3.0, 4.0], [3.0, 4.0], 1.0),
+        ([3.0, 4.0], [4.0, 3.0], 0.96),
+        ([1.0, 0.0], [0.0, 2.0], 0.0),
+        ([1.0, 0.0], [-1.0, 0.0], -1.0),
+        ([0.0, 0.0], [1.0, 2.0], 1.0),  # nothing can be said
+    ],
+)
+def test_halves_that_disagree_let_their_mean_go_further(
+    one: list[float], other: list[float], agreement: float
+) -> None:
+    ends = torch.tensor(one), torch.tensor(other)
+    ways = Ways(ends, best=(ends[0] + ends[1]) / 8)  # judged alone, each half is best at about a quarter of its way
+    report = ways.finetune()
+    assert report.agreement == pytest.approx(agreement)
+    assert report.judged_share in (0.1, 0.25) if agreement >= 0 else report.judged_share == 0.0
+    assert report.share == pytest.approx(report.judged_share * 2 / (1 + max(0.0, agreement)))
+    mean = (ends[0] + ends[1]) / 2
+    torch.testing.assert_close(ways.tensors["w"].data, report.share * mean)
+    assert report.line().startswith("fine-tuned, taken back whole" if not report.share else "fine-tuned, kept ")
+
+
+def test_the_mean_never_goes_beyond_its_end() -> None:
+    ends = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    ways = Ways(ends, best=torch.tensor([5.0, 5.0]))
+    assert ways.finetune().share == 1.0
+    torch.testing.assert_close(ways.tensors["w"].data, torch.tensor([0.5, 0.5]))
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.0, 2.0])
+def test_the_farther_point_is_the_best_one_where_halves_are_signal_and_noise(noise: float) -> None:
+    """In many dimensions, the best point of each half and that of their mean differ by what the gate says."""
+    size = 100_000
+    torch.manual_seed(0)
+    signal = torch.randn(size)
+    ends = [signal + noise * torch.randn(size) for _ in range(2)]
+
+    def best(end: torch.Tensor) -> float:
+        return float(end @ signal / (end @ end))  # of the squared distance to the signal
+
+    ways = Ways(ends, best=signal)
+    agreement = ways.finetune().agreement
+    assert agreement is not None
+    assert best((ends[0] + ends[1]) / 2) / best(ends[0]) == pytest.approx(2 / (1 + agreement), rel=0.02)
 
 
 def test_a_single_label_judges_what_it_taught_and_the_report_says_so() -> None:
