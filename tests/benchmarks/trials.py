@@ -19,7 +19,8 @@ score is loss and accuracy on `TEST` test samples.
 `line`: the merge of `harm` in the order of the loss is fine-tuned, on all labels (`whole`), or on two halves of them whose
 models are averaged (`halves`), and scored along the line from before to after. `least` is the point of that line where
 the loss of each half in the other's model is lowest; of the points where it is not higher by more than its standard
-error, `farthest` is the last one and `middle` the middle one. The loss is calibrated or plain.
+error, `farthest` is the last one and `middle` the middle one. The loss is calibrated or plain. `further` goes
+`2 / (1 + r)` times as far, where r is the cosine between the ways of the two halves.
 
 Results stand in `tests/benchmarks/results/trials.jsonl`; `--table` prints their means, and differences to the first line.
 """
@@ -51,7 +52,7 @@ RESULTS = Path(__file__).parent / "results" / "trials.jsonl"
 TEST, BATCH = 400, 16
 EPOCHS = {64: 8, 256: 6}
 RULES = ("harm", "harm/2", "first", "all", "rise", "help")
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 State = dict[str, Tensor]
 Score = tuple[float, float]
@@ -122,6 +123,13 @@ def between(start: State, end: State, share: float) -> State:
         name: torch.lerp(value, end[name], share) if value.is_floating_point() else value
         for name, value in start.items()
     }
+
+
+def cosine(lab: Laboratory, start: State, one: State, other: State) -> float:
+    """Return the cosine between the ways of all parameters from `start` to two states."""
+    names = [name for name, _ in lab.net.named_parameters()]
+    a, b = (torch.cat([(end[name] - start[name]).flatten() for name in names]).double() for end in (one, other))
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
 
 def sources(kind: str, cache: Path, target: str) -> dict[str, State]:
@@ -203,11 +211,13 @@ def line(
         chosen[f"least, {kind}"] = next(s for s, losses in zip(SHARES, judged, strict=True) if losses is lowest)
         chosen[f"middle, {kind}"] = as_good[len(as_good) // 2]
         chosen[f"farthest, {kind}"] = max(as_good)
-    mean = between(ends[0], ends[1], 0.5)
-    scores = {share: lab.score(between(start, mean, share), test) for share in SHARES}
+    mean, agreement = between(ends[0], ends[1], 0.5), cosine(lab, start, *ends)
+    chosen |= {f"{way}, further": min(1.0, share * 2 / (1 + max(0.0, agreement))) for way, share in chosen.items()}
+    shares = sorted({*SHARES, *chosen.values()})
+    scores = {share: lab.score(between(start, mean, share), test) for share in shares}
     yield (
-        {"way": "halves", "chosen": chosen}
-        | {str(share): score for share, score in scores.items()}
+        {"way": "halves", "chosen": chosen, "agreement": agreement}
+        | {str(share): scores[share] for share in SHARES}
         | {way: scores[share] for way, share in chosen.items()}
     )
 
@@ -248,7 +258,7 @@ def table(rows: list[dict[str, Any]], part: str, number: int) -> str:
             for point, score in row.items():
                 if isinstance(score, list) and isinstance(score[0], float):
                     runs.setdefault((row["way"], point), {})[run] = score[number]
-    first = runs[("harm, loss", "half") if part == "rules" else ("halves", "middle, plain")]
+    first = runs[("harm, loss", "half") if part == "rules" else ("halves", "middle, plain, further")]
     return markdown_table(
         [
             {
