@@ -18,9 +18,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from scipy.stats import binomtest, rankdata
 
-from grasp_hf.compare import Comparison, Result, compare
+from grasp_hf.compare import OURS, Comparison, Result, compare, interval, kind_of, title_of
 from grasp_hf.config import Recipe
+from grasp_hf.report import markdown_table
 from tests.benchmarks.emoji import STYLES
 from tests.benchmarks.packages import cache_folder
 from tests.benchmarks.sentiment import DOMAINS
@@ -82,26 +84,68 @@ def save(benchmark: str, cache: Path) -> None:
     (RESULTS / f"{benchmark}.json").write_text(text + "\n")
 
 
-def tables(benchmark: str) -> str:
-    """Return one table per number of labels; runs of several targets count as seeds."""
+def comparisons(benchmark: str) -> dict[str, Comparison]:
+    """Return the results by number of labels; runs of several targets count as seeds, and sources as one mean."""
     rows = json.loads((RESULTS / f"{benchmark}.json").read_text())["results"]
-    texts = []
+    found = {}
     for labels in dict.fromkeys(row["labels"] for row in rows):
         mine = [row for row in rows if row["labels"] == labels]
-        names = list(dict.fromkeys((row["target"], row["seed"]) for row in mine))
         results = []
-        for number, name in enumerate(names):
+        for number, name in enumerate(dict.fromkeys((row["target"], row["seed"]) for row in mine)):
             run = [row for row in mine if (row["target"], row["seed"]) == name]
             alone = [row["final"] for row in run if row["method"].startswith("source:")]
             mean = {key: fmean(final[key] for final in alone) for key in alone[0]}
             results.append(Result("source:(mean of all)", 0, number, {}, mean, 0.0))
             results += [
-                Result(row["method"], 0, number, row["merged"], row["final"], row["seconds"])
+                Result(row["method"], 0, number, row["merged"], row["final"], row["seconds"], row["problem"])
                 for row in run
                 if not row["method"].startswith("source:")
             ]
-        texts.append(f"{benchmark}, {labels} labels, {len(names)} runs\n\n{Comparison(results, {}).table(0)}")
-    return "\n\n".join(texts)
+        found[str(labels)] = Comparison(results, {})
+    return found
+
+
+def table(benchmark: str) -> str:
+    """Return a line per method: its mean over runs by number of labels, and by how much it is better than ours there."""
+    found = comparisons(benchmark)
+    measure = {comparison.measure for comparison in found.values()}.pop()
+    methods = dict.fromkeys(method for comparison in found.values() for method in comparison.methods(0))
+    rows = []
+    for method in methods:
+        row = {f"{benchmark}: {measure}": title_of(method), "kind": kind_of(method)}
+        for labels, comparison in found.items():
+            runs = comparison.runs(method, 0)
+            column = f"{labels} labels ({len(comparison.runs(OURS, 0))} runs)"
+            row[column] = f"{fmean(runs.values()):.3f}" if runs else "–"
+            if runs and method != OURS:
+                row[column] += f" ({interval(comparison.differences(method, 0), signed=True)})"
+        rows.append(row)
+    return markdown_table(rows)
+
+
+def overall(benchmarks: list[str]) -> str:
+    """Return a line per method: its mean rank over all runs, and in how many runs ours is better (two-sided sign test)."""
+    ranks: dict[str, list[float]] = {}
+    differences: dict[str, list[float]] = {}
+    for comparison in (c for benchmark in benchmarks for c in comparisons(benchmark).values()):
+        methods = [method for method in comparison.methods(0) if comparison.runs(method, 0)]
+        for method in methods:
+            differences.setdefault(method, []).extend(comparison.differences(method, 0))
+        for run in comparison.runs(OURS, 0):
+            reached = {m: comparison.runs(m, 0)[run] for m in methods if run in comparison.runs(m, 0)}
+            sign = -1 if comparison.measure == "accuracy" else 1
+            for method, rank in zip(reached, rankdata([sign * value for value in reached.values()]), strict=True):
+                ranks.setdefault(method, []).append(float(rank))
+    rows = []
+    for method in sorted(ranks, key=lambda method: fmean(ranks[method])):
+        better, worse = (sum(sign * value < 0 for value in differences[method]) for sign in (1, -1))
+        row = {"all benchmarks": title_of(method), "kind": kind_of(method), "mean rank": f"{fmean(ranks[method]):.1f}"}
+        row |= {"ours better / worse, runs": "–", "p": "–"}
+        if method != OURS and better + worse:
+            row |= {"ours better / worse, runs": f"{better} / {worse}"}
+            row |= {"p": f"{binomtest(better, better + worse).pvalue:.3f}"}
+        rows.append(row)
+    return markdown_table(rows)
 
 
 def main() -> None:
@@ -125,7 +169,8 @@ def main() -> None:
                 for target in args.targets or TARGETS[benchmark]:
                     run(benchmark, target, size, seed, args.cache, args.variants)
                     save(benchmark, args.cache)
-        print(f"\n{tables(benchmark)}")
+        print(f"\n{table(benchmark)}")
+    print(f"\n{overall(args.benchmarks)}")
 
 
 if __name__ == "__main__":
