@@ -196,7 +196,9 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     disk = sum(largest[: 2 if config.prefetch else 1]) + base.bytes_to_download
     temporary = 0
     if config.needs_data:
-        temporary = weights * (2 + (config.method == "copy" or config.order == "rank") + config.accumulate_gradients)
+        gradients = (config.method == "copy" or config.order == "rank") + config.accumulate_gradients
+        line = 3 if config.gate and _trains(config) else 0  # from before a fine-tuning to after it
+        temporary = weights * (2 + gradients + line)
     factor, how = _memory_factor(config)
     seconds = download / DOWNLOAD_RATE
     twice = f"; of that {_gigabytes(ordering)} to find the order, where sources are not kept" if ordering else ""
@@ -207,9 +209,13 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     ]
 
 
+def _trains(config: GraspConfig) -> bool:
+    return any(map(config.trains, (config.initial_epochs, config.finetune_epochs, config.final_epochs)))
+
+
 def _memory_factor(config: GraspConfig) -> tuple[float, str]:
     """Return the peak of a merge in sizes of its model, and what sets it."""
-    if not any(map(config.trains, (config.initial_epochs, config.finetune_epochs, config.final_epochs))):
+    if not _trains(config):
         return 1.1, "no fine-tuning"
     if config.lora is not None:
         return 1.2, "fine-tuning by LoRA"

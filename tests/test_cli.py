@@ -248,6 +248,23 @@ def test_the_memory_of_a_plan_counts_all_fine_tuning(epochs: str, expected: str)
     assert expected in cost_lines([PlannedSource("base", "base", "full", num_bytes=1)], config)[2]
 
 
+@pytest.mark.parametrize(
+    ("config", "copies"),
+    [
+        ({}, 5),
+        ({"gate": False}, 2),
+        ({"final_epochs": 0}, 2),
+        ({"order": "rank"}, 6),
+        ({"method": "copy", "accumulate_gradients": True, "final_epochs": 0}, 4),
+        ({"order": "given", "final_epochs": 0, "gate": False}, 0),
+    ],
+)
+def test_the_temporary_files_of_a_plan_are_copies_of_the_target(config: dict[str, Any], copies: int) -> None:
+    base = PlannedSource("base", "base", "full", num_bytes=10**9)
+    told = cost_lines([base], GraspConfig(**config))[1]
+    assert told.endswith(f"of models, {copies}.00 GB of temporary files")
+
+
 @pytest.mark.parametrize("command", ["plan", "rank"])
 def test_a_file_that_cannot_be_written(command: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = world / "missing" / "rows.json"

@@ -8,11 +8,9 @@ import argparse
 from pathlib import Path
 
 from tests.benchmarks.emoji import dinov2, emoji, resnet
-from tests.benchmarks.packages import cache_folder, complete
-from tests.benchmarks.sentiment import DOMAINS, LABELS, minilm, sentiment
+from tests.benchmarks.packages import cache_folder
+from tests.benchmarks.sentiment import minilm, sentiment
 from tests.benchmarks.sotu import gpt2, sotu
-
-__all__ = ["DOMAINS", "LABELS", "cache_folder", "complete", "minilm", "sentiment"]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -29,7 +29,8 @@ from scipy.stats import spearmanr, t
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from grasp_hf import GraspConfig, GraspMerger
-from tests.benchmarks.data import DOMAINS, LABELS, cache_folder
+from tests.benchmarks.packages import cache_folder
+from tests.benchmarks.sentiment import DOMAINS, LABELS
 from tests.benchmarks.sources import TOKENS, source_folder
 
 TARGETS = ("amazonHL", "movie", "nyt")

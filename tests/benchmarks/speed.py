@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
-from tests.benchmarks.data import cache_folder
+from tests.benchmarks.packages import cache_folder
 
 TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 SIZES: dict[str, dict[str, Any]] = {"base": {}, "tiny": TINY}
