@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
 from .alignment import inner_products
-from .batches import Batch, Collator, batch_loss, batch_weight
+from .batches import IGNORED, Batch, Collator, batch_loss, labelled_terms
 from .errors import ConfigError, DataError, IncompatibleSourceError, NonFiniteError
 from .gradients import gradient_pass, preserved_state
 from .matching import Unit, head_tensors, movable_tensors, partition
@@ -45,13 +45,12 @@ logger = logging.getLogger(__name__)
 
 TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
 LEAST_FISHER = 1e-30  # far below any Fisher that counts, far above the smallest float32
-IGNORED = -100  # the label that transformers leaves out of a loss
 
 
 class FineTune(Protocol):
-    """Fine-tunes a model in place for so many epochs; all weights, or an adapter with these arguments of `LoraConfig`."""
+    """Trains an adapter with these arguments of `LoraConfig` for so many epochs, and merges it into the model."""
 
-    def __call__(self, epochs: float, seed: int, lora: dict[str, Any] | None = None) -> None:
+    def __call__(self, epochs: float, seed: int, lora: dict[str, Any], learning_rate: float) -> None:
         """Change the model, which may be left in train mode."""
 
 
@@ -279,7 +278,7 @@ def _add_fisher_(
     fisher: Mapping[str, Tensor], model: PreTrainedModel, batch: Batch, names: Mapping[str, Tensor]
 ) -> None:
     """Add to `fisher` the squares of the gradient of the summed loss of `batch` under labels that `model` predicts."""
-    weight = batch_weight(model, batch)
+    weight = labelled_terms(model, batch)
 
     def square(name: str, gradient: Tensor) -> None:
         if name in names:
@@ -360,13 +359,21 @@ def gradfix_(trial: Trial, *, weights: Sequence[float] = TENTHS) -> None:
     _search_(trial, direction, dict.fromkeys(seen, 1), weights)
 
 
-def pearl_(trial: Trial, *, rank: int = 16, epochs: int = 3, mixing_epochs: int = 3, lr: float = 0.01) -> None:
+def pearl_(
+    trial: Trial,
+    *,
+    rank: int = 16,
+    epochs: int = 3,
+    learning_rate: float = 1e-3,
+    mixing_epochs: int = 3,
+    mixing_lr: float = 0.01,
+) -> None:
     """Change the model to PEARL as it was meant, the rival of arXiv:2606.14900, whose code trains none of its adapters.
 
     The first source stays as it is; as many LoRA adapters as there are sources are trained on the labels, one after
     another, each from its own seed (`seed + k`); then one weight per adapter is learned on the simplex, by Adam from
     1/K, cut at 0 and renormalised at each step. Fine-tuning trains a head whole, so that a head is part of what an
-    adapter changes; the learning rate is its own (the published code's is 1e-3 or 5e-5, by script).
+    adapter changes.
 
     Memory: as the fine-tuning of one adapter; K + 1 P of disk, where the K trained models are kept.
 
@@ -374,8 +381,10 @@ def pearl_(trial: Trial, *, rank: int = 16, epochs: int = 3, mixing_epochs: int 
         trial: See `Trial`.
         rank: Rank of each adapter, and its alpha, so that its scale is 1.
         epochs: Epochs of training for each.
+        learning_rate: Of the adapters; the published code's is 1e-3 or 5e-5, by script, and few steps at the second
+            leave a new adapter near 0.
         mixing_epochs: Passes over the labels while the weights are learned.
-        lr: Step size of Adam on the weights.
+        mixing_lr: Step size of Adam on the weights.
 
     Raises:
         ConfigError: A LoRA adapter does not fit the model.
@@ -388,9 +397,10 @@ def pearl_(trial: Trial, *, rank: int = 16, epochs: int = 3, mixing_epochs: int 
     for name, tensor in tensors.items():  # from the model, whose dtype the source may not have
         first[name].copy_(tensor.detach())
     adapted = []
+    lora = {"r": rank, "lora_alpha": rank, **_adapted_modules(trial.model)}
     for k in range(number):
         overwrite_(tensors, first)
-        trial.finetune(epochs, trial.seed + k, {"r": rank, "lora_alpha": rank, **_adapted_modules(trial.model)})
+        trial.finetune(epochs, trial.seed + k, lora, learning_rate)
         trained = trial.room(f"adapted-{k}")
         for name, tensor in tensors.items():
             trained[name].copy_(tensor.detach())
@@ -400,7 +410,7 @@ def pearl_(trial: Trial, *, rank: int = 16, epochs: int = 3, mixing_epochs: int 
     units = [Unit("", tuple(tensors))]
     coefficients = torch.full((number, 1), 1 / number, dtype=torch.float64)
     steps = mixing_epochs * trial.epoch
-    _learn_(trial, first, adapted, units, coefficients, steps=steps, lr=lr, project=_onto_simplex_)
+    _learn_(trial, first, adapted, units, coefficients, steps=steps, lr=mixing_lr, project=_onto_simplex_)
     logger.info("PEARL: weights %s", [round(float(c), 3) for c in coefficients[:, 0]])
 
 

@@ -14,6 +14,7 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from .config import GraspConfig
 from .errors import DataError, NonFiniteError
 
+IGNORED = -100  # the label that transformers leaves out of a loss
 Batch = dict[str, Any]
 Collator = Callable[[list], Batch]
 
@@ -79,6 +80,8 @@ def batch_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Any]:
                 f"a batch holds labels from {int(labels.min())} to {int(labels.max())}, expected 0 to {classes - 1}, the "
                 f"label ids of the {type(model).__name__}"
             )
+    if not labelled_terms(model, batch):
+        raise DataError(f"a batch holds no labelled token: every label is {IGNORED}; leave such samples out")
     output = model(**batch)
     if output.get("loss") is None:
         raise DataError(
@@ -92,14 +95,14 @@ def batch_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Any]:
     return output["loss"], output
 
 
-def batch_weight(model: PreTrainedModel, batch: Batch) -> int:
+def labelled_terms(model: PreTrainedModel, batch: Batch) -> int:
     """Return how many terms the mean loss of a batch is over: tokens with a label, or samples."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
         return len(next(iter(batch.values())))
     if model.can_generate() and not model.config.is_encoder_decoder:
         labels = labels[:, 1:]  # each token predicts the next
-    return max(1, int((labels != -100).sum()))
+    return int((labels != IGNORED).sum())
 
 
 def is_class_ids(labels: Tensor) -> bool:

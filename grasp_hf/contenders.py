@@ -1,7 +1,7 @@
 """The methods that a comparison runs, each on the same labels with the same fine-tuning: controls, rivals, ours."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
 
 from . import baselines
 from .baselines import Trial, wide_like
 from .batches import Batch, Collator, keeping_model_columns, sample_batches
 from .config import GraspConfig
-from .evidence import judge
+from .errors import ConfigError
+from .evidence import EVIDENCE, judge
 from .finetune import finetune_
 from .mapped import MappedTensors
 from .matching import movable_tensors
@@ -25,7 +27,7 @@ from .prepare import TaskData
 from .report import Evaluation
 from .transfer import overwrite_
 
-JUDGED = 256  # labels that choices such as the best source are made by, at most
+COMMON = ("batch_size", "lora", "training_arguments", "seed", "accepted_bases", "trust_remote_code", "prefetch")
 
 Group = Literal["control", "existing", "ours"]
 
@@ -45,22 +47,27 @@ class Arena:
         self, merger: GraspMerger, sources: list[str], data: TaskData, *, epochs: float, directory: Path
     ) -> None:
         self.sources, self.data, self.epochs, self.directory = sources, data, epochs, directory
-        self.config = replace(merger.config, initial_epochs=0, finetune_epochs=0, final_epochs=0, gate=False)
-        self.seed = self.config.seed
         self._origin = merger
+        self.seed = merger.config.seed
+        self.config = GraspConfig(gate=False, order="given", final_epochs=0, **self.shared(COMMON))
         self._start = MappedTensors(directory / "base", movable_tensors(merger.model)).copy_(
             movable_tensors(merger.model)
         )
 
     @property
     def labels(self) -> Any:
-        """The labels that choices are made by."""
-        return self.data.train.select(range(min(JUDGED, len(self.data.train))))
+        """The samples that choices are made by: `EVIDENCE` labels at most, and the validation split where there is one."""
+        some = Subset(self.data.train, range(min(EVIDENCE, len(self.data.train))))
+        return some if self.data.validation is None else ConcatDataset([some, self.data.validation])
 
     @property
     def collator(self) -> Collator:
         """What makes batches that the base model takes."""
         return keeping_model_columns(self._origin.model, self.data.collator)
+
+    def shared(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return settings of the recipe."""
+        return {name: getattr(self._origin.config, name) for name in names}
 
     def begin(self) -> None:
         """Put the base model's weights back."""
@@ -68,8 +75,7 @@ class Arena:
 
     def merger(self, config: GraspConfig) -> GraspMerger:
         """Return a new merger of the model as it is now."""
-        origin = self._origin
-        return GraspMerger(origin.model, config, processing_class=origin.processing_class, base=origin.base)
+        return self._origin.with_config(config)
 
     def merge(self, config: GraspConfig, sources: list[str]) -> None:
         """Merge `sources` into the model as it is now."""
@@ -78,11 +84,11 @@ class Arena:
     def copy(self, source: str) -> None:
         """Let the model hold the weights of a source; where it has none, those of the base."""
         self.begin()
-        self.merge(replace(self.config, method="average", order="given"), [source])
+        self.merge(self.config, [source])
 
-    def finetune(self, epochs: float) -> None:
-        """Fine-tune the model as it is now, as the recipe says."""
-        self.merge(replace(self.config, initial_epochs=epochs), [])
+    def finetune(self, epochs: float, *, gate: bool = False) -> None:
+        """Fine-tune the model as it is now, as the recipe says; with the gate, no further than the labels speak for."""
+        self.merge(replace(self.config, initial_epochs=epochs, gate=gate), [])
 
     def score(self, dataset: Any = None) -> Evaluation:
         """Return loss and accuracy of the model as it is now, on the test samples where `dataset` is left out."""
@@ -122,8 +128,10 @@ class Arena:
                 config = replace(self.config, num_batches=count)
                 return sample_batches(data.train, data.collator, merger._accelerator, config, seed=self.seed)
 
-            def finetune(epochs: float, seed: int, lora: dict[str, Any] | None = None) -> None:
-                self.merger(replace(self.config, lora=lora))._finetune(data, epochs, seed, scratch)
+            def finetune(epochs: float, seed: int, lora: dict[str, Any], learning_rate: float) -> None:
+                arguments = {**self.config.training_arguments, "learning_rate": learning_rate}
+                config = replace(self.config, lora=lora, training_arguments=arguments)
+                self.merger(config)._finetune(data, epochs, seed, scratch)
 
             rooms: dict[str, MappedTensors] = {}
 
@@ -138,7 +146,7 @@ class Arena:
                 stream=stream,
                 together=together,
                 batches=batches,
-                epoch=math.ceil(min(len(self.data.train), JUDGED) / self.config.batch_size),
+                epoch=math.ceil(min(len(self.data.train), EVIDENCE) / self.config.batch_size),
                 loss=lambda: self.score(self.labels)["loss"],
                 room=room,
                 finetune=finetune,
@@ -168,20 +176,25 @@ def best_source(arena: Arena) -> None:
 def published(arena: Arena, threshold: float) -> None:
     """Run the published loop from the first source; a threshold of 1 copies nothing, one of -1 everything.
 
-    It fine-tunes as it was published, but in batches and at a learning rate of the recipe, as every method does.
+    It fine-tunes as it was published, all weights, but in batches and at a learning rate of the recipe, as every method
+    does; each of its fine-tunings ends with a whole step, so that it makes up to one step per source more than the others.
     """
     each = arena.epochs / len(arena.sources)
     config = GraspConfig.paper(
         threshold=threshold,
         initial_epochs=each,
         finetune_epochs=each,
-        seed=arena.seed,
-        batch_size=arena.config.batch_size,
-        training_arguments=arena.config.training_arguments,
+        **arena.shared(name for name in COMMON if name != "lora"),
     )
     first, *others = arena.sources
     arena.copy(first)
     arena.merge(config, others)
+
+
+def on_line(start: Callable[[Arena], None], arena: Arena) -> None:
+    """Fine-tune what `start` leaves in the model as ours is: no further than the labels speak for."""
+    start(arena)
+    arena.finetune(arena.epochs, gate=True)
 
 
 def ours(arena: Arena, **settings: Any) -> None:
@@ -197,9 +210,13 @@ def rival(arena: Arena, method: Callable[..., None], **settings: Any) -> None:
 
 
 def mixture(arena: Arena, per_layer: bool) -> None:
-    """Learn a mixture of task vectors in as many steps as fine-tuning has, each ten times as long as the paper's."""
-    steps = math.ceil(arena.epochs * len(arena.data.train) / arena.config.batch_size)
-    rival(arena, baselines.mixture_, per_layer=per_layer, steps=steps, lr=1e-2)
+    """Learn a mixture of task vectors in as many steps as fine-tuning has.
+
+    AdaMerging's 500 steps of 0.001 are too short for coefficients to get anywhere in 32; these are ten times as long at
+    least, and long enough for one to cross its whole range.
+    """
+    steps = max(1, math.ceil(arena.epochs * len(arena.data.train) / arena.config.batch_size))
+    rival(arena, baselines.mixture_, per_layer=per_layer, steps=steps, lr=max(1e-2, 1 / steps))
 
 
 def ensemble(arena: Arena) -> Evaluation:
@@ -212,6 +229,8 @@ def ensemble(arena: Arena) -> Evaluation:
 
 def fusion(arena: Arena) -> Evaluation:
     """Return the scores of all sources trained jointly on the mean of their logits."""
+    if arena.config.lora is not None:
+        raise ConfigError("all weights of all sources are trained jointly; leave out `lora` to run it")
     with arena.trial() as trial:
         model = baselines.logit_fusion(trial)
     finetune_(
@@ -255,6 +274,17 @@ METHODS = {
     "base": Method("base model", "control", nothing),
     "best-source": Method("best source on the labels", "control", best_source),
     "average": Method("average of all (uniform soup)", "control", partial(rival, method=baselines.average_)),
+    "base-line": Method("base model, fine-tuned as ours", "control", partial(on_line, nothing), "1", False),
+    "best-source-line": Method(
+        "best source, fine-tuned as ours", "control", partial(on_line, best_source), "1", False
+    ),
+    "average-line": Method(
+        "average of all, fine-tuned as ours",
+        "control",
+        partial(on_line, partial(rival, method=baselines.average_)),
+        "1",
+        False,
+    ),
     "loop-nothing": Method("published loop, nothing copied", "control", partial(published, threshold=1.0), "1", False),
     "loop-all": Method("published loop, everything copied", "control", partial(published, threshold=-1.0), "1", False),
     "ensemble": Method("ensemble of all", "existing", ensemble, "1; K to use", False),
@@ -265,8 +295,8 @@ METHODS = {
     "ties": _rival("TIES", baselines.ties_),
     "dare": _rival("DARE", baselines.dare_),
     "fisher": _rival("Fisher-weighted average", baselines.fisher_average_),
-    "lorahub": Method("learned mixture (LoraHub)", "existing", partial(mixture, per_layer=False)),
-    "adamerging": Method("learned mixture by layer (AdaMerging)", "existing", partial(mixture, per_layer=True)),
+    "lorahub": Method("learned mixture by source (as LoraHub)", "existing", partial(mixture, per_layer=False)),
+    "adamerging": Method("learned mixture by layer (as AdaMerging)", "existing", partial(mixture, per_layer=True)),
     "gradfix": _rival("GradFix", baselines.gradfix_),
     "published": Method("GRASP as published", "existing", partial(published, threshold=0.3), "6; ours 1", False),
     "ours": Method("grasp_hf, default", "ours", ours, "1", False),

@@ -6,17 +6,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from scipy.stats import t
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .batches import Batch, Collator, batch_loss, batch_weight, is_class_ids
+from .batches import IGNORED, Batch, Collator, batch_loss, is_class_ids, labelled_terms
+from .errors import DataError
 from .report import ChangeReport
 
 SCALES = tuple(2 ** (half / 2) for half in range(-6, 9))  # of the logits, from 1/8 to 16
 NORMAL_95 = 1.96
+EVIDENCE = 512  # labels that a choice is made by, at most
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,7 @@ class Judgement:
     """The losses of one model on labelled samples.
 
     Attributes:
-        losses: Of each sample, summed over its terms; float64, shape `(n,)`. A sample is a whole batch where a task has
-            no loss per sample that we know of.
+        losses: Of each sample, summed over its terms; float64, shape `(n,)`.
         terms: How many terms that sum has: 1 for a class, the labelled tokens of a text.
         calibrated: The losses after all logits were multiplied by the one number that makes their sum least; the losses
             themselves where there are no classes. An average of models is right as often as its loss is low only after
@@ -59,7 +61,7 @@ class Change:
 
     Attributes:
         mean: Of the second minus the first; below 0 is better.
-        standard_error: Of that mean, over samples; infinite for a single one.
+        standard_error: Of that mean, over samples; 0 for a single one, which shows no noise.
         samples: Number of pairs.
     """
 
@@ -69,8 +71,8 @@ class Change:
 
     @property
     def half_interval(self) -> float:
-        """Half of the 95 % interval."""
-        return NORMAL_95 * self.standard_error
+        """Half of the 95 % interval (Student's t over samples)."""
+        return self.standard_error * float(t.ppf(0.975, self.samples - 1)) if self.samples > 1 else 0.0
 
     @property
     def harms(self) -> bool:
@@ -79,14 +81,14 @@ class Change:
 
     def report(self) -> ChangeReport:
         """Return it for a report."""
-        half = self.half_interval if math.isfinite(self.half_interval) else None  # JSON knows no infinity
+        half = self.half_interval if self.samples > 1 else None
         return ChangeReport(self.mean, half, self.samples, self.samples_to_see())
 
     def samples_to_see(self) -> int | None:
         """Return how many samples would put a change of this size outside its 95 % interval; `None` for no change."""
-        if self.mean == 0 or not math.isfinite(self.standard_error):
+        if self.mean == 0 or self.samples < 2:
             return None
-        return math.ceil(self.samples * (self.half_interval / self.mean) ** 2)
+        return math.ceil(self.samples * (NORMAL_95 * self.standard_error / self.mean) ** 2)
 
 
 def change(before: Judgement, after: Judgement, *, calibrated: bool = True) -> Change:
@@ -96,7 +98,7 @@ def change(before: Judgement, after: Judgement, *, calibrated: bool = True) -> C
     samples, total = len(terms), float(terms.sum())
     mean = float(difference.sum()) / total
     if samples < 2:
-        return Change(mean, math.inf, samples)
+        return Change(mean, 0.0, samples)
     residuals = difference - mean * terms
     variance = float((residuals**2).sum()) * samples / (samples - 1)
     return Change(mean, math.sqrt(variance) / total, samples)
@@ -113,10 +115,15 @@ def joined(a: Judgement, b: Judgement) -> Judgement:
 def judge(
     model: PreTrainedModel, dataset: Any, collator: Collator, accelerator: Accelerator, batch_size: int
 ) -> Judgement:
-    """Return the losses of `model`, in its mode, on every sample of `dataset`."""
+    """Return the losses of `model`, in its mode, on every sample of `dataset`.
+
+    Where a model gives a whole batch one loss only (a regression, tags of tokens, spans), samples go through it one by one.
+    """
     loader = accelerator.prepare_data_loader(DataLoader(dataset, batch_size=batch_size, collate_fn=collator))
     losses, terms, logits, labels = [], [], [], []
     for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None):
+        if not labelled_terms(model, batch):  # texts cut before their answer, say: the mean loss would be NaN
+            continue
         mean, output = batch_loss(model, batch)
         if _is_classification(batch, output):
             logits.append(output["logits"].float().cpu())
@@ -125,10 +132,16 @@ def judge(
             own, count = _token_losses(output["logits"], batch["labels"], shifted=not model.config.is_encoder_decoder)
             losses.append(own.cpu())
             terms.append(count.cpu())
+        elif batch_size > 1:
+            return judge(model, dataset, collator, accelerator, 1)
         else:
-            weight = batch_weight(model, batch)
+            weight = labelled_terms(model, batch)
             losses.append(torch.tensor([float(mean) * weight], dtype=torch.float64))
             terms.append(torch.tensor([float(weight)], dtype=torch.float64))
+    if not logits and not losses:
+        raise DataError(
+            f"none of the {len(dataset)} samples has a labelled token; expected labels other than {IGNORED}"
+        )
     if logits and not losses:
         return _of_classes(torch.cat(logits), torch.cat(labels))
     summed = torch.cat(losses)
@@ -146,8 +159,8 @@ def _token_losses(logits: Tensor, labels: Tensor, *, shifted: bool) -> tuple[Ten
     """Return the summed loss of each text, and how many labelled tokens it has."""
     if shifted:  # each token predicts the next
         logits, labels = logits[:, :-1], labels[:, 1:]
-    losses = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
-    return losses.view(labels.shape).double().sum(1), (labels != -100).double().sum(1)
+    losses = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view(labels.shape).double().sum(1), (labels != IGNORED).double().sum(1)
 
 
 def _is_classification(batch: Batch, output: Any) -> bool:

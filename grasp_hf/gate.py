@@ -20,19 +20,19 @@ Train = Callable[[Any, int], None]  # fine-tunes the model in place: on which sa
 Judge = Callable[[Any], Judgement]
 
 
-def accepts(change: Change, after: Judgement, floor: float | None) -> bool:
+def accepts(change: Change, after: Judgement, floor: float) -> bool:
     """Whether a transfer stays: it harms by no more than its standard error, and nothing is worse than the `floor`.
 
     Few labels cannot prove that one source helps, and a mean of sources that each seem to do no harm is better than the
     few that seem to help (see the README's trials); so the doubt is in favour of the source. The floor, the loss before
-    the first source, keeps many small doubts from adding up.
+    the first source since the last fine-tuning, keeps many small doubts from adding up.
 
     Args:
         change: Between the model without the source and with it.
         after: The model with it.
-        floor: A mean calibrated loss; `None` is none.
+        floor: A mean calibrated loss.
     """
-    return not change.harms and (floor is None or after.calibrated_loss <= floor)
+    return not change.harms and after.calibrated_loss <= floor
 
 
 def finetune_on_line_(
@@ -47,7 +47,7 @@ def finetune_on_line_(
     """Fine-tune, then go back on the line between the weights before and after (WiSE-FT, arXiv:2109.01903) if need be.
 
     Few samples cannot tell neighbouring points apart: the middle one is taken of those whose loss is not above the lowest
-    one by more than the standard error of their difference. That loss is not calibrated, because fine-tuning also mends
+    one beyond the 95 % interval of their difference. That loss is not calibrated, because fine-tuning also mends
     the scale of the logits, or spoils it. With held-out samples they judge. Without, the labels are cut into two halves
     at random: each half trains a model, which the other half judges along its line, and the point is taken on the line
     to the mean of the two models (a soup, arXiv:2203.05482). Both together make as many steps as one fine-tuning on all
@@ -99,7 +99,7 @@ def finetune_on_line_(
             interpolate_(tensor, tensor.clone(), other[name], 0.5)
     lowest = min(line, key=lambda judgement: judgement.loss)
     changes = [change(lowest, point, calibrated=False) for point in line]
-    as_good = [share for share, to_it in zip(SHARES, changes, strict=True) if not to_it.harms]
+    as_good = [share for share, to_it in zip(SHARES, changes, strict=True) if to_it.mean <= to_it.half_interval]
     judged_share = as_good[len(as_good) // 2]
     share = judged_share if agreement is None else min(1.0, judged_share * 2 / (1 + max(0.0, agreement)))
     _go(tensors, before, after, share)

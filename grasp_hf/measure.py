@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .alignment import PUBLISHED_EPSILON, CoefficientDescent, cosine, inner_products, mean_defined
-from .batches import Batch, Collator, batch_weight, check_dataset, keeping_model_columns, sample_batches
+from .batches import Batch, Collator, check_dataset, keeping_model_columns, labelled_terms, sample_batches
 from .config import GraspConfig
 from .errors import IncompatibleSourceError, NonFiniteError
 from .evidence import Judgement
@@ -38,11 +38,13 @@ class Scratch:
     Attributes:
         directory: See above.
         judged: The losses of the target as it is, where they are known; whoever changes it says so here.
+        floor: The mean calibrated loss before the first transfer since the target was last fine-tuned; infinite before it.
     """
 
     def __init__(self, directory: Path, like: Mapping[str, Tensor]) -> None:
         self.directory = directory
         self.judged: Judgement | None = None
+        self.floor = math.inf
         self._like = like
         self._parameters = {name: t for name, t in like.items() if isinstance(t, torch.nn.Parameter)}
 
@@ -185,7 +187,7 @@ def mean_gradient(
     found: set[str] = set()
     total, loss = 0.0, 0.0
     for batch in batches:
-        weight = batch_weight(target, batch)
+        weight = labelled_terms(target, batch)
         share = weight / (total + weight)
 
         without = set(found)

@@ -1,6 +1,7 @@
 """The loop: for each source, pull, measure, transfer, fine-tune, record, free."""
 
 import logging
+import math
 import random
 import resource
 import sys
@@ -10,6 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import chain
@@ -27,7 +29,7 @@ from .batches import Collator, batch_loss, check_dataset, keeping_model_columns,
 from .card import declared_license
 from .config import GraspConfig
 from .errors import ConfigError, GraspError, IncompatibleSourceError, SourceNotFoundError
-from .evidence import Judgement, change, judge
+from .evidence import EVIDENCE, Judgement, change, judge
 from .gate import accepts, finetune_on_line_
 from .gradients import checkpointing, preserved_state
 from .loading import LoadedSource, load_processing_class, load_source, load_target
@@ -44,7 +46,6 @@ from .workspace import workspace
 
 logger = logging.getLogger(__name__)
 
-EVIDENCE = 512  # labels that judge a transfer, at most
 PACKAGES = ("grasp_hf", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
 
@@ -149,7 +150,6 @@ class GraspMerger:
         )
         self._started = False
         self._learned = False  # whether the model was fine-tuned on the labels, which then speak for it
-        self._floor: float | None = None
         self._original_base: tuple[str, str | None] | None = None  # of a continued merge, and a token for it
         self._scratch: Scratch | None = None
         self._checked: Any = None  # the training data that made a finite loss
@@ -207,6 +207,12 @@ class GraspMerger:
         if not new_head and (record := read_record(base.folder)):
             merger._continue(record, base, token)
         return merger
+
+    def with_config(self, config: GraspConfig) -> "GraspMerger":
+        """Return a merger of the same model, with the same record so far, that merges as `config` says."""
+        twin = copy(self)
+        twin.config, twin.report = config, replace(deepcopy(self.report), config=asdict(config))
+        return twin
 
     def _continue(self, record: MergeReport, merged: Source, token: str | None) -> None:
         """Go on where the merge in `merged` ended: its sources count, and its adapters' base is that of new ones."""
@@ -283,7 +289,7 @@ class GraspMerger:
                 with self._step(**arguments) as (data, scratch):
                     self._finetune(data, config.initial_epochs, config.seed, scratch)
                     if before := self._judge(data, scratch):
-                        self.report.start, self._floor = before.evaluation(), before.calibrated_loss
+                        self.report.start = before.evaluation()
                 self._started = True
             if config.order != "given" and sources:
                 sources = self._ordered(sources, token, **arguments)
@@ -296,7 +302,6 @@ class GraspMerger:
                         message = f"while merging source {number}/{len(sources)} '{source}': {error}"
                         raise type(error)(message) from error
                     logger.info("%d/%d %s", number, len(sources), step.line())
-            self._floor = None
             if sources and config.final_epochs and train_dataset is not None:
                 with self._step(**arguments) as (data, scratch):
                     self.report.final = self._finetune(data, config.final_epochs, config.seed, scratch)
@@ -482,6 +487,8 @@ class GraspMerger:
     ) -> None:
         """Load and measure the source, move what the evidence says, and take it back if the labels say so."""
         before = self._judge(data, scratch)
+        if before and scratch.floor == math.inf:
+            scratch.floor = before.calibrated_loss
         loaded = self._load(located, scratch)
         step.notes = loaded.notes
         every_unit = partition(self.model, self.config.unit)
@@ -501,7 +508,7 @@ class GraspMerger:
             step.judged_by = " and ".join(self._judges(data))
             step.before, step.after_transfer = before.evaluation(), after.evaluation()
             step.change = moved.report()
-            if self.config.gate and moving and not accepts(moved, after, None if self._learned else self._floor):
+            if self.config.gate and moving and not accepts(moved, after, scratch.floor):
                 step.accepted, scratch.judged = False, before
                 overwrite_(tensors, {name: scratch.start[name] for unit in moving for name in unit.tensors})
         sizes = {unit.name: sum(tensors[name].numel() for name in unit.tensors) for unit in units}
@@ -590,7 +597,7 @@ class GraspMerger:
                 directory=scratch.directory,
             )
 
-        self._learned, scratch.judged = True, None
+        self._learned, scratch.judged, scratch.floor = True, None, math.inf
         if not self.config.gate:
             train(data.train, seed)
             return FinetuneReport()

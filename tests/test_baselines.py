@@ -78,6 +78,22 @@ def data_batches(kind: str) -> list[dict[str, Any]]:
     return [default_data_collator(rows[start : start + BATCH]) for start in range(0, SAMPLES, BATCH)]
 
 
+def fine_tune(
+    model: PreTrainedModel,
+    kind: str,
+    directory: Path,
+    epochs: float,
+    seed: int,
+    lora: dict[str, Any] | None = None,
+    learning_rate: float = 0.01,
+) -> None:
+    """Train a tiny model, or an adapter of it, on its tiny data."""
+    arguments = {"learning_rate": learning_rate, "use_cpu": True}
+    config = GraspConfig(batch_size=BATCH, lora=lora, training_arguments=arguments)
+    data = tiny_data(kind, SAMPLES)
+    finetune_(model, data, None, default_data_collator, config, epochs=epochs, seed=seed, directory=directory)
+
+
 def trial_of(
     kind: str,
     sources: Sequence[Mapping[str, Tensor]],
@@ -97,11 +113,6 @@ def trial_of(
     def together() -> Iterator[Sequence[Mapping[str, Tensor]]]:
         yield list(sources)
 
-    def finetune(epochs: float, seed: int, lora: dict[str, Any] | None = None) -> None:
-        config = GraspConfig(batch_size=BATCH, lora=lora, training_arguments={"learning_rate": 0.01, "use_cpu": True})
-        data = tiny_data(kind, SAMPLES)
-        finetune_(model, data, None, default_data_collator, config, epochs=epochs, seed=seed, directory=directory)
-
     return Trial(
         model=model,
         start=start,
@@ -111,7 +122,7 @@ def trial_of(
         epoch=len(batches),
         loss=loss,
         room=lambda name: filled_with_nan(MappedTensors(directory / name, wide_like(start))),
-        finetune=finetune,
+        finetune=partial(fine_tune, model, kind, directory),
         seed=3,
     )
 
@@ -506,18 +517,18 @@ def test_pearl_trains_its_adapters_on_the_first_source(kind: str, tmp_path: Path
     sources = fine_tunes(kind, 2)
     trial = trial_of(kind, [{n: t.bfloat16() for n, t in sources[0].items()}, sources[1]], tmp_path)
     first = {n: t.bfloat16().float() for n, t in sources[0].items()}
-    asked: list[tuple[float, int, Any]] = []
+    asked: list[tuple[float, int, Any, float]] = []
     trained: list[Tensors] = []
 
-    def finetune(epochs: float, seed: int, lora: dict[str, Any] | None = None) -> None:
-        asked.append((epochs, seed, lora))
+    def finetune(epochs: float, seed: int, lora: dict[str, Any], learning_rate: float) -> None:
+        asked.append((epochs, seed, lora, learning_rate))
         assert_close(trial.model, first, tolerance=0)
-        trial.finetune(epochs, seed, lora)
+        trial.finetune(epochs, seed, lora, 0.01)
         trained.append(copies(trial.model))
 
     pearl_(replace(trial, finetune=finetune), epochs=1)
     lora = {"r": 16, "lora_alpha": 16}
-    assert asked == [(1, 3, lora), (1, 4, lora)]
+    assert asked == [(1, 3, lora, 1e-3), (1, 4, lora, 1e-3)]
     assert not trial.model.training
     moved = [name for name in first if not torch.equal(first[name], trained[0][name])]
     assert any(".layer.0." in name or ".h.0." in name for name in moved) and len(moved) < len(first)
@@ -538,7 +549,7 @@ def test_pearl_of_one_source_is_its_adapter(tmp_path: Path) -> None:
     pearl_(trial, epochs=1)
     again = trial_of("bert", [], tmp_path)
     place(again.model, fine_tunes("bert", 1)[0])
-    again.finetune(1, 3, {"r": 16, "lora_alpha": 16})
+    again.finetune(1, 3, {"r": 16, "lora_alpha": 16}, 1e-3)
     assert_close(trial.model, copies(again.model), tolerance=1e-5)
 
 
@@ -551,7 +562,7 @@ def test_every_method_improves_on_the_base_with_one_good_source_and_is_repeatabl
         pytest.skip("a ResNet has no linear layers but its head")
     teacher = trial_of(kind, [], tmp_path)
     before = teacher.loss()
-    teacher.finetune(6, 0)
+    fine_tune(teacher.model, kind, tmp_path, 6, 0)
     teacher.model.eval()
     source = copies(teacher.model)
     results = []

@@ -280,10 +280,10 @@ def test_the_table_says_what_each_row_is() -> None:
     found = [*results(**RUNS), *results(ensemble=[0.8, 0.8, 0.8]), replace(results(x=[0.4])[0], method="source:org/x")]
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in Comparison(found, {}).table(64).splitlines()]
     assert lines[0] == ["", "kind", "as merged", "in the end", "better than ours by", "memory (models)"]
-    assert lines[2][:2] == ["base model", "control"] and lines[2][4].startswith("-0.067 ± ")
-    assert lines[3] == ["grasp_hf, default", "ours", "–", "0.733 ± 0.143", "–", "1"]
+    assert lines[2] == ["source x", "control", "–", "0.400", "-0.300", "1"]
+    assert lines[3][:2] == ["base model", "control"] and lines[3][4].startswith("-0.067 ± ")
     assert lines[4][1] == "existing" and lines[4][3:] == ["0.800 ± 0.000", lines[4][4], "1; K to use"]
-    assert lines[5] == ["source x", "control", "–", "0.400", "-0.300", "1"]
+    assert lines[5] == ["grasp_hf, default", "ours", "–", "0.733 ± 0.143", "–", "1"]
 
 
 def test_rows_stand_in_one_order_whenever_they_were_run() -> None:

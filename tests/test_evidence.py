@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from scipy.stats import ttest_rel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -19,6 +20,8 @@ from transformers import (
     default_data_collator,
 )
 
+from grasp_hf.batches import batch_loss
+from grasp_hf.errors import DataError
 from grasp_hf.evidence import Change, Judgement, change, joined, judge
 from tests.models import tiny_data, tiny_model
 
@@ -107,6 +110,21 @@ def test_tokens_without_a_label_count_for_nothing() -> None:
     assert found.loss == pytest.approx(float(model(**padded(samples)).loss))
 
 
+@pytest.mark.parametrize("kind", ["language model", "tags"])
+def test_a_batch_without_any_label_is_left_out_and_none_at_all_is_an_error(kind: str) -> None:
+    torch.manual_seed(0)
+    tags = BertForTokenClassification(BertConfig(**{**SMALL, "num_labels": 3})).eval()
+    model = tags if kind == "tags" else tiny_model("gpt2").eval()
+    samples = [{"input_ids": t, "labels": [n % 3 for n in t]} for t in TEXTS[:2]]
+    silent = {"input_ids": TEXTS[3], "labels": [-100] * 5}
+    found = judged(model, [silent, *samples], batch_size=1, collator=padded)
+    assert torch.equal(found.losses, judged(model, samples, batch_size=1, collator=padded).losses)
+    with pytest.raises(DataError, match="^none of the 2 samples has a labelled token"):
+        judged(model, [silent, silent], batch_size=1, collator=padded)
+    with pytest.raises(DataError, match="^a batch holds no labelled token"):
+        batch_loss(model, padded([silent]))
+
+
 def test_the_decoder_of_an_encoder_and_decoder_predicts_every_label() -> None:
     sizes: dict[str, Any] = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "decoder_start_token_id": 0}
     torch.manual_seed(0)
@@ -119,30 +137,29 @@ def test_the_decoder_of_an_encoder_and_decoder_predicts_every_label() -> None:
     assert found.loss == pytest.approx(float(model(**padded(samples)).loss))
 
 
-def test_other_tasks_are_judged_by_the_batch() -> None:
+def test_tags_of_tokens_are_judged_text_by_text() -> None:
     torch.manual_seed(0)
     model = BertForTokenClassification(BertConfig(**{**SMALL, "num_labels": 3})).eval()
     samples = [
         {"input_ids": t, "attention_mask": [1] * len(t), "labels": [-100, *[n % 3 for n in t[1:]]]} for t in TEXTS
     ]
     found = judged(model, samples, batch_size=2, collator=padded)
-    batches = [samples[:2], samples[2:4], samples[4:]]
-    assert found.terms.tolist() == [7, 5, 7]
-    own = [float(model(**padded(batch)).loss) for batch in batches]
-    assert found.losses.tolist() == pytest.approx([a * t for a, t in zip(own, [7, 5, 7], strict=True)])
+    assert found.terms.tolist() == [2, 5, 1, 4, 7]
+    own = [float(model(**padded([sample])).loss) for sample in samples]
+    assert found.losses.tolist() == pytest.approx([a * t for a, t in zip(own, [2, 5, 1, 4, 7], strict=True)])
     assert found.loss == pytest.approx(float(model(**padded(samples)).loss))
     assert found.correct is None and torch.equal(found.calibrated, found.losses)
 
 
-def test_a_regression_is_judged_by_the_batch() -> None:
+def test_a_regression_is_judged_sample_by_sample() -> None:
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**{**SMALL, "num_labels": 1})).eval()
     samples: list[dict[str, Any]] = [{"input_ids": torch.arange(n, n + 4), "labels": n / 3} for n in range(5)]
     found = judged(model, samples, batch_size=2)
     outputs = torch.cat([model(input_ids=s["input_ids"][None]).logits[0] for s in samples]).detach()
     squares = (outputs - torch.arange(5) / 3) ** 2
-    assert found.terms.tolist() == [2, 2, 1]
-    assert found.losses.tolist() == pytest.approx([float(s.sum()) for s in squares.split(2)], rel=1e-5)
+    assert found.terms.tolist() == [1] * 5
+    assert found.losses.tolist() == pytest.approx(squares.tolist(), rel=1e-4)
     assert found.loss == pytest.approx(float(squares.mean())) and found.evaluation() == {"loss": found.loss}
 
 
@@ -177,7 +194,7 @@ def test_the_change_of_samples_with_one_term_each_is_that_of_the_textbook() -> N
     difference = after - before
     assert (found.samples, found.mean) == (30, pytest.approx(float(difference.mean())))
     assert found.standard_error == pytest.approx(float(difference.std(correction=1)) / math.sqrt(30))
-    assert found.half_interval == pytest.approx(1.96 * found.standard_error)
+    assert found.half_interval == pytest.approx(ttest_rel(after, before).confidence_interval(0.95).high - found.mean)
     back = change(of_losses(after), of_losses(before))
     assert (back.mean, back.standard_error) == pytest.approx((-found.mean, found.standard_error))
 
@@ -205,10 +222,11 @@ def test_the_standard_error_of_ragged_texts_is_that_of_a_jackknife() -> None:
     assert abs(unweighted / jackknife - 1) > 0.05, "the test means something only if lengths matter"
 
 
-def test_one_sample_says_nothing() -> None:
+def test_one_sample_shows_no_noise_and_any_rise_is_harm() -> None:
     found = change(of_losses([1.0]), of_losses([9.0]))
-    assert (found.mean, found.standard_error, found.samples) == (8, math.inf, 1)
-    assert not found.harms and found.samples_to_see() is None
+    assert (found.mean, found.standard_error, found.samples) == (8, 0, 1)
+    assert found.harms and found.samples_to_see() is None
+    assert not change(of_losses([1.0]), of_losses([1.0])).harms
     report = found.report()
     assert report.half_interval is None and str(report) == "+8.000 ± ?"
     json.dumps(vars(report), allow_nan=False)
