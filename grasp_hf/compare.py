@@ -32,6 +32,7 @@ from .prepare import TaskData, prepare
 from .report import Evaluation, markdown_table
 from .rows import label_names
 from .sources import Source
+from .workspace import workspace
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Comparison:
 
     Attributes:
         results: One per method, number of labels and seed.
-        setting: What was compared: recipe, sizes, seeds, versions.
+        setting: What was compared: the recipe, a digest of the data, the settings of variants, and the versions at first.
     """
 
     results: list[Result]
@@ -199,14 +200,24 @@ def compare(
         ConfigError: The folder holds another comparison.
     """
     chosen = _chosen(methods)
-    setting = _setting(recipe)
-    done = _continued(output, setting)
+    if own := {"max_steps", "num_train_epochs"} & set(recipe.config.training_arguments):
+        raise ConfigError(
+            f"training_arguments.{own.pop()}: expected none in a comparison, where each method splits the same budget in its "
+            "own way; set final_epochs"
+        )
     base, sources, data = prepare(recipe)
-    _check(recipe, base, sources, data)
-    for size in sizes:
-        for seed in seeds:
-            _run_seed(done, output, recipe, base, sources, data, chosen, variants or {}, size, seed)
-    done.save_figures(output)
+    digests = _check(recipe, base, sources, data)
+    counts = [len(data.train) if size is None else size for size in sizes]
+    if max(counts) > len(data.train):
+        raise DataError(f"got {len(data.train)} labels, fewer than the {max(counts)} to compare with")
+    done = _continued(output, _setting(recipe, digests, variants or {}))
+    try:
+        for count in counts:
+            for seed in seeds:
+                _run_seed(done, output, recipe, base, sources, data, chosen, variants or {}, count, seed)
+    finally:
+        if done.results:
+            done.save_figures(output)
     return done
 
 
@@ -243,8 +254,8 @@ def _chosen(methods: Sequence[str] | None) -> dict[str, Method]:
     return {name: METHODS[name] for name in METHODS if name in {*methods, OURS}}
 
 
-def _setting(recipe: Recipe) -> dict[str, Any]:
-    """Return what must be the same for results to stand in one table."""
+def _setting(recipe: Recipe, digests: dict[str, str], variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what must be the same for results to stand in one table, and the versions that they began with."""
     packages = ("grasp_hf", "torch", "transformers", "peft")
     return {
         "recipe": {
@@ -254,6 +265,8 @@ def _setting(recipe: Recipe) -> dict[str, Any]:
             "data": recipe.data,
             **asdict(recipe.config),
         },
+        "digests": digests,
+        "variants": variants,
         "versions": {name: version(name) for name in packages},
     }
 
@@ -265,8 +278,22 @@ def _continued(output: Path, setting: dict[str, Any]) -> Comparison:
             raise ConfigError(f"'{output}' holds something else; name a new folder for the comparison")
         return Comparison([], setting)
     earlier = Comparison.load(output)
-    if earlier.setting["recipe"] != json.loads(json.dumps(setting["recipe"])):
+    now = json.loads(json.dumps(setting))
+    if earlier.setting["recipe"] != now["recipe"]:
         raise ConfigError(f"'{output}' holds the comparison of another recipe; name a new folder")
+    if changed := [name for name, digest in now["digests"].items() if earlier.setting["digests"].get(name) != digest]:
+        raise ConfigError(
+            f"'{output}' holds a comparison on other data (changed since: {', '.join(changed)}); name a new folder"
+        )
+    known = earlier.setting["variants"]
+    if changed := [name for name, settings in now["variants"].items() if known.get(name, settings) != settings]:
+        raise ConfigError(f"'{output}' holds a variant '{changed[0]}' with other settings; name it differently")
+    known.update(now["variants"])
+    if earlier.setting["versions"] != now["versions"]:
+        logger.warning(
+            "the results so far were made with %s, those to come with %s", earlier.setting["versions"], now["versions"]
+        )
+    earlier.results = [result for result in earlier.results if not result.problem]  # they are tried again
     return earlier
 
 
@@ -279,13 +306,10 @@ def _run_seed(
     data: TaskData,
     methods: dict[str, Method],
     variants: dict[str, dict[str, Any]],
-    size: int | None,
+    count: int,
     seed: int,
 ) -> None:
     """Run what is missing of one seed."""
-    count = len(data.train) if size is None else size
-    if count > len(data.train):
-        raise DataError(f"got {len(data.train)} labels, fewer than the {count} to compare with")
     order = [sources[i] for i in _permutation(len(sources), seed)]
     rows: dict[str, tuple[Callable[[Arena], Evaluation | None], bool]] = {
         f"source:{source}": (partial(source_alone, source=source), False) for source in sources
@@ -300,8 +324,8 @@ def _run_seed(
     config = replace(recipe.config, seed=seed)
     base.config = config
     epochs = config.total_epochs(len(sources))
-    with tempfile.TemporaryDirectory(prefix="grasp_hf-compare-") as name:
-        arena = Arena(base, order, replace(data, train=labels), epochs=epochs, directory=Path(name))
+    with workspace(Path(tempfile.gettempdir()), "grasp_hf-compare-") as directory:
+        arena = Arena(base, order, replace(data, train=labels), epochs=epochs, directory=directory)
         for method, (run, finetuned) in missing.items():
             began = time.perf_counter()
             try:
@@ -328,8 +352,8 @@ def _permutation(count: int, seed: int) -> list[int]:
     return order
 
 
-def _check(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], data: TaskData) -> None:
-    """Raise `DataError` where the rows of a comparison could not be compared."""
+def _check(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], data: TaskData) -> dict[str, str]:
+    """Raise `DataError` where the rows of a comparison could not be compared; return a digest of each split."""
     if data.train is None or data.test is None:
         raise DataError("a comparison needs data with the splits 'train' and 'test'")
     if len(data.test) < LEAST_TEST:
@@ -338,8 +362,10 @@ def _check(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], data: Ta
             f"the split 'test' has {len(data.test)} samples: two methods would have to differ by about {visible:.0f} points "
             f"to be told apart; expected at least {LEAST_TEST}, and {round(0.5 * (NORMAL_95 / 0.05) ** 2)} show 5 points"
         )
-    for name, split in (("train", data.train), ("validation", data.validation)):
-        if split is not None and (shared := contents(split) & contents(data.test)):
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    found = {name: contents(split) for name, split in splits.items() if split is not None}
+    for name in found.keys() - {"test"}:
+        if shared := found[name] & found["test"]:
             raise DataError(
                 f"{len(shared)} samples of the split 'test' also stand in the split '{name}'; expected none: remove them, "
                 "or every method that learns the training set by heart looks good"
@@ -358,6 +384,7 @@ def _check(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], data: Ta
                 f"source '{source}' was trained on the test split, says its card (\"{sentence}\"); leave it out of a "
                 "comparison on that split"
             )
+    return {name: digest(hashes, splits[name]) for name, hashes in found.items()}
 
 
 def own_labels(source: Source, merger: GraspMerger) -> list[str] | None:
@@ -370,6 +397,12 @@ def own_labels(source: Source, merger: GraspMerger) -> list[str] | None:
     if merger.base is None or not saves_head(load_adapter_config(source), merger.model):
         return None
     return adapter_labels(source, merger.base)
+
+
+def digest(hashes: set[str], dataset: Any) -> str:
+    """Return a hash of all samples, with `contents` as known, and of their labels in order."""
+    labels = dataset.with_format(None)["labels"][:] if "labels" in dataset.column_names else []
+    return hashlib.sha256(repr((sorted(hashes), list(labels))).encode()).hexdigest()[:16]
 
 
 def contents(dataset: Any) -> set[str]:

@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from . import baselines
 from .baselines import Trial, wide_like
-from .batches import Batch, Collator, keeping_model_columns, sample_batches
+from .batches import Batch, Collator, sample_batches
 from .config import GraspConfig
 from .errors import ConfigError
 from .evidence import EVIDENCE, judge
@@ -63,7 +63,7 @@ class Arena:
     @property
     def collator(self) -> Collator:
         """What makes batches that the base model takes."""
-        return keeping_model_columns(self._origin.model, self.data.collator)
+        return self._origin._collator(self.data.collator)
 
     def shared(self, names: Iterable[str]) -> dict[str, Any]:
         """Return settings of the recipe."""
@@ -74,12 +74,17 @@ class Arena:
         overwrite_(movable_tensors(self._origin.model), self._start)
 
     def merger(self, config: GraspConfig) -> GraspMerger:
-        """Return a new merger of the model as it is now."""
-        return self._origin.with_config(config)
+        """Return a merger of the model as it is now, as if nothing had been merged into it."""
+        return self._origin.with_config(config, anew=True)
 
     def merge(self, config: GraspConfig, sources: list[str]) -> None:
         """Merge `sources` into the model as it is now."""
         self.merger(config).merge(sources, **self.data.merge_arguments())
+
+    def continue_(self, settings: dict[str, Any]) -> None:
+        """Merge all sources into the model as the recipe says but for `settings`, where the base's record ends."""
+        config = replace(self._origin.config, **settings)
+        self._origin.with_config(config).merge(self.sources, **self.data.merge_arguments())
 
     def copy(self, source: str) -> None:
         """Let the model hold the weights of a source; where it has none, those of the base."""
@@ -88,7 +93,8 @@ class Arena:
 
     def finetune(self, epochs: float, *, gate: bool = False) -> None:
         """Fine-tune the model as it is now, as the recipe says; with the gate, no further than the labels speak for."""
-        self.merge(replace(self.config, initial_epochs=epochs, gate=gate), [])
+        with self.session(replace(self.config, gate=gate)) as (merger, data, scratch):
+            merger._finetune(data, epochs, self.seed, scratch)
 
     def score(self, dataset: Any = None) -> Evaluation:
         """Return loss and accuracy of the model as it is now, on the test samples where `dataset` is left out."""
@@ -96,15 +102,17 @@ class Arena:
         return self.merger(self.config).evaluate(dataset, data_collator=self.data.collator)
 
     @contextmanager
+    def session(self, config: GraspConfig) -> Iterator[tuple[GraspMerger, Any, Scratch]]:
+        """Yield a merger of the model as it is now, within a step of it: its data and its scratch files."""
+        merger, data = self.merger(config), self.data
+        with merger._scratch_files(), merger._step(data.train, data.validation, data.collator) as (own, scratch):
+            yield merger, own, scratch
+
+    @contextmanager
     def trial(self) -> Iterator[Trial]:
         """Yield what a method of `baselines` works with; the base's weights stand in the model at the start."""
         self.begin()
-        merger = self.merger(self.config)
-        with (
-            merger._scratch_files(),
-            merger._step(self.data.train, self.data.validation, self.data.collator) as (data, scratch),
-            merger._puller(None) as puller,
-        ):
+        with self.session(self.config) as (merger, data, scratch), merger._puller(None) as puller:
             merger.model.eval()
             tensors = movable_tensors(merger.model)
 
@@ -200,7 +208,7 @@ def on_line(start: Callable[[Arena], None], arena: Arena) -> None:
 def ours(arena: Arena, **settings: Any) -> None:
     """Merge as the recipe says, with the settings of a variant."""
     arena.begin()
-    arena.merge(replace(arena._origin.config, **settings), arena.sources)
+    arena.continue_(settings)
 
 
 def rival(arena: Arena, method: Callable[..., None], **settings: Any) -> None:

@@ -208,10 +208,16 @@ class GraspMerger:
             merger._continue(record, base, token)
         return merger
 
-    def with_config(self, config: GraspConfig) -> "GraspMerger":
-        """Return a merger of the same model, with the same record so far, that merges as `config` says."""
+    def with_config(self, config: GraspConfig, *, anew: bool = False) -> "GraspMerger":
+        """Return a merger of the same model that merges as `config` says.
+
+        It goes on where this one is: an average counts the sources so far. With `anew` the model counts as a base.
+        """
         twin = copy(self)
         twin.config, twin.report = config, replace(deepcopy(self.report), config=asdict(config))
+        if anew:
+            twin._started = twin._learned = False
+            twin.report = replace(twin.report, starts_from_source=False, steps=[])
         return twin
 
     def _continue(self, record: MergeReport, merged: Source, token: str | None) -> None:

@@ -391,6 +391,94 @@ def test_labels_in_another_order_and_adapters_without_a_head_are_fine(
     assert len(done.results) == 2
 
 
+@pytest.mark.parametrize("name", ["max_steps", "num_train_epochs"])
+def test_a_budget_that_methods_cannot_split_is_refused(name: str, world: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(world, tmp_path, training_arguments={name: 3})
+    with pytest.raises(
+        ConfigError, match=f"^training_arguments.{name}: expected none in a comparison.*set final_epochs"
+    ):
+        compare(recipe, tmp_path / "out")
+
+
+def test_all_numbers_of_labels_are_checked_before_any_run(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"got {TRAIN} labels, fewer than the 25"):
+        compare(recipe, tmp_path / "out", seeds=[0], sizes=[6, 25])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_that_could_not_run_is_tried_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "METHODS", {**METHODS, "ties": failing("existing")})
+        first = compare(recipe, tmp_path / "out", seeds=[5], methods=["ties"])
+    assert [result.problem for result in first.results if result.method == "ties"] == ["no labels like that"]
+    again = compare(recipe, tmp_path / "out", seeds=[5], methods=["ties"])
+    assert [result.problem for result in again.results if result.method == "ties"] == [None]
+
+
+def test_other_data_under_the_same_name_is_refused(world: Path, tmp_path: Path) -> None:
+    images = copied(str(world / "images"), tmp_path / "images")
+    recipe = with_images(world, tmp_path, images)
+    compare(recipe, tmp_path / "out", seeds=[5], methods=["base"])
+    samples = sorted((images / "train" / "cat").iterdir())
+    samples[0].rename(images / "train" / "dog" / "moved.png")  # only its label changes
+    with pytest.raises(ConfigError, match=r"on other data \(changed since: train\); name a new folder"):
+        compare(recipe, tmp_path / "out", seeds=[5], methods=["base"])
+
+
+def test_a_variant_keeps_its_settings(everything: Everything, recipe: Recipe) -> None:
+    with pytest.raises(ConfigError, match="holds a variant 'without the gate' with other settings"):
+        compare(recipe, everything[1], seeds=[3], variants={"without the gate": {"gate": True}})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top": 1, "order": "loss"},
+        {"preset": "paper", "initial_epochs": 1, "finetune_epochs": 1, "training_arguments": {"learning_rate": 0.01}},
+        {"method": "copy", "unit": "parameter", "accumulate_gradients": True},
+        {"lora": {"r": 2}},
+    ],
+)
+def test_rows_do_not_depend_on_how_the_recipe_merges(
+    settings: dict[str, Any], recipe: Recipe, world: Path, tmp_path: Path
+) -> None:
+    """Every source is copied whole, and every rival runs, whatever the recipe says of ours; adapters train as it says."""
+    other = write_recipe(world, tmp_path, **({"batch_size": BATCH} | settings))
+    methods = [name for name in METHODS if name not in ("pearl", "fusion")]
+    found = compare(
+        other, tmp_path / "out", seeds=[3], methods=methods if "preset" in settings else ["average", "base"]
+    )
+    plain = compare(recipe, tmp_path / "plain", seeds=[3], methods=["average", "base"])
+    assert not [result for result in found.results if result.problem]
+    for method in [f"source:{source}" for source in recipe.sources]:
+        one, two = (next(r for r in c.results if r.method == method) for c in (found, plain))
+        assert one.final == two.final
+    average = [next(r for r in c.results if r.method == "average") for c in (found, plain)]
+    assert average[0].merged == average[1].merged
+
+
+def test_fusion_refuses_adapters_and_the_rest_goes_on(world: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(world, tmp_path, lora={"r": 2})
+    found = compare(recipe, tmp_path / "out", seeds=[3], methods=["fusion", "published"])
+    problems = {result.method: result.problem for result in found.results}
+    assert "leave out `lora`" in (problems["fusion"] or "") and problems["published"] is None
+
+
+def test_without_a_base_model_the_first_source_is_one_and_counts_in_the_average(world: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(world, tmp_path, base_model=None, sources=[f"{world}/base", f"{world}/fine"], final_epochs=0)
+    ungated = {"without the gate": {"gate": False, "order": "given"}}
+    found = compare(recipe, tmp_path / "out", seeds=[3], methods=["base"], variants=ungated)
+    (tmp_path / "whole").mkdir()
+    whole = write_recipe(world, tmp_path / "whole", sources=[f"{world}/base", f"{world}/fine"], final_epochs=0)
+    both = compare(whole, tmp_path / "whole-out", seeds=[3], methods=["average"])
+    ours, average = found.results[-1], next(r for r in both.results if r.method == "average")
+    assert ours.method == "variant:without the gate" and ours.final == pytest.approx(average.final)
+    alone = {r.method: r.final for r in both.results}
+    assert found.results[0].final == alone[f"source:{world}/fine"]
+
+
 def test_unknown_methods_are_named_with_those_that_are_known(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown methods tises; expected some of base, best-source, "):
         compare(recipe, tmp_path / "out", methods=["ties", "tises"])

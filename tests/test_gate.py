@@ -285,7 +285,7 @@ def test_a_regression_is_judged_too(tmp_path: Path) -> None:
     """Its loss is one number for a whole batch, and there is one batch."""
     torch.manual_seed(0)
     size: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = BertForSequenceClassification(BertConfig(**size, intermediate_size=16, num_labels=1))
+    model = BertForSequenceClassification(BertConfig(**size, intermediate_size=16, id2label={0: ""}))
     texts = [[n, n + 1, n + 2] for n in range(24)]
     data = Dataset.from_dict({"input_ids": texts, "labels": [n / 24 for n in range(24)]}).with_format("torch")
     expert = GraspMerger(model, GraspConfig(gate=False, initial_epochs=20, final_epochs=0, **LEARNING))
