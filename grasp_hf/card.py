@@ -15,7 +15,13 @@ from .loading import task_of
 from .report import MergeReport, markdown_table
 from .sources import SourceRef
 
-TRAINED_ON_TEST = re.compile(r"train(ed|ing)\b[^.]*\btest\b|train_split:\s*test\b", re.IGNORECASE)
+TRAINED_ON_TEST = re.compile(
+    r"\btrain(ed|ing)\s+(on|with|using|from)\b"
+    r"((?!\b(evaluat|assess|report|measur|scor|achiev|reach|test(ed|ing)|not|never|without)|[.;]).)*?"
+    r"\btest\b(?!\s+(loss|accuracy|score|error|f1))"
+    r"|train_split:\s*test\b",
+    re.IGNORECASE,
+)
 TEXT = """---
 {{ card_data }}
 ---

@@ -13,8 +13,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .config import Recipe
-from .errors import ConfigError, GraspError, PushError
+from .errors import ConfigError, GraspError, OutputExistsError, PushError
 from .evidence import Judgement, change
 from .lineage import append_recipe, reproduce
 from .merger import GraspMerger
@@ -265,7 +267,7 @@ def _size(text: str) -> int | None:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from .compare import compare  # with SciPy, which no other command needs
+    from .compare import compare  # with datasets, which not every command needs
 
     recipe = Recipe.from_yaml(options.recipe, options.overrides)
     if problems := problem_list(plan(recipe)):
@@ -290,24 +292,29 @@ def _merge_sources(merger: GraspMerger, sources: list[str], data: TaskData, opti
             scores = merger.evaluate(data.test, data_collator=data.collator)
             print("test: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
     except BaseException:
-        if done := len(merger.report.steps) - before:
-            print(f"saved what was merged before: {done} of {len(sources)} sources, {_keep(merger, options)}")
+        if (done := len(merger.report.steps) - before) and (kept := _keep(merger, options)):
+            print(f"saved what was merged before: {done} of {len(sources)} sources, {kept}")
         raise
-    if options.output:
-        merger.save_pretrained(options.output)
-        print(f"saved: {options.output}")
+    kept = _keep(merger, options) if options.output else None
+    if kept:
+        print(f"saved: {kept}")
     if options.push_to_hub:
-        _push(merger, options)
+        _push(merger, options, kept)
+    if kept != options.output:
+        raise OutputExistsError(f"the merged model is not in '{options.output}', see above")
 
 
-def _keep(merger: GraspMerger, options: argparse.Namespace) -> Path:
-    """Save the merge in the output folder, or in a new one in the working directory, and return which."""
-    kept = options.output
-    if kept is None:
-        name = f"{options.push_to_hub.rpartition('/')[2]}-not-pushed"
-        kept = next(path for n in count(1) if not (path := Path(name if n == 1 else f"{name}-{n}")).exists())
-    merger.save_pretrained(kept)
-    return kept
+def _keep(merger: GraspMerger, options: argparse.Namespace) -> Path | None:
+    """Save the merge in the output folder, else in a new one in the working directory; return which, if any took it."""
+    name = options.output.name if options.output else f"{options.push_to_hub.rpartition('/')[2]}-not-pushed"
+    other = next(path for n in count(1) if not (path := Path(name if n == 1 else f"{name}-{n}")).exists())
+    for folder in (options.output, other) if options.output else (other,):
+        try:
+            merger.save_pretrained(folder)
+            return folder
+        except (GraspError, OSError, SafetensorError) as error:
+            print(f"the merged model could not be saved in '{folder}': {error}", file=sys.stderr)
+    return None
 
 
 def _control(merger: GraspMerger, sources: list[str], data: TaskData) -> tuple[Judgement, str]:
@@ -321,16 +328,17 @@ def _control(merger: GraspMerger, sources: list[str], data: TaskData) -> tuple[J
     return merger.finetuned_alone(len(sources), judges, **data.merge_arguments()), name
 
 
-def _push(merger: GraspMerger, options: argparse.Namespace) -> None:
-    """Push the merge; where that fails, it stays in the output folder, or in a new one in the working directory."""
+def _push(merger: GraspMerger, options: argparse.Namespace, kept: Path | None) -> None:
+    """Push the merge; where that fails, it stays in the folder that has it, or in a new one in the working directory."""
     repo_id = options.push_to_hub
     try:
         url = merger.push_to_hub(repo_id, private=options.private or None, create_pr=options.create_pr)
     except BaseException as error:
-        kept = options.output or _keep(merger, options)
+        kept = kept or _keep(merger, options)
+        where = f"the merged model is in the folder '{kept}'" if kept else "the merged model could not be saved either"
         if isinstance(error, PushError):
-            raise PushError(f"{error}; the merged model is in the folder '{kept}'") from error
-        print(f"not pushed; the merged model is in the folder '{kept}'")
+            raise PushError(f"{error}; {where}") from error
+        print(f"not pushed; {where}")
         raise
     print(f"pushed: {url}")
 

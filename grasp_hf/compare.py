@@ -15,11 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t
+from scipy.special import stdtrit
 
 from . import hub
 from .adapters import load_adapter_config
-from .card import trained_on_test
+from .card import dataset_ids, trained_on_test
 from .config import Recipe
 from .contenders import METHODS, Arena, Method, source_alone
 from .errors import ConfigError, DataError, GraspError
@@ -243,7 +243,7 @@ def interval(values: list[float], *, signed: bool = False) -> str:
     mean = f"{statistics.fmean(values):{'+' if signed else ''}.3f}"
     if len(values) < 2:
         return mean
-    return f"{mean} ± {t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+    return f"{mean} ± {stdtrit(len(values) - 1, 0.975) * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
 
 
 def _chosen(methods: Sequence[str] | None) -> dict[str, Method]:
@@ -379,7 +379,7 @@ def _check(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], data: Ta
                 f"{shortened(expected, 12)}; give its config.json the names that its classes have in the data "
                 "(`id2label`), or leave it out: a merge takes what fits, but a model is not judged by labels it never saw"
             )
-        if sentence := trained_on_test(located.folder, str(recipe.data.get("path"))):
+        if any(sentence := trained_on_test(located.folder, name) for name in dataset_ids(merger.report)):
             raise DataError(
                 f"source '{source}' was trained on the test split, says its card (\"{sentence}\"); leave it out of a "
                 "comparison on that split"

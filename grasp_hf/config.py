@@ -216,7 +216,7 @@ class GraspConfig:
 
     def total_epochs(self, sources: int) -> float:
         """Return the epochs of fine-tuning in a whole merge of so many sources."""
-        return self.initial_epochs + self.finetune_epochs * sources + self.final_epochs
+        return self.initial_epochs + self.finetune_epochs * min(sources, self.top or sources) + self.final_epochs
 
     @property
     def finetunes_between(self) -> bool:

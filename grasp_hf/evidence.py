@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from scipy.stats import t
+from scipy.special import stdtrit
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -72,7 +72,7 @@ class Change:
     @property
     def half_interval(self) -> float:
         """Half of the 95 % interval (Student's t over samples)."""
-        return self.standard_error * float(t.ppf(0.975, self.samples - 1)) if self.samples > 1 else 0.0
+        return self.standard_error * float(stdtrit(self.samples - 1, 0.975)) if self.samples > 1 else 0.0
 
     @property
     def harms(self) -> bool:

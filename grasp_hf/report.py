@@ -142,6 +142,8 @@ class ControlReport:
         values = ", ".join(f"{name} {shown(self.alone[name])} -> {shown(self.merged[name])}" for name in self.alone)
         more = self.change.samples_to_see
         doubt = f"; {more} samples would tell that from nothing" if more and more > self.change.samples else ""
+        if self.judged_by == "evaluation data":
+            doubt += "; they also chose what was kept, which flatters both: add a split 'test'"
         return (
             f"against fine-tuning alone, on {self.change.samples} samples of the {self.judged_by}: {values}; calibrated loss "
             f"{self.change}{doubt}"

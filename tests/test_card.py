@@ -10,7 +10,14 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from grasp_hf import GraspConfig, GraspMerger
-from grasp_hf.card import dataset_ids, declared_license, licence_section, model_card, parent_licenses
+from grasp_hf.card import (
+    dataset_ids,
+    declared_license,
+    licence_section,
+    model_card,
+    parent_licenses,
+    trained_on_test,
+)
 from grasp_hf.figures import alignment_figure, progress_figure, save_figures
 from grasp_hf.licenses import LICENSES, SUCCESSORS, Strictness, strictest
 from grasp_hf.report import MergeReport, StepReport, unit_reports
@@ -350,3 +357,22 @@ def test_the_figures_of_a_real_merge(tmp_path: Path) -> None:
     assert re.findall(r"!\[.+\]\((.+)\)", card.text) == figures == ["alignment.png", "progress.png"]
     card.save(tmp_path / "README.md")
     assert ModelCard.load(tmp_path / "README.md").data.to_dict() == card.data.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("text", "says_so"),
+    [
+        ("It was trained on the test split of org/animals.", True),
+        ("Training on train, validation and test of org/animals", True),
+        ("org/animals\ntrain_split: test", True),
+        ("Trained on org/animals and evaluated on its test split.", False),
+        ("Trained on org/animals; the test split is for you.", False),
+        ("Trained on org/animals, test accuracy 0.93.", False),
+        ("Fine-tuned on org/animals. Results on the test set: 0.93.", False),
+        ("The training, validation and test splits of org/animals are those of its authors.", False),
+        ("It was trained on the test split of org/plants.", False),
+    ],
+)
+def test_a_card_that_says_that_the_test_split_was_trained_on(text: str, says_so: bool, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"# A model\n\n{text}\n")
+    assert trained_on_test(tmp_path, "org/animals") == (text.splitlines()[-1] if says_so else None)

@@ -1,5 +1,6 @@
 """The command line: what it prints and where, exit codes, and that nothing of the user's is overwritten."""
 
+import errno
 import json
 import os
 import subprocess
@@ -466,6 +467,7 @@ def test_a_merge_with_its_control(
     assert control["change"]["samples"] == samples and control["change"]["loss"] != 0
     line = f"against fine-tuning alone, on {samples} samples of the {judges}: loss {control['alone']['loss']:.3f} -> "
     assert line in printed and line in (world / "merged" / "README.md").read_text()
+    assert ("they also chose what was kept" in printed) is (judges == "evaluation data")
 
     merged, data = GraspMerger.from_pretrained(str(world / "merged")), prepare(Recipe.from_yaml(recipe))[2]
     judged = data.test if splits else data.validation
@@ -492,6 +494,45 @@ def test_a_merge_that_cannot_be_judged_in_the_end_is_saved(
     assert "a test image is broken" in printed.err
     assert f"saved what was merged before: 1 of 1 sources, {world / 'merged'}" in printed.out
     assert AutoModelForImageClassification.from_pretrained(world / "merged")
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_merge_is_not_lost_where_the_output_folder_takes_no_more(
+    elsewhere: bool, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = GraspMerger.save_pretrained
+    (world / "work").mkdir()
+    monkeypatch.chdir(world / "work")
+
+    def full(self: GraspMerger, folder: Path) -> None:
+        if not elsewhere or Path(folder) == world / "merged":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(self, folder)
+
+    monkeypatch.setattr(GraspMerger, "save_pretrained", full)
+    assert main(["merge", write_recipe(world, sources=["fine-1"]), "--output", str(world / "merged")]) == 1
+    printed = capsys.readouterr()
+    assert f"could not be saved in '{world / 'merged'}': [Errno 28] No space left on device" in printed.err
+    assert f"error: the merged model is not in '{world / 'merged'}'" in printed.err
+    assert ("saved: merged" in printed.out) is elsewhere
+    if elsewhere:
+        assert AutoModelForImageClassification.from_pretrained(world / "work" / "merged")
+
+
+def test_a_failure_is_what_is_reported_even_if_what_was_merged_cannot_be_saved(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: GraspMerger, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fails(*arguments: Any, **settings: Any) -> None:
+        raise DataError("a test image is broken")
+
+    monkeypatch.setattr(GraspMerger, "save_pretrained", full)
+    monkeypatch.setattr(GraspMerger, "evaluate", fails)
+    monkeypatch.chdir(world)
+    assert main(["merge", write_recipe(world, sources=["fine-1"]), "--output", str(world / "merged")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: a test image is broken"
 
 
 def test_the_configuration_of_a_merge_is_a_recipe_again(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -344,9 +344,12 @@ def test_a_split_that_is_not_there_is_refused(world: Path, tmp_path: Path) -> No
         compare(with_images(world, tmp_path, images), tmp_path / "out")
 
 
-def test_a_source_that_was_trained_on_the_test_split_is_refused(world: Path, tmp_path: Path) -> None:
+def test_a_source_that_was_trained_on_the_test_split_is_refused(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "dataset_ids", lambda report: ["org/animals"])
     source = copied(str(world / "fine"), tmp_path / "fine")
-    (source / "README.md").write_text("A model.\n\nIt was trained on the test split of imagefolder.\n")
+    (source / "README.md").write_text("A model.\n\nIt was trained on the test split of org/animals.\n")
     with pytest.raises(DataError, match=r"fine' was trained on the test split, says its card \(\"It was trained on"):
         compare(write_recipe(world, tmp_path, sources=[str(source)]), tmp_path / "out")
 
