@@ -100,9 +100,14 @@ def labelled_terms(model: PreTrainedModel, batch: Batch) -> int:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
         return len(next(iter(batch.values())))
-    if model.can_generate() and not model.config.is_encoder_decoder:
-        labels = labels[:, 1:]  # each token predicts the next
+    if predicts_next(model):
+        labels = labels[:, 1:]
     return int((labels != IGNORED).sum())
+
+
+def predicts_next(model: PreTrainedModel) -> bool:
+    """Whether each label is that of the position before, as in causal language models."""
+    return model.can_generate() and not model.config.is_encoder_decoder
 
 
 def is_class_ids(labels: Tensor) -> bool:

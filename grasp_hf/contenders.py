@@ -12,10 +12,18 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
-from . import baselines
-from .baselines import Trial, wide_like
+from .baselines import (
+    average_,
+    dare_,
+    fisher_average_,
+    gradfix_,
+    greedy_soup_,
+    task_arithmetic_,
+    ties_,
+)
 from .batches import Batch, Collator, sample_batches
 from .config import GraspConfig
+from .ensembles import ensemble_evaluation, logit_fusion
 from .errors import ConfigError
 from .evidence import EVIDENCE, judge
 from .finetune import finetune_
@@ -23,9 +31,11 @@ from .mapped import MappedTensors
 from .matching import movable_tensors
 from .measure import Scratch
 from .merger import GraspMerger
+from .mixtures import mixture_, pearl_
 from .prepare import TaskData
 from .report import Evaluation
 from .transfer import overwrite_
+from .trial import Trial, wide_like
 
 COMMON = ("batch_size", "lora", "training_arguments", "seed", "accepted_bases", "trust_remote_code", "prefetch")
 
@@ -110,7 +120,7 @@ class Arena:
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:
-        """Yield what a method of `baselines` works with; the base's weights stand in the model at the start."""
+        """Yield what an existing method works with; the base's weights stand in the model at the start."""
         self.begin()
         with self.session(self.config) as (merger, data, scratch), merger._puller(None) as puller:
             merger.model.eval()
@@ -212,7 +222,7 @@ def ours(arena: Arena, **settings: Any) -> None:
 
 
 def rival(arena: Arena, method: Callable[..., None], **settings: Any) -> None:
-    """Run a method of `baselines`."""
+    """Run an existing method."""
     with arena.trial() as trial:
         method(trial, **settings)
 
@@ -224,15 +234,13 @@ def mixture(arena: Arena, per_layer: bool) -> None:
     least, and long enough for one to cross its whole range.
     """
     steps = max(1, math.ceil(arena.epochs * len(arena.data.train) / arena.config.batch_size))
-    rival(arena, baselines.mixture_, per_layer=per_layer, steps=steps, lr=max(1e-2, 1 / steps))
+    rival(arena, mixture_, per_layer=per_layer, steps=steps, lr=max(1e-2, 1 / steps))
 
 
 def ensemble(arena: Arena) -> Evaluation:
     """Return the scores of the mean of all sources' probabilities."""
     with arena.trial() as trial:
-        return baselines.ensemble_evaluation(
-            trial, arena.data.test, arena.collator, Accelerator(), arena.config.batch_size
-        )
+        return ensemble_evaluation(trial, arena.data.test, arena.collator, Accelerator(), arena.config.batch_size)
 
 
 def fusion(arena: Arena) -> Evaluation:
@@ -240,7 +248,7 @@ def fusion(arena: Arena) -> Evaluation:
     if arena.config.lora is not None:
         raise ConfigError("all weights of all sources are trained jointly; leave out `lora` to run it")
     with arena.trial() as trial:
-        model = baselines.logit_fusion(trial)
+        model = logit_fusion(trial)
     finetune_(
         model,
         arena.data.train,
@@ -281,7 +289,7 @@ def _rival(title: str, method: Callable[..., None], **settings: Any) -> Method:
 METHODS = {
     "base": Method("base model", "control", nothing),
     "best-source": Method("best source on the labels", "control", best_source),
-    "average": Method("average of all (uniform soup)", "control", partial(rival, method=baselines.average_)),
+    "average": Method("average of all (uniform soup)", "control", partial(rival, method=average_)),
     "base-line": Method("base model, fine-tuned as ours", "control", partial(on_line, nothing), "1", False),
     "best-source-line": Method(
         "best source, fine-tuned as ours", "control", partial(on_line, best_source), "1", False
@@ -289,7 +297,7 @@ METHODS = {
     "average-line": Method(
         "average of all, fine-tuned as ours",
         "control",
-        partial(on_line, partial(rival, method=baselines.average_)),
+        partial(on_line, partial(rival, method=average_)),
         "1",
         False,
     ),
@@ -297,15 +305,15 @@ METHODS = {
     "loop-all": Method("published loop, everything copied", "control", partial(published, threshold=-1.0), "1", False),
     "ensemble": Method("ensemble of all", "existing", ensemble, "1; K to use", False),
     "fusion": Method("Multi-Source fusion", "existing", fusion, "4 K; K to use", False),
-    "pearl": _rival("PEARL, with gradients", baselines.pearl_),
-    "greedy-soup": _rival("greedy soup", baselines.greedy_soup_),
-    "task-arithmetic": _rival("task arithmetic", baselines.task_arithmetic_),
-    "ties": _rival("TIES", baselines.ties_),
-    "dare": _rival("DARE", baselines.dare_),
-    "fisher": _rival("Fisher-weighted average", baselines.fisher_average_),
+    "pearl": _rival("PEARL, with gradients", pearl_),
+    "greedy-soup": _rival("greedy soup", greedy_soup_),
+    "task-arithmetic": _rival("task arithmetic", task_arithmetic_),
+    "ties": _rival("TIES", ties_),
+    "dare": _rival("DARE", dare_),
+    "fisher": _rival("Fisher-weighted average", fisher_average_),
     "lorahub": Method("learned mixture by source (as LoraHub)", "existing", partial(mixture, per_layer=False)),
     "adamerging": Method("learned mixture by layer (as AdaMerging)", "existing", partial(mixture, per_layer=True)),
-    "gradfix": _rival("GradFix", baselines.gradfix_),
+    "gradfix": _rival("GradFix", gradfix_),
     "published": Method("GRASP as published", "existing", partial(published, threshold=0.3), "6; ours 1", False),
     "ours": Method("grasp_hf, default", "ours", ours, "1", False),
 }

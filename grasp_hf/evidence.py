@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .batches import IGNORED, Batch, Collator, batch_loss, is_class_ids, labelled_terms
+from .batches import IGNORED, Batch, Collator, batch_loss, is_class_ids, labelled_terms, predicts_next
 from .errors import DataError
 from .report import ChangeReport
 
@@ -129,7 +129,7 @@ def judge(
             logits.append(output["logits"].float().cpu())
             labels.append(batch["labels"].cpu())
         elif _is_language(model, batch, output):
-            own, count = _token_losses(output["logits"], batch["labels"], shifted=not model.config.is_encoder_decoder)
+            own, count = _token_losses(output["logits"], batch["labels"], shifted=predicts_next(model))
             losses.append(own.cpu())
             terms.append(count.cpu())
         elif batch_size > 1:

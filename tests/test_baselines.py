@@ -22,26 +22,22 @@ from transformers import PreTrainedModel, default_data_collator
 from grasp_hf import GraspConfig
 from grasp_hf.baselines import (
     TENTHS,
-    LogitFusion,
-    Trial,
     average_,
     dare_,
-    ensemble_evaluation,
     fisher_average_,
     gradfix_,
     greedy_soup_,
-    logit_fusion,
-    mixture_,
-    pearl_,
     task_arithmetic_,
     ties_,
-    wide_like,
 )
+from grasp_hf.ensembles import LogitFusion, ensemble_evaluation, logit_fusion
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, NonFiniteError
 from grasp_hf.evidence import judge
 from grasp_hf.finetune import finetune_
 from grasp_hf.mapped import MappedTensors
 from grasp_hf.matching import movable_tensors, partition
+from grasp_hf.mixtures import mixture_, pearl_
+from grasp_hf.trial import Trial, wide_like
 from tests.models import perturbed, tiny_data, tiny_model
 
 Tensors = dict[str, Tensor]
@@ -335,13 +331,6 @@ def test_dare_keeps_every_tenth_element_ten_times_as_large(tmp_path: Path) -> No
     # Statistics are no task vector to drop from.
     statistics = {n: t for n, t in sources[0].items() if n.endswith(("running_mean", "running_var"))}
     assert_close(trial.model, statistics)
-
-
-def test_dare_with_ties_averages_what_agrees(tmp_path: Path) -> None:
-    source = fine_tunes("bert", 1)[0]
-    trial = trial_of("bert", [source, source], tmp_path)
-    dare_(trial, densities=(1 - 1e-9,), weights=(1.0,), with_ties=True)
-    assert_close(trial.model, source)  # equal task vectors agree everywhere, and their mean is one of them
 
 
 def naive_fisher(model: PreTrainedModel, batches: Iterable[dict[str, Any]]) -> Tensors:
