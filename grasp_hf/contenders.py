@@ -102,7 +102,7 @@ class Arena:
         self.merge(self.config, [source])
 
     def finetune(self, epochs: float, *, gate: bool = False) -> None:
-        """Fine-tune the model as it is now, as the recipe says; with the gate, no further than the labels speak for."""
+        """Fine-tune the model as it is now, as the recipe says; with the gate, no further than the labels allow."""
         with self.session(replace(self.config, gate=gate)) as (merger, data, scratch):
             merger._finetune(data, epochs, self.seed, scratch)
 
@@ -210,7 +210,7 @@ def published(arena: Arena, threshold: float) -> None:
 
 
 def on_line(start: Callable[[Arena], None], arena: Arena) -> None:
-    """Fine-tune what `start` leaves in the model as ours is: no further than the labels speak for."""
+    """Fine-tune what `start` leaves in the model as ours is: no further than the labels allow, which costs as much again."""
     start(arena)
     arena.finetune(arena.epochs, gate=True)
 

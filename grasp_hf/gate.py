@@ -1,13 +1,10 @@
 """First, do no harm: what a transfer or a fine-tuning changed is kept only as far as the labels speak for it."""
 
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.utils.data import Subset
 
 from .evidence import Change, Judgement, change, joined
@@ -46,20 +43,17 @@ def finetune_on_line_(
 ) -> FinetuneReport:
     """Fine-tune, then go back on the line between the weights before and after (WiSE-FT, arXiv:2109.01903) if need be.
 
-    Few samples cannot tell neighbouring points apart: the middle one is taken of those whose loss is not above the lowest
-    one beyond the 95 % interval of their difference. That loss is not calibrated, because fine-tuning also mends
-    the scale of the logits, or spoils it. With held-out samples they judge. Without, the labels are cut into two halves
-    at random: each half trains a model, which the other half judges along its line, and the point is taken on the line
-    to the mean of the two models (a soup, arXiv:2203.05482). Both together make as many steps as one fine-tuning on all
-    labels.
+    Few samples cannot tell neighbouring points apart, and the doubt is in favour of the training: taken is the farthest
+    point whose loss is not above the lowest one beyond the 95 % interval of their difference. That loss is not calibrated,
+    because fine-tuning also mends the scale of the logits, or spoils it.
 
-    The mean may go further than each of the two. Of the way that a half goes, let a part `r` be what the labels have in
-    common and the rest noise of that half. The cosine between the two ways is then `r`, and the mean of both has half
-    of the noise; where noise costs as much as it is long, the best point lies `2 / (1 + r)` times as far.
+    With held-out samples they judge. Without, the labels are cut into two halves at random: each half trains a model,
+    which the other half judges along its line, and the point that both together allow is taken on the line of a third
+    training, on all labels. That is a cross-validation: the halves make as many steps as the training itself.
 
     Args:
         tensors: The model's, changed in place.
-        rooms: Room for three sets of them.
+        rooms: Room for two sets of them.
         train: Fine-tunes the model.
         judge: Returns the losses of the model as it is now.
         labels: Samples to train on.
@@ -69,54 +63,41 @@ def finetune_on_line_(
     Returns:
         The mean loss at each point, the point taken, and what judged.
     """
-    before, after, other = rooms
+    before, after = rooms
     _store(before, tensors)
 
-    def judged(samples: Any, end: Mapping[str, Tensor]) -> list[Judgement]:
+    def trained_line(samples: Any, judges: Any, seed: int) -> list[Judgement]:
+        overwrite_(tensors, before)
+        train(samples, seed)
+        _store(after, tensors)
         line = []
         for share in SHARES:
-            _go(tensors, before, end, share)
-            line.append(judge(samples))
+            _go(tensors, before, after, share)
+            line.append(judge(judges))
         return line
 
-    judges, agreement = "evaluation data" if held_out is not None else "the label that it learned", None
     if held_out is not None or len(labels) < 2:
-        train(labels, seed)
-        _store(after, tensors)
-        line = judged(labels if held_out is None else held_out, after)
+        judged_by = "the label that it learned" if held_out is None else "evaluation data"
+        line = trained_line(labels, labels if held_out is None else held_out, seed)
+        share = _farthest(line)
     else:
-        judges = "two halves of the labels"
-        halves = _halves(labels, seed)
-        lines = []
-        for number, (half, end) in enumerate(zip(halves, (after, other), strict=True)):
-            overwrite_(tensors, before)
-            train(half, seed + number)
-            _store(end, tensors)
-            lines.append(judged(halves[1 - number], end))
+        judged_by, (one, other) = "two halves of the labels", _halves(labels, seed)
+        lines = trained_line(one, other, seed), trained_line(other, one, seed + 1)
         line = [joined(*pair) for pair in zip(*lines, strict=True)]
-        agreement = _cosine([name for name in tensors if isinstance(tensors[name], Parameter)], before, after, other)
-        for name, tensor in after.items():
-            interpolate_(tensor, tensor.clone(), other[name], 0.5)
+        share = _farthest(line)
+        if share:
+            overwrite_(tensors, before)
+            train(labels, seed)
+            _store(after, tensors)
+    _go(tensors, before, after, share)
+    return FinetuneReport(share, {str(at): point.loss for at, point in zip(SHARES, line, strict=True)}, judged_by)
+
+
+def _farthest(line: Sequence[Judgement]) -> float:
+    """Return the largest share that the samples do not tell from the best."""
     lowest = min(line, key=lambda judgement: judgement.loss)
     changes = [change(lowest, point, calibrated=False) for point in line]
-    as_good = [share for share, to_it in zip(SHARES, changes, strict=True) if to_it.mean <= to_it.half_interval]
-    judged_share = as_good[len(as_good) // 2]
-    share = judged_share if agreement is None else min(1.0, judged_share * 2 / (1 + max(0.0, agreement)))
-    _go(tensors, before, after, share)
-    losses = {str(share): point.loss for share, point in zip(SHARES, line, strict=True)}
-    return FinetuneReport(share, judged_share, losses, judges, agreement)
-
-
-def _cosine(
-    names: Sequence[str], start: Mapping[str, Tensor], one: Mapping[str, Tensor], other: Mapping[str, Tensor]
-) -> float:
-    """Return the cosine between the ways from `start` to `one` and to `other`; 1 where one of them leads nowhere."""
-    products = torch.zeros(3, dtype=torch.float64)
-    for name in names:
-        a, b = ((end[name].double() - start[name].double()).flatten() for end in (one, other))
-        products += torch.stack([a @ b, a @ a, b @ b]).cpu()
-    both, *squares = products.tolist()
-    return both / math.prod(map(math.sqrt, squares)) if all(squares) else 1.0
+    return max(share for share, to_it in zip(SHARES, changes, strict=True) if to_it.mean <= to_it.half_interval)
 
 
 def _store(room: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

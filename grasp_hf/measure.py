@@ -59,10 +59,10 @@ class Scratch:
         return MappedTensors(self.directory / "gradients", self._parameters)
 
     @cached_property
-    def line(self) -> tuple[MappedTensors, MappedTensors, MappedTensors]:
-        """Room for the target's tensors before a fine-tuning and after it, twice."""
-        before, after, other = (MappedTensors(self.directory / f"line-{k}", self._like) for k in range(3))
-        return before, after, other
+    def line(self) -> tuple[MappedTensors, MappedTensors]:
+        """Room for the target's tensors before a fine-tuning and after it."""
+        before, after = (MappedTensors(self.directory / f"line-{k}", self._like) for k in range(2))
+        return before, after
 
     @cached_property
     def source_gradients(self) -> MappedTensors:

@@ -197,7 +197,7 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     temporary = 0
     if config.needs_data:
         gradients = (config.method == "copy" or config.order == "rank") + config.accumulate_gradients
-        line = 3 if config.gate and _trains(config) else 0  # from before a fine-tuning to after it
+        line = 2 if config.gate and _trains(config) else 0  # from before a fine-tuning to after it
         temporary = weights * (2 + gradients + line)
     factor, how = _memory_factor(config)
     seconds = download / DOWNLOAD_RATE

@@ -93,18 +93,15 @@ class FinetuneReport:
 
     Attributes:
         share: Where the model is now on the line from the weights before (0) to those after (1).
-        judged_share: The point that was chosen by `losses`. The two are the same unless halves of the labels judged.
-        losses: Mean loss at points of that line, by share; where halves judged, of each in the other's model.
+        losses: Mean loss at points of that line, by share; where halves of the labels judged, of each in the
+            other's model.
         judged_by: What these losses are of; empty where nothing judged, so that all of it was kept.
-        agreement: Cosine between the ways of the two models where halves judged, else `None`.
         after: Held-out loss (and accuracy) at the end; empty without evaluation data.
     """
 
     share: float = 1.0
-    judged_share: float = 1.0
     losses: dict[str, float] = field(default_factory=dict)
     judged_by: str = ""
-    agreement: float | None = None
     after: Evaluation = field(default_factory=dict)
 
     def line(self) -> str:
@@ -113,11 +110,9 @@ class FinetuneReport:
             return "fine-tuned"
         kept = f"kept {100 * self.share:.0f} % of the way" if self.share else "taken back whole"
         last = self.losses[max(self.losses, key=float)]
-        there = "there" if self.agreement is None else f"at {100 * self.judged_share:.0f} % of each"
         return (
-            f"fine-tuned, {kept}: loss {shown(self.losses['0.0'])} before, {shown(self.losses[str(self.judged_share)])} "
-            f"{there}, {shown(last)} at its end, on {self.judged_by}"
-            + ("" if self.agreement is None else f" (whose ways agree by {self.agreement:.2f})")
+            f"fine-tuned, {kept}: loss {shown(self.losses['0.0'])} before, {shown(self.losses[str(self.share)])} "
+            f"there, {shown(last)} at its end, on {self.judged_by}"
         )
 
 

@@ -18,9 +18,8 @@ score is loss and accuracy on `TEST` test samples.
 
 `line`: the merge of `harm` in the order of the loss is fine-tuned, on all labels (`whole`), or on two halves of them whose
 models are averaged (`halves`), and scored along the line from before to after. `least` is the point of that line where
-the loss of each half in the other's model is lowest; of the points where it is not higher by more than its standard
-error, `farthest` is the last one and `middle` the middle one. The loss is calibrated or plain. `further` goes
-`2 / (1 + r)` times as far, where r is the cosine between the ways of the two halves.
+the loss of each half in the other's model is lowest; of the points where it is not higher by more than one or two of its
+standard errors, `farthest` is the last one and `middle` the middle one. The loss is calibrated or plain.
 
 Results stand in `tests/benchmarks/results/trials.jsonl`; `--table` prints their means, and differences to the first line.
 """
@@ -53,6 +52,7 @@ TEST, BATCH = 400, 16
 EPOCHS = {64: 8, 256: 6}
 RULES = ("harm", "harm/2", "first", "all", "rise", "help")
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+POINTS = {"merged", "half", "end", *map(str, SHARES)}
 
 State = dict[str, Tensor]
 Score = tuple[float, float]
@@ -123,13 +123,6 @@ def between(start: State, end: State, share: float) -> State:
         name: torch.lerp(value, end[name], share) if value.is_floating_point() else value
         for name, value in start.items()
     }
-
-
-def cosine(lab: Laboratory, start: State, one: State, other: State) -> float:
-    """Return the cosine between the ways of all parameters from `start` to two states."""
-    names = [name for name, _ in lab.net.named_parameters()]
-    a, b = (torch.cat([(end[name] - start[name]).flatten() for name in names]).double() for end in (one, other))
-    return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
 
 def sources(kind: str, cache: Path, target: str) -> dict[str, State]:
@@ -207,19 +200,14 @@ def line(
             for share in SHARES
         ]
         lowest = min(judged, key=lambda losses: float(losses.mean()))
-        as_good = [share for share, losses in zip(SHARES, judged, strict=True) if not harms(lowest, losses)]
         chosen[f"least, {kind}"] = next(s for s, losses in zip(SHARES, judged, strict=True) if losses is lowest)
-        chosen[f"middle, {kind}"] = as_good[len(as_good) // 2]
-        chosen[f"farthest, {kind}"] = max(as_good)
-    mean, agreement = between(ends[0], ends[1], 0.5), cosine(lab, start, *ends)
-    chosen |= {f"{way}, further": min(1.0, share * 2 / (1 + max(0.0, agreement))) for way, share in chosen.items()}
-    shares = sorted({*SHARES, *chosen.values()})
-    scores = {share: lab.score(between(start, mean, share), test) for share in shares}
-    yield (
-        {"way": "halves", "chosen": chosen, "agreement": agreement}
-        | {str(share): scores[share] for share in SHARES}
-        | {way: scores[share] for way, share in chosen.items()}
-    )
+        for errors, name in ((1.0, ""), (2.0, ", 2 errors")):
+            as_good = [s for s, losses in zip(SHARES, judged, strict=True) if not harms(lowest, losses, errors)]
+            chosen[f"middle, {kind}{name}"] = as_good[len(as_good) // 2]
+            chosen[f"farthest, {kind}{name}"] = max(as_good)
+    mean = between(ends[0], ends[1], 0.5)
+    scores = {str(share): lab.score(between(start, mean, share), test) for share in SHARES}
+    yield {"way": "halves", "chosen": chosen} | scores
 
 
 def trial(
@@ -252,13 +240,20 @@ def trial(
 def table(rows: list[dict[str, Any]], part: str, number: int) -> str:
     """Return means of the loss (0) or of the accuracy (1) by way and point, with differences to the first one."""
     runs: dict[tuple[str, str], dict[tuple[Any, ...], float]] = {}
+    lines: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         if row["part"] == part:
             run = tuple(row[key] for key in ("kind", "target", "labels", "seed", "rate"))
             for point, score in row.items():
-                if isinstance(score, list) and isinstance(score[0], float):
+                if point in POINTS and isinstance(score, list):
                     runs.setdefault((row["way"], point), {})[run] = score[number]
-    first = runs[("harm, loss", "half") if part == "rules" else ("halves", "middle, plain, further")]
+            lines.setdefault(run, {})[row["way"]] = row
+    for run, ways in lines.items() if part == "line" else ():
+        for rule, share in ways.get("halves", {}).get("chosen", {}).items():
+            for way, row in ways.items():
+                if str(share) in row:  # early trials also tried points beyond those
+                    runs.setdefault((way, rule), {})[run] = row[str(share)][number]
+    first = runs[("harm, loss", "half") if part == "rules" else ("whole", "farthest, plain, 2 errors")]
     return markdown_table(
         [
             {
