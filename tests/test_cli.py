@@ -252,10 +252,10 @@ def test_the_memory_of_a_plan_counts_all_fine_tuning(epochs: str, expected: str)
 @pytest.mark.parametrize(
     ("config", "copies"),
     [
-        ({}, 5),
+        ({}, 4),
         ({"gate": False}, 2),
         ({"final_epochs": 0}, 2),
-        ({"order": "rank"}, 6),
+        ({"order": "rank"}, 5),
         ({"method": "copy", "accumulate_gradients": True, "final_epochs": 0}, 4),
         ({"order": "given", "final_epochs": 0, "gate": False}, 0),
     ],
