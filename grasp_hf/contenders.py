@@ -286,21 +286,17 @@ def _rival(title: str, method: Callable[..., None], **settings: Any) -> Method:
     return Method(title, "existing", partial(rival, method=method, **settings))
 
 
+def _line(title: str, start: Callable[[Arena], None]) -> Method:
+    return Method(title, "control", partial(on_line, start), finetuned=False)
+
+
 METHODS = {
     "base": Method("base model", "control", nothing),
     "best-source": Method("best source on the labels", "control", best_source),
     "average": Method("average of all (uniform soup)", "control", partial(rival, method=average_)),
-    "base-line": Method("base model, fine-tuned as ours", "control", partial(on_line, nothing), "1", False),
-    "best-source-line": Method(
-        "best source, fine-tuned as ours", "control", partial(on_line, best_source), "1", False
-    ),
-    "average-line": Method(
-        "average of all, fine-tuned as ours",
-        "control",
-        partial(on_line, partial(rival, method=average_)),
-        "1",
-        False,
-    ),
+    "base-line": _line("base model, fine-tuned as ours", nothing),
+    "best-source-line": _line("best source, fine-tuned as ours", best_source),
+    "average-line": _line("average of all, fine-tuned as ours", partial(rival, method=average_)),
     "loop-nothing": Method("published loop, nothing copied", "control", partial(published, threshold=1.0), "1", False),
     "loop-all": Method("published loop, everything copied", "control", partial(published, threshold=-1.0), "1", False),
     "ensemble": Method("ensemble of all", "existing", ensemble, "1; K to use", False),

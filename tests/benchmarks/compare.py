@@ -85,8 +85,10 @@ def save(benchmark: str, cache: Path) -> None:
 
 
 def comparisons(benchmark: str) -> dict[str, Comparison]:
-    """Return the results by number of labels; runs of several targets count as seeds, and sources as one mean."""
+    """Return the results by number of labels of every run that is through; targets count as seeds, sources as one mean."""
     rows = json.loads((RESULTS / f"{benchmark}.json").read_text())["results"]
+    through = {(row["target"], row["labels"], row["seed"]) for row in rows if row["method"] == OURS}
+    rows = [row for row in rows if (row["target"], row["labels"], row["seed"]) in through]
     found = {}
     for labels in dict.fromkeys(row["labels"] for row in rows):
         mine = [row for row in rows if row["labels"] == labels]

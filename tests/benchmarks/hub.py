@@ -6,7 +6,8 @@ row is a process of its own with an empty `HF_HOME`. The sources are BERTs of 21
 the table is the size of one. The base model stands in the user's cache from the start.
 
 - `models`: the most that `HF_HOME` held beside the base model; what every process holds at the end is in brackets.
-- `temporary`: the most that the temporary directory held: the target as it was, and the best epoch.
+- `temporary`: the most that the temporary directory held: the target as it was, the best epoch, and both ends
+  of the gate's line.
 - `wire`: bytes that the server sent, configuration files included.
 
 With `--plan N`, it also prints how long `plan` takes for N sources, and with `--shards` what an average of K = 2 sources
