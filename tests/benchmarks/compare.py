@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -125,11 +125,11 @@ def table(benchmark: str) -> str:
     return markdown_table(rows)
 
 
-def overall(benchmarks: list[str]) -> str:
-    """Return a line per method: its mean rank over all runs, and in how many runs ours is better (two-sided sign test)."""
+def ranked(found: list[Comparison]) -> dict[str, tuple[float, list[float]]]:
+    """Return the mean rank of each method over all runs, and by how much it is better than ours in each."""
     ranks: dict[str, list[float]] = {}
     differences: dict[str, list[float]] = {}
-    for comparison in (c for benchmark in benchmarks for c in comparisons(benchmark).values()):
+    for comparison in found:
         methods = [method for method in comparison.methods(0) if comparison.runs(method, 0)]
         for method in methods:
             differences.setdefault(method, []).extend(comparison.differences(method, 0))
@@ -138,14 +138,29 @@ def overall(benchmarks: list[str]) -> str:
             sign = -1 if comparison.measure == "accuracy" else 1
             for method, rank in zip(reached, rankdata([sign * value for value in reached.values()]), strict=True):
                 ranks.setdefault(method, []).append(float(rank))
+    return {method: (fmean(values), differences[method]) for method, values in ranks.items()}
+
+
+def overall(benchmarks: list[str]) -> str:
+    """Return a line per method: its mean rank over all runs by the benchmarks' measures, and by loss everywhere.
+
+    Beside each: in how many runs ours is better and worse, and whether chance explains that (two-sided sign test).
+    """
+    own = [comparison for benchmark in benchmarks for comparison in comparisons(benchmark).values()]
+    losses = [
+        Comparison([replace(r, final={"loss": r.final["loss"]}) for r in one.results if r.final], {}) for one in own
+    ]
+    columns = {"mean rank": ranked(own), "mean rank, by loss": ranked(losses)}
     rows = []
-    for method in sorted(ranks, key=lambda method: fmean(ranks[method])):
-        better, worse = (sum(sign * value < 0 for value in differences[method]) for sign in (1, -1))
-        row = {"all benchmarks": title_of(method), "kind": kind_of(method), "mean rank": f"{fmean(ranks[method]):.1f}"}
-        row |= {"ours better / worse, runs": "–", "p": "–"}
-        if method != OURS and better + worse:
-            row |= {"ours better / worse, runs": f"{better} / {worse}"}
-            row |= {"p": f"{binomtest(better, better + worse).pvalue:.3f}"}
+    for method in sorted(columns["mean rank"], key=lambda method: columns["mean rank"][method][0]):
+        row = {"all benchmarks": title_of(method), "kind": kind_of(method)}
+        for column, found in columns.items():
+            rank, differences = found[method]
+            better, worse = (sum(sign * value < 0 for value in differences) for sign in (1, -1))
+            row[column] = f"{rank:.1f}"
+            row[f"ours better / worse{column.removeprefix('mean rank')}"] = (
+                f"{better} / {worse} (p = {binomtest(better, better + worse).pvalue:.3f})" if better + worse else "–"
+            )
         rows.append(row)
     return markdown_table(rows)
 
