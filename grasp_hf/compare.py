@@ -1,6 +1,5 @@
 """What a merge is worth: every method on the same labels and with the same fine-tuning, over several seeds."""
 
-import hashlib
 import json
 import logging
 import math
@@ -17,21 +16,13 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from . import hub
-from .adapters import load_adapter_config
-from .card import dataset_ids, trained_on_test
 from .config import Recipe
 from .contenders import METHODS, Arena, Method, source_alone
 from .errors import ConfigError, DataError, GraspError
-from .evidence import NORMAL_95
+from .fairness import check_fairness
 from .figures import DPI, comparison_figure
-from .loading import adapter_labels, is_headless, load_config, saves_head
-from .matching import shortened
-from .merger import GraspMerger
 from .prepare import TaskData, prepare
 from .report import Evaluation, markdown_table
-from .rows import label_names
-from .sources import Source
 from .workspace import workspace
 
 logger = logging.getLogger(__name__)
@@ -40,8 +31,6 @@ RESULTS = "comparison.json"
 TABLE = "comparison.md"
 FIGURE = "comparison-{}.png"  # of a number of labels
 OURS = "ours"
-MASKS = ("attention_mask", "token_type_ids")
-LEAST_TEST = 100  # test samples; with fewer, a difference below 10 points drowns in noise
 
 
 @dataclass
@@ -208,7 +197,7 @@ def compare(
             "own way; set final_epochs"
         )
     base, sources, data = prepare(recipe)
-    digests = _check(recipe, base, sources, data)
+    digests = check_fairness(recipe, base, sources, data)
     counts = [len(data.train) if size is None else size for size in sizes]
     if max(counts) > len(data.train):
         raise DataError(f"got {len(data.train)} labels, fewer than the {max(counts)} to compare with")
@@ -352,68 +341,3 @@ def _permutation(count: int, seed: int) -> list[int]:
     order = list(range(count))
     random.Random(seed).shuffle(order)
     return order
-
-
-def _check(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], data: TaskData) -> dict[str, str]:
-    """Raise `DataError` where the rows of a comparison could not be compared; return a digest of each split."""
-    if data.train is None or data.test is None:
-        raise DataError("a comparison needs data with the splits 'train' and 'test'")
-    if len(data.test) < LEAST_TEST:
-        visible = 100 * NORMAL_95 * math.sqrt(0.5 / len(data.test))
-        raise DataError(
-            f"the split 'test' has {len(data.test)} samples: two methods would have to differ by about {visible:.0f} points "
-            f"to be told apart; expected at least {LEAST_TEST}, and {round(0.5 * (NORMAL_95 / 0.05) ** 2)} show 5 points"
-        )
-    splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    found = {name: contents(split) for name, split in splits.items() if split is not None}
-    for name in found.keys() - {"test"}:
-        if shared := found[name] & found["test"]:
-            raise DataError(
-                f"{len(shared)} samples of the split 'test' also stand in the split '{name}'; expected none: remove them, "
-                "or every method that learns the training set by heart looks good"
-            )
-    for source in sources:
-        located, _ = hub.look_up(source, trusted=recipe.config.trust_remote_code)
-        labels, expected = own_labels(located, merger), label_names(merger.model.config)
-        if labels is not None and set(labels) != set(expected):
-            raise DataError(
-                f"source '{source}' knows other labels than the data: got {shortened(labels, 12)}, expected "
-                f"{shortened(expected, 12)}; give its config.json the names that its classes have in the data "
-                "(`id2label`), or leave it out: a merge takes what fits, but a model is not judged by labels it never saw"
-            )
-        if any(sentence := trained_on_test(located.folder, name) for name in dataset_ids(merger.report)):
-            raise DataError(
-                f"source '{source}' was trained on the test split, says its card (\"{sentence}\"); leave it out of a "
-                "comparison on that split"
-            )
-    return {name: digest(hashes, splits[name]) for name, hashes in found.items()}
-
-
-def own_labels(source: Source, merger: GraspMerger) -> list[str] | None:
-    """Return the label names that the classes of a source have; `None` where it has no classifier of its own."""
-    if merger.model.can_generate():
-        return None
-    if source.kind == "full":
-        config = load_config(source)
-        return None if is_headless(config) else label_names(config)
-    if merger.base is None or not saves_head(load_adapter_config(source), merger.model):
-        return None
-    return adapter_labels(source, merger.base)
-
-
-def digest(hashes: set[str], dataset: Any) -> str:
-    """Return a hash of all samples, with `contents` as known, and of their labels in order."""
-    labels = dataset.with_format(None)["labels"][:] if "labels" in dataset.column_names else []
-    return hashlib.sha256(repr((sorted(hashes), list(labels))).encode()).hexdigest()[:16]
-
-
-def contents(dataset: Any) -> set[str]:
-    """Return a hash of what each sample holds beside its label."""
-    columns = [name for name in dataset.column_names if name not in ("label", "labels", *MASKS)]
-    found = set()
-    for row in dataset.with_format(None).select_columns(columns):
-        digest = hashlib.sha256()
-        for value in row.values():
-            digest.update(value.tobytes() if hasattr(value, "tobytes") else repr(value).encode())
-        found.add(digest.hexdigest())
-    return found

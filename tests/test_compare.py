@@ -20,11 +20,13 @@ from scipy.stats import ttest_1samp
 from transformers import Trainer
 
 from grasp_hf import compare as module
+from grasp_hf import fairness
 from grasp_hf.cli import main
-from grasp_hf.compare import OURS, Comparison, Result, compare, contents, interval
+from grasp_hf.compare import OURS, Comparison, Result, compare, interval
 from grasp_hf.config import Recipe
 from grasp_hf.contenders import METHODS, Arena, Method
 from grasp_hf.errors import ConfigError, DataError
+from grasp_hf.fairness import contents
 from tests.models import (
     copied,
     perturbed,
@@ -349,7 +351,7 @@ def test_a_split_that_is_not_there_is_refused(world: Path, tmp_path: Path) -> No
 def test_a_source_that_was_trained_on_the_test_split_is_refused(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "dataset_ids", lambda report: ["org/animals"])
+    monkeypatch.setattr(fairness, "dataset_ids", lambda report: ["org/animals"])
     source = copied(str(world / "fine"), tmp_path / "fine")
     (source / "README.md").write_text("A model.\n\nIt was trained on the test split of org/animals.\n")
     with pytest.raises(DataError, match=r"fine' was trained on the test split, says its card \(\"It was trained on"):
