@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 PUBLISHED_EPSILON = 1e-8
+LARGEST = 2.0  # coefficient
 CPU_PIECE = 2**17  # elements; pieces of this size stay in a core's cache
 DEVICE_PIECE = 2**24
 VANISHING = 1e-30  # below this a sum of float32 squares may have lost some of them
@@ -57,23 +58,32 @@ def mean_defined(scores: list[float | None]) -> float | None:
 
 
 class CoefficientDescent:
-    """Projected Adam on one coefficient in [0, 1] per unit.
+    """Projected Adam on two coefficients per unit, with a step size that falls linearly to 0.
 
-    With weights `W_u = T_u + c_u (S_u - T_u)` the chain rule gives `dL/dc_u = <dL/dW_u, S_u - T_u>`. Adam divides by
-    the gradient's own size, so a coefficient moves by about `lr` per step whatever the size of its unit.
+    With weights `W = B + k (T - B) + t (S - B)` the chain rule gives `dL/dk = <dL/dW, T - B>` and
+    `dL/dt = <dL/dW, S - B>`. Adam divides by the gradient's own size, so that a coefficient moves by about the step size
+    per step whatever the size of its unit. Both stay in [0, 2]: more than 1 goes beyond what a model learned, as the scaled
+    sums of task arithmetic do (arXiv:2212.04089).
+
+    Args:
+        initial: Shape `(units, 2)`.
+        lr: Size of the first step.
+        steps: How many there will be.
     """
 
-    def __init__(self, initial: Sequence[float], lr: float) -> None:
+    def __init__(self, initial: Sequence[Sequence[float]], lr: float, steps: int) -> None:
         self._values = torch.tensor(initial, dtype=torch.float64)
         self._adam = torch.optim.Adam([self._values], lr=lr)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._adam, lambda step: max(0.0, 1 - step / steps))
 
     @property
-    def values(self) -> list[float]:
-        """The coefficients, one per unit."""
-        return [float(value) for value in self._values]
+    def values(self) -> list[list[float]]:
+        """The coefficients, two per unit."""
+        return self._values.tolist()
 
-    def step(self, slopes: list[float]) -> None:
-        """Go down along `slopes`, the derivative of the loss for each coefficient, and back into [0, 1]."""
+    def step(self, slopes: Sequence[Sequence[float]]) -> None:
+        """Go down along `slopes`, the derivative of the loss for each coefficient, and back into [0, 2]."""
         self._values.grad = torch.tensor(slopes, dtype=torch.float64)
         self._adam.step()
-        self._values.clamp_(0.0, 1.0)
+        self._schedule.step()
+        self._values.clamp_(0.0, LARGEST)

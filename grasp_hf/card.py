@@ -83,7 +83,7 @@ The method follows GRASP:
 METHODS = {
     "copy": "Units whose gradients agree with the target's were copied from each source.",
     "average": "Each unit is the mean over the accepted sources that bring it.",
-    "blend": "Each unit moved part of the way to each source, with coefficients learned on the target data.",
+    "blend": "How much of the merge so far and of the next source each unit takes was learned on the target data.",
 }
 
 # By task: what the snippet imports, and a call with an input that needs no file and no network.

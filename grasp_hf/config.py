@@ -112,9 +112,11 @@ class GraspConfig:
     """How each source is measured, transferred and followed by fine-tuning.
 
     Attributes:
-        method: `"average"` keeps the mean of all accepted sources so far, unit by unit, `T + (S - T) / k`, and needs no
-            gradients (and in the given order, without gate and fine-tuning, no data); `"blend"` starts from there and
-            learns one coefficient per unit on the training data; `"copy"` replaces the units whose gradients agree.
+        method: `"blend"` learns on the training data how much of the target and how much of the source each unit takes,
+            counted from the weights that `merge` found, `B + k (T - B) + t (S - B)`, from the mean of all sources on;
+            `"average"` keeps the mean of all accepted sources so far, unit by unit, `T + (S - T) / n`, and needs no
+            gradients (and in the given order, without gate and fine-tuning, no data); `"copy"` replaces the units whose
+            gradients agree.
         unit: Tensors decided together. `"layer"`: a transformer block or a stage, and outside of those as `"module"`.
             `"module"`: the tensors of one module, a normalisation layer with its statistics. `"tensor"`: each tensor
             alone, but a normalisation layer still whole. `"parameter"`: each parameter alone, statistics never moved,
@@ -125,8 +127,8 @@ class GraspConfig:
         accumulate_gradients: Let `copy` take the cosine of the gradients over all batches together, which is that of
             one large batch. Needs room for a second set of gradients on disk.
         batch_size: Samples per batch, in measuring and (unless `training_arguments` says otherwise) in fine-tuning.
-        coefficient_lr: Step size of Adam on the coefficients of `blend`. Adam moves a coefficient by at most about
-            this much per batch, so `num_batches * coefficient_lr` bounds how far one source can pull.
+        coefficient_lr: First step size of Adam on the coefficients of `blend`; it falls to 0. Adam moves a coefficient by at
+            most about one step per batch, so `num_batches * coefficient_lr / 2` bounds how far one source can pull.
         gate: Undo a transfer that harms beyond the noise of the samples that judge it, and keep of each fine-tuning only
             what lowers the loss of samples that it did not see (see `grasp_hf.gate`). Judges are the evaluation data, or
             without them the labels themselves, as long as the model was not fine-tuned on them.
@@ -154,8 +156,8 @@ class GraspConfig:
         ConfigError: A value has the wrong type or is out of range; all problems are listed.
     """
 
-    method: Literal["average", "blend", "copy"] = "average"
-    unit: Literal["layer", "module", "tensor", "parameter"] = "module"
+    method: Literal["average", "blend", "copy"] = "blend"
+    unit: Literal["layer", "module", "tensor", "parameter"] = "layer"
     threshold: float = 0.3
     num_batches: int = 8
     accumulate_gradients: bool = False
@@ -217,6 +219,11 @@ class GraspConfig:
     def total_epochs(self, sources: int) -> float:
         """Return the epochs of fine-tuning in a whole merge of so many sources."""
         return self.initial_epochs + self.finetune_epochs * min(sources, self.top or sources) + self.final_epochs
+
+    @property
+    def learns(self) -> bool:
+        """Whether coefficients are learned, which needs the weights that a merge began with."""
+        return self.method == "blend"
 
     @property
     def finetunes_between(self) -> bool:

@@ -59,7 +59,7 @@ class Arena:
         self.sources, self.data, self.epochs, self.directory = sources, data, epochs, directory
         self._origin = merger
         self.seed = merger.config.seed
-        self.config = GraspConfig(gate=False, order="given", final_epochs=0, **self.shared(COMMON))
+        self.config = GraspConfig(method="average", gate=False, order="given", final_epochs=0, **self.shared(COMMON))
         self._start = MappedTensors(directory / "base", movable_tensors(merger.model)).copy_(
             movable_tensors(merger.model)
         )

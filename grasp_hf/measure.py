@@ -20,7 +20,7 @@ from .evidence import Judgement
 from .gradients import gradient_pass, preserved_state
 from .mapped import MappedTensors
 from .matching import Unit, movable_tensors, partition, tensor_problems, tie_problems
-from .transfer import interpolate_, overwrite_, placed
+from .transfer import Mix, mix_, overwrite_, placed
 from .workspace import workspace
 
 Scores = dict[str, float | None]
@@ -52,6 +52,11 @@ class Scratch:
     def start(self) -> MappedTensors:
         """Room for the target's tensors as they were; the caller fills it."""
         return MappedTensors(self.directory / "start", self._like)
+
+    @cached_property
+    def base(self) -> MappedTensors:
+        """Room for the target's tensors as the merge found them; the caller fills it."""
+        return MappedTensors(self.directory / "base", self._like)
 
     @cached_property
     def gradients(self) -> MappedTensors:
@@ -218,48 +223,58 @@ def learned_coefficients(
     *,
     scratch: Scratch,
     lr: float,
-) -> tuple[dict[str, float], Scores]:
-    """Learn how far each unit should move towards the source, by descent on the loss of the blended model.
+    steps: int,
+) -> tuple[dict[str, Mix], Scores]:
+    """Learn how much of the target and how much of the source goes in, by descent on the loss of the mixed model.
 
-    The weights are `W_u = T_u + c_u (S_u - T_u)`, at first those of the average, `c_u = shares_u`; after each batch every `c_u` makes one step of projected Adam along
-    `<dL/dW_u, S_u - T_u>`, which is `dL/dc_u` through the parameters. Statistics of normalisation layers are blended
-    with them but have no gradient, so that what they add to the slope is left out. The inner product is taken in the gradient hook
-    and the gradient freed, so no gradient is stored; `W` is written where `T` was, and `T` is read from its file. The
-    model is in eval mode and comes back unchanged.
+    This is a learned mixture of task vectors (AdaMerging, arXiv:2310.02575, with labels) for sources that come one at a
+    time. The weights of a unit are `W = B + k (T - B) + t (S - B)`, at first those of the average,
+    `k, t = 1 - share, share`; after each batch `k` and `t` make one step of projected Adam, see `CoefficientDescent`.
+    Statistics of normalisation layers are mixed with them but have no gradient, so that what they add to the slopes is
+    left out. Inner products are taken in the gradient hook and the gradient freed, so no gradient is stored; `W` is
+    written where `T` was, and `T` and `B` are read from their files. The model is in eval mode and comes back unchanged.
 
     Returns:
-        The coefficients in [0, 1] per unit, and scores in [-1, 1]: the cosine between the way to the source and the
-        way down, `<-dL/dW_u, S_u - T_u>` normalised, the mean over batches; `None` where a unit had no gradient.
+        The mix of each unit, and scores in [-1, 1]: the cosine between the source's task vector and the way down,
+        `<-dL/dW, S - B>` normalised, the mean over batches; `None` where a unit had no gradient.
     """
-    tensors = movable_tensors(target)
-    descent = CoefficientDescent([shares[unit.name] for unit in units], lr)
+    tensors, start, base = movable_tensors(target), scratch.start, scratch.base
+    descent = CoefficientDescent([Mix.on_line(shares[unit.name]) for unit in units], lr, steps)
     scores: dict[str, list[float | None]] = {unit.name: [] for unit in units}
     moved: set[str] = set()
+    differing = {name for unit in units for name in unit.tensors if not torch.equal(start[name], base[name])}
+
+    def mixes() -> dict[str, Mix]:
+        return {name: Mix(*values) for name, values in zip(scores, descent.values, strict=True)}
+
     with preserved_state(target):
         target.eval()
         try:
             for batch in batches:
-                coefficients = dict(zip(scores, descent.values, strict=True))
-                moving = [unit for unit in units if coefficients[unit.name] > 0 or unit.name in moved]
-                blend_(tensors, scratch.start, source_values, moving, coefficients)
+                now = mixes()
+                moving = [unit for unit in units if now[unit.name].moves or unit.name in moved]
+                blend_(tensors, start, source_values, moving, now, base)
                 moved |= {unit.name for unit in moving}
-                products = UnitProducts(units)
+                of_target, of_source = UnitProducts(units), UnitProducts(units)
 
-                def meet(name: str, gradient: Tensor, products: UnitProducts = products) -> None:
-                    if name in products:
+                def meet(
+                    name: str, gradient: Tensor, kept: UnitProducts = of_target, taken: UnitProducts = of_source
+                ) -> None:
+                    if name in taken:
                         device = gradient.device
-                        products.add(name, gradient, source_values[name].to(device), scratch.start[name].to(device))
+                        taken.add(name, gradient, source_values[name].to(device), base[name].to(device))
+                        if name in differing:
+                            kept.add(name, gradient, start[name].to(device), base[name].to(device))
 
                 gradient_pass(target, batch, meet)
-                sums = products.sums()
-                descent.step([slope[0] if slope else 0.0 for slope in sums.values()])
-                for name, slope in sums.items():
-                    found = cosine(*slope) if slope else None
+                kept, taken = of_target.sums(), of_source.sums()
+                descent.step([[own[0] if own else 0.0 for own in (kept[name], taken[name])] for name in scores])
+                for name, sums in taken.items():
+                    found = cosine(*sums) if sums else None
                     scores[name].append(None if found is None else -found)
         finally:
-            overwrite_(tensors, {n: scratch.start[n] for unit in units if unit.name in moved for n in unit.tensors})
-    coefficients = dict(zip(scores, descent.values, strict=True))
-    return coefficients, {name: mean_defined(values) for name, values in scores.items()}
+            overwrite_(tensors, {n: start[n] for unit in units if unit.name in moved for n in unit.tensors})
+    return mixes(), {name: mean_defined(values) for name, values in scores.items()}
 
 
 def measure_source(
@@ -272,16 +287,17 @@ def measure_source(
     shares: Mapping[str, float],
     scratch: Scratch,
     seed: int,
-) -> tuple[dict[str, float], Scores]:
-    """Return the coefficient (0 is staying, 1 is copying) and the score of each unit, as `config.method` finds them.
+) -> tuple[dict[str, Mix], Scores]:
+    """Return the mix and the score of each unit, as `config.method` finds them.
 
     `shares` are what an average of all sources so far would take.
     """
     if config.method == "blend":
-        lr = config.coefficient_lr
-        return learned_coefficients(target, source_values, units, batches, shares, scratch=scratch, lr=lr)
+        lr, steps = config.coefficient_lr, config.num_batches
+        return learned_coefficients(target, source_values, units, batches, shares, scratch=scratch, lr=lr, steps=steps)
     scores = _cosines(target, source_values, units, batches, config, scratch=scratch, seed=seed)
-    return {name: float(score is not None and score > config.threshold) for name, score in scores.items()}, scores
+    copied = {name: score is not None and score > config.threshold for name, score in scores.items()}
+    return {name: Mix.on_line(float(copies)) for name, copies in copied.items()}, scores
 
 
 def _cosines(
@@ -304,12 +320,14 @@ def blend_(
     start: Mapping[str, Tensor],
     source_values: Mapping[str, Tensor],
     units: Sequence[Unit],
-    coefficients: Mapping[str, float],
+    mixes: Mapping[str, Mix],
+    base: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Change the tensors of `units` in place: as far from `start` towards the source as each unit's coefficient says."""
+    """Change the tensors of `units` in place to what each unit's mix makes of `start` and the source."""
     for unit in units:
         for name in unit.tensors:
-            interpolate_(tensors[name], start[name], source_values[name], coefficients[unit.name])
+            origin = None if base is None else base[name]
+            mix_(tensors[name], start[name], source_values[name], origin, mixes[unit.name])
 
 
 def gradient_alignment(

@@ -41,7 +41,7 @@ from .rank import RankedSource, judge_sources, rank_sources, ranking_table
 from .report import Evaluation, FinetuneReport, MergeReport, StepReport, unit_reports
 from .saving import check_output, read_record, save_merge, save_record, saved_shards
 from .sources import Source, SourceRef
-from .transfer import interrupts_held, overwrite_, placed
+from .transfer import Mix, interrupts_held, overwrite_, placed
 from .workspace import workspace
 
 logger = logging.getLogger(__name__)
@@ -500,14 +500,14 @@ class GraspMerger:
         every_unit = partition(self.model, self.config.unit)
         units = units_within(every_unit, loaded.candidates)
         step.other_units = len(every_unit) - len(units)
-        coefficients, scores = self._measure(loaded, units, data, step.name, scratch, seed)
-        moving = [unit for unit in units if coefficients[unit.name] > 0]
+        mixes, scores = self._measure(loaded, units, data, step.name, scratch, seed)
+        moving = [unit for unit in units if mixes[unit.name].moves]
         tensors = movable_tensors(self.model)
-        start = scratch.start if data.can_fail else tensors
+        start, base = scratch.start if data.can_fail else tensors, scratch.base if self.config.learns else None
         if not data.can_fail:  # no copy of the weights is kept, so a step must not stop between here and its record
             held.enter_context(interrupts_held())
         for values in loaded.shards:
-            blend_(tensors, start, values, units_within(moving, values), coefficients)
+            blend_(tensors, start, values, units_within(moving, values), mixes, base)
         scratch.judged = None
         if before and (after := self._judge(data, scratch)):
             moved = change(before, after)
@@ -518,18 +518,18 @@ class GraspMerger:
                 step.accepted, scratch.judged = False, before
                 overwrite_(tensors, {name: scratch.start[name] for unit in moving for name in unit.tensors})
         sizes = {unit.name: sum(tensors[name].numel() for name in unit.tensors) for unit in units}
-        step.units = unit_reports(sizes, coefficients, scores, step.accepted)
+        step.units = unit_reports(sizes, mixes, scores, step.accepted)
 
     def _measure(
         self, loaded: LoadedSource, units: Sequence[Unit], data: "_Data", name: str, scratch: Scratch, seed: int
-    ) -> tuple[dict[str, float], Scores]:
-        """Return the coefficient (0 is staying, 1 is copying) and the score of each unit."""
+    ) -> tuple[dict[str, Mix], Scores]:
+        """Return the mix and the score of each unit."""
         config = self.config
         averaged = Counter(u.name for step in self.report.steps for u in step.units if u.decision == "moved")
         before = int(self.report.starts_from_source)
         shares = {u.name: 1 / (before + averaged[u.name] + 1) for u in units}
         if config.method == "average":
-            return shares, {u.name: None for u in units}
+            return {name: Mix.on_line(share) for name, share in shares.items()}, {u.name: None for u in units}
         batches = tqdm(
             sample_batches(data.train, data.collator, self._accelerator, config, seed=seed),
             desc=f"measuring {name}",
@@ -549,6 +549,8 @@ class GraspMerger:
             return
         with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as directory:
             self._scratch = Scratch(directory, movable_tensors(self.model))
+            if self.config.learns:
+                self._scratch.base.copy_(movable_tensors(self.model))
             try:
                 yield
             finally:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from .errors import ConfigError
+from .transfer import Mix
 
 Evaluation = dict[str, float]
 Decision = Literal["moved", "kept", "undefined", "undone"]
@@ -38,10 +39,11 @@ class UnitReport:
     Attributes:
         name: The module or parameter.
         elements: Number of numbers in the unit's tensors.
-        score: In [-1, 1]: with `copy`, the cosine of the two models' gradients; with `blend`, the cosine between the
-            way to the source and the way down. `None` is undefined: a gradient was missing or zero.
-        coefficient: How far the unit was to move towards the source, in [0, 1].
+        score: In [-1, 1]: with `copy`, the cosine of the two models' gradients; with `blend`, the cosine between what
+            the source changed and the way down. `None` is undefined: a gradient was missing or zero.
+        coefficient: How much of the source was to go in: 0 is nothing, 1 is all of what it changed.
         decision: `undefined` units stay as they are; `undone` ones moved and were taken back by the gate.
+        keep: How much of the target was to stay, likewise; `1 - coefficient` is a point between the two.
     """
 
     name: str
@@ -49,22 +51,26 @@ class UnitReport:
     score: float | None
     coefficient: float
     decision: Decision
+    keep: float | None = None
 
 
 def unit_reports(
     sizes: Mapping[str, int],
-    coefficients: Mapping[str, float],
+    mixes: Mapping[str, Mix],
     scores: Mapping[str, float | None],
     accepted: bool,
 ) -> list[UnitReport]:
     """Return what was decided on each unit of `sizes`; `accepted` is `False` where the gate took everything back."""
 
     def decision(unit: str) -> Decision:
-        if coefficients[unit] > 0:
+        if mixes[unit].moves:
             return "moved" if accepted else "undone"
         return "undefined" if scores[unit] is None else "kept"
 
-    return [UnitReport(unit, size, scores[unit], coefficients[unit], decision(unit)) for unit, size in sizes.items()]
+    return [
+        UnitReport(unit, size, scores[unit], mixes[unit].take, decision(unit), mixes[unit].keep)
+        for unit, size in sizes.items()
+    ]
 
 
 @dataclass

@@ -1,13 +1,35 @@
 """Moving weights into a model and taking them back. Pure tensor work: knows nothing of models or files."""
 
+import math
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Mix(NamedTuple):
+    """How much of two models goes into one: `base + keep * (target - base) + take * (source - base)`.
+
+    With a sum of 1 the base drops out, and it is the point `take` of the line from the target to the source.
+    """
+
+    keep: float
+    take: float
+
+    @classmethod
+    def on_line(cls, take: float) -> "Mix":
+        """Return that point of the line from the target (0) to the source (1)."""
+        return cls(1.0 - take, take)
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything but the target comes out."""
+        return self != (1.0, 0.0)
 
 
 @torch.no_grad()
@@ -34,6 +56,28 @@ def interpolate_(tensor: Tensor, start: Tensor, end: Tensor, coefficient: float)
         out = tensor.data if tensor.dtype == dtype else None
         mixed = torch.lerp(start.to(device, dtype), end.to(device, dtype), coefficient, out=out)
         if out is None:
+            tensor.data.copy_(mixed)
+
+
+@torch.no_grad()
+def mix_(tensor: Tensor, start: Tensor, end: Tensor, base: Tensor | None, mix: Mix) -> None:
+    """Change `tensor` in place to the mix of `start` (the target), `end` (the source) and `base`.
+
+    Statistics, which are no parameters, have a mean but no direction: of those comes the point of the line between the
+    two that has the same proportions. `base` may be `None` where the mix has a sum of 1.
+    """
+    total = mix.keep + mix.take
+    if base is None or math.isclose(total, 1.0, abs_tol=1e-9):
+        interpolate_(tensor, start, end, mix.take)
+    elif not isinstance(tensor, nn.Parameter):
+        interpolate_(tensor, start, end, mix.take / total if total else 0.0)
+    else:
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        mixed = tensor.data if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype)
+        torch.mul(start.to(tensor.device, dtype), mix.keep, out=mixed)
+        mixed.add_(end.to(tensor.device, dtype), alpha=mix.take)
+        mixed.add_(base.to(tensor.device, dtype), alpha=1.0 - total)
+        if mixed is not tensor.data:
             tensor.data.copy_(mixed)
 
 

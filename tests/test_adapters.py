@@ -21,7 +21,7 @@ from grasp_hf.sources import Source, SourceRef
 from tests.models import NO_TUNING, copied, saved, tiny_data, tiny_model
 
 STILL: dict[str, Any] = {**NO_TUNING, "gate": False, "batch_size": 8, "num_batches": 2}
-COPY_ALL: dict[str, Any] = {**STILL, "method": "copy", "threshold": -1.0}
+COPY_ALL: dict[str, Any] = {**STILL, "method": "copy", "unit": "module", "threshold": -1.0}
 BODY = ["q_proj", "v_proj", "fc1"]
 HEAD: dict[str, Any] = {"modules_to_save": ["classifier"]}
 

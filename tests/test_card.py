@@ -21,6 +21,7 @@ from grasp_hf.card import (
 from grasp_hf.figures import alignment_figure, progress_figure, save_figures
 from grasp_hf.licenses import LICENSES, SUCCESSORS, Strictness, strictest
 from grasp_hf.report import MergeReport, StepReport, unit_reports
+from grasp_hf.transfer import Mix
 
 from .models import LABELS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
@@ -37,8 +38,8 @@ def step(
     **fields: Any,
 ) -> StepReport:
     """Return a source that moved the units whose score is above 0.2."""
-    coefficients = {name: float(score is not None and score > 0.2) for name, score in scores.items()}
-    units = unit_reports(dict.fromkeys(scores, 10), coefficients, scores, accepted)
+    mixes = {name: Mix.on_line(float(score is not None and score > 0.2)) for name, score in scores.items()}
+    units = unit_reports(dict.fromkeys(scores, 10), mixes, scores, accepted)
     names = ("before", "after_transfer", "after")
     measured: dict[str, Any] = {name: {"loss": loss} for name, loss in zip(names, losses or (), strict=False)}
     measured |= {"judged_by": "evaluation data"} if losses else {}
@@ -303,7 +304,7 @@ def test_many_units_share_the_column_of_their_layer() -> None:
 
 
 def test_an_average_shows_its_coefficients() -> None:
-    units = unit_reports({"a": 1, "b": 1}, {"a": 0.5, "b": 0.25}, {"a": None, "b": None}, True)
+    units = unit_reports({"a": 1, "b": 1}, {"a": Mix(0.5, 0.5), "b": Mix(1, 0.25)}, {"a": None, "b": None}, True)
     figure = alignment_figure(report_of(StepReport("org/fine", SHA, "full", units=units)))
     assert figure is not None and pixels(figure) == [[0.5, 0.25]]
     assert figure.axes[0].get_title() == "Coefficient per source and unit"

@@ -177,6 +177,6 @@ def test_positions_that_are_computed_and_never_saved(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.MarianMTModel(config)
     model.save_pretrained(tmp_path / "base")
-    settings = GraspConfig(method="average", **NO_TUNING)
+    settings = GraspConfig(method="average", unit="module", **NO_TUNING)
     merger = GraspMerger.from_pretrained(str(tmp_path / "base"), config=settings)
     assert merger.merge([str(tmp_path / "base")]).steps[0].moved > 10

@@ -252,12 +252,13 @@ def test_the_memory_of_a_plan_counts_all_fine_tuning(epochs: str, expected: str)
 @pytest.mark.parametrize(
     ("config", "copies"),
     [
-        ({}, 4),
-        ({"gate": False}, 2),
-        ({"final_epochs": 0}, 2),
-        ({"order": "rank"}, 5),
+        ({}, 5),
+        ({"method": "average"}, 4),
+        ({"gate": False}, 3),
+        ({"final_epochs": 0}, 3),
+        ({"order": "rank"}, 6),
         ({"method": "copy", "accumulate_gradients": True, "final_epochs": 0}, 4),
-        ({"order": "given", "final_epochs": 0, "gate": False}, 0),
+        ({"method": "average", "order": "given", "final_epochs": 0, "gate": False}, 0),
     ],
 )
 def test_the_temporary_files_of_a_plan_are_copies_of_the_target(config: dict[str, Any], copies: int) -> None:
@@ -289,7 +290,8 @@ def test_what_happens_to_heads_and_the_partition_in_a_plan(world: Path, capsys: 
 
 def test_a_merge_in_a_process_of_its_own(world: Path) -> None:
     output = world / "merged"
-    done = run("merge", str(world / "recipe.yaml"), "--output", str(output), "method=copy", "threshold=-1")
+    copying = ("method=copy", "unit=module", "threshold=-1")
+    done = run("merge", str(world / "recipe.yaml"), "--output", str(output), *copying)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for number, name in enumerate(["fine-1", "lora", "fine-2"], start=1):

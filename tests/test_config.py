@@ -19,7 +19,7 @@ def recipe_file(folder: Path, text: str) -> Path:
 
 def test_defaults() -> None:
     config = GraspConfig()
-    assert (config.method, config.unit, config.order) == ("average", "module", "loss")
+    assert (config.method, config.unit, config.order) == ("blend", "layer", "loss")
     assert (config.gate, config.published, config.training_arguments) == (True, False, {})
     assert (config.initial_epochs, config.finetune_epochs, config.final_epochs, config.seed) == (0, 0, 3, 42)
     assert Recipe(sources=["org/a"]).config == config, "a recipe starts from the same defaults"
@@ -133,9 +133,9 @@ def test_the_epochs_of_a_whole_merge_are_those_of_its_control() -> None:
     ("values", "needed"),
     [
         ({}, True),
-        ({"order": "given", "final_epochs": 0}, False),
-        ({"order": "loss", "final_epochs": 0}, True),
-        ({"order": "given", "final_epochs": 1}, True),
+        ({"method": "average", "order": "given", "final_epochs": 0}, False),
+        ({"method": "average", "order": "loss", "final_epochs": 0}, True),
+        ({"method": "average", "order": "given", "final_epochs": 1}, True),
         ({"order": "given", "final_epochs": 0, "method": "blend"}, True),
     ],
 )

@@ -98,11 +98,11 @@ def test_without_noise_the_lowest_point_of_the_line_is_taken(best: float) -> Non
     ("best", "noise", "share"),
     [
         (1.0, 100.0, 1.0),  # all points are alike
-        (0.0, 100.0, 1.0),
         (1.0, 2.66, 1.0),  # those from half-way on
-        (0.0, 2.66, 0.5),  # those up to half-way
-        (0.0, 1.33, 0.25),
+        (0.0, 100.0, 0.0),  # all points are alike, but the training made it worse
+        (0.25, 100.0, 0.5),  # as good as the start
         (0.25, 0.2, 0.25),
+        (0.5, 1.33, 0.75),
     ],
 )
 def test_of_the_points_that_noise_does_not_tell_from_the_best_the_farthest_is_taken(
@@ -111,7 +111,8 @@ def test_of_the_points_that_noise_does_not_tell_from_the_best_the_farthest_is_ta
     """A point in the distance d from the best has the loss d^2 and the standard error d * noise / sqrt(n - 1)."""
     line = Line(lambda weight, samples: noisy(weight, samples, 4 * best, noise))
     held_out = [0.0] * 10
-    alike = [s for s in SHARES if 4 * abs(s - best) <= noise / 3 * t.ppf(0.975, 9)]
+    as_good = [s for s in SHARES if abs(s - best) <= best]
+    alike = [s for s in as_good if 4 * abs(s - best) <= noise / 3 * t.ppf(0.975, 9)]
     assert line.finetune([4.0, 4.0], held_out).share == share == max(alike)
 
 
@@ -251,7 +252,8 @@ def test_the_floor_holds_in_every_merge(tmp_path: Path) -> None:
     """Sources that each do a little harm, within the noise, do not add up: in the first merge or in one that follows it."""
     base = learned("resnet", tmp_path / "base", epochs=4)
     data = {"train_dataset": tiny_data("resnet", 24, seed=1), "eval_dataset": tiny_data("resnet", 24, seed=2)}
-    merger = GraspMerger.from_pretrained(base, config=GraspConfig(final_epochs=0, order="given", **LEARNING))
+    config = GraspConfig(method="average", final_epochs=0, order="given", **LEARNING)
+    merger = GraspMerger.from_pretrained(base, config=config)
     merger.merge([base], **data)
     little = []
     for seed in range(8):
@@ -278,7 +280,7 @@ def test_a_source_that_has_learned_the_task_is_taken_and_noise_is_not(tmp_path: 
 def test_without_the_gate_noise_stays(tmp_path: Path) -> None:
     base = learned("resnet", tmp_path / "base")
     noise = saved(perturbed(GraspMerger.from_pretrained(base).model, 1, scale=1.0), tmp_path / "noise")
-    config = GraspConfig(gate=False, batch_size=8, **NO_TUNING)
+    config = GraspConfig(method="average", gate=False, batch_size=8, **NO_TUNING)
     merger = GraspMerger.from_pretrained(base, config=config)
     merger.merge([noise], train_dataset=tiny_data("resnet", 24), eval_dataset=tiny_data("resnet", 24, seed=2))
     assert merger.report.steps[0].accepted
@@ -303,9 +305,8 @@ def test_no_step_leaves_the_model_above_the_loss_that_it_started_from(seed: int,
         assert step.after == (step.after_transfer if step.accepted else step.before)
     last = [step.change for step in report.steps if step.accepted and step.change]
     assert start + sum(change.loss for change in last) <= start + 1e-9
-    assert (
-        report.final is not None and report.final.losses[str(report.final.share)] <= report.final.losses["0.0"] + 0.1
-    )
+    assert report.final is not None
+    assert report.final.losses[str(report.final.share)] <= report.final.losses["0.0"]
 
 
 def test_labels_that_the_model_has_learned_do_not_judge(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -77,7 +77,7 @@ def asked_of(hub: HubServer, since: int) -> set[str]:
     return {match[1] for match in found if match}
 
 
-@pytest.mark.parametrize(("method", "third"), [("blend", "org/line-3"), ("copy", "org/line-lora")])
+@pytest.mark.parametrize(("method", "third"), [("average", "org/line-3"), ("copy", "org/line-lora")])
 def test_an_appended_source_gives_what_one_run_gives(
     method: str, third: str, hub: HubServer, shas: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +135,7 @@ def timeless(step: Any) -> Any:
 
 
 def test_a_second_append(hub: HubServer) -> None:
-    config = GraspConfig(**{**SMALL, "initial_epochs": 0, "finetune_epochs": 0})
+    config = GraspConfig(**{**SMALL, "method": "copy", "threshold": 0.0, "initial_epochs": 0, "finetune_epochs": 0})
     whole = GraspMerger.from_pretrained("org/line-base", config=config)
     whole.merge(["org/line-1", "org/line-2", "org/line-3"], **data())
     merger = GraspMerger.from_pretrained("org/line-base", config=config)
@@ -145,6 +145,24 @@ def test_a_second_append(hub: HubServer) -> None:
         merger = GraspMerger.from_pretrained("org/line-grows", config=config)
     assert_equal(state(merger), state(whole))
     assert list(hub.repos["org/line-grows"].tags) == ["v1", "v2", "v3"]
+
+
+def test_what_an_appended_blend_learns_is_counted_from_the_published_merge(hub: HubServer) -> None:
+    config = GraspConfig(**{**SMALL, "unit": "module", "initial_epochs": 0, "finetune_epochs": 0})
+    merger = GraspMerger.from_pretrained("org/line-base", config=config)
+    merger.merge(["org/line-1", "org/line-2"], **data())
+    sums = [unit.coefficient + (unit.keep or 0) for unit in merger.report.steps[1].units]
+    assert any(total != 1 for total in sums), "it went beyond the line"
+    merger.push_to_hub("org/line-blended", token=TOKEN)
+    appended = GraspMerger.from_pretrained("org/line-blended", config=config)
+    before = {name: value.clone() for name, value in state(appended).items()}
+    step = appended.merge(["org/line-3"], **data()).steps[-1]
+    source = perturbed(tiny_model("vit"), seed=73).state_dict()
+    takes = {unit.name: unit.coefficient for unit in step.units}
+    for name, value in state(appended).items():
+        take = takes[name if name in takes else name.rpartition(".")[0]]
+        expected = before[name] + take * (source[name] - before[name])
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
 
 
 def test_an_appended_average_is_the_mean_of_all(hub: HubServer, tmp_path: Path) -> None:
@@ -259,7 +277,8 @@ def test_what_differs_is_named_with_its_size(world: Path) -> None:
 def test_sources_are_appended_by_the_command_line(
     hub: HubServer, world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_recipe(world, finetune_epochs=0)
+    copying: dict[str, Any] = {"method": "copy", "threshold": 0.0, "finetune_epochs": 0}
+    write_recipe(world, **copying)
     assert main(["merge", "recipe.yaml", "--output", "merged", "--push-to-hub", "org/line-more"]) == 0
     assert main(["append", "merged", "org/line-3", "--output", "longer"]) == 0
     report = MergeReport.from_json(world / "longer" / "grasp_report.json")
@@ -268,7 +287,7 @@ def test_sources_are_appended_by_the_command_line(
     capsys.readouterr()
     assert main(["reproduce", "longer"]) == 0
     assert "reproduced: all" in capsys.readouterr().out
-    write_recipe(world, sources=["org/line-1", "org/line-lora", "org/line-3"], finetune_epochs=0)
+    write_recipe(world, sources=["org/line-1", "org/line-lora", "org/line-3"], **copying)
     assert main(["merge", "recipe.yaml", "--output", "whole"]) == 0
     assert_equal(saved_tensors(world / "longer"), saved_tensors(world / "whole"))
 

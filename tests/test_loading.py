@@ -285,7 +285,8 @@ def test_an_adapter_that_fits(folders: dict[str, str], adapter: str) -> None:
 
 
 def test_merging_an_adapter_moves_what_it_touches_only(folders: dict[str, str], adapter: str) -> None:
-    config = GraspConfig(**{**vars(MEASURE_ONLY), "method": "copy", "threshold": -1.0, "gate": False})
+    copying = {"method": "copy", "unit": "module", "threshold": -1.0, "gate": False}
+    config = GraspConfig(**{**vars(MEASURE_ONLY), **copying})
     merger = GraspMerger.from_pretrained(folders["vit"], config=config)
     step = merger.merge([adapter], train_dataset=tiny_data("vit", 8)).steps[0]
     assert (step.kind, len(step.units), step.moved) == ("adapter", 5, 5)

@@ -11,7 +11,7 @@ from grasp_hf import GraspConfig, GraspMerger, gradient_alignment
 from grasp_hf.errors import DataError, NonFiniteError
 from grasp_hf.matching import movable_tensors, partition
 from grasp_hf.measure import Scratch, learned_coefficients
-from grasp_hf.transfer import overwrite_
+from grasp_hf.transfer import Mix, overwrite_
 from tests.models import KINDS, LABELS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 CONFIG = GraspConfig(num_batches=3, batch_size=8)
@@ -77,52 +77,69 @@ def test_a_unit_without_gradient_is_undefined() -> None:
     assert scores["classifier"] == pytest.approx(1.0)
 
 
-def measured(kind: str, lr: float, number: int, directory: Path, share: float = 0.0) -> tuple[Any, Any, Any, Any, Any]:
+def measured(
+    kind: str, lr: float, number: int, directory: Path, share: float = 0.0, base: Any = None
+) -> tuple[Any, Any, Any, Any, Any]:
     target, source = perturbed(tiny_model(kind), 1).eval(), perturbed(tiny_model(kind), 2)
     units, batch = partition(target, "module"), tiny_data(kind, 12)[:12]
     scratch = Scratch(directory, movable_tensors(target))
     scratch.start.copy_(movable_tensors(target))
+    scratch.base.copy_(movable_tensors(target if base is None else base))
     batches, shares = [batch] * number, dict.fromkeys((unit.name for unit in units), share)
-    found = learned_coefficients(target, movable_tensors(source), units, batches, shares, scratch=scratch, lr=lr)
+    values = movable_tensors(source)
+    found = learned_coefficients(target, values, units, batches, shares, scratch=scratch, lr=lr, steps=number)
     return target, source, units, batch, found
 
 
-def blended(target: Any, source: Any, units: Any, coefficients: dict[str, float], *, statistics: bool) -> Any:
-    """A copy of `target` moved towards `source`, by the textbook."""
-    model, ends = copy.deepcopy(target), movable_tensors(source)
+def blended(
+    target: Any, source: Any, units: Any, mixes: dict[str, Mix], *, base: Any = None, statistics: bool = True
+) -> Any:
+    """A mix of `base`, `target` and `source`, by the textbook."""
+    model, ends, origin = copy.deepcopy(target), movable_tensors(source), movable_tensors(base or target)
     tensors, parameters = movable_tensors(model), dict(model.named_parameters())
     with torch.no_grad():
         for unit in units:
+            keep, take = mixes[unit.name]
             for name in unit.tensors:
-                if tensors[name].is_floating_point() and (statistics or name in parameters):
-                    tensors[name].add_(coefficients.get(unit.name, 0.0) * (ends[name] - tensors[name]))
+                if name in parameters:
+                    own, given = tensors[name] - origin[name], ends[name] - origin[name]
+                    tensors[name].copy_(origin[name] + keep * own + take * given)
+                elif statistics and tensors[name].is_floating_point():
+                    tensors[name].add_(take / (keep + take) * (ends[name] - tensors[name]))
     return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_sign_of_the_first_step_is_that_of_the_finite_difference(kind: str, tmp_path: Path) -> None:
-    target, source, units, batch, (coefficients, _) = measured(kind, lr=0.05, number=1, directory=tmp_path)
-    checked = 0
+    base = perturbed(tiny_model(kind), 3)
+    found = measured(kind, lr=0.05, number=1, directory=tmp_path, share=0.25, base=base)
+    target, source, units, batch, (mixes, _) = found
+    average = {unit.name: Mix(0.75, 0.25) for unit in units}
+    start = blended(target, source, units, average)  # statistics of the average, in which the slopes are taken
     with torch.no_grad():
-        base = float(target(**batch).loss)
+        before, checked = float(start(**batch).loss), 0
         for unit in units:
-            # Statistics have no gradient: the slope is that of the parameters alone.
-            moved = blended(target, source, [unit], {unit.name: 1e-2}, statistics=False)
-            difference = float(moved(**batch).loss) - base
-            if abs(difference) > 1e-5:
-                checked += 1
-                assert (coefficients[unit.name] > 0) == (difference < 0), unit.name
-    assert checked >= 3
+            for place, step in enumerate([Mix(0.76, 0.25), Mix(0.75, 0.26)]):
+                # Statistics have no gradient: the slope is that of the parameters alone.
+                moved = blended(target, source, units, {**average, unit.name: step}, base=base, statistics=False)
+                for name, tensor in movable_tensors(moved).items():
+                    if name not in dict(moved.named_parameters()):
+                        tensor.copy_(movable_tensors(start)[name])
+                difference = float(moved(**batch).loss) - before
+                if abs(difference) > 1e-5:
+                    checked += 1
+                    assert (mixes[unit.name][place] > average[unit.name][place]) == (difference < 0), unit.name
+    assert checked >= 6
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_learned_coefficients_lower_the_loss_and_leave_the_model_alone(kind: str, tmp_path: Path) -> None:
     before = state_of(perturbed(tiny_model(kind), 1))
-    target, source, units, batch, (coefficients, scores) = measured(kind, lr=0.05, number=8, directory=tmp_path)
-    assert all(0 <= value <= 1 for value in coefficients.values()) and any(coefficients.values())
+    target, source, units, batch, (mixes, scores) = measured(kind, lr=0.05, number=8, directory=tmp_path)
+    assert all(0 <= value <= 2 for mix in mixes.values() for value in mix) and any(mix.take for mix in mixes.values())
     assert all(score is None or -1 - 1e-6 <= score <= 1 + 1e-6 for score in scores.values())
     with torch.no_grad():
-        after = blended(target, source, units, coefficients, statistics=True)
+        after = blended(target, source, units, mixes)
         assert float(after(**batch).loss) < float(target(**batch).loss)
     for name, value in target.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -130,9 +147,12 @@ def test_learned_coefficients_lower_the_loss_and_leave_the_model_alone(kind: str
 
 def test_learning_starts_from_the_average(tmp_path: Path) -> None:
     for share in (0.25, 1.0):
-        *_, (coefficients, _) = measured("vit", lr=1e-6, number=3, directory=tmp_path, share=share)
-        assert coefficients == pytest.approx(dict.fromkeys(coefficients, share), abs=1e-5)
-        assert any(value != share for value in coefficients.values()), "they were learned"
+        *_, (mixes, _) = measured("vit", lr=1e-6, number=3, directory=tmp_path, share=share)
+        assert {name: mix.take for name, mix in mixes.items()} == pytest.approx(dict.fromkeys(mixes, share), abs=1e-5)
+        assert any(mix.take != share for mix in mixes.values()), "they were learned"
+        assert {mix.keep for mix in mixes.values()} == {1 - share}, (
+            "the target is the base, which has no way of its own"
+        )
 
 
 def test_a_failing_measurement_leaves_the_model_alone(tmp_path: Path) -> None:
@@ -140,6 +160,7 @@ def test_a_failing_measurement_leaves_the_model_alone(tmp_path: Path) -> None:
     before, batch = state_of(target), tiny_data("vit", 12)[:12]
     scratch = Scratch(tmp_path, movable_tensors(target))
     scratch.start.copy_(movable_tensors(target))
+    scratch.base.copy_(movable_tensors(target))
     units = partition(target, "module")
     batches = iter([batch, batch, {"pixel_values": batch["pixel_values"]}])
     with pytest.raises(DataError, match="returned no loss"):
@@ -151,6 +172,7 @@ def test_a_failing_measurement_leaves_the_model_alone(tmp_path: Path) -> None:
             dict.fromkeys((unit.name for unit in units), 0.5),
             scratch=scratch,
             lr=0.5,
+            steps=3,
         )
     for name, value in target.state_dict().items():
         assert torch.equal(value, before[name]), name

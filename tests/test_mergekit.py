@@ -127,11 +127,11 @@ def test_what_a_configuration_becomes(
 
 
 def test_our_own_keys_win(tmp_path: Path) -> None:
-    text = LINEAR + DATA + "task: text-generation\nfinetune_epochs: 2\ngate: true\nunit: layer\n"
+    text = LINEAR + DATA + "task: text-generation\nfinetune_epochs: 2\ngate: true\nunit: module\n"
     recipe = recipe_of(text, tmp_path, "training_arguments.bf16=true")
     assert recipe.task == "text-generation"
     assert recipe.config == GraspConfig(
-        **{**NO_TUNING, "finetune_epochs": 2}, unit="layer", training_arguments={"bf16": True}
+        **{**NO_TUNING, "finetune_epochs": 2}, method="average", unit="module", training_arguments={"bf16": True}
     )
 
 

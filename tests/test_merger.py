@@ -78,14 +78,16 @@ def test_copying_everything_gives_the_source_with_its_statistics(kind: str, tmp_
 def test_a_blend_moves_weights_and_statistics_by_the_coefficients_of_the_report(tmp_path: Path) -> None:
     source, target = perturbed(tiny_model("resnet"), 1, scale=0.2), perturbed(tiny_model("resnet"), 2)
     before = {name: value.clone() for name, value in movable_tensors(target).items()}
-    merger = GraspMerger(target, GraspConfig(gate=False, **BLEND))
+    merger = GraspMerger(target, GraspConfig(gate=False, unit="module", **BLEND))
     step = merger.merge_source(saved(source, tmp_path / "source"), **data_for("resnet"))
-    coefficients = {unit.name: unit.coefficient for unit in step.units}
-    assert sum(value > 0 for value in coefficients.values()) >= 3
+    mixes = {unit.name: (unit.keep, unit.coefficient) for unit in step.units}
+    assert sum(take > 0 for _, take in mixes.values()) >= 3
     after, ends = movable_tensors(target), movable_tensors(source)
     for name, start in before.items():
         if start.is_floating_point():
-            expected = start + coefficients[name.rpartition(".")[0]] * (ends[name] - start)
+            keep, take = mixes[name.rpartition(".")[0]]
+            share = take if isinstance(after[name], torch.nn.Parameter) else take / (keep + take)
+            expected = start + share * (ends[name] - start)  # the base is the target as it was
             torch.testing.assert_close(after[name].detach(), expected.detach(), atol=1e-6, rtol=0)
 
 
@@ -203,7 +205,7 @@ def test_the_saved_folder_loads_and_says_what_was_done(kind: str, tmp_path: Path
 
     report = json.loads((tmp_path / "merged/grasp_report.json").read_text())
     assert [step["source"] for step in report["steps"]] == sources
-    assert report["steps"][0]["units"][0].keys() == {"name", "elements", "score", "coefficient", "decision"}
+    assert report["steps"][0]["units"][0].keys() == {*("name", "elements", "score", "coefficient", "decision", "keep")}
     assert report["steps"][1]["after"]["loss"] == pytest.approx(merger.report.steps[1].after["loss"])
     recipe = yaml.safe_load((tmp_path / "merged/grasp_config.yaml").read_text())
     assert (recipe["sources"], recipe["seed"], recipe["record"]["data"]["train"]["samples"]) == (sources, 42, 24)
@@ -240,7 +242,7 @@ def test_any_model_with_a_loss_can_be_merged_when_the_user_brings_the_data(task:
         data = tokens.map(lambda sample: {"labels": sample["input_ids"] % 3})
     else:
         data = tokens.map(lambda sample: {"labels": sample["input_ids"]})
-    config = GraspConfig(**{**BLEND, "num_batches": 16})
+    config = GraspConfig(**{**BLEND, "num_batches": 16, "coefficient_lr": 0.3, "unit": "module"})
     merger = GraspMerger.from_pretrained(sources[0], config=config, task=task)
     step = merger.merge(sources[1:], train_dataset=data, eval_dataset=data).steps[0]
     assert step.moved > 0 and step.after["loss"] <= step.before["loss"]

@@ -121,7 +121,7 @@ def test_the_command_prints_a_table_and_writes_every_unit(tmp_path: Path, capsys
     recipe: dict[str, Any] = {"base_model": "base", "data": {"path": "imagefolder", "data_dir": "images"}, **STILL}
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({**recipe, "sources": ["fine-1", "fine-2"]}))
-    assert main(["rank", str(file), "--json", str(tmp_path / "ranking.json"), "num_batches=1"]) == 0
+    assert main(["rank", str(file), "--json", str(tmp_path / "ranking.json"), "num_batches=1", "unit=module"]) == 0
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
     written = json.loads((tmp_path / "ranking.json").read_text())
     assert lines[0] == ["", "source", "kind", "gain", "cosine", "best unit", "MB", "seconds"]

@@ -1,6 +1,5 @@
 """Placing, interpolating and scoring tensors, against closed forms."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from grasp_hf.alignment import CPU_PIECE, CoefficientDescent, cosine, inner_products, mean_defined
 from grasp_hf.mapped import MappedTensors
-from grasp_hf.transfer import interpolate_, overwrite_, placed
+from grasp_hf.transfer import Mix, interpolate_, mix_, overwrite_, placed
 
 
 def test_placing_moves_pointers_and_is_undone_bit_for_bit() -> None:
@@ -67,6 +66,22 @@ def test_interpolate() -> None:
         assert int(count) == expected_count
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mix_counts_both_ways_from_the_base(dtype: torch.dtype) -> None:
+    base, start, end = torch.tensor([1.0, 1.0]), torch.tensor([3.0, 1.0]), torch.tensor([1.0, 5.0], dtype=dtype)
+    weight = torch.nn.Parameter(torch.zeros(2, dtype=dtype))
+    mix_(weight, start, end, base, Mix(0.5, 1.5))
+    assert weight.tolist() == [1 + 0.5 * 2, 1 + 1.5 * 4] and weight.dtype == dtype
+    for mix, expected in ((Mix.on_line(0.0), start), (Mix.on_line(1.0), end), (Mix.on_line(0.25), [2.5, 2.0])):
+        mix_(weight, start, end, None, mix)
+        assert weight.tolist() == list(expected), "with a sum of 1 the base has no part"
+    statistic, count = torch.zeros(2), torch.tensor(0)
+    mix_(statistic, start, end, base, Mix(0.5, 1.5))
+    mix_(count, torch.tensor(3), torch.tensor(9), torch.tensor(0), Mix(0.5, 1.5))
+    assert statistic.tolist() == [1.5, 4.0] and int(count) == 9, "statistics stay between those of the two models"
+    assert [Mix(1.0, 0.0).moves, Mix(0.9, 0.0).moves, Mix(1.0, 0.1).moves] == [False, True, True]
+
+
 def test_mapped_tensors_live_in_their_file(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 5), "b": torch.tensor(7), "c": torch.randn(4).bfloat16(), "d": torch.empty(0)}
     mapped = MappedTensors(tmp_path / "file", tensors).copy_(tensors)
@@ -112,11 +127,17 @@ def test_cosine_of_a_zero_gradient_is_undefined() -> None:
 
 
 def test_coefficients_go_down_by_their_rate_and_stay_in_bounds() -> None:
-    descent = CoefficientDescent([0.0, 0.0, 0.0], lr=0.3)
-    descent.step([-1e-6, 0.0, 5.0])
+    descent = CoefficientDescent([[0.0, 0.5], [0.0, 0.0]], lr=0.3, steps=40)
+    descent.step([[-1e-6, 0.0], [5.0, -2.0]])
     # Adam's first step is lr * g / (|g| + eps), whatever the size of g.
-    assert descent.values == pytest.approx([0.3 * 1e-6 / (1e-6 + 1e-8), 0.0, 0.0])
-    for _ in range(10):
-        descent.step([-1.0, 0.0, 5.0])
-    assert descent.values == [1.0, 0.0, 0.0]
-    assert not any(map(math.isnan, descent.values))
+    assert descent.values[0] == pytest.approx([0.3 * 1e-6 / (1e-6 + 1e-8), 0.5])
+    assert descent.values[1] == pytest.approx([0.0, 0.3])
+    for step in range(1, 40):
+        before = descent.values[1][1]
+        descent.step([[-1.0, 0.0], [5.0, -2.0]])
+        if step < 5:  # the slope is the same, so that only the step size changes it
+            assert descent.values[1][1] - before == pytest.approx(0.3 * (1 - step / 40), rel=1e-5)
+    assert descent.values == [[2.0, 0.5], [0.0, 2.0]]
+    before = descent.values[0][1]
+    descent.step([[0.0, 1.0], [0.0, 0.0]])
+    assert descent.values[0][1] == before, "the steps have come to their end"

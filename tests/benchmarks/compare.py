@@ -4,14 +4,14 @@ Run it with `python -m tests.benchmarks.compare sentiment emoji sotu` after `pyt
 `python -m tests.benchmarks.sources`. Each run is a target domain and a seed: the seed draws the labels, the order of the
 sources, and everything random in a method; the sources are those of all other domains. Fine-tuning has as many steps for
 every method. A stopped run goes on where it was. The results stand in `tests/benchmarks/results/<benchmark>.json`;
-`--table` prints the tables of what is there already.
+`--table` prints the tables of what is there already. `--untouched` takes targets that no rule of the default was chosen by.
 """
 
 import argparse
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -40,10 +40,11 @@ TARGETS = {
     "emoji": ("noto", "fluent-emoji-flat", "openmoji"),
     "sotu": ("2005-2021",),
 }
+UNTOUCHED = {"sentiment": ("uci_yelp", "tweets"), "emoji": ("twemoji",), "sotu": ("1989-2004",)}
 DOMAINS_OF = {"sentiment": tuple(DOMAINS), "emoji": tuple(STYLES), "sotu": tuple(ERAS)}
 KIND = {"sentiment": "lora", "emoji": "dinov2", "sotu": "gpt2"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "learned coefficients (blend)": {"method": "blend"},
+    "running average": {"method": "average"},
     "without the gate": {"gate": False},
 }
 
@@ -69,7 +70,7 @@ def run(benchmark: str, target: str, size: int | None, seed: int, cache: Path, v
 def gathered(benchmark: str, cache: Path) -> Iterator[dict[str, Any]]:
     """Yield every result that the cache holds, with its target."""
     for size in EPOCHS[benchmark]:
-        for target in TARGETS[benchmark]:
+        for target in TARGETS[benchmark] + UNTOUCHED[benchmark]:
             folder = cache / "comparisons" / f"{benchmark}-{target}-{size or 'all'}"
             if (folder / "comparison.json").exists():
                 for result in Comparison.load(folder).results:
@@ -84,9 +85,10 @@ def save(benchmark: str, cache: Path) -> None:
     (RESULTS / f"{benchmark}.json").write_text(text + "\n")
 
 
-def comparisons(benchmark: str) -> dict[str, Comparison]:
+def comparisons(benchmark: str, targets: Collection[str]) -> dict[str, Comparison]:
     """Return the results by number of labels of every run that is through; targets count as seeds, sources as one mean."""
     rows = json.loads((RESULTS / f"{benchmark}.json").read_text())["results"]
+    rows = [row for row in rows if row["target"] in targets]
     through = {(row["target"], row["labels"], row["seed"]) for row in rows if row["method"] == OURS}
     rows = [row for row in rows if (row["target"], row["labels"], row["seed"]) in through]
     found = {}
@@ -107,9 +109,11 @@ def comparisons(benchmark: str) -> dict[str, Comparison]:
     return found
 
 
-def table(benchmark: str) -> str:
+def table(benchmark: str, targets: Collection[str]) -> str:
     """Return a line per method: its mean over runs by number of labels, and by how much it is better than ours there."""
-    found = comparisons(benchmark)
+    found = comparisons(benchmark, targets)
+    if not found:
+        return f"{benchmark}: nothing yet"
     measure = {comparison.measure for comparison in found.values()}.pop()
     methods = dict.fromkeys(method for comparison in found.values() for method in comparison.methods(0))
     rows = []
@@ -141,12 +145,12 @@ def ranked(found: list[Comparison]) -> dict[str, tuple[float, list[float]]]:
     return {method: (fmean(values), differences[method]) for method, values in ranks.items()}
 
 
-def overall(benchmarks: list[str]) -> str:
+def overall(targets: dict[str, Collection[str]]) -> str:
     """Return a line per method: its mean rank over all runs by the benchmarks' measures, and by loss everywhere.
 
     Beside each: in how many runs ours is better and worse, and whether chance explains that (two-sided sign test).
     """
-    own = [comparison for benchmark in benchmarks for comparison in comparisons(benchmark).values()]
+    own = [comparison for benchmark in targets for comparison in comparisons(benchmark, targets[benchmark]).values()]
     losses = [
         Comparison([replace(r, final={"loss": r.final["loss"]}) for r in one.results if r.final], {}) for one in own
     ]
@@ -172,22 +176,25 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sizes", nargs="+", choices=("64", "256", "all"), default=["64", "256", "all"])
-    parser.add_argument("--targets", nargs="+", help="default: those of the benchmark")
+    parser.add_argument("--untouched", action="store_true", help="run and show the targets of `UNTOUCHED` instead")
     parser.add_argument("--variants", action="store_true", help="also run variants of ours")
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("grasp_hf.compare").setLevel(logging.INFO)
+    targets: dict[str, Collection[str]] = {
+        benchmark: (UNTOUCHED if args.untouched else TARGETS)[benchmark] for benchmark in args.benchmarks
+    }
     os.chdir(args.cache)  # the recipes' paths start there
     for benchmark in args.benchmarks:
         for seed in [] if args.table else args.seeds:
             for size in (None if size == "all" else int(size) for size in args.sizes):
-                for target in args.targets or TARGETS[benchmark]:
+                for target in targets[benchmark]:
                     run(benchmark, target, size, seed, args.cache, args.variants)
                     save(benchmark, args.cache)
-        print(f"\n{table(benchmark)}")
-    print(f"\n{overall(args.benchmarks)}")
+        print(f"\n{table(benchmark, targets[benchmark])}")
+    print(f"\n{overall(targets)}")
 
 
 if __name__ == "__main__":

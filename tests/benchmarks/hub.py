@@ -64,7 +64,7 @@ AVERAGE = """
 import sys, torch
 from grasp_hf import GraspConfig, GraspMerger
 data = [{"input_ids": torch.arange(8), "labels": index % 3} for index in range(4)] if sys.argv[2] == "data" else None
-config = GraspConfig(order="given", final_epochs=0, prefetch=sys.argv[1] == "yes")
+config = GraspConfig(method="average", order="given", final_epochs=0, prefetch=sys.argv[1] == "yes")
 GraspMerger.from_pretrained("me/sharded-0", config=config).merge(["me/sharded-1", "me/sharded-2"], eval_dataset=data)
 """
 SNAPSHOT = """
@@ -78,7 +78,7 @@ import sys, time
 from grasp_hf import Recipe
 from grasp_hf.plan import plan
 recipe = Recipe.from_dict({
-    "base_model": "me/model-0", "order": "given", "final_epochs": 0,
+    "base_model": "me/model-0", "method": "average", "order": "given", "final_epochs": 0,
     "sources": [f"me/model-{1 + index % 20}" for index in range(int(sys.argv[1]))],
 })
 began = time.perf_counter()

@@ -78,7 +78,8 @@ def measured(cache: Path, target: str, seed: int, kinds: list[str]) -> list[dict
             row |= {effect: before["loss"] - after["loss"], f"{effect} accuracy": after["accuracy"]}
 
         def merge(sources: list[str], *, epochs: int = 0, counts: bool = False) -> None:
-            config = GraspConfig(seed=seed, gate=False, order="given", initial_epochs=epochs, final_epochs=0)
+            settings: dict[str, Any] = {"gate": False, "order": "given", "initial_epochs": epochs, "final_epochs": 0}
+            config = GraspConfig(seed=seed, method="average", **settings)
             again = GraspMerger(merger.model, config, processing_class=merger.processing_class, base=merger.base)
             again.report.starts_from_source = counts
             again.merge(sources, train_dataset=data["train"])

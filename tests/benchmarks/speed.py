@@ -137,7 +137,7 @@ def ranking(folders: list[Path], cold: bool) -> dict[str, float]:
 
 def average(folders: list[Path]) -> None:
     """Merge by the streaming average, the first source being the start."""
-    config = GraspConfig(order="given", final_epochs=0)
+    config = GraspConfig(method="average", order="given", final_epochs=0)
     merge_pretrained(None, [str(folder) for folder in folders], config=config)
 
 

@@ -19,7 +19,8 @@ score is loss and accuracy on `TEST` test samples.
 `line`: the merge of `harm` in the order of the loss is fine-tuned, on all labels (`whole`), or on two halves of them whose
 models are averaged (`halves`), and scored along the line from before to after. `least` is the point of that line where
 the loss of each half in the other's model is lowest; of the points where it is not higher by more than one or two of its
-standard errors, `farthest` is the last one and `middle` the middle one. The loss is calibrated or plain.
+standard errors, `farthest` is the last one and `middle` the middle one; with `no worse`, of those where it is not higher
+than at the start. The loss is calibrated or plain.
 
 Results stand in `tests/benchmarks/results/trials.jsonl`; `--table` prints their means, and differences to the first line.
 """
@@ -205,6 +206,8 @@ def line(
             as_good = [s for s, losses in zip(SHARES, judged, strict=True) if not harms(lowest, losses, errors)]
             chosen[f"middle, {kind}{name}"] = as_good[len(as_good) // 2]
             chosen[f"farthest, {kind}{name}"] = max(as_good)
+            no_worse = [s for s, found in zip(SHARES, judged, strict=True) if found.mean() <= judged[0].mean()]
+            chosen[f"farthest, {kind}{name}, no worse"] = max({*as_good} & {*no_worse})
     mean = between(ends[0], ends[1], 0.5)
     scores = {str(share): lab.score(between(start, mean, share), test) for share in SHARES}
     yield {"way": "halves", "chosen": chosen} | scores
@@ -253,7 +256,7 @@ def table(rows: list[dict[str, Any]], part: str, number: int) -> str:
             for way, row in ways.items():
                 if str(share) in row:  # early trials also tried points beyond those
                     runs.setdefault((way, rule), {})[run] = row[str(share)][number]
-    first = runs[("harm, loss", "half") if part == "rules" else ("whole", "farthest, plain, 2 errors")]
+    first = runs[("harm, loss", "half") if part == "rules" else ("whole", "farthest, plain, 2 errors, no worse")]
     return markdown_table(
         [
             {
