@@ -80,7 +80,7 @@ def test_a_blend_moves_weights_and_statistics_by_the_coefficients_of_the_report(
     before = {name: value.clone() for name, value in movable_tensors(target).items()}
     merger = GraspMerger(target, GraspConfig(gate=False, unit="module", **BLEND))
     step = merger.merge_source(saved(source, tmp_path / "source"), **data_for("resnet"))
-    mixes = {unit.name: (unit.keep, unit.coefficient) for unit in step.units}
+    mixes = {unit.name: (unit.keep or 0.0, unit.coefficient) for unit in step.units}
     assert sum(take > 0 for _, take in mixes.values()) >= 3
     after, ends = movable_tensors(target), movable_tensors(source)
     for name, start in before.items():
