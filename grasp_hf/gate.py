@@ -44,9 +44,9 @@ def finetune_on_line_(
     """Fine-tune, then go back on the line between the weights before and after (WiSE-FT, arXiv:2109.01903) if need be.
 
     Few samples cannot tell neighbouring points apart, and the doubt is in favour of the training: taken is the farthest
-    point whose loss is not above the lowest one beyond the 95 % interval of their difference, as long as it is not above
-    that of the start either. That loss is not calibrated, because fine-tuning also mends the scale of the logits, or
-    spoils it.
+    point whose loss is not above the lowest one beyond the 95 % interval of their difference. That loss is not calibrated,
+    because fine-tuning also mends the scale of the logits, or spoils it. But a point where both losses, calibrated and
+    not, are above those of the start is never taken: such a training has taught nothing but confidence.
 
     With held-out samples they judge. Without, the labels are cut into two halves at random: each half trains a model,
     which the other half judges along its line, and the point that both together allow is taken on the line of a third
@@ -95,12 +95,13 @@ def finetune_on_line_(
 
 
 def _farthest(line: Sequence[Judgement]) -> float:
-    """Return the largest share that the samples do not tell from the best, and do not find worse than the start."""
+    """Return the largest share that the samples do not tell from the best, and that is no worse than the start."""
     lowest = min(line, key=lambda judgement: judgement.loss)
 
     def allowed(point: Judgement) -> bool:
         to_it = change(lowest, point, calibrated=False)
-        return to_it.mean <= to_it.half_interval and point.loss <= line[0].loss
+        better = point.loss <= line[0].loss or point.calibrated_loss <= line[0].calibrated_loss
+        return better and to_it.mean <= to_it.half_interval
 
     return max(share for share, point in zip(SHARES, line, strict=True) if allowed(point))
 

@@ -19,8 +19,8 @@ score is loss and accuracy on `TEST` test samples.
 `line`: the merge of `harm` in the order of the loss is fine-tuned, on all labels (`whole`), or on two halves of them whose
 models are averaged (`halves`), and scored along the line from before to after. `least` is the point of that line where
 the loss of each half in the other's model is lowest; of the points where it is not higher by more than one or two of its
-standard errors, `farthest` is the last one and `middle` the middle one; with `no worse`, of those where it is not higher
-than at the start. The loss is calibrated or plain.
+standard errors, `farthest` is the last one and `middle` the middle one; with `no worse`, of those
+where the loss, calibrated or not, is not higher than at the start. The loss is calibrated or plain.
 
 Results stand in `tests/benchmarks/results/trials.jsonl`; `--table` prints their means, and differences to the first line.
 """
@@ -195,19 +195,26 @@ def line(
     halves = labels[::2], labels[1::2]
     ends = [lab.tuned(start, half, rate, seed + k, epochs) for k, half in enumerate(halves)]
     chosen = {}
-    for kind, scales in {"calibrated": SCALES, "plain": (1.0,)}.items():
-        judged = [
+    line_of = {
+        kind: [
             torch.cat([lab.losses(between(start, ends[k], share), halves[1 - k], scales) for k in (0, 1)])
             for share in SHARES
         ]
+        for kind, scales in {"calibrated": SCALES, "plain": (1.0,)}.items()
+    }
+    better = {
+        share
+        for number, share in enumerate(SHARES)
+        if any(judged[number].mean() <= judged[0].mean() for judged in line_of.values())
+    }
+    for kind, judged in line_of.items():
         lowest = min(judged, key=lambda losses: float(losses.mean()))
         chosen[f"least, {kind}"] = next(s for s, losses in zip(SHARES, judged, strict=True) if losses is lowest)
         for errors, name in ((1.0, ""), (2.0, ", 2 errors")):
             as_good = [s for s, losses in zip(SHARES, judged, strict=True) if not harms(lowest, losses, errors)]
             chosen[f"middle, {kind}{name}"] = as_good[len(as_good) // 2]
             chosen[f"farthest, {kind}{name}"] = max(as_good)
-            no_worse = [s for s, found in zip(SHARES, judged, strict=True) if found.mean() <= judged[0].mean()]
-            chosen[f"farthest, {kind}{name}, no worse"] = max({*as_good} & {*no_worse})
+            chosen[f"farthest, {kind}{name}, no worse"] = max({*as_good} & better)
     mean = between(ends[0], ends[1], 0.5)
     scores = {str(share): lab.score(between(start, mean, share), test) for share in SHARES}
     yield {"way": "halves", "chosen": chosen} | scores
