@@ -73,11 +73,12 @@ def mix_(tensor: Tensor, start: Tensor, end: Tensor, base: Tensor | None, mix: M
         interpolate_(tensor, start, end, mix.take / total if total else 0.0)
     else:
         dtype = torch.promote_types(tensor.dtype, torch.float32)
-        mixed = tensor.data if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype)
+        in_place = tensor.dtype == dtype
+        mixed = tensor.data if in_place else torch.empty_like(tensor, dtype=dtype)
         torch.mul(start.to(tensor.device, dtype), mix.keep, out=mixed)
         mixed.add_(end.to(tensor.device, dtype), alpha=mix.take)
         mixed.add_(base.to(tensor.device, dtype), alpha=1.0 - total)
-        if mixed is not tensor.data:
+        if not in_place:
             tensor.data.copy_(mixed)
 
 
