@@ -475,7 +475,7 @@ def test_fusion_refuses_adapters_and_the_rest_goes_on(world: Path, tmp_path: Pat
 
 def test_without_a_base_model_the_first_source_is_one_and_counts_in_the_average(world: Path, tmp_path: Path) -> None:
     recipe = write_recipe(world, tmp_path, base_model=None, sources=[f"{world}/base", f"{world}/fine"], final_epochs=0)
-    ungated = {"without the gate": {"gate": False, "order": "given"}}
+    ungated = {"without the gate": {"method": "average", "gate": False, "order": "given"}}
     found = compare(recipe, tmp_path / "out", seeds=[3], methods=["base"], variants=ungated)
     (tmp_path / "whole").mkdir()
     whole = write_recipe(world, tmp_path / "whole", sources=[f"{world}/base", f"{world}/fine"], final_epochs=0)
