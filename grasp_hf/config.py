@@ -123,15 +123,16 @@ class GraspConfig:
             as published.
         threshold: `copy` takes units whose gradient cosine is strictly greater than this; in [-1, 1].
         num_batches: Batches of training data that each source is measured on, but for an average. `copy` averages the
-            cosine of each batch; `blend` makes one descent step on the coefficients per batch.
+            cosine of each batch; `blend` makes one descent step on the coefficients per batch, for each half of the labels.
         accumulate_gradients: Let `copy` take the cosine of the gradients over all batches together, which is that of
             one large batch. Needs room for a second set of gradients on disk.
         batch_size: Samples per batch, in measuring and (unless `training_arguments` says otherwise) in fine-tuning.
         coefficient_lr: First step size of Adam on the coefficients of `blend`; it falls to 0. Adam moves a coefficient by at
             most about one step per batch, so `num_batches * coefficient_lr / 2` bounds how far one source can pull.
         gate: Undo a transfer that harms beyond the noise of the samples that judge it, and keep of each fine-tuning only
-            what lowers the loss of samples that it did not see (see `grasp_hf.gate`). Judges are the evaluation data, or
-            without them the labels themselves, as long as the model was not fine-tuned on them.
+            what lowers the loss of samples that it did not see (see `grasp_hf.gate`). Judges are the evaluation data and, as
+            long as the model was not fine-tuned on them, the labels; each half of those judges coefficients that the other
+            labels taught `blend`, and what goes in is their mean, or the average's where that has the lower loss.
         initial_epochs: Epochs of fine-tuning before the first source.
         finetune_epochs: Epochs of fine-tuning after each source.
         final_epochs: Epochs of fine-tuning after the last source. `num_train_epochs` in `training_arguments` replaces

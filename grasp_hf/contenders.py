@@ -21,7 +21,7 @@ from .baselines import (
     task_arithmetic_,
     ties_,
 )
-from .batches import Batch, Collator, sample_batches
+from .batches import Batch, Collator
 from .config import GraspConfig
 from .ensembles import ensemble_evaluation, logit_fusion
 from .errors import ConfigError
@@ -34,6 +34,7 @@ from .merger import GraspMerger
 from .mixtures import mixture_, pearl_
 from .prepare import TaskData
 from .report import Evaluation
+from .step import Step
 from .transfer import overwrite_
 from .trial import Trial, wide_like
 
@@ -73,7 +74,7 @@ class Arena:
     @property
     def collator(self) -> Collator:
         """What makes batches that the base model takes."""
-        return self._origin._collator(self.data.collator)
+        return self._origin.collator(self.data.collator)
 
     def shared(self, names: Iterable[str]) -> dict[str, Any]:
         """Return settings of the recipe."""
@@ -103,8 +104,8 @@ class Arena:
 
     def finetune(self, epochs: float, *, gate: bool = False) -> None:
         """Fine-tune the model as it is now, as the recipe says; with the gate, no further than the labels allow."""
-        with self.session(replace(self.config, gate=gate)) as (merger, data, scratch):
-            merger._finetune(data, epochs, self.seed, scratch)
+        with self.session(replace(self.config, gate=gate)) as (_, step):
+            step.finetune(epochs, self.seed)
 
     def score(self, dataset: Any = None) -> Evaluation:
         """Return loss and accuracy of the model as it is now, on the test samples where `dataset` is left out."""
@@ -112,24 +113,24 @@ class Arena:
         return self.merger(self.config).evaluate(dataset, data_collator=self.data.collator)
 
     @contextmanager
-    def session(self, config: GraspConfig) -> Iterator[tuple[GraspMerger, Any, Scratch]]:
-        """Yield a merger of the model as it is now, within a step of it: its data and its scratch files."""
+    def session(self, config: GraspConfig) -> Iterator[tuple[GraspMerger, Step]]:
+        """Yield a merger of the model as it is now, within a step of it."""
         merger, data = self.merger(config), self.data
-        with merger._scratch_files(), merger._step(data.train, data.validation, data.collator) as (own, scratch):
-            yield merger, own, scratch
+        with merger.scratch_files(), merger.step(data.train, data.validation, data.collator) as step:
+            yield merger, step
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:
         """Yield what an existing method works with; the base's weights stand in the model at the start."""
         self.begin()
-        with self.session(self.config) as (merger, data, scratch), merger._puller(None) as puller:
+        with self.session(self.config) as (merger, step), merger.puller(None) as puller:
             merger.model.eval()
             tensors = movable_tensors(merger.model)
 
             def load(source: str, number: int, held: ExitStack) -> dict[str, Tensor]:
-                own = Scratch(scratch.directory / f"source-{number}", tensors)
+                own = Scratch(step.scratch.directory / f"source-{number}", tensors)
                 own.directory.mkdir(exist_ok=True)
-                loaded = merger._load(held.enter_context(puller.pull(source)), own)
+                loaded = merger.load(held.enter_context(puller.pull(source)), own)
                 return {name: loaded.tensors[name] for name in loaded.candidates}
 
             def stream() -> Iterator[dict[str, Tensor]]:
@@ -144,23 +145,23 @@ class Arena:
 
             def batches(count: int) -> Iterator[Batch]:
                 config = replace(self.config, num_batches=count)
-                return sample_batches(data.train, data.collator, merger._accelerator, config, seed=self.seed)
+                return step.with_config(config).batches(self.data.train, self.seed)
 
             def finetune(epochs: float, seed: int, lora: dict[str, Any], learning_rate: float) -> None:
                 arguments = {**self.config.training_arguments, "learning_rate": learning_rate}
                 config = replace(self.config, lora=lora, training_arguments=arguments)
-                self.merger(config)._finetune(data, epochs, seed, scratch)
+                step.with_config(config).finetune(epochs, seed)
 
             rooms: dict[str, MappedTensors] = {}
 
             def room(name: str) -> MappedTensors:
                 if name not in rooms:
-                    rooms[name] = MappedTensors(scratch.directory / f"room-{name}", wide_like(tensors))
+                    rooms[name] = MappedTensors(step.scratch.directory / f"room-{name}", wide_like(tensors))
                 return rooms[name]
 
             yield Trial(
                 model=merger.model,
-                start=scratch.start,
+                start=step.scratch.start,
                 stream=stream,
                 together=together,
                 batches=batches,

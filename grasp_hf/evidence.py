@@ -104,11 +104,15 @@ def change(before: Judgement, after: Judgement, *, calibrated: bool = True) -> C
     return Change(mean, math.sqrt(variance) / total, samples)
 
 
-def joined(a: Judgement, b: Judgement) -> Judgement:
-    """Return the losses of two models on two sets of samples as one."""
-    correct = None if a.correct is None or b.correct is None else a.correct + b.correct
-    losses, terms = torch.cat([a.losses, b.losses]), torch.cat([a.terms, b.terms])
-    return Judgement(losses, terms, torch.cat([a.calibrated, b.calibrated]), correct)
+def joined(*parts: Judgement) -> Judgement:
+    """Return the losses of one or several models on different samples as one."""
+    correct = [part.correct for part in parts if part.correct is not None]
+    return Judgement(
+        torch.cat([part.losses for part in parts]),
+        torch.cat([part.terms for part in parts]),
+        torch.cat([part.calibrated for part in parts]),
+        sum(correct) if len(correct) == len(parts) else None,
+    )
 
 
 @torch.no_grad()

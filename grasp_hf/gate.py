@@ -82,7 +82,8 @@ def finetune_on_line_(
         line = trained_line(labels, labels if held_out is None else held_out, seed)
         share = _farthest(line)
     else:
-        judged_by, (one, other) = "two halves of the labels", _halves(labels, seed)
+        judged_by = "two halves of the labels"
+        one, other = (Subset(labels, half) for half in halves(range(len(labels)), seed))
         lines = trained_line(one, other, seed), trained_line(other, one, seed + 1)
         line = [joined(*pair) for pair in zip(*lines, strict=True)]
         share = _farthest(line)
@@ -116,8 +117,9 @@ def _go(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], end: Mapping
         interpolate_(tensor, start[name], end[name], share)
 
 
-def _halves(labels: Any, seed: int) -> tuple[Any, Any]:
-    order = list(range(len(labels)))
+def halves(indices: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
+    """Return two random halves of `indices`, sorted."""
+    order = list(indices)
     random.Random(seed).shuffle(order)
     middle = len(order) // 2
-    return Subset(labels, sorted(order[:middle])), Subset(labels, sorted(order[middle:]))
+    return sorted(order[:middle]), sorted(order[middle:])

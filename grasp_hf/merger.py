@@ -1,8 +1,6 @@
 """The loop: for each source, pull, measure, transfer, fine-tune, record, free."""
 
 import logging
-import math
-import random
 import resource
 import sys
 import tempfile
@@ -12,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -20,28 +18,26 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import ConcatDataset, Subset
-from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hub
-from .batches import Collator, batch_loss, check_dataset, keeping_model_columns, sample_batches
+from .batches import Collator, batch_loss, check_dataset, keeping_model_columns
 from .card import declared_license
 from .config import GraspConfig
 from .errors import ConfigError, GraspError, IncompatibleSourceError, SourceNotFoundError
-from .evidence import EVIDENCE, Judgement, change, judge
-from .gate import accepts, finetune_on_line_
+from .evidence import Judgement
 from .gradients import checkpointing, preserved_state
 from .loading import LoadedSource, load_processing_class, load_source, load_target
-from .matching import Unit, movable_tensors, partition, units_within
-from .measure import Scores, Scratch, blend_, mean_gradient, measure_source
+from .matching import Unit, movable_tensors, partition
+from .measure import Scratch, mean_gradient
 from .pull import Puller, ShardedSource
 from .push import Destination, create_repo, push_files, tag_version
 from .rank import RankedSource, judge_sources, rank_sources, ranking_table
-from .report import Evaluation, FinetuneReport, MergeReport, StepReport, unit_reports
+from .report import Evaluation, MergeReport, StepReport
 from .saving import check_output, read_record, save_merge, save_record, saved_shards
 from .sources import Source, SourceRef
-from .transfer import Mix, interrupts_held, overwrite_, placed
+from .step import Step, losses_of
+from .transfer import overwrite_, placed
 from .workspace import workspace
 
 logger = logging.getLogger(__name__)
@@ -86,21 +82,6 @@ def merge_pretrained(
         merger.report.starts_from_source = starts_from_source
     merger.merge(sources, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator)
     return merger.model
-
-
-@dataclass(frozen=True)
-class _Data:
-    """What the model learns from, what it is judged by, and how batches are made of both."""
-
-    train: Any
-    held_out: Any
-    collator: Collator
-    sharded: bool = False
-
-    @property
-    def can_fail(self) -> bool:
-        """Whether a step can fail after weights have moved: data to train on or to be judged by, or a later shard."""
-        return self.train is not None or self.held_out is not None or self.sharded
 
 
 class GraspMerger:
@@ -290,29 +271,30 @@ class GraspMerger:
                 "no evaluation data, and the model is fine-tuned on the labels before they could judge a source: "
                 "transfers are not judged"
             )
-        with self._scratch_files():
+        with self.scratch_files():
             if not self._started:
-                with self._step(**arguments) as (data, scratch):
-                    self._finetune(data, config.initial_epochs, config.seed, scratch)
-                    if before := self._judge(data, scratch):
+                with self.step(**arguments) as step:
+                    step.finetune(config.initial_epochs, config.seed)
+                    if before := step.judge():
                         self.report.start = before.evaluation()
                 self._started = True
             if config.order != "given" and sources:
                 sources = self._ordered(sources, token, **arguments)
-            with self._puller(token, train_dataset, eval_dataset) as puller:
+            with self.puller(token, train_dataset, eval_dataset) as puller:
                 for number, source in enumerate(sources, start=1):
                     try:
                         with puller.pull(source, *sources[number : number + 1]) as located:
-                            step = self._merge_located(located, **arguments)
+                            merged = self._merge_located(located, **arguments)
                     except GraspError as error:
                         message = f"while merging source {number}/{len(sources)} '{source}': {error}"
                         raise type(error)(message) from error
-                    logger.info("%d/%d %s", number, len(sources), step.line())
+                    logger.info("%d/%d %s", number, len(sources), merged.line())
             if sources and config.final_epochs and train_dataset is not None:
-                with self._step(**arguments) as (data, scratch):
-                    self.report.final = self._finetune(data, config.final_epochs, config.seed, scratch)
+                with self.step(**arguments) as step:
+                    self.report.final = step.finetune(config.final_epochs, config.seed)
                     if self.report.final:
-                        self.report.final.after = self._evaluate(data.held_out, data.collator)
+                        if eval_dataset is not None:
+                            self.report.final.after = step.judgement(eval_dataset).evaluation()
                         logger.info("at the end: %s", self.report.final.line())
         return self.report
 
@@ -334,13 +316,12 @@ class GraspMerger:
             eval_dataset: See `merge`.
             data_collator: See `merge`.
         """
-        learned = self._learned
         epochs = self.config.total_epochs(sources)
-        with self._scratch_files(), self._step(train_dataset, eval_dataset, data_collator) as (data, scratch):
-            self._finetune(data, epochs, self.config.seed, scratch)
-            found = self._judgement(dataset, data.collator)
-            overwrite_(movable_tensors(self.model), scratch.start)
-            scratch.judged, self._learned = None, learned
+        with self.scratch_files(), self.step(train_dataset, eval_dataset, data_collator) as step:
+            step.finetune(epochs, self.config.seed)
+            found = step.judgement(dataset)
+            overwrite_(movable_tensors(self.model), step.scratch.start)
+            step.scratch.judged, step.learned = None, self._learned
         return found
 
     def judge(self, dataset: Any, *, data_collator: Collator | None = None) -> Judgement:
@@ -348,7 +329,7 @@ class GraspMerger:
         check_dataset(dataset, "dataset")
         with preserved_state(self.model):
             self.model.to(self._accelerator.device)
-            return self._judgement(dataset, self._collator(data_collator))
+            return losses_of(self.model, dataset, self.collator(data_collator), self.config.batch_size)
 
     def _ordered(
         self,
@@ -364,15 +345,14 @@ class GraspMerger:
             ranked = self.rank(sources, train_dataset=train_dataset, data_collator=data_collator, token=token)
         else:
             by = "loss"
-            with self._step(train_dataset, eval_dataset, data_collator) as (data, scratch):
-                tensors = movable_tensors(self.model)
-                judges = list(self._judges(data).values()) or [self._some(data.train)]
+            with self.step(train_dataset, eval_dataset, data_collator) as step:
+                tensors, start = movable_tensors(self.model), step.scratch.start
 
                 def judged(located: Source) -> Judgement:
-                    with placed(tensors, self._load(located, scratch).tensors, scratch.start):
-                        return self._judgement(ConcatDataset(judges), data.collator)
+                    with placed(tensors, self.load(located, step.scratch).tensors, start):
+                        return step.judge_source()
 
-                with self._puller(token) as puller:
+                with self.puller(token) as puller:
                     ranked = judge_sources(sources, puller, judged)
         if problems := [row.problem for row in ranked if row.problem]:
             raise IncompatibleSourceError("some sources cannot be ranked:\n- " + "\n- ".join(problems))
@@ -405,20 +385,20 @@ class GraspMerger:
             One entry per source, the largest gain first.
         """
         check_dataset(train_dataset, "train_dataset")
-        with self._scratch_files(), self._step(train_dataset, None, data_collator) as (data, scratch):
-            batches = sample_batches(data.train, data.collator, self._accelerator, self.config, seed=self.config.seed)
+        with self.scratch_files(), self.step(train_dataset, None, data_collator) as step:
+            batches, scratch = step.batches(train_dataset, self.config.seed), step.scratch
             self.model.eval()
             found, _ = mean_gradient(self.model, batches, scratch.gradients)
             gradient = {name: scratch.gradients[name] for name in found}
             units = partition(self.model, self.config.unit)
 
             def load(located: Source) -> LoadedSource:
-                return self._load(located, scratch, check_finite=False)  # its products say so
+                return self.load(located, scratch, check_finite=False)  # its products say so
 
-            with self._puller(token) as puller:
+            with self.puller(token) as puller:
                 return rank_sources([str(source) for source in sources], puller, load, gradient, scratch.start, units)
 
-    def _puller(self, token: str | None, *datasets: Any) -> Puller:
+    def puller(self, token: str | None, *datasets: Any) -> Puller:
         """Return what brings sources; for a merge with `datasets`, in shards where each weight is read only once."""
         undo_bytes = None
         if datasets and self.config.method == "average":  # with data, every step keeps what it takes to undo it
@@ -427,7 +407,8 @@ class GraspMerger:
         prefetch, trusted = self.config.prefetch, self.config.trust_remote_code
         return Puller(token=token, prefetch=prefetch, trusted=trusted, undo_bytes=undo_bytes)
 
-    def _load(self, located: Source, scratch: Scratch, *, check_finite: bool = True) -> LoadedSource:
+    def load(self, located: Source, scratch: Scratch, *, check_finite: bool = True) -> LoadedSource:
+        """Read a source as the model would hold it."""
         return load_source(
             located,
             self.model,
@@ -455,7 +436,7 @@ class GraspMerger:
         Raises:
             GraspError: The source, the data or the numbers are not fit; the model is as it was before the call.
         """
-        with self._puller(token, train_dataset, eval_dataset) as puller, puller.pull(str(source)) as located:
+        with self.puller(token, train_dataset, eval_dataset) as puller, puller.pull(str(source)) as located:
             return self._merge_located(
                 located, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator
             )
@@ -469,80 +450,33 @@ class GraspMerger:
         try:
             with (
                 ExitStack() as held,
-                self._scratch_files(),
-                self._step(train_dataset, eval_dataset, data_collator, sharded) as (data, scratch),
+                self.scratch_files(),
+                self.step(train_dataset, eval_dataset, data_collator, sharded) as step,
             ):
-                step = StepReport(str(located.ref), located.sha, located.kind, num_bytes=located.num_bytes)
-                step.license, step.gated = declared_license(located.folder), located.gated
-                self._transfer(located, step, data, scratch, seed, held)
-                step.finetuned = self._finetune(data, self.config.finetune_epochs, seed, scratch)
-                if after := self._judge(data, scratch):
-                    step.after = after.evaluation()
-                step.seconds = time.perf_counter() - began
-                step.peak_memory = _peak_memory()
+                report = StepReport(str(located.ref), located.sha, located.kind, num_bytes=located.num_bytes)
+                report.license, report.gated = declared_license(located.folder), located.gated
+                step.transfer(lambda: self.load(located, step.scratch), self._shares, report, seed, held)
+                report.finetuned = step.finetune(self.config.finetune_epochs, seed)
+                if after := step.judge():
+                    report.after = after.evaluation()
+                report.seconds = time.perf_counter() - began
+                report.peak_memory = _peak_memory()
                 self.report.data = {"train": _described(train_dataset), "eval": _described(eval_dataset)}
                 self._started = True
-                self.report.steps.append(step)
+                self.report.steps.append(report)
         except BaseException as error:
             error.add_note(f"while merging source '{located.ref}'")
             raise
-        return step
+        return report
 
-    def _transfer(
-        self, located: Source, step: StepReport, data: "_Data", scratch: Scratch, seed: int, held: ExitStack
-    ) -> None:
-        """Load and measure the source, move what the evidence says, and take it back if the labels say so."""
-        before = self._judge(data, scratch)
-        if before and scratch.floor == math.inf:
-            scratch.floor = before.calibrated_loss
-        loaded = self._load(located, scratch)
-        step.notes = loaded.notes
-        every_unit = partition(self.model, self.config.unit)
-        units = units_within(every_unit, loaded.candidates)
-        step.other_units = len(every_unit) - len(units)
-        mixes, scores = self._measure(loaded, units, data, step.name, scratch, seed)
-        moving = [unit for unit in units if mixes[unit.name].moves]
-        tensors = movable_tensors(self.model)
-        start, base = scratch.start if data.can_fail else tensors, scratch.base if self.config.learns else None
-        if not data.can_fail:  # no copy of the weights is kept, so a step must not stop between here and its record
-            held.enter_context(interrupts_held())
-        for values in loaded.shards:
-            blend_(tensors, start, values, units_within(moving, values), mixes, base)
-        scratch.judged = None
-        if before and (after := self._judge(data, scratch)):
-            moved = change(before, after)
-            step.judged_by = " and ".join(self._judges(data))
-            step.before, step.after_transfer = before.evaluation(), after.evaluation()
-            step.change = moved.report()
-            if self.config.gate and moving and not accepts(moved, after, scratch.floor):
-                step.accepted, scratch.judged = False, before
-                overwrite_(tensors, {name: scratch.start[name] for unit in moving for name in unit.tensors})
-        sizes = {unit.name: sum(tensors[name].numel() for name in unit.tensors) for unit in units}
-        step.units = unit_reports(sizes, mixes, scores, step.accepted)
-
-    def _measure(
-        self, loaded: LoadedSource, units: Sequence[Unit], data: "_Data", name: str, scratch: Scratch, seed: int
-    ) -> tuple[dict[str, Mix], Scores]:
-        """Return the mix and the score of each unit."""
-        config = self.config
+    def _shares(self, units: Sequence[Unit]) -> dict[str, float]:
+        """Return how much of a source an average of all sources so far takes, by unit."""
         averaged = Counter(u.name for step in self.report.steps for u in step.units if u.decision == "moved")
         before = int(self.report.starts_from_source)
-        shares = {u.name: 1 / (before + averaged[u.name] + 1) for u in units}
-        if config.method == "average":
-            return {name: Mix.on_line(share) for name, share in shares.items()}, {u.name: None for u in units}
-        batches = tqdm(
-            sample_batches(data.train, data.collator, self._accelerator, config, seed=seed),
-            desc=f"measuring {name}",
-            total=config.num_batches,
-            leave=False,
-            disable=None,
-        )
-        return measure_source(
-            self.model, loaded.tensors, units, batches, config, shares=shares, scratch=scratch, seed=seed
-        )
+        return {u.name: 1 / (before + averaged[u.name] + 1) for u in units}
 
     @contextmanager
-    def _scratch_files(self) -> Iterator[None]:
+    def scratch_files(self) -> Iterator[None]:
         """Keep the scratch files of all steps inside the block in one temporary directory."""
         if self._scratch is not None:
             yield
@@ -557,109 +491,63 @@ class GraspMerger:
                 self._scratch = None
 
     @contextmanager
-    def _step(
+    def step(
         self, train_dataset: Any, eval_dataset: Any, data_collator: Collator | None, sharded: bool = False
-    ) -> Iterator[tuple["_Data", Scratch]]:
-        """Check the data, bring the model to the accelerator, and put everything back if the block raises."""
+    ) -> Iterator[Step]:
+        """Check the data, bring the model to the accelerator, and put everything back if the block raises.
+
+        It must lie inside of `scratch_files`.
+        """
         if train_dataset is not None or self.config.needs_data:
             check_dataset(train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
-        data = _Data(train_dataset, eval_dataset, self._collator(data_collator), sharded)
-        scratch, asked, learned = self._scratch, self.config.training_arguments, self._learned
-        assert scratch is not None  # every step lies inside _scratch_files
+        asked = self.config.training_arguments
         checkpoints = bool(asked.get("gradient_checkpointing") or asked.get("activation_checkpointing"))
+        assert self._scratch is not None
+        step = Step(
+            self.model,
+            self.config,
+            train_dataset,
+            eval_dataset,
+            self.collator(data_collator),
+            self._scratch,
+            learned=self._learned,
+            sharded=sharded,
+        )
         with preserved_state(self.model), checkpointing(self.model, checkpoints):
             self.model.to(self._accelerator.device)
-            if not data.can_fail:
-                yield data, scratch
+            if not step.can_fail:
+                yield step
                 return
-            scratch.start.copy_(movable_tensors(self.model))
+            step.scratch.start.copy_(movable_tensors(self.model))
             try:
                 if train_dataset is not None and train_dataset is not self._checked:
-                    self._check_loss(data)
+                    self._check_loss(step)
                     self._checked = train_dataset
-                yield data, scratch
+                yield step
             except BaseException as error:
-                overwrite_(movable_tensors(self.model), scratch.start)
-                scratch.judged, self._learned = None, learned
+                overwrite_(movable_tensors(self.model), step.scratch.start)
+                step.scratch.judged = None
                 # A caught exception would keep the source, or the optimizer, alive through the frames that it names.
                 traceback.clear_frames(error.__traceback__)
                 raise
+        self._learned = step.learned
 
-    def _finetune(self, data: "_Data", epochs: float, seed: int, scratch: Scratch) -> FinetuneReport | None:
-        """Fine-tune the model, and keep as much of it as the gate says; `None` where there is nothing to do."""
-        if data.train is None or not self.config.trains(epochs):
-            return None
-        from .finetune import finetune_  # its Trainer imports datasets, which a merge without data need not wait for
-
-        def train(samples: Any, seed: int) -> None:
-            finetune_(
-                self.model,
-                samples,
-                data.held_out,
-                data.collator,
-                self.config,
-                epochs=epochs,
-                seed=seed,
-                directory=scratch.directory,
-            )
-
-        self._learned, scratch.judged, scratch.floor = True, None, math.inf
-        if not self.config.gate:
-            train(data.train, seed)
-            return FinetuneReport()
-        return finetune_on_line_(
-            movable_tensors(self.model),
-            scratch.line,
-            train,
-            lambda samples: self._judgement(samples, data.collator),
-            data.train,
-            data.held_out,
-            seed,
-        )
-
-    def _collator(self, data_collator: Collator | None) -> Collator:
+    def collator(self, data_collator: Collator | None = None) -> Collator:
+        """Return what makes batches that the model takes."""
         if data_collator is None and isinstance(self.processing_class, PreTrainedTokenizerBase):
             data_collator = DataCollatorWithPadding(self.processing_class)
         if data_collator is not None and self.config.training_arguments.get("remove_unused_columns") is False:
             return data_collator
         return keeping_model_columns(self.model, data_collator)
 
-    def _check_loss(self, data: "_Data") -> None:
+    def _check_loss(self, step: Step) -> None:
         """Raise where the model makes no finite loss of a batch; the Trainer would, but in its own words and later."""
-        config = self.config
-        batch = next(sample_batches(data.train, data.collator, self._accelerator, config, seed=config.seed))
+        batch = next(step.batches(step.train, self.config.seed))
         with torch.no_grad(), preserved_state(self.model):
             self.model.eval()
             batch_loss(self.model, batch)
-
-    def _judge(self, data: "_Data", scratch: Scratch) -> Judgement | None:
-        """Return the losses of the model on what may judge it; `None` where nothing may."""
-        judges = self._judges(data)
-        if judges and scratch.judged is None:
-            scratch.judged = self._judgement(ConcatDataset(list(judges.values())), data.collator)
-        return scratch.judged
-
-    def _judges(self, data: "_Data") -> dict[str, Any]:
-        """Return the samples that may judge a source, by name: evaluation data, and labels that nothing has learned."""
-        fresh = self.config.gate and data.train is not None and not self._learned
-        labels = {"labels": self._some(data.train)} if fresh else {}
-        return labels | ({"evaluation data": data.held_out} if data.held_out is not None else {})
-
-    def _judgement(self, samples: Any, collator: Collator) -> Judgement:
-        with preserved_state(self.model):
-            self.model.eval()
-            return judge(self.model, samples, collator, self._accelerator, self.config.batch_size)
-
-    def _some(self, dataset: Any) -> Any:
-        """Return `EVIDENCE` samples of `dataset`, the same ones each time, or all if there are no more."""
-        if len(dataset) <= EVIDENCE:
-            return dataset
-        return Subset(dataset, sorted(random.Random(self.config.seed).sample(range(len(dataset)), EVIDENCE)))
-
-    def _evaluate(self, dataset: Any, collator: Collator) -> Evaluation:
-        return {} if dataset is None else self._judgement(dataset, collator).evaluation()
 
     def evaluate(self, dataset: Any, *, data_collator: Collator | None = None) -> Evaluation:
         """Return the mean `loss` over `dataset`, and the `accuracy` in [0, 1] of a classifier; changes nothing."""

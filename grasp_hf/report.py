@@ -167,7 +167,11 @@ class StepReport:
         units: One row per unit that could have moved.
         other_units: Number of units that could not: untouched by an adapter, or a head that does not fit.
         judged_by: The samples that the next losses are of: `evaluation data`, `labels` that the model has not been
-            fine-tuned on, or both; empty where there are none.
+            fine-tuned on, or both; empty where there are none. Of two halves of the labels each judges the coefficients
+            that the other has taught.
+        options: Calibrated loss of each way to take the source in: as the method says and, where it learned coefficients,
+            as an average.
+        taken: The one with the lowest loss.
         before: Loss (and accuracy) before the transfer.
         after_transfer: The same after the transfer, before the gate's decision.
         change: From the one to the other, sample by sample.
@@ -188,6 +192,8 @@ class StepReport:
     units: list[UnitReport] = field(default_factory=list)
     other_units: int = 0
     judged_by: str = ""
+    options: dict[str, float] = field(default_factory=dict)
+    taken: str = ""
     before: Evaluation = field(default_factory=dict)
     after_transfer: Evaluation = field(default_factory=dict)
     change: ChangeReport | None = None
@@ -212,13 +218,18 @@ class StepReport:
         total = sum(unit.elements for unit in self.units)
         return sum(unit.coefficient * unit.elements for unit in self.units) / total if total else 0.0
 
+    @property
+    def decision(self) -> str:
+        """What became of the source, for a reader."""
+        if not self.accepted:
+            return "rejected"
+        if not self.moved:
+            return "nothing moved"
+        return "averaged" if len(self.options) > 1 and self.taken == "average" else "merged"
+
     def row(self) -> dict[str, str]:
         """Return the source's line of the summary table."""
         scores = [unit.score for unit in self.units if unit.score is not None]
-        if not self.accepted:
-            decision = "rejected"
-        else:
-            decision = "merged" if self.moved else "nothing moved"
         return {
             "source": self.name,
             "kind": self.kind,
@@ -226,7 +237,7 @@ class StepReport:
             "moved": f"{self.moved}/{len(self.units)}",
             "undefined": str(sum(unit.decision == "undefined" for unit in self.units)),
             "coefficient": shown(self.mean_coefficient),
-            "decision": decision,
+            "decision": self.decision,
             "loss before": shown(self.before.get("loss")),
             "transferred": shown(self.after_transfer.get("loss")),
             "change (calibrated)": str(self.change or "–"),
@@ -242,6 +253,8 @@ class StepReport:
         if self.before:
             loss = f"loss {row['loss before']} -> {row['transferred']}"
             parts.append(f"{loss} ({self.change} calibrated) on {self.judged_by}")
+        if len(self.options) > 1:
+            parts.append("calibrated: " + " or ".join(f"{shown(loss)} {name}" for name, loss in self.options.items()))
         if self.finetuned:
             parts.append(f"{self.finetuned.line()}")
         return ", ".join([*parts, f"{row['seconds']} s"]) + "".join(f"\n    {note}" for note in self.notes)
@@ -350,8 +363,11 @@ class MergeReport:
         """Return what came of it, a sentence each: how many sources helped, the fine-tuning, the gain over a control."""
         merged = sum(step.moved > 0 for step in self.steps)
         rejected = [step.name for step in self.steps if not step.accepted]
+        averaged = [step.name for step in self.steps if step.decision == "averaged"]
         found = [
-            f"{merged} of {len(self.steps)} sources merged" + (f"; rejected: {', '.join(rejected)}" * bool(rejected))
+            f"{merged} of {len(self.steps)} sources merged"
+            + f"; averaged, as learned coefficients were worse: {', '.join(averaged)}" * bool(averaged)
+            + f"; rejected: {', '.join(rejected)}" * bool(rejected)
         ]
         found += [f"at the end {self.final.line()}"] if self.final else []
         return found + ([self.control.line()] if self.control else [])

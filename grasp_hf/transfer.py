@@ -3,8 +3,9 @@
 import math
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from types import FrameType
 from typing import NamedTuple
 
@@ -25,6 +26,11 @@ class Mix(NamedTuple):
     def on_line(cls, take: float) -> "Mix":
         """Return that point of the line from the target (0) to the source (1)."""
         return cls(1.0 - take, take)
+
+    @classmethod
+    def mean(cls, mixes: Sequence["Mix"]) -> "Mix":
+        """Return what makes the mean of the models that `mixes` make."""
+        return cls(fmean(mix.keep for mix in mixes), fmean(mix.take for mix in mixes))
 
     @property
     def moves(self) -> bool:

@@ -19,6 +19,7 @@ from grasp_hf import GraspConfig, GraspMerger, MergeReport, merge_pretrained
 from grasp_hf.cli import main
 from grasp_hf.errors import IncompatibleSourceError
 from grasp_hf.lineage import reproduce
+from grasp_hf.step import Step
 from tests.hub_server import HubServer
 from tests.models import NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
 
@@ -98,7 +99,7 @@ def test_an_appended_source_gives_what_one_run_gives(
     appended = GraspMerger.from_pretrained(repo_id, config=config)
     assert asked_of(hub, since) == {repo_id}
     finetuned: list[tuple[float, int]] = []
-    monkeypatch.setattr(GraspMerger, "_finetune", counted(GraspMerger._finetune, finetuned))
+    monkeypatch.setattr(Step, "finetune", counted(Step.finetune, finetuned))
     appended.merge([third], **data())
     assert [call for call in finetuned if call[0]] == [(1, config.seed + 3)], "the initial fine-tuning was done before"
     needed = {repo_id, third, *(["org/line-base"] if third == "org/line-lora" else [])}
@@ -123,9 +124,9 @@ def test_an_appended_source_gives_what_one_run_gives(
 
 
 def counted(finetune: Callable[..., Any], calls: list[tuple[float, int]]) -> Callable[..., Any]:
-    def wrapped(self: GraspMerger, data: Any, epochs: float, seed: int, scratch: Any) -> Any:
+    def wrapped(self: Step, epochs: float, seed: int) -> Any:
         calls.append((epochs, seed))
-        return finetune(self, data, epochs, seed, scratch)
+        return finetune(self, epochs, seed)
 
     return wrapped
 

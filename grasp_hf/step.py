@@ -1,0 +1,298 @@
+"""One step of a merge: what the data says of the model, and what is done to it."""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .alignment import mean_defined
+from .batches import Batch, Collator, sample_batches
+from .config import GraspConfig
+from .evidence import EVIDENCE, Judgement, change, joined, judge
+from .gate import accepts, finetune_on_line_, halves
+from .gradients import preserved_state
+from .loading import LoadedSource
+from .matching import Unit, movable_tensors, partition, units_within
+from .measure import Scores, Scratch, blend_, measure_source
+from .report import FinetuneReport, StepReport, unit_reports
+from .transfer import Mix, interrupts_held, overwrite_
+
+Mixes = Mapping[str, Mix]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to take in a source.
+
+    Attributes:
+        mixes: What goes in, by unit.
+        judged: What goes in while each of `Step.judges` looks at it, for no labels judge what they taught.
+        scores: Of the units, for the report.
+    """
+
+    mixes: Mixes
+    judged: Sequence[Mixes]
+    scores: Scores
+
+
+class Step:
+    """The model while it is changed, with the data that teaches and judges it, and the files to go back with.
+
+    Args:
+        model: The target, on the accelerator's device; changed in place.
+        config: How to merge.
+        train: Labelled samples to learn from, if any.
+        held_out: Samples to judge by, if any.
+        collator: Makes batches of both.
+        scratch: The files. Where the step `can_fail`, `scratch.start` holds the target as it was before.
+        learned: Whether the model was fine-tuned on the labels, which speak for it then.
+        sharded: Whether the source comes in shards.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: GraspConfig,
+        train: Any,
+        held_out: Any,
+        collator: Collator,
+        scratch: Scratch,
+        *,
+        learned: bool,
+        sharded: bool = False,
+    ) -> None:
+        self.model, self.config, self.train, self.held_out = model, config, train, held_out
+        self.collator, self.scratch, self.learned = collator, scratch, learned
+        self.can_fail = train is not None or held_out is not None or sharded  # after weights have moved
+
+    def with_config(self, config: GraspConfig) -> "Step":
+        """Return this step of a merge by another configuration."""
+        twin = copy(self)
+        twin.config = config
+        return twin
+
+    @property
+    def _folds(self) -> list[tuple[Any, Any]]:
+        """Labels that judge a source, and those that teach its coefficients meanwhile; empty where labels do not judge."""
+        if not self.config.gate or self.train is None or self.learned:
+            return []
+        judges = self._evidence()
+        if not self.config.learns:
+            return [(Subset(self.train, judges), self.train)]
+        if len(judges) < 2:
+            return []
+        both = [(half, sorted({*range(len(self.train))} - {*half})) for half in halves(judges, self.config.seed)]
+        return [(Subset(self.train, half), Subset(self.train, others)) for half, others in both]
+
+    def _evidence(self) -> list[int]:
+        """Return `EVIDENCE` labels, the same ones each time, or all if there are no more."""
+        number = len(self.train)
+        return sorted(random.Random(self.config.seed).sample(range(number), min(number, EVIDENCE)))
+
+    @property
+    def judges(self) -> list[Any]:
+        """Samples that may judge a source: labels that nothing has learned, whole or in halves, and evaluation data."""
+        held_out = [] if self.held_out is None else [self.held_out]
+        return [judges for judges, _ in self._folds] + held_out
+
+    @property
+    def judged_by(self) -> str:
+        """The judges for a reader."""
+        labels = "two halves of the labels" if self.config.learns else "labels"
+        return " and ".join([labels] * bool(self._folds) + ["evaluation data"] * (self.held_out is not None))
+
+    def judge_source(self) -> Judgement:
+        """Return the losses of the model, which holds a source, on the judges, and on labels where there are none."""
+        return self._joined(self.judges or [Subset(self.train, self._evidence())])
+
+    def judge(self) -> Judgement | None:
+        """Return the losses of the model as it is now on the judges; `None` where there are none."""
+        if self.judges and self.scratch.judged is None:
+            self.scratch.judged = self._joined(self.judges)
+        return self.scratch.judged
+
+    def judgement(self, samples: Any) -> Judgement:
+        """Return the losses of the model as it is now on `samples`."""
+        return losses_of(self.model, samples, self.collator, self.config.batch_size)
+
+    def _joined(self, judges: Sequence[Any]) -> Judgement:
+        return joined(*map(self.judgement, judges))
+
+    def batches(self, labels: Any, seed: int) -> Iterator[Batch]:
+        """Yield batches of labels, as the configuration says."""
+        return sample_batches(labels, self.collator, Accelerator(), self.config, seed=seed)
+
+    def transfer(
+        self,
+        load: Callable[[], LoadedSource],
+        shares: Callable[[Sequence[Unit]], Mapping[str, float]],
+        report: StepReport,
+        seed: int,
+        held: ExitStack,
+    ) -> None:
+        """Measure a source, move what the evidence says, and take it back if the judges say so.
+
+        Args:
+            load: Reads the source.
+            shares: Says how much of the source an average of all so far would take, by unit.
+            report: Where it is recorded.
+            seed: Of the batches.
+            held: Open until the step is recorded.
+        """
+        before = self.judge()
+        if before and self.scratch.floor == math.inf:
+            self.scratch.floor = before.calibrated_loss
+        loaded = load()
+        every_unit = partition(self.model, self.config.unit)
+        units = units_within(every_unit, loaded.candidates)
+        report.notes, report.other_units = loaded.notes, len(every_unit) - len(units)
+        options = self._options(loaded, units, shares(units), report.name, seed)
+        if not self.can_fail:  # no copy of the weights is kept, so a step must not stop between here and its record
+            held.enter_context(interrupts_held())
+        mixed = _Mixed(self, loaded, units)
+        self.scratch.judged = None
+        if before is None:
+            (option,) = options.values()
+            mixed.put(option.mixes)
+        else:
+            option = self._chosen(options, mixed, before, report)
+        tensors = movable_tensors(self.model)
+        sizes = {unit.name: sum(tensors[name].numel() for name in unit.tensors) for unit in units}
+        report.units = unit_reports(sizes, option.mixes, option.scores, report.accepted)
+
+    def _options(
+        self, loaded: LoadedSource, units: Sequence[Unit], shares: Mapping[str, float], name: str, seed: int
+    ) -> dict[str, Option]:
+        """Return the ways to take in a source: that of the method, and the average where labels chose, as a check."""
+        config, judges = self.config, len(self.judges)
+        average = {unit: Mix.on_line(share) for unit, share in shares.items()}
+        averaged = Option(average, [average] * judges, dict.fromkeys(average))
+        if config.method == "average":
+            return {"average": averaged}
+        if not config.learns:
+            mixes, scores = self._measure(loaded, units, shares, self.train, name, seed)
+            return {config.method: Option(mixes, [mixes] * judges, scores)}
+        teachers = [labels for _, labels in self._folds] or [self.train]
+        fits = []
+        for labels in teachers:  # no comprehension: the frames of an exception would keep its cells, and so the source
+            fits.append(self._measure(loaded, units, shares, labels, name, seed))
+        found = [mixes for mixes, _ in fits]
+        mean = {unit: Mix.mean([mixes[unit] for mixes in found]) for unit in average}
+        scores = {unit: mean_defined([own[unit] for _, own in fits]) for unit in average}
+        judged = (found if self._folds else []) + ([] if self.held_out is None else [mean])
+        learned = {config.method: Option(mean, judged, scores)}
+        return learned | ({"average": averaged} if judged and config.gate else {})
+
+    def _measure(
+        self,
+        loaded: LoadedSource,
+        units: Sequence[Unit],
+        shares: Mapping[str, float],
+        labels: Any,
+        name: str,
+        seed: int,
+    ) -> tuple[Mixes, Scores]:
+        """Return the mix and the score of each unit that `labels` teach."""
+        number = self.config.num_batches
+        batches = tqdm(self.batches(labels, seed), desc=f"measuring {name}", total=number, leave=False, disable=None)
+        return measure_source(
+            self.model,
+            loaded.tensors,
+            units,
+            batches,
+            self.config,
+            shares=shares,
+            scratch=self.scratch,
+            seed=seed,
+        )
+
+    def _chosen(self, options: Mapping[str, Option], mixed: "_Mixed", before: Judgement, report: StepReport) -> Option:
+        """Return the option with the lowest loss, and leave it in the model unless the gate takes it back."""
+        found = {}
+        for name, option in options.items():
+            found[name] = joined(*map(mixed.judged, option.judged, self.judges))
+        report.options = {name: after.calibrated_loss for name, after in found.items()}
+        report.taken = min(report.options, key=lambda name: report.options[name])
+        option, after = options[report.taken], found[report.taken]
+        moved = change(before, after)
+        report.judged_by, report.change = self.judged_by, moved.report()
+        report.before, report.after_transfer = before.evaluation(), after.evaluation()
+        mixed.put(option.mixes)
+        moves = any(mix.moves for mix in option.mixes.values())
+        if self.config.gate and moves and not accepts(moved, after, self.scratch.floor):
+            report.accepted, self.scratch.judged = False, before
+            mixed.undo()
+        elif all(mixes is option.mixes for mixes in option.judged):
+            self.scratch.judged = after
+        return option
+
+    def finetune(self, epochs: float, seed: int) -> FinetuneReport | None:
+        """Fine-tune the model, and keep as much of it as the gate says; `None` where there is nothing to do."""
+        if self.train is None or not self.config.trains(epochs):
+            return None
+        from .finetune import finetune_  # its Trainer imports datasets, which a merge without data need not wait for
+
+        def train(samples: Any, seed: int) -> None:
+            finetune_(
+                self.model,
+                samples,
+                self.held_out,
+                self.collator,
+                self.config,
+                epochs=epochs,
+                seed=seed,
+                directory=self.scratch.directory,
+            )
+
+        self.learned, self.scratch.judged, self.scratch.floor = True, None, math.inf
+        if not self.config.gate:
+            train(self.train, seed)
+            return FinetuneReport()
+        tensors, line = movable_tensors(self.model), self.scratch.line
+        return finetune_on_line_(tensors, line, train, self.judgement, self.train, self.held_out, seed)
+
+
+class _Mixed:
+    """The model with a source mixed into it, now one way and then another."""
+
+    def __init__(self, step: Step, loaded: LoadedSource, units: Sequence[Unit]) -> None:
+        self._tensors, self._source, self._units = movable_tensors(step.model), loaded, units
+        self._start = step.scratch.start if step.can_fail else self._tensors
+        self._base = step.scratch.base if step.config.learns else None
+        self._judge = step.judgement
+        self._now: Mixes | None = None
+        self._moved: dict[str, Unit] = {}
+
+    def put(self, mixes: Mixes) -> None:
+        """Mix the source in."""
+        if mixes is self._now:
+            return
+        moving = {unit.name: unit for unit in self._units if mixes[unit.name].moves} | self._moved
+        for values in self._source.shards:
+            units = units_within([*moving.values()], values)
+            blend_(self._tensors, self._start, values, units, mixes, self._base)
+        self._now, self._moved = mixes, moving
+
+    def judged(self, mixes: Mixes, samples: Any) -> Judgement:
+        """Return the losses of that mix."""
+        self.put(mixes)
+        return self._judge(samples)
+
+    def undo(self) -> None:
+        """Take the source out."""
+        overwrite_(self._tensors, {name: self._start[name] for unit in self._moved.values() for name in unit.tensors})
+
+
+def losses_of(model: PreTrainedModel, samples: Any, collator: Collator, batch_size: int) -> Judgement:
+    """Return the losses of the model as it is now, in eval mode, on `samples`; its mode comes back."""
+    with preserved_state(model):
+        model.eval()
+        return judge(model, samples, collator, Accelerator(), batch_size)

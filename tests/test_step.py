@@ -1,0 +1,151 @@
+"""How labels both teach the coefficients of a source and judge it."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import grasp_hf.step
+from grasp_hf import GraspConfig, GraspMerger
+from grasp_hf.batches import keeping_model_columns, sample_batches
+from grasp_hf.gate import halves
+from grasp_hf.matching import movable_tensors, partition
+from grasp_hf.measure import Scratch, blend_, learned_coefficients
+from grasp_hf.step import Step
+from grasp_hf.transfer import Mix
+from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
+
+CONFIG: dict[str, Any] = {**NO_TUNING, "method": "blend", "unit": "layer", "batch_size": 4, "num_batches": 3}
+LABELS = tiny_data("resnet", 21, seed=1)
+HELD_OUT = tiny_data("resnet", 6, seed=2)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, two sources near it, and two that have learned the labels."""
+    folder = tmp_path_factory.mktemp("world")
+    training: dict[str, Any] = {"batch_size": 8, "training_arguments": {"learning_rate": 0.01}}
+    base = perturbed(tiny_model("resnet"), 1, scale=0.3)
+    saved(base, folder / "base")
+    for number in (1, 2):
+        saved(perturbed(deepcopy(base), number, scale=0.2), folder / str(number))
+        expert = GraspMerger(deepcopy(base), GraspConfig(gate=False, initial_epochs=15, seed=number, **training))
+        expert.merge([], train_dataset=tiny_data("resnet", 48, seed=1))
+        saved(expert.model, folder / f"expert-{number}")
+    return folder
+
+
+def merger_of(world: Path, **settings: Any) -> GraspMerger:
+    return GraspMerger.from_pretrained(str(world / "base"), config=GraspConfig(**{**CONFIG, "gate": True, **settings}))
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_each_half_of_the_labels_judges_what_the_other_taught(evaluates: bool, world: Path, tmp_path: Path) -> None:
+    merger = merger_of(world)
+    base, source = deepcopy(merger.model), GraspMerger.from_pretrained(str(world / "expert-1")).model
+    held_out = {"eval_dataset": HELD_OUT} if evaluates else {}
+    step = merger.merge([str(world / "expert-1")], train_dataset=LABELS, **held_out).steps[0]
+    assert step.accepted
+
+    units, collate = partition(base, "layer"), keeping_model_columns(base, None)
+    scratch = Scratch(tmp_path, movable_tensors(base))
+    for room in (scratch.start, scratch.base):
+        room.copy_(movable_tensors(base))
+    shares = {unit.name: 1.0 for unit in units}
+
+    def taught(indices: list[int]) -> dict[str, Mix]:
+        config, labels = merger.config, LABELS.select(indices)
+        batches = sample_batches(labels, collate, Accelerator(), config, seed=config.seed + 1)
+        values = movable_tensors(source)
+        return learned_coefficients(base, values, units, batches, shares, scratch=scratch, lr=0.1, steps=3)[0]
+
+    def mixed(mixes: dict[str, Mix]) -> GraspMerger:
+        model = deepcopy(base)
+        tensors = movable_tensors(model)
+        blend_(tensors, scratch.start, movable_tensors(source), units, mixes, scratch.base)
+        return GraspMerger(model)
+
+    one, other = halves(range(len(LABELS)), merger.config.seed)
+    assert sorted(one + other) == [*range(21)]
+    fits = taught(other), taught(one)
+    mean = {name: Mix(*((a + b) / 2 for a, b in zip(fits[0][name], fits[1][name], strict=True))) for name in shares}
+    judged = [(fits[0], LABELS.select(one)), (fits[1], LABELS.select(other))] + [(mean, HELD_OUT)] * evaluates
+    found = [mixed(mixes).judge(samples) for mixes, samples in judged]
+    samples = sum(len(part.losses) for part in found)
+    assert step.options["blend"] == pytest.approx(sum(float(part.calibrated.sum()) for part in found) / samples)
+    whole = [GraspMerger(deepcopy(source)).judge(samples) for _, samples in judged]
+    assert step.options["average"] == pytest.approx(sum(float(part.calibrated.sum()) for part in whole) / samples)
+    assert step.taken == min(step.options, key=lambda name: step.options[name]) == "blend"
+    assert step.after_transfer["loss"] == pytest.approx(sum(float(part.losses.sum()) for part in found) / samples)
+    assert step.change is not None and step.change.samples == samples == (27 if evaluates else 21)
+    for unit in step.units:
+        assert (unit.keep, unit.coefficient) == pytest.approx(mean[unit.name])
+    expected = movable_tensors(mixed(mean).model)
+    for name, value in movable_tensors(merger.model).items():
+        torch.testing.assert_close(value, expected[name])
+    parts = [mixed(mean).judge(samples).losses for _, samples in judged]
+    assert step.after["loss"] == pytest.approx(float(torch.cat(parts).mean()))
+
+
+def test_coefficients_that_fail_before_the_other_half_give_way_to_the_average(world: Path) -> None:
+    sources = [str(world / "expert-1"), str(world / "expert-2")]
+    labels = [(int(label) + (index % 7 == 0)) % 3 for index, label in enumerate(LABELS["labels"])]
+    data = LABELS.remove_columns("labels").add_column(
+        "labels", labels
+    )  # so few of them are wrong that the average stays
+    merger = merger_of(world, method="average")
+    merger.merge(sources[:1], train_dataset=data)
+    plain = deepcopy(merger).merge(sources[1:], train_dataset=data).steps[-1]
+    assert list(plain.options) == ["average"] and plain.row()["decision"] == "merged"
+    wild = merger.with_config(GraspConfig(**{**CONFIG, "gate": True, "coefficient_lr": 1.0}))
+    step = wild.merge(sources[1:], train_dataset=data).steps[-1]
+    assert step.options["average"] < step.options["blend"] and step.taken == "average"
+    assert step.row()["decision"] == "averaged" and f"{step.options['blend']:.3f} blend or" in step.line()
+    assert "averaged, as learned coefficients were worse: expert-2" in wild.report.conclusions()[0]
+    assert {(unit.keep, unit.coefficient) for unit in step.units} == {(0.5, 0.5)}
+
+
+def test_where_the_model_has_learned_the_labels_evaluation_data_judge_alone(world: Path) -> None:
+    merger = merger_of(world, initial_epochs=1)
+    step = merger.merge([str(world / "1")], train_dataset=LABELS, eval_dataset=HELD_OUT).steps[0]
+    assert step.judged_by == "evaluation data" and set(step.options) == {"blend", "average"}
+    assert step.change is not None and step.change.samples == len(HELD_OUT)
+    assert merger.judge(HELD_OUT).loss == pytest.approx(step.after["loss"])
+
+
+def teachers(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
+    """Return a list that will hold which labels batches were drawn from."""
+    taught: list[set[int]] = []
+    original = Step.batches
+
+    def batches(self: Step, labels: Any, seed: int) -> Any:
+        taught.append({*getattr(labels, "indices", range(len(labels)))})
+        return original(self, labels, seed)
+
+    monkeypatch.setattr(Step, "batches", batches)
+    return taught
+
+
+def test_without_the_gate_all_labels_teach_and_none_judge(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taught = teachers(monkeypatch)
+    step = merger_of(world, gate=False).merge([str(world / "1")], train_dataset=LABELS).steps[0]
+    assert step.options == {} and step.change is None and step.moved
+    assert taught[-1] == {*range(len(LABELS))}
+
+
+def test_a_single_label_teaches_and_does_not_judge(world: Path) -> None:
+    step = merger_of(world).merge([str(world / "1")], train_dataset=LABELS.select([0])).steps[0]
+    assert step.judged_by == "" and step.change is None and step.moved
+
+
+def test_of_many_labels_some_judge_and_all_the_others_teach(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grasp_hf.step, "EVIDENCE", 9)
+    taught = teachers(monkeypatch)
+    step = merger_of(world).merge([str(world / "1")], train_dataset=LABELS).steps[0]
+    assert step.change is not None and step.change.samples == 9
+    first, second = taught[-2:]
+    assert len(first) == 17 and len(second) == 16, "21 without one half of the 9"
+    assert first | second == {*range(21)} and len(first & second) == 12
