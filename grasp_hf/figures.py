@@ -82,7 +82,7 @@ def alignment_figure(report: MergeReport) -> "Figure | None":
 
 
 def progress_figure(report: MergeReport) -> "Figure | None":
-    """Draw the held-out loss from source to source: before the transfer, after it, and after fine-tuning.
+    """Draw the held-out loss from source to source: before the transfer, after it, and at the end of the step.
 
     Returns:
         The figure; `None` where no loss was measured along the way.
@@ -280,12 +280,12 @@ def _draw_losses(axes: "Axes", steps: Sequence[StepReport], losses: Sequence[Seq
         "before the transfer": ("o", BLUE, []),
         "transferred": ("^", ORANGE, []),
         "transferred, rejected and undone": ("X", VERMILION, []),
-        "fine-tuned": ("s", GREEN, []),
+        "end of the step": ("s", GREEN, []),
     }
     for place, (step, (before, transferred, after)) in enumerate(zip(steps, losses, strict=True), start=1):
         series["before the transfer"][2].append((place - 0.25, before))
         series["transferred" if step.accepted else "transferred, rejected and undone"][2].append((place, transferred))
-        series["fine-tuned"][2].append((place + 0.25, after))
+        series["end of the step"][2].append((place + 0.25, after))
     for label, (marker, colour, points) in series.items():
         known = [point for point in points if math.isfinite(point[1])]
         if known:

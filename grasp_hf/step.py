@@ -174,9 +174,8 @@ class Step:
         """Return the ways to take in a source: that of the method, and the average where labels chose, as a check."""
         config, judges = self.config, len(self.judges)
         average = {unit: Mix.on_line(share) for unit, share in shares.items()}
-        averaged = Option(average, [average] * judges, dict.fromkeys(average))
         if config.method == "average":
-            return {"average": averaged}
+            return {"average": Option(average, [average] * judges, dict.fromkeys(average))}
         if not config.learns:
             mixes, scores = self._measure(loaded, units, shares, self.train, name, seed)
             return {config.method: Option(mixes, [mixes] * judges, scores)}
@@ -189,7 +188,7 @@ class Step:
         scores = {unit: mean_defined([own[unit] for _, own in fits]) for unit in average}
         judged = (found if self._folds else []) + ([] if self.held_out is None else [mean])
         learned = {config.method: Option(mean, judged, scores)}
-        return learned | ({"average": averaged} if judged and config.gate else {})
+        return learned | ({"average": Option(average, [average] * judges, scores)} if judged and config.gate else {})
 
     def _measure(
         self,

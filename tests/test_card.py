@@ -320,7 +320,7 @@ def test_the_progress_shows_what_was_rejected() -> None:
         "before the transfer": [[0.75, 1.0], [1.75, 0.6], [2.75, 0.5]],
         "transferred": [[1.0, 0.8]],
         "transferred, rejected and undone": [[2.0, 2.0]],
-        "fine-tuned": [[1.25, 0.6], [2.25, 0.5], [3.25, 0.4]],
+        "end of the step": [[1.25, 0.6], [2.25, 0.5], [3.25, 0.4]],
     }
     assert ticks(figure.axes[0].xaxis) == ["start", "org/fine", "org/bad", "org/fine"]
     assert figure.axes[0].get_yscale() == "linear"
