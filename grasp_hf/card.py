@@ -95,7 +95,7 @@ PIPELINES = {
 
 CAPTIONS = {
     "alignment.png": "What each source brought to each layer, and what was decided",
-    "progress.png": "Held-out loss along the merge",
+    "progress.png": "Loss along the merge",
 }
 
 

@@ -132,7 +132,7 @@ class GraspConfig:
         gate: Undo a transfer that harms beyond the noise of the samples that judge it, and keep of each fine-tuning only
             what lowers the loss of samples that it did not see (see `grasp_hf.gate`). Judges are the evaluation data and, as
             long as the model was not fine-tuned on them, the labels; each half of those judges coefficients that the other
-            labels taught `blend`, and what goes in is their mean, or the average's where that has the lower loss.
+            labels taught `blend`, and what goes in is their mean, or what `average` takes where that has the lower loss.
         initial_epochs: Epochs of fine-tuning before the first source.
         finetune_epochs: Epochs of fine-tuning after each source.
         final_epochs: Epochs of fine-tuning after the last source. `num_train_epochs` in `training_arguments` replaces

@@ -82,7 +82,7 @@ def alignment_figure(report: MergeReport) -> "Figure | None":
 
 
 def progress_figure(report: MergeReport) -> "Figure | None":
-    """Draw the held-out loss from source to source: before the transfer, after it, and at the end of the step.
+    """Draw the loss on the judges from source to source: before the transfer, after it, and at the end of the step.
 
     Returns:
         The figure; `None` where no loss was measured along the way.
@@ -111,9 +111,9 @@ def progress_figure(report: MergeReport) -> "Figure | None":
     seen = [loss for row in [*losses, [start]] for loss in row if math.isfinite(loss)]
     if min(seen) > 0 and max(seen) > 20 * min(seen):
         axes.set_yscale("log")
-    axes.set_title("Held-out loss along the merge")
+    axes.set_title("Loss along the merge")
     axes.set_xlabel("source, in order of merging")
-    axes.set_ylabel("mean held-out loss")
+    axes.set_ylabel("mean loss on what judges")
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     axes.set_xlim(-0.6, len(losses) + 0.6)

@@ -74,7 +74,7 @@ class Step:
         self.can_fail = train is not None or held_out is not None or sharded  # after weights have moved
 
     def with_config(self, config: GraspConfig) -> "Step":
-        """Return this step of a merge by another configuration."""
+        """Return this step by another configuration; what that learns does not count as learned here."""
         twin = copy(self)
         twin.config = config
         return twin
@@ -217,7 +217,10 @@ class Step:
         """Return the option with the lowest loss, and leave it in the model unless the gate takes it back."""
         found = {}
         for name, option in options.items():
-            found[name] = joined(*map(mixed.judged, option.judged, self.judges))
+            parts = []
+            for mixes, samples in zip(option.judged, self.judges, strict=True):
+                parts.append(mixed.judged(mixes, samples))
+            found[name] = joined(*parts)
         report.options = {name: after.calibrated_loss for name, after in found.items()}
         report.taken = min(report.options, key=lambda name: report.options[name])
         option, after = options[report.taken], found[report.taken]
@@ -225,12 +228,13 @@ class Step:
         report.judged_by, report.change = self.judged_by, moved.report()
         report.before, report.after_transfer = before.evaluation(), after.evaluation()
         mixed.put(option.mixes)
-        moves = any(mix.moves for mix in option.mixes.values())
-        if self.config.gate and moves and not accepts(moved, after, self.scratch.floor):
+        whole = all(mixes is option.mixes for mixes in option.judged)
+        self.scratch.judged = after if whole else self._joined(self.judges)
+        moves, floor = any(mix.moves for mix in option.mixes.values()), self.scratch.floor
+        accepted = accepts(moved, after, floor) and self.scratch.judged.calibrated_loss <= floor
+        if self.config.gate and moves and not accepted:
             report.accepted, self.scratch.judged = False, before
             mixed.undo()
-        elif all(mixes is option.mixes for mixes in option.judged):
-            self.scratch.judged = after
         return option
 
     def finetune(self, epochs: float, seed: int) -> FinetuneReport | None:

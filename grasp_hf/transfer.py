@@ -29,7 +29,7 @@ class Mix(NamedTuple):
 
     @classmethod
     def mean(cls, mixes: Sequence["Mix"]) -> "Mix":
-        """Return what makes the mean of the models that `mixes` make."""
+        """Return what makes the mean of the models that `mixes` make; of statistics, which have proportions, nearly so."""
         return cls(fmean(mix.keep for mix in mixes), fmean(mix.take for mix in mixes))
 
     @property

@@ -13,8 +13,8 @@ from torch.utils.data import ConcatDataset
 from transformers import BertConfig, BertForSequenceClassification
 
 from grasp_hf import GraspConfig, GraspMerger
-from grasp_hf.evidence import Change, Judgement
-from grasp_hf.gate import SHARES, accepts, finetune_on_line_
+from grasp_hf.evidence import Change, Judgement, joined
+from grasp_hf.gate import SHARES, accepts, finetune_on_line_, halves
 from grasp_hf.matching import movable_tensors
 from grasp_hf.report import ChangeReport, FinetuneReport, MergeReport
 from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
@@ -312,8 +312,18 @@ def test_no_step_leaves_the_model_above_the_loss_that_it_started_from(seed: int,
     for number, scale in enumerate((0.02, 0.5, 0.05, 0.1)):
         model = GraspMerger.from_pretrained(expert).model
         sources.append(saved(perturbed(model, 10 * seed + number, scale=scale), tmp_path / str(number)))
-    merger = GraspMerger.from_pretrained(base, config=GraspConfig(order="given", final_epochs=1, **LEARNING))
+    config = GraspConfig(order="given", final_epochs=1, **LEARNING)
+    merger, twin = (GraspMerger.from_pretrained(base, config=config) for _ in range(2))
     judges = tiny_data("resnet", 24, seed=2)
+    parts = [judges.select(half) for half in halves(range(24), config.seed)] + [judges]
+
+    def loss() -> float:
+        return joined(*map(twin.judge, parts)).calibrated_loss
+
+    floor = loss()
+    for source in sources:
+        twin.merge_source(source, train_dataset=judges, eval_dataset=judges)
+        assert loss() <= floor
     start = merger.judge(judges).calibrated_loss
     report = merger.merge(sources, train_dataset=judges, eval_dataset=judges)
     assert 0 < sum(step.accepted for step in report.steps) < 4

@@ -12,6 +12,7 @@ import grasp_hf.step
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.batches import keeping_model_columns, sample_batches
 from grasp_hf.gate import halves
+from grasp_hf.loading import LoadedSource
 from grasp_hf.matching import movable_tensors, partition
 from grasp_hf.measure import Scratch, blend_, learned_coefficients
 from grasp_hf.step import Step
@@ -106,6 +107,42 @@ def test_coefficients_that_fail_before_the_other_half_give_way_to_the_average(wo
     assert step.row()["decision"] == "averaged" and f"{step.options['blend']:.3f} blend or" in step.line()
     assert "averaged, as learned coefficients were worse: expert-2" in wild.report.conclusions()[0]
     assert {(unit.keep, unit.coefficient) for unit in step.units} == {(0.5, 0.5)}
+
+
+def test_one_mix_after_another_leaves_nothing_of_the_first(world: Path, tmp_path: Path) -> None:
+    merger = merger_of(world)
+    tensors, source = movable_tensors(merger.model), movable_tensors(perturbed(tiny_model("resnet"), 5))
+    before = {name: value.clone() for name, value in tensors.items()}
+    scratch = Scratch(tmp_path, tensors)
+    for room in (scratch.start, scratch.base):
+        room.copy_(tensors)
+    collate = keeping_model_columns(merger.model, None)
+    step = Step(merger.model, merger.config, LABELS, None, collate, scratch, learned=False)
+    units = partition(merger.model, "layer")
+    one, other = units[0].name, units[1].name
+    stay = {unit.name: Mix.on_line(0.0) for unit in units}
+    mixed = grasp_hf.step._Mixed(step, LoadedSource(source, {*source}), units)
+    mixed.put({**stay, one: Mix(0.3, 1.2)})
+    assert not torch.equal(tensors[units[0].tensors[0]], before[units[0].tensors[0]])
+    mixed.put({**stay, other: Mix.on_line(1.0)})
+    for unit in units:
+        for name in unit.tensors:
+            assert torch.equal(tensors[name], (source if unit.name == other else before)[name]), name
+    mixed.undo()
+    assert all(torch.equal(value, before[name]) for name, value in tensors.items())
+
+
+def test_a_mean_that_is_worse_than_the_start_is_undone(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The halves judge their own models only."""
+    config = GraspConfig(**{**CONFIG, "gate": True})
+    merger, broken = (GraspMerger.from_pretrained(str(world / "expert-1"), config=config) for _ in range(2))
+    before = {name: value.clone() for name, value in movable_tensors(broken.model).items()}
+    step = merger.merge([str(world / "expert-2")], train_dataset=LABELS).steps[0]
+    monkeypatch.setattr(Mix, "mean", classmethod(lambda cls, mixes: cls(0.0, -30.0)))
+    undone = broken.merge([str(world / "expert-2")], train_dataset=LABELS).steps[0]
+    assert step.taken == undone.taken == "blend" and step.options == undone.options
+    assert step.accepted and not undone.accepted
+    assert all(torch.equal(value, before[name]) for name, value in movable_tensors(broken.model).items())
 
 
 def test_where_the_model_has_learned_the_labels_evaluation_data_judge_alone(world: Path) -> None:
