@@ -3,7 +3,7 @@
 import gc
 import signal
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,15 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         GraspMerger(tiny_model("vit")).save_pretrained(tmp_path / "file/merged")
 
 
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """Ctrl-C interrupts, as in a terminal; a process that a shell starts in the background ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("terminal")
 def test_an_interrupted_average_is_whole_after_the_source_that_it_was_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
