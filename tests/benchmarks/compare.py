@@ -121,7 +121,8 @@ def table(benchmark: str, targets: Collection[str]) -> str:
         row = {f"{benchmark}: {measure}": title_of(method), "kind": kind_of(method)}
         for labels, comparison in found.items():
             runs = comparison.runs(method, 0)
-            column = f"{labels} labels ({len(comparison.runs(OURS, 0))} runs)"
+            count = len(comparison.runs(OURS, 0))
+            column = f"{labels} labels ({count} run{'s' * (count != 1)})"
             row[column] = f"{fmean(runs.values()):.3f}" if runs else "–"
             if runs and method != OURS:
                 row[column] += f" ({interval(comparison.differences(method, 0), signed=True)})"
