@@ -31,8 +31,8 @@ from tests.benchmarks.sotu import ERAS
 RECIPES = Path(__file__).parents[2] / "recipes" / "benchmarks"
 RESULTS = Path(__file__).parent / "results"
 EPOCHS: dict[str, dict[int | None, float]] = {
-    "sentiment": {64: 8, 256: 6, None: 1.5},
-    "emoji": {64: 8, 256: 6, None: 4},
+    "sentiment": {64: 8, 256: 6, None: 1},
+    "emoji": {64: 8, 256: 6, None: 2},
     "sotu": {64: 8, 256: 6, None: 2},
 }
 TARGETS = {
