@@ -3,8 +3,9 @@
 Run it with `python -m tests.benchmarks.compare sentiment emoji sotu` after `python -m tests.benchmarks.data` and
 `python -m tests.benchmarks.sources`. Each run is a target domain and a seed: the seed draws the labels, the order of the
 sources, and everything random in a method; the sources are those of all other domains. Fine-tuning has as many steps for
-every method. A stopped run goes on where it was. The results stand in `tests/benchmarks/results/<benchmark>.json`;
-`--table` prints the tables of what is there already. `--untouched` takes targets that no rule of the default was chosen by.
+every method. A stopped run goes on where it was, on another machine too if its data is the same. The results stand in
+`tests/benchmarks/results/<benchmark>.json`; `--table` prints the tables of what is there already. `--untouched` takes
+targets that no rule of the default was chosen by.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -63,24 +64,43 @@ def overrides(benchmark: str, target: str, size: int | None) -> list[str]:
 def run(benchmark: str, target: str, size: int | None, seed: int, cache: Path, variants: bool) -> Comparison:
     """Run all methods for one target, number of labels and seed, and return the results of that target so far."""
     recipe = Recipe.from_yaml(RECIPES / f"{benchmark}.yaml", overrides(benchmark, target, size))
-    folder = cache / "comparisons" / f"{benchmark}-{target}-{size or 'all'}"
+    folder = comparison_folder(benchmark, target, size, cache)
     return compare(recipe, folder, sizes=[size], seeds=[seed], variants=VARIANTS if variants else {})
 
 
-def gathered(benchmark: str, cache: Path) -> Iterator[dict[str, Any]]:
-    """Yield every result that the cache holds, with its target."""
+def comparison_folder(benchmark: str, target: str, size: int | None, cache: Path) -> Path:
+    """Return where the results of a target and number of labels are or will be."""
+    return cache / "comparisons" / f"{benchmark}-{target}-{size or 'all'}"
+
+
+def combinations(benchmark: str, cache: Path) -> Iterator[tuple[str, int | None, Path]]:
+    """Yield every target and number of labels, with the folder of its results."""
     for size in EPOCHS[benchmark]:
         for target in TARGETS[benchmark] + UNTOUCHED[benchmark]:
-            folder = cache / "comparisons" / f"{benchmark}-{target}-{size or 'all'}"
-            if (folder / "comparison.json").exists():
-                for result in Comparison.load(folder).results:
-                    yield {"target": target, "labels": size or "all", **asdict(result)}
+            yield target, size, comparison_folder(benchmark, target, size, cache)
+
+
+def restore(benchmark: str, cache: Path) -> None:
+    """Put results of another machine into the cache that lacks them; `compare` goes on there if the data is the same."""
+    record = json.loads((RESULTS / f"{benchmark}.json").read_text())
+    for target, size, folder in combinations(benchmark, cache):
+        if folder.name in record["settings"] and not folder.exists():
+            rows = [row for row in record["results"] if (row["target"], row["labels"]) == (target, size or "all")]
+            names = [field.name for field in fields(Result)]
+            results = [Result(**{name: row[name] for name in names}) for row in rows]
+            Comparison(results, record["settings"][folder.name]).save(folder)
 
 
 def save(benchmark: str, cache: Path) -> None:
-    """Write what there is to the results file."""
-    rows = list(gathered(benchmark, cache))
-    record = {"command": f"python -m tests.benchmarks.compare {benchmark}", "results": rows}
+    """Write what the cache holds to the results file."""
+    rows: list[dict[str, Any]] = []
+    settings = {}
+    for target, size, folder in combinations(benchmark, cache):
+        if (folder / "comparison.json").exists():
+            found = Comparison.load(folder)
+            settings[folder.name] = found.setting
+            rows += [{"target": target, "labels": size or "all", **asdict(result)} for result in found.results]
+    record = {"command": f"python -m tests.benchmarks.compare {benchmark}", "settings": settings, "results": rows}
     text = json.dumps(record).replace('}, {"target"', '},\n{"target"')
     (RESULTS / f"{benchmark}.json").write_text(text + "\n")
 
@@ -189,6 +209,7 @@ def main() -> None:
     }
     os.chdir(args.cache)  # the recipes' paths start there
     for benchmark in args.benchmarks:
+        restore(benchmark, args.cache)
         for seed in [] if args.table else args.seeds:
             for size in (None if size == "all" else int(size) for size in args.sizes):
                 for target in targets[benchmark]:
