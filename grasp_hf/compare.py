@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -315,8 +316,9 @@ def _run_seed(
     config = replace(recipe.config, seed=seed)
     base.config = config
     epochs = config.total_epochs(len(sources))
-    with workspace(Path(tempfile.gettempdir()), "grasp_hf-compare-") as directory:
+    with workspace(Path(tempfile.gettempdir()), "grasp_hf-compare-") as directory, ExitStack() as held:
         arena = Arena(base, order, replace(data, train=labels), epochs=epochs, directory=directory)
+        held.callback(arena.begin)  # the next arena starts from what the model holds then
         for method, (run, finetuned) in missing.items():
             began = time.perf_counter()
             try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from PIL import Image
@@ -27,6 +28,7 @@ from grasp_hf.config import Recipe
 from grasp_hf.contenders import METHODS, Arena, Method
 from grasp_hf.errors import ConfigError, DataError
 from grasp_hf.fairness import contents
+from grasp_hf.matching import movable_tensors
 from tests.models import (
     copied,
     perturbed,
@@ -172,6 +174,34 @@ def test_a_killed_comparison_goes_on_where_it_was(recipe: Recipe, world: Path, t
     after = compare(recipe, tmp_path / "killed", seeds=[0, 1], methods=FAST)
     assert after.results[: len(before.results)] == before.results
     assert scores(after) == scores(compare(recipe, tmp_path / "whole", seeds=[0, 1], methods=FAST))
+
+
+def test_a_seed_begins_at_the_base_whatever_was_run_before(recipe: Recipe, tmp_path: Path) -> None:
+    alone = scores(compare(recipe, tmp_path / "alone", seeds=[1], methods=["base"]))
+    both = scores(compare(recipe, tmp_path / "both", seeds=[0, 1], sizes=[6, None], methods=["base"]))
+    assert len(both) == 4 * len(alone) == 4 * 4
+    assert {row: reached for row, reached in both.items() if row in alone} == alone
+    compare(recipe, tmp_path / "resumed", seeds=[0], methods=["base"])
+    resumed = scores(compare(recipe, tmp_path / "resumed", seeds=[0, 1], methods=["base"]))
+    assert len(resumed) == 8 and {row: both[row] for row in resumed} == resumed
+
+
+def test_the_base_comes_back_after_an_error(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, sources, data = module.prepare(recipe)
+    before = {name: tensor.clone() for name, tensor in movable_tensors(base.model).items()}
+    moved: list[bool] = []
+
+    def run(arena: Arena) -> None:
+        arena.copy(sources[0])
+        moved.append(any(not torch.equal(now, before[name]) for name, now in movable_tensors(base.model).items()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "prepare", lambda recipe: (base, sources, data))
+    monkeypatch.setitem(METHODS, "average", Method("interrupted", "control", run))
+    with pytest.raises(KeyboardInterrupt):
+        compare(recipe, tmp_path / "out", seeds=[0], methods=["average"])
+    assert moved == [True]
+    assert all(torch.equal(now, before[name]) for name, now in movable_tensors(base.model).items())
 
 
 def test_a_finished_comparison_runs_nothing(
