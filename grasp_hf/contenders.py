@@ -287,8 +287,8 @@ def _rival(title: str, method: Callable[..., None], **settings: Any) -> Method:
     return Method(title, "existing", partial(rival, method=method, **settings))
 
 
-def _line(title: str, start: Callable[[Arena], None]) -> Method:
-    return Method(title, "control", partial(on_line, start), finetuned=False)
+def _line(title: str, start: Callable[[Arena], None], group: Group = "control") -> Method:
+    return Method(title, group, partial(on_line, start), finetuned=False)
 
 
 METHODS = {
@@ -310,6 +310,12 @@ METHODS = {
     "fisher": _rival("Fisher-weighted average", fisher_average_),
     "lorahub": Method("learned mixture by source (as LoraHub)", "existing", partial(mixture, per_layer=False)),
     "adamerging": Method("learned mixture by layer (as AdaMerging)", "existing", partial(mixture, per_layer=True)),
+    "lorahub-line": _line(
+        "learned mixture by source, fine-tuned as ours", partial(mixture, per_layer=False), "existing"
+    ),
+    "adamerging-line": _line(
+        "learned mixture by layer, fine-tuned as ours", partial(mixture, per_layer=True), "existing"
+    ),
     "gradfix": _rival("GradFix", gradfix_),
     "published": Method("GRASP as published", "existing", partial(published, threshold=0.3), "6; ours 1", False),
     "ours": Method("grasp_hf, default", "ours", ours, "1", False),

@@ -127,7 +127,8 @@ def test_every_method_makes_as_many_steps_of_fine_tuning(
     whole = EPOCHS * TRAIN // BATCH
     none = {name for name in steps if name.startswith("source:")} | {"ensemble"}
     assert {name for name, made in steps.items() if made == 0} == none
-    lines = {"base-line", "best-source-line", "average-line", OURS}  # two halves judge, each in half of the steps
+    lines = {OURS, *(name for name in METHODS if name.endswith("-line"))}  # two halves judge, each in half the steps
+    assert lines >= {"base-line", "best-source-line", "average-line", "lorahub-line", "adamerging-line"}
     assert all(steps[name] in (whole, 2 * whole) for name in lines) and 2 * whole in [steps[name] for name in lines]
     assert {name for name, made in steps.items() if made > whole} - lines == {"pearl"}  # it trains an adapter first
     assert {name: made for name, made in steps.items() if 0 < made < whole} == {}
