@@ -20,6 +20,7 @@ from .report import ChangeReport
 SCALES = tuple(2 ** (half / 2) for half in range(-6, 9))  # of the logits, from 1/8 to 16
 NORMAL_95 = 1.96
 EVIDENCE = 512  # labels that a choice is made by, at most
+LEAST_SAMPLES = 100  # with fewer, a difference of 14 points drowns in noise
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,18 @@ def change(before: Judgement, after: Judgement, *, calibrated: bool = True) -> C
     residuals = difference - mean * terms
     variance = float((residuals**2).sum()) * samples / (samples - 1)
     return Change(mean, math.sqrt(variance) / total, samples)
+
+
+def resolution(samples: int, least: int = LEAST_SAMPLES) -> str:
+    """Return what a number of samples shows of two classifiers that disagree on every second of them, and what it takes.
+
+    Where the two answer alike more often, less is enough.
+    """
+    points, needed = 100 * NORMAL_95 * math.sqrt(0.5 / samples), round(0.5 * (NORMAL_95 / 0.05) ** 2)
+    return (
+        f"{samples} samples: two models would have to differ by about {points:.0f} points to be told apart; expected at "
+        f"least {least}, and {needed} show 5 points"
+    )
 
 
 def joined(*parts: Judgement) -> Judgement:

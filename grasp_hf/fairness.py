@@ -1,7 +1,6 @@
 """What would make a comparison dishonest, and is refused before it begins."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from .adapters import load_adapter_config
 from .card import dataset_ids, trained_on_test
 from .config import Recipe
 from .errors import DataError
-from .evidence import NORMAL_95
+from .evidence import LEAST_SAMPLES, resolution
 from .loading import adapter_labels, is_headless, load_config, saves_head
 from .matching import shortened
 from .merger import GraspMerger
@@ -19,19 +18,15 @@ from .rows import label_names
 from .sources import Source
 
 MASKS = ("attention_mask", "token_type_ids")
-LEAST_TEST = 100  # test samples; with fewer, a difference below 10 points drowns in noise
+LEAST_VALIDATION = 50  # fewer than of the test split: it judges by the loss, in pairs of the same sample
 
 
 def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], data: TaskData) -> dict[str, str]:
     """Raise `DataError` where the rows of a comparison could not be compared; return a digest of each split."""
     if data.train is None or data.test is None:
         raise DataError("a comparison needs data with the splits 'train' and 'test'")
-    if len(data.test) < LEAST_TEST:
-        visible = 100 * NORMAL_95 * math.sqrt(0.5 / len(data.test))
-        raise DataError(
-            f"the split 'test' has {len(data.test)} samples: two methods would have to differ by about {visible:.0f} points "
-            f"to be told apart; expected at least {LEAST_TEST}, and {round(0.5 * (NORMAL_95 / 0.05) ** 2)} show 5 points"
-        )
+    if len(data.test) < LEAST_SAMPLES:
+        raise DataError(f"the split 'test' has {resolution(len(data.test))}")
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     found = {name: contents(split) for name, split in splits.items() if split is not None}
     for name in found.keys() - {"test"}:
@@ -40,6 +35,11 @@ def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], 
                 f"{len(shared)} samples of the split 'test' also stand in the split '{name}'; expected none: remove them, "
                 "or every method that learns the training set by heart looks good"
             )
+    if data.validation is not None and len(data.validation) < LEAST_VALIDATION:
+        raise DataError(
+            f"the split 'validation' has {resolution(len(data.validation), LEAST_VALIDATION)}; without that split the "
+            "labels judge"
+        )
     for source in sources:
         located, _ = hub.look_up(source, trusted=recipe.config.trust_remote_code)
         labels, expected = own_labels(located, merger), label_names(merger.model.config)

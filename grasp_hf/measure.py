@@ -39,12 +39,14 @@ class Scratch:
         directory: See above.
         judged: The losses of the target as it is, where they are known; whoever changes it says so here.
         floor: The mean calibrated loss before the first transfer since the target was last fine-tuned; infinite before it.
+        warned: Whether it was said that few samples judge.
     """
 
     def __init__(self, directory: Path, like: Mapping[str, Tensor]) -> None:
         self.directory = directory
         self.judged: Judgement | None = None
         self.floor = math.inf
+        self.warned = False
         self._like = like
         self._parameters = {name: t for name, t in like.items() if isinstance(t, torch.nn.Parameter)}
 

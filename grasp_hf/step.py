@@ -1,5 +1,6 @@
 """One step of a merge: what the data says of the model, and what is done to it."""
 
+import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from .alignment import mean_defined
 from .batches import Batch, Collator, sample_batches
 from .config import GraspConfig
-from .evidence import EVIDENCE, Judgement, change, joined, judge
+from .evidence import EVIDENCE, LEAST_SAMPLES, Judgement, change, joined, judge, resolution
 from .gate import accepts, finetune_on_line_, halves
 from .gradients import preserved_state
 from .loading import LoadedSource
@@ -24,6 +25,8 @@ from .matching import Unit, movable_tensors, partition, units_within
 from .measure import Scores, Scratch, blend_, measure_source
 from .report import FinetuneReport, StepReport, unit_reports
 from .transfer import Mix, interrupts_held, overwrite_
+
+logger = logging.getLogger(__name__)
 
 Mixes = Mapping[str, Mix]
 
@@ -148,8 +151,10 @@ class Step:
             held: Open until the step is recorded.
         """
         before = self.judge()
-        if before and self.scratch.floor == math.inf:
-            self.scratch.floor = before.calibrated_loss
+        if before:
+            self._warn_of_few(before)
+            if self.scratch.floor == math.inf:
+                self.scratch.floor = before.calibrated_loss
         loaded = load()
         every_unit = partition(self.model, self.config.unit)
         units = units_within(every_unit, loaded.candidates)
@@ -167,6 +172,13 @@ class Step:
         tensors = movable_tensors(self.model)
         sizes = {unit.name: sum(tensors[name].numel() for name in unit.tensors) for unit in units}
         report.units = unit_reports(sizes, option.mixes, option.scores, report.accepted)
+
+    def _warn_of_few(self, before: Judgement) -> None:
+        """Say once in a merge that the samples that judge its sources are too few to see much."""
+        few = before.correct is not None and len(before.losses) < LEAST_SAMPLES
+        if few and self.config.gate and not self.scratch.warned:
+            self.scratch.warned = True
+            logger.warning("the sources are judged by %s, %s", self.judged_by, resolution(len(before.losses)))
 
     def _options(
         self, loaded: LoadedSource, units: Sequence[Unit], shares: Mapping[str, float], name: str, seed: int

@@ -366,11 +366,22 @@ def test_too_few_test_samples_are_refused_with_what_they_could_show(world: Path,
     images = write_images(tmp_path / "images", {"train": 2, "test": 16})
     with pytest.raises(DataError) as raised:
         compare(with_images(world, tmp_path, images), tmp_path / "out")
-    visible = 100 * 1.96 * math.sqrt(0.5 / 48)  # two methods that differ on every second sample
-    assert f"'test' has 48 samples: two methods would have to differ by about {visible:.0f} points" in str(
-        raised.value
-    )
+    visible = 100 * 1.96 * math.sqrt(0.5 / 48)  # two models that differ on every second sample
+    assert f"'test' has 48 samples: two models would have to differ by about {visible:.0f} points" in str(raised.value)
     assert "expected at least 100, and 768 show 5 points" in str(raised.value)
+
+
+def test_too_few_validation_samples_are_refused_with_what_they_could_show(world: Path, tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", {"train": 2, "validation": 16, "test": 34})
+    with pytest.raises(
+        DataError,
+        match=r"^the split 'validation' has 48 samples: two models would have to differ by about 20 points to be told "
+        r"apart; expected at least 50, and 768 show 5 points; without that split the labels judge$",
+    ):
+        compare(with_images(world, tmp_path, images), tmp_path / "out")
+    enough = write_images(tmp_path / "enough", {"train": 2, "validation": 17, "test": 34})
+    done = compare(with_images(world, tmp_path, enough), tmp_path / "out", seeds=[0], methods=["base"])
+    assert {"train", "validation", "test"} == set(done.setting["digests"])
 
 
 def test_a_split_that_is_not_there_is_refused(world: Path, tmp_path: Path) -> None:

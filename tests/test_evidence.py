@@ -22,7 +22,7 @@ from transformers import (
 
 from grasp_hf.batches import batch_loss
 from grasp_hf.errors import DataError
-from grasp_hf.evidence import Change, Judgement, change, joined, judge
+from grasp_hf.evidence import Change, Judgement, change, joined, judge, resolution
 from tests.models import tiny_data, tiny_model
 
 SMALL: dict[str, Any] = {
@@ -260,3 +260,14 @@ def test_two_sets_of_samples_as_one() -> None:
     c, d = of_logits(torch.tensor([[1.0, 0], [0, 1]]), labels), of_logits(torch.tensor([[1.0, 0], [2, 0]]), labels)
     assert joined(c, d).correct == 3 and joined(c, d).evaluation()["accuracy"] == 0.75
     assert torch.equal(joined(c, d).calibrated, torch.cat([c.calibrated, d.calibrated]))
+
+
+def test_what_samples_show_is_the_interval_of_two_models_that_disagree_on_half_of_them() -> None:
+    found = resolution(768)
+    assert found.startswith("768 samples: two models would have to differ by about 5 points ")
+    assert "expected at least 100, and 768 show 5 points" in found
+    one_wins, none = torch.tensor([1.0, -1.0] * 192), torch.zeros(384)
+    differences = torch.cat([one_wins, none])  # of right and wrong
+    half = 100 * 1.96 * float(differences.std(correction=0)) / math.sqrt(768)
+    assert half == pytest.approx(5, abs=0.01)
+    assert "about 14 points" in resolution(100) and "at least 50," in resolution(100, 50)

@@ -186,3 +186,28 @@ def test_of_many_labels_some_judge_and_all_the_others_teach(world: Path, monkeyp
     first, second = taught[-2:]
     assert len(first) == 17 and len(second) == 16, "21 without one half of the 9"
     assert first | second == {*range(21)} and len(first & second) == 12
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what the steps warned of since the last call."""
+    found = [record.getMessage() for record in caplog.records if record.name == "grasp_hf.step"]
+    caplog.clear()
+    return found
+
+
+def test_few_judges_are_named_once_in_a_merge_with_what_they_cannot_show(
+    world: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = [str(world / "1"), str(world / "2")]
+    merger_of(world, method="average").merge(sources, train_dataset=LABELS, eval_dataset=HELD_OUT)
+    assert warnings_of(caplog) == [
+        "the sources are judged by labels and evaluation data, 27 samples: two models would have to differ by about 27 "
+        "points to be told apart; expected at least 100, and 768 show 5 points"
+    ]
+    merger_of(world, method="average", initial_epochs=1).merge(sources, train_dataset=LABELS, eval_dataset=HELD_OUT)
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith("the sources are judged by evaluation data, 6 samples: ")
+    merger_of(world, method="average", gate=False).merge(sources, train_dataset=LABELS, eval_dataset=HELD_OUT)
+    assert warnings_of(caplog) == [], "nothing is decided by them"
+    merger_of(world, method="average").merge(sources, train_dataset=tiny_data("resnet", 100, seed=1))
+    assert warnings_of(caplog) == []
