@@ -17,8 +17,10 @@ Train = Callable[[Any, int], None]  # fine-tunes the model in place: on which sa
 Judge = Callable[[Any], Judgement]
 
 
-def accepts(change: Change, after: Judgement, floor: float) -> bool:
-    """Whether a transfer stays: it harms by no more than its standard error, and nothing is worse than the `floor`.
+def verdict(change: Change, floor: float, *after: Judgement) -> tuple[bool, str]:
+    """Return whether a transfer stays, and why.
+
+    It stays where it harms by no more than its standard error, and nothing is worse than the `floor`.
 
     Few labels cannot prove that one source helps, and a mean of sources that each seem to do no harm is better than the
     few that seem to help (see the README's trials); so the doubt is in favour of the source. The floor, the loss before
@@ -26,10 +28,16 @@ def accepts(change: Change, after: Judgement, floor: float) -> bool:
 
     Args:
         change: Between the model without the source and with it.
-        after: The model with it.
         floor: A mean calibrated loss.
+        after: The model with it, in each of the ways that it was judged in.
     """
-    return not change.harms and after.calibrated_loss <= floor
+    if change.harms:
+        return False, "harms by more than its standard error"
+    if not all(judgement.calibrated_loss <= floor for judgement in after):
+        return False, "worse than before the first source"
+    if change.samples > 1 and change.mean < -change.half_interval:
+        return True, "lowers the loss"
+    return True, "within the noise: kept"
 
 
 def finetune_on_line_(

@@ -89,6 +89,12 @@ class ChangeReport:
     samples: int
     samples_to_see: int | None
 
+    @property
+    def doubt(self) -> str:
+        """What it would take to be sure, to be put behind a statement; empty where the samples are enough."""
+        more = self.samples_to_see
+        return f"; {more} samples would tell that from nothing" if more and more > self.samples else ""
+
     def __str__(self) -> str:
         return f"{self.loss:+.3f} ± {'?' if self.half_interval is None else f'{self.half_interval:.3f}'}"
 
@@ -141,8 +147,7 @@ class ControlReport:
     def line(self) -> str:
         """Return one line of text for the terminal."""
         values = ", ".join(f"{name} {shown(self.alone[name])} -> {shown(self.merged[name])}" for name in self.alone)
-        more = self.change.samples_to_see
-        doubt = f"; {more} samples would tell that from nothing" if more and more > self.change.samples else ""
+        doubt = self.change.doubt
         if self.judged_by == "evaluation data":
             doubt += "; they also chose what was kept, which flatters both: add a split 'test'"
         return (
@@ -163,6 +168,7 @@ class StepReport:
         license: What its card declares.
         gated: Whether conditions stand before its files on the Hub.
         accepted: `False` where the gate undid the transfer.
+        reason: Why the gate undid it or did not; empty where it decided nothing: it is off, nothing judged or moved.
         notes: How its head and its vocabulary were matched with the target's, where there is something to say.
         units: One row per unit that could have moved.
         other_units: Number of units that could not: untouched by an adapter, or a head that does not fit.
@@ -188,6 +194,7 @@ class StepReport:
     license: str | None = None
     gated: bool = False
     accepted: bool = True
+    reason: str = ""
     notes: list[str] = field(default_factory=list)
     units: list[UnitReport] = field(default_factory=list)
     other_units: int = 0
@@ -249,10 +256,12 @@ class StepReport:
     def line(self) -> str:
         """Return one line of text for the terminal."""
         row = self.row()
-        parts = [f"{row['source']} ({row['kind']}): {row['decision']}", f"coefficient {row['coefficient']}"]
+        decision = f"{row['decision']} ({self.reason})" if self.reason else row["decision"]
+        parts = [f"{row['source']} ({row['kind']}): {decision}", f"coefficient {row['coefficient']}"]
         if self.before:
             loss = f"loss {row['loss before']} -> {row['transferred']}"
-            parts.append(f"{loss} ({self.change} calibrated) on {self.judged_by}")
+            doubt = self.change.doubt if self.change else ""
+            parts.append(f"{loss} ({self.change} calibrated{doubt}) on {self.judged_by}")
         if len(self.options) > 1:
             parts.append("calibrated: " + " or ".join(f"{shown(loss)} {name}" for name, loss in self.options.items()))
         if self.finetuned:
@@ -362,7 +371,7 @@ class MergeReport:
     def conclusions(self) -> list[str]:
         """Return what came of it, a sentence each: how many sources helped, the fine-tuning, the gain over a control."""
         merged = sum(step.moved > 0 for step in self.steps)
-        rejected = [step.name for step in self.steps if not step.accepted]
+        rejected = [step.name + f" ({step.reason})" * bool(step.reason) for step in self.steps if not step.accepted]
         averaged = [step.name for step in self.steps if step.decision == "averaged"]
         found = [
             f"{merged} of {len(self.steps)} sources merged"

@@ -18,7 +18,7 @@ from .alignment import mean_defined
 from .batches import Batch, Collator, sample_batches
 from .config import GraspConfig
 from .evidence import EVIDENCE, LEAST_SAMPLES, Judgement, change, joined, judge, resolution
-from .gate import accepts, finetune_on_line_, halves
+from .gate import finetune_on_line_, halves, verdict
 from .gradients import preserved_state
 from .loading import LoadedSource
 from .matching import Unit, movable_tensors, partition, units_within
@@ -242,10 +242,10 @@ class Step:
         mixed.put(option.mixes)
         whole = all(mixes is option.mixes for mixes in option.judged)
         self.scratch.judged = after if whole else self._joined(self.judges)
-        moves, floor = any(mix.moves for mix in option.mixes.values()), self.scratch.floor
-        accepted = accepts(moved, after, floor) and self.scratch.judged.calibrated_loss <= floor
-        if self.config.gate and moves and not accepted:
-            report.accepted, self.scratch.judged = False, before
+        if self.config.gate and any(mix.moves for mix in option.mixes.values()):
+            report.accepted, report.reason = verdict(moved, self.scratch.floor, after, self.scratch.judged)
+        if not report.accepted:
+            self.scratch.judged = before
             mixed.undo()
         return option
 

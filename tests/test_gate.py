@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.evidence import Change, Judgement, joined
-from grasp_hf.gate import SHARES, accepts, finetune_on_line_, halves
+from grasp_hf.gate import SHARES, finetune_on_line_, halves, verdict
 from grasp_hf.matching import movable_tensors
-from grasp_hf.report import ChangeReport, FinetuneReport, MergeReport
+from grasp_hf.report import ChangeReport, FinetuneReport, MergeReport, StepReport
 from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
+HELPS, NOISE = "lowers the loss", "within the noise: kept"
+HARMS, WORSE = "harms by more than its standard error", "worse than before the first source"
 Losses = Callable[[float, Sequence[float]], Sequence[float]]  # of a model with one weight, on samples
 
 
@@ -65,21 +68,30 @@ def noisy(weight: float, samples: Sequence[float], best: float, noise: float) ->
 
 
 @pytest.mark.parametrize(
-    ("mean", "error", "loss", "floor", "stays"),
+    ("mean", "error", "loss", "floor", "reason"),
     [
-        (-0.1, 0.01, 1.0, math.inf, True),
-        (0.1, 0.2, 1.0, math.inf, True),
-        (0.1, 0.1, 1.0, math.inf, True),
-        (0.11, 0.1, 1.0, math.inf, False),
-        (0.1, 0.2, 1.01, 1.0, False),
-        (-0.1, 0.01, 1.01, 1.0, False),
-        (0.1, 0.2, 1.0, 1.0, True),
+        (-0.1, 0.01, 1.0, math.inf, HELPS),
+        (-0.227, 0.1, 1.0, math.inf, HELPS),  # the interval's half is 2.262 standard errors
+        (-0.226, 0.1, 1.0, math.inf, NOISE),
+        (0.1, 0.2, 1.0, math.inf, NOISE),
+        (0.1, 0.1, 1.0, math.inf, NOISE),
+        (0.11, 0.1, 1.0, math.inf, HARMS),
+        (0.11, 0.1, 1.01, 1.0, HARMS),
+        (0.1, 0.2, 1.01, 1.0, WORSE),
+        (-0.1, 0.01, 1.01, 1.0, WORSE),
+        (0.1, 0.2, 1.0, 1.0, NOISE),
+        (0.1, 0.2, math.nan, math.inf, WORSE),
     ],
 )
 def test_a_transfer_stays_unless_it_harms_beyond_its_noise_or_the_floor(
-    mean: float, error: float, loss: float, floor: float, stays: bool
+    mean: float, error: float, loss: float, floor: float, reason: str
 ) -> None:
-    assert accepts(Change(mean, error, 10), judgement([loss] * 10), floor) is stays
+    decided = verdict(Change(mean, error, 10), floor, judgement([-9.0] * 10), judgement([loss] * 10))
+    assert decided == (reason in (HELPS, NOISE), reason)
+
+
+def test_a_single_sample_cannot_show_that_a_source_helps() -> None:
+    assert verdict(Change(-0.5, 0.0, 1), math.inf) == (True, NOISE)
 
 
 @pytest.mark.parametrize("best", SHARES)
@@ -240,11 +252,12 @@ def test_where_no_source_helps_the_result_is_that_of_fine_tuning_alone(evaluates
         assert step.after_transfer["loss"] > step.before["loss"] == step.after["loss"]
         assert isinstance(step.change, ChangeReport) and step.change.loss > (step.change.half_interval or 0) / 1.96
         assert row["change (calibrated)"] == f"{step.change.loss:+.3f} ± {step.change.half_interval:.3f}"
-        assert row["loss before"] in step.line() and row["transferred"] in step.line() and "rejected" in step.line()
+        assert row["loss before"] in step.line() and row["transferred"] in step.line() and step.reason == HARMS
+        assert step.line().startswith(f"{step.name} (full): rejected ({HARMS}), coefficient ")
         labels = "two halves of the labels"
         assert step.judged_by == (f"{labels} and evaluation data" if evaluates else labels)
         assert step.change.samples == (48 if evaluates else 24)
-    assert "0 of 2 sources merged; rejected: noise-1, noise-2" in report.conclusions()
+    assert f"0 of 2 sources merged; rejected: noise-1 ({HARMS}), noise-2 ({HARMS})" in report.conclusions()
 
 
 def test_a_regression_is_judged_too(tmp_path: Path) -> None:
@@ -281,6 +294,7 @@ def test_the_floor_holds_in_every_merge(tmp_path: Path) -> None:
     assert after <= before
     spared = [step for step in steps if step.change and 0 < step.change.loss <= (step.change.half_interval or 0) / 2.1]
     assert spared and not any(step.accepted for step in spared), "harm within the noise was refused by the floor"
+    assert {step.reason for step in spared} == {WORSE}
 
 
 def test_a_source_that_has_learned_the_task_is_taken_and_noise_is_not(tmp_path: Path) -> None:
@@ -290,7 +304,8 @@ def test_a_source_that_has_learned_the_task_is_taken_and_noise_is_not(tmp_path: 
     report = merger.merge([noise, expert], train_dataset=tiny_data("vit", 24, seed=5))
     assert [(step.name, step.accepted) for step in report.steps] == [("expert", True), ("noise", False)]
     assert report.steps[0].change is not None and report.steps[0].change.loss < -0.2
-    assert "1 of 2 sources merged; rejected: noise" in report.conclusions()
+    assert [step.reason for step in report.steps] == [HELPS, HARMS]
+    assert f"1 of 2 sources merged; rejected: noise ({HARMS})" in report.conclusions()
 
 
 def test_without_the_gate_noise_stays(tmp_path: Path) -> None:
@@ -299,7 +314,7 @@ def test_without_the_gate_noise_stays(tmp_path: Path) -> None:
     config = GraspConfig(method="average", gate=False, batch_size=8, **NO_TUNING)
     merger = GraspMerger.from_pretrained(base, config=config)
     merger.merge([noise], train_dataset=tiny_data("resnet", 24), eval_dataset=tiny_data("resnet", 24, seed=2))
-    assert merger.report.steps[0].accepted
+    assert merger.report.steps[0].accepted and merger.report.steps[0].reason == ""
     expected = movable_tensors(GraspMerger.from_pretrained(noise).model)
     for name, value in movable_tensors(merger.model).items():
         assert torch.equal(value, expected[name]), name
@@ -379,3 +394,18 @@ def test_a_report_comes_back_from_json_as_it_was(tmp_path: Path) -> None:
     assert again == report and str(again) == str(report)
     assert isinstance(again.steps[0].change, ChangeReport) and isinstance(again.steps[0].finetuned, FinetuneReport)
     assert isinstance(again.final, FinetuneReport) and again.final.losses
+
+
+def test_a_line_says_how_many_samples_would_tell_a_change_from_nothing(tmp_path: Path) -> None:
+    noisy = StepReport("org/a", "sha", "full", reason=NOISE, judged_by="labels", before={"loss": 1.0})
+    noisy.after_transfer, noisy.change = {"loss": 0.9}, Change(-0.1, 0.2, 10).report()
+    expected = math.ceil(10 * (1.96 * 0.2 / 0.1) ** 2)
+    assert (
+        f"nothing moved ({NOISE}), coefficient 0.000, loss 1.000 -> 0.900 (-0.100 ± 0.452 calibrated; {expected} "
+        in (noisy.line())
+    )
+    sure = replace(noisy, change=Change(-0.1, 0.01, 10).report())
+    assert "(-0.100 ± 0.023 calibrated) on labels" in sure.line()
+    report = MergeReport("org/base", steps=[noisy])
+    report.to_json(tmp_path / "report.json")
+    assert MergeReport.from_json(tmp_path / "report.json").steps[0].reason == NOISE
