@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -100,8 +101,8 @@ CAPTIONS = {
 
 
 def hub_ids(report: MergeReport) -> list[str]:
-    """Return the Hub ids of the base and the merged sources, each once; local folders have no id."""
-    named = [(report.base, report.base_sha)] + [(step.source, step.sha) for step in report.steps]
+    """Return the Hub ids of the base and of what was merged into it, each once; local folders have no id."""
+    named = [(report.base, report.base_sha)] + [(step.source, step.sha) for step in report.steps if step.moved]
     return list(dict.fromkeys(SourceRef.parse(name).name for name, sha in named if sha))
 
 
@@ -124,10 +125,10 @@ def trained_on_test(folder: Path, dataset: str) -> str | None:
 
 
 def parent_licenses(report: MergeReport) -> dict[str, str | None]:
-    """Return what the base and every source declare, by name; folders of one name are told apart by a number."""
+    """Return what the base and all that was merged into it declare; folders of one name are told apart by a number."""
     licenses: dict[str, str | None] = {}
     seen: set[tuple[str, str | None, str | None]] = set()
-    steps = [(step.name, step.sha, step.license) for step in report.steps]
+    steps = [(step.name, step.sha, step.license) for step in report.steps if step.moved]
     for name, sha, license in [(_base_name(report), report.base_sha, report.base_license), *steps]:
         if (name, sha, license) in seen:
             continue
@@ -154,12 +155,16 @@ def dataset_ids(report: MergeReport) -> list[str]:
 
 def usage(model: PreTrainedModel, model_id: str, *, with_pipeline: bool = True) -> str:
     """Return Python that uses the model: as a pipeline on a literal input, for the tasks in `PIPELINES`; as a class."""
-    task, cls = task_of(type(model)), type(model).__name__
-    load = f'from transformers import {cls}\n\nmodel = {cls}.from_pretrained("{model_id}")'
+    task, cls, trust = task_of(type(model)), type(model).__name__, ""
+    if not hasattr(transformers, cls):  # the model's own code
+        autos = getattr(model.config, "auto_map", None) or {}
+        cls = next((name for name in autos if name.startswith("AutoModel")), "AutoModel")
+        trust = ", trust_remote_code=True"
+    load = f'from transformers import {cls}\n\nmodel = {cls}.from_pretrained("{model_id}"{trust})'
     blocks = [f"```python\n{load}\n```"]
     if with_pipeline and task in PIPELINES:
         imports, example = PIPELINES[task]
-        run = f'{imports}from transformers import pipeline\n\nrun = pipeline("{task}", model="{model_id}")'
+        run = f'{imports}from transformers import pipeline\n\nrun = pipeline("{task}", model="{model_id}"{trust})'
         blocks = [f"```python\n{run}\nprint(run({example}))\n```", "As a model for further work:", *blocks]
     return "\n\n".join(blocks)
 

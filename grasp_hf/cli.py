@@ -1,4 +1,4 @@
-"""The command line: `grasp-hf plan | rank | merge | append | reproduce | compare | demo`."""
+"""The command line: `grasp-hf plan | rank | merge | append | push | reproduce | compare | demo`."""
 
 import argparse
 import gc
@@ -41,6 +41,7 @@ EXAMPLES = {
         "example:\n  grasp-hf append me/merged org/new-model --push-to-hub me/merged\n"
         "  grasp-hf append merged ./new-model --output merged-2 data.data_files.train=more.csv"
     ),
+    "push": "example:\n  grasp-hf push merged me/merged --private",
     "reproduce": "example:\n  grasp-hf reproduce me/merged",
     "compare": (
         "example:\n  grasp-hf compare recipe.yaml --output comparison --seeds 0 1 2\n"
@@ -48,6 +49,7 @@ EXAMPLES = {
     ),
     "demo": "example:\n  grasp-hf demo --output grasp-demo",
 }
+WITHOUT_OVERRIDES = ("demo", "push")
 EXIT_CODES = "exit codes: 0 done, 1 a source, the data or the configuration is not fit, 2 wrong usage, 130 interrupted"
 
 
@@ -56,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes positional arguments in one run only: overrides behind an option are left over.
-    if rest and (options.command == "demo" or any(text.startswith("-") for text in rest)):
+    if rest and (options.command in WITHOUT_OVERRIDES or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if options.command != "demo":
+    if options.command not in WITHOUT_OVERRIDES:
         options.overrides += rest
         options.sources = [text for text in options.overrides if "=" not in text]
         options.overrides = [text for text in options.overrides if "=" in text]
@@ -73,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "rank": _rank,
                 "merge": _merge,
                 "append": _append,
+                "push": _push_folder,
                 "reproduce": _reproduce,
                 "compare": _compare,
                 "demo": _demo,
@@ -118,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="plan | rank | merge | append | reproduce | compare | demo"
+        dest="command", required=True, metavar="plan | rank | merge | append | push | reproduce | compare | demo"
     )
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
@@ -154,8 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--output", required=True, type=Path, help="folder for the merged model")
     append.add_argument("--output", type=Path, help="folder for the merged model")
     merge.add_argument("--control", action="store_true", help="also fine-tune without any source, and report the gain")
+    push = command("push", "Upload a merge that was saved in a folder, as one commit.")
+    push.add_argument("folder", help="folder of a merge")
+    push.add_argument("push_to_hub", metavar="org/name", help="repository")
     for sub in (merge, append):
         sub.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the merged model to this repository")
+    for sub in (merge, append, push):
         sub.add_argument("--private", action="store_true", help="make the repository private where it is new")
         sub.add_argument("--create-pr", action="store_true", help="open a pull request instead of changing the branch")
     again = command("reproduce", "Make a published merge again from its record, and compare the weights bit for bit.")
@@ -256,6 +263,15 @@ def _append(options: argparse.Namespace) -> int:
     return 0
 
 
+def _push_folder(options: argparse.Namespace) -> int:
+    check_repo_id(options.push_to_hub)
+    merger = GraspMerger.from_pretrained(options.folder, dtype="auto")
+    if not merger.report.continues:
+        raise ConfigError(f"'{options.folder}' is not a merge by grasp_hf; push another model with its push_to_hub")
+    _push(merger, options, Path(options.folder))
+    return 0
+
+
 def _reproduce(options: argparse.Namespace) -> int:
     replay = reproduce(options.merged, options.overrides)
     print(replay)
@@ -335,7 +351,8 @@ def _push(merger: GraspMerger, options: argparse.Namespace, kept: Path | None) -
         url = merger.push_to_hub(repo_id, private=options.private or None, create_pr=options.create_pr)
     except BaseException as error:
         kept = kept or _keep(merger, options)
-        where = f"the merged model is in the folder '{kept}'" if kept else "the merged model could not be saved either"
+        again = f"'{kept}': `grasp-hf push {kept} {repo_id}` goes on"
+        where = f"the merged model is in the folder {again}" if kept else "the merged model could not be saved either"
         if isinstance(error, PushError):
             raise PushError(f"{error}; {where}") from error
         print(f"not pushed; {where}")

@@ -21,6 +21,10 @@ class NonFiniteError(GraspError, ValueError):
     """A weight, a loss or a gradient is NaN or infinite."""
 
 
+class DiskFullError(GraspError, OSError):
+    """The temporary directory has no room for the files of a step; the model is as it was before the step."""
+
+
 class DownloadError(GraspError, ConnectionError):
     """A file of a source did not arrive whole; nothing of it is left behind, and a new run may succeed."""
 

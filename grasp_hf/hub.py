@@ -1,6 +1,7 @@
 """What the Hub holds: a reference becomes one commit, with the size and the checksum of every file of it."""
 
 import hashlib
+import json
 import logging
 import os
 import threading
@@ -12,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -23,6 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import _http, get_session
 from huggingface_hub.utils import tqdm as hub_tqdm
 
 from .errors import DownloadError, SourceNotFoundError
@@ -31,6 +34,7 @@ from .sources import ADAPTER_WEIGHTS, Source, SourceRef
 logger = logging.getLogger(__name__)
 
 CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "README.md", "grasp_config.yaml")
+CHAT_TEMPLATES = "additional_chat_templates"
 NOT_NEEDED = ("trainer_state.json", "*results.json")
 SAFETENSORS = ("model.safetensors", "model-*.safetensors")
 PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin")
@@ -91,13 +95,18 @@ class Listing:
 
     def select(self, patterns: Sequence[str]) -> list[str]:
         """Return the files in the reference's folder that match one of `patterns`."""
-        prefix = f"{self.ref.subfolder}/" if self.ref.subfolder else ""
         return [
             path
             for path in self.files
-            if path.startswith(prefix) and any(fnmatch(name := path.removeprefix(prefix), p) for p in patterns)
+            if path.startswith(self.folder)
+            and any(fnmatch(name := path.removeprefix(self.folder), p) for p in patterns)
             if "/" not in name and not any(fnmatch(name, pattern) for pattern in NOT_NEEDED)
         ]
+
+    @property
+    def folder(self) -> str:
+        """The reference's folder in the repository, with a slash at its end; empty for the root."""
+        return f"{self.ref.subfolder}/" if self.ref.subfolder else ""
 
     @property
     def names(self) -> list[str]:
@@ -105,9 +114,20 @@ class Listing:
         return sorted(Path(path).name for path in self.select(["*"]))
 
     @property
+    def exports(self) -> list[str]:
+        """The names of files in folders below, where exports for other frameworks lie."""
+        below = (path.removeprefix(self.folder) for path in self.files if path.startswith(self.folder))
+        return sorted(path for path in below if "/" in path)
+
+    def inspect(self) -> Source:
+        """Return what it is, before anything is downloaded; raises as `Source.inspect`."""
+        return Source.inspect(self.ref, Path(), self.sha, files=self.names, exports=self.exports)
+
+    @property
     def configuration(self) -> list[str]:
-        """Paths of the configuration files."""
-        return self.select([*CONFIG_FILES, "*.py"] if self.trusted else CONFIG_FILES)
+        """Paths of the configuration files; chat templates beside the first one lie in a folder of their own."""
+        templates = [path for path in self.files if path.startswith(f"{self.folder}{CHAT_TEMPLATES}/")]
+        return templates + self.select([*CONFIG_FILES, "*.py"] if self.trusted else CONFIG_FILES)
 
     @property
     def weights(self) -> list[str]:
@@ -132,7 +152,7 @@ def resolve(ref: SourceRef, *, token: str | None = None, trusted: Collection[str
     if constants.HF_HUB_OFFLINE:
         return None
     try:
-        with named_errors(ref, token):
+        with named_errors(ref, token), time_limit(TIMEOUT):
             info = retried(lambda: _info(ref, token), f"looking up '{ref}'")
     except DownloadError as error:
         logger.warning("the Hub cannot be reached (%s); what is cached of '%s' is used", error.__cause__, ref)
@@ -168,7 +188,7 @@ def locate(reference: str | SourceRef, *, token: str | None = None, trusted: Col
     listing = resolve(ref, token=token, trusted=trusted)
     if listing is None:
         return cached_source(ref, token, trusted)
-    Source.inspect(ref, Path(), listing.sha, files=listing.names)  # raises before anything is downloaded
+    listing.inspect()
     source = fetch_source(listing, token=token)
     _remember(listing)
     return source
@@ -232,13 +252,30 @@ def fetch(
             raise _Corrupt(f"{path}: its checksum is not the one that the Hub lists")
         return Path(file)
 
-    with named_errors(listing.ref, token):
+    with named_errors(listing.ref, token), time_limit(TIMEOUT):
         found = try_to_load_from_cache(listing.repo_id, path, revision=listing.sha)
         if isinstance(found, str):
             if expected.matches(Path(found)):
                 return Path(found) if cache_dir is None else _linked(Path(found), listing, path, cache_dir)
             damaged = cache_dir is None
+        if cache_dir is None:
+            _remove_partial(listing, path)
         return retried(download, f"downloading {path} of '{listing.ref}'")
+
+
+def _remove_partial(listing: Listing, path: str) -> None:
+    """Remove from the user's cache what a killed download of this file has left; one that is going on holds its lock."""
+    name, file = f"models--{listing.repo_id.replace('/', '--')}", listing.files[path]
+    etag = file.sha256 or file.git_sha1
+    partial = [*Path(constants.HF_HUB_CACHE, name, "blobs").glob(f"{etag}.*incomplete")]
+    if not partial:
+        return
+    try:
+        with FileLock(Path(constants.HF_HUB_CACHE, ".locks", name, f"{etag}.lock"), timeout=0):
+            for left in partial:
+                left.unlink(missing_ok=True)
+    except (Timeout, OSError):  # somebody else's
+        return
 
 
 class Stopped(Exception):
@@ -273,6 +310,39 @@ def _linked(found: Path, listing: Listing, path: str, cache_dir: Path) -> Path:
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(found.resolve())
     return link
+
+
+_limits: list[tuple[Any, Any]] = []  # per open block, what the client had before the first
+_limits_lock = threading.Lock()
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Let no request of the client wait longer for the other side, in sessions that it makes meanwhile too.
+
+    It has no limit of its own where a call names none, and makes a new session when a connection was refused. Blocks in
+    several threads share the limit of the first.
+    """
+    with _limits_lock:
+        make = _http._GLOBAL_CLIENT_FACTORY
+
+        def limited() -> Any:
+            client = make()
+            client.timeout = seconds
+            return client
+
+        if _limits:
+            _limits.append(_limits[0])
+        else:
+            _limits.append((make, get_session().timeout))
+            _http._GLOBAL_CLIENT_FACTORY, get_session().timeout = limited, seconds
+    try:
+        yield
+    finally:
+        with _limits_lock:
+            before = _limits.pop()
+            if not _limits:
+                _http._GLOBAL_CLIENT_FACTORY, get_session().timeout = before
 
 
 class _Corrupt(OSError):
@@ -330,6 +400,10 @@ def cached_source(ref: SourceRef, token: str | None = None, trusted: Collection[
         raise DownloadError(
             f"'{ref}' could not be downloaded, and no complete copy is cached; run it again when the Hub can be reached"
         ) from error
+    if missing := _missing_shards(source):
+        raise DownloadError(
+            f"'{ref}' is not complete in the cache: {', '.join(missing)} missing; run it again when the Hub can be reached"
+        )
     source = replace(source, trusted=ref.is_among(trusted))
     for path in source.weight_files:
         checksum = (
@@ -340,6 +414,16 @@ def cached_source(ref: SourceRef, token: str | None = None, trusted: Collection[
                 f"'{ref}': {path.name} is damaged in the cache; run it again when the Hub can be reached"
             )
     return source
+
+
+def _missing_shards(source: Source) -> list[str]:
+    """Return the weight files that an index names and that are not there."""
+    files = {path.name for path in source.weight_files}
+    for index in source.folder.glob("*.index.json"):
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if named & files:
+            return sorted(named - files)
+    return []
 
 
 def look_up(
@@ -358,8 +442,7 @@ def look_up(
     listing = resolve(ref, token=token, trusted=trusted)
     if listing is None:
         return cached_source(ref, token, trusted), None
-    folder = Path()
-    source = Source.inspect(ref, folder, listing.sha, files=listing.names)
+    source, folder = listing.inspect(), Path()
     for path in listing.configuration:
         folder = fetch(listing, path, token=token).parent
     _remember(listing)

@@ -109,7 +109,9 @@ def _differences(model: Any, published: dict[str, torch.Tensor]) -> dict[str, fl
     for name in made.keys() & published.keys():
         ours, theirs = made[name].cpu(), published[name]
         if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
-            found[name] = float((ours.double() - theirs.double()).abs().max()) if ours.shape == theirs.shape else 0.0
+            found[name] = (
+                float((ours.double() - theirs.double()).abs().max()) if ours.shape == theirs.shape else float("inf")
+            )
     return found
 
 

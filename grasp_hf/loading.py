@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -223,7 +223,7 @@ def load_target(
     source: Source,
     *,
     task: str | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Literal["auto"],
     seed: int,
     new_head: bool = False,
     needs_head: bool = False,

@@ -7,21 +7,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .errors import DiskFullError
+
 ALIGNMENT = 64  # bytes
 
 
 class MappedTensors(Mapping[str, Tensor]):
     """Room for tensors in one new file, mapped into memory and shared with it.
 
-    Writing to a tensor writes to the file. The space is taken when the file is made, so a full disk is an `OSError`
-    then and not a crash later.
+    Writing to a tensor writes to the file. The space is taken when the file is made, so a full disk is an error then and
+    not a crash later.
 
     Args:
         path: The file; an existing one is replaced, and tensors mapped from it stay what they are.
         like: Tensors whose names, shapes and dtypes the new ones have; nothing is copied.
 
     Raises:
-        OSError: There is no room for the file.
+        DiskFullError: There is no room for the file.
     """
 
     def __init__(self, path: Path, like: Mapping[str, Tensor]) -> None:
@@ -30,11 +32,18 @@ class MappedTensors(Mapping[str, Tensor]):
             offsets[name] = size
             size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
         path.unlink(missing_ok=True)
-        with open(path, "wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, max(size, 1))
-            else:  # macOS has no such call; a full disk is then noticed late
-                file.truncate(max(size, 1))
+        try:
+            with open(path, "wb") as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, max(size, 1))
+                else:  # macOS has no such call; a full disk is then noticed late
+                    file.truncate(max(size, 1))
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise DiskFullError(
+                f"no room for {size / 1e6:,.1f} MB in '{path.parent}' ({error.strerror}); free some space there, or set "
+                "TMPDIR to a folder on a larger disk"
+            ) from error
         memory = torch.from_file(str(path), shared=True, size=max(size, 1), dtype=torch.uint8)
         self._tensors = {
             name: memory[offset : offset + like[name].numel() * like[name].element_size()]

@@ -14,17 +14,18 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hub
 from .batches import Collator, batch_loss, check_dataset, keeping_model_columns
 from .card import declared_license
 from .config import GraspConfig
-from .errors import ConfigError, GraspError, IncompatibleSourceError, SourceNotFoundError
+from .errors import ConfigError, GraspError, IncompatibleSourceError, PushError, SourceNotFoundError
 from .evidence import Judgement
 from .gradients import checkpointing, preserved_state
 from .loading import LoadedSource, load_processing_class, load_source, load_target
@@ -42,6 +43,13 @@ from .workspace import workspace
 
 logger = logging.getLogger(__name__)
 
+REFUSED_ARGUMENTS = {
+    "device_map": "Accelerate chooses the device of each step",
+    "trust_remote_code": "name the models whose code may run in GraspConfig(trust_remote_code=[...])",
+    "cache_dir": "set HF_HOME or HF_HUB_CACHE",
+    "local_files_only": "set HF_HUB_OFFLINE=1",
+    "force_download": "a file whose checksum is wrong is downloaded again anyway",
+}
 PACKAGES = ("grasp_hf", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
 
@@ -132,6 +140,10 @@ class GraspMerger:
         self._started = False
         self._learned = False  # whether the model was fine-tuned on the labels, which then speak for it
         self._original_base: tuple[str, str | None] | None = None  # of a continued merge, and a token for it
+        self._published: tuple[str, str] | None = None  # the repository and commit that the model is of
+        self._unchanged: tuple[MergeReport, MergeReport] | None = (
+            None  # a continued merge's record, and what it became
+        )
         self._scratch: Scratch | None = None
         self._checked: Any = None  # the training data that made a finite loss
         if self._accelerator.num_processes > 1:
@@ -150,8 +162,9 @@ class GraspMerger:
         config: GraspConfig | None = None,
         task: str | None = None,
         revision: str | None = None,
+        subfolder: str | None = None,
         token: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | Literal["auto"] = torch.float32,
         new_head: bool = False,
         **model_kwargs: Any,
     ) -> "GraspMerger":
@@ -165,8 +178,10 @@ class GraspMerger:
             config: How to merge.
             task: Pipeline name such as `text-classification`; left out, the architecture in the model's config says.
             revision: Branch, tag or commit, unless `model_id` names one.
+            subfolder: Folder in the repository, unless `model_id` names one.
             token: Hub token; left out, the one that you are logged in with.
-            dtype: Of the target's weights. Sources are read in their own; fine-tuning wants float32.
+            dtype: Of the target's weights; `"auto"` is that of its files. Sources are read in their own; fine-tuning wants
+                float32.
             new_head: Draw the head anew although the files hold one that fits, because the labels mean something else.
             model_kwargs: Passed on to the model class, such as `num_labels` or `id2label`.
 
@@ -174,11 +189,12 @@ class GraspMerger:
             SourceNotFoundError: No such folder, repository, revision or weights.
             IncompatibleSourceError: Not a model that can solve the task.
         """
-        if model_kwargs.get("device_map") is not None:
-            raise ConfigError("device_map: leave it out; Accelerate chooses the device of each step")
+        for name, advice in REFUSED_ARGUMENTS.items():
+            if model_kwargs.pop(name, None):
+                raise ConfigError(f"{name}: leave it out; {advice}")
         ref = SourceRef.parse(model_id)
-        trusted = (config or GraspConfig()).trust_remote_code
-        base = hub.locate(replace(ref, revision=ref.revision or revision), token=token, trusted=trusted)
+        ref = replace(ref, revision=ref.revision or revision, subfolder=ref.subfolder or subfolder)
+        base = hub.locate(ref, token=token, trusted=(config or GraspConfig()).trust_remote_code)
         seed = (config or GraspConfig()).seed
         needs_head = not (config or GraspConfig()).needs_data
         model = load_target(
@@ -219,6 +235,16 @@ class GraspMerger:
         )
         self._original_base = (record.base_reference, token)
         self._started = self._learned = True
+        self._unchanged = record, deepcopy(self.report)
+        if merged.sha:
+            self._published = merged.ref.name, merged.sha
+
+    @property
+    def _record(self) -> MergeReport:
+        """What is saved with the model: of a merge that was loaded and not gone on with, the record that it had."""
+        if self._unchanged and self.report == self._unchanged[1]:
+            return self._unchanged[0]
+        return self.report
 
     def _base_of_adapters(self) -> Source | None:
         """Return the model whose adapters can be merged; that of a continued merge is looked for when it is needed."""
@@ -562,7 +588,7 @@ class GraspMerger:
             OutputExistsError: The folder holds something that is not a merge.
         """
         check_output(Path(save_directory))
-        save_merge(Path(save_directory), self.model, self.processing_class, self.report)
+        save_merge(Path(save_directory), self.model, self.processing_class, self._record)
 
     def push_to_hub(
         self,
@@ -578,22 +604,41 @@ class GraspMerger:
         """Upload what `save_pretrained` writes to `repo_id`, as one commit, and return its URL, or that of the pull request.
 
         The disk holds one shard at a time. What is uploaded names local folders by their last part only. A commit on the
-        main branch gets a version tag, `v1`, `v2` and so on.
+        main branch gets a version tag, `v1`, `v2` and so on. There a merge that continues a published one replaces only
+        the version that it was made from.
 
         Raises:
-            PushError: The token may not write there, the branch was changed by someone else meanwhile, or the Hub could
-                not be reached; the repository is as it was. Calling it again goes on where it stopped.
+            PushError: The token may not write there, the branch was changed by someone else meanwhile, the Hub could not be
+                reached, or the temporary directory has no room for a shard; the repository is as it was. Calling it again
+                goes on where it stopped.
         """
         to = Destination(repo_id, revision, create_pr, private, token)
         to = replace(to, repo_id=create_repo(to))
+        on_main = not create_pr and revision in (None, "main")
+        known = self._published[1] if on_main and self._published and self._published[0] == to.repo_id else None
         with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as directory:
             folder = directory / "push"
-            save_record(folder, self.model, self.processing_class, self.report.without_paths(), model_id=to.repo_id)
-            files = chain(sorted(folder.iterdir()), saved_shards(folder, self.model, max_shard_size))
-            commit = push_files(to, files, message=commit_message)
-        if not create_pr and revision in (None, "main"):
+            try:
+                save_record(
+                    folder, self.model, self.processing_class, self._record.without_paths(), model_id=to.repo_id
+                )
+                files = chain(_files_in(folder), saved_shards(folder, self.model, max_shard_size))
+                commit = push_files(to, folder, files, message=commit_message, continues=known)
+            except (OSError, SafetensorError) as error:
+                if isinstance(error, GraspError):
+                    raise
+                raise PushError(
+                    f"'{to.repo_id}': what is to be uploaded could not be written to '{directory.parent}': {error}; free "
+                    "some space there, set TMPDIR to another folder or lower max_shard_size, and push again"
+                ) from error
+        if on_main:
+            self._published = to.repo_id, commit.oid
             tag_version(to, commit.oid)
         return str(commit.pr_url or commit.commit_url)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _peak_memory() -> int:

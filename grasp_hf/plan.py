@@ -265,7 +265,7 @@ class _Target:
     has_labels: bool  # whether its label names are those of the merge; they are not where the data cannot be read
     processing_class: Any
     accepted_bases: list[str]
-    token: str | None
+    token: str | None = field(repr=False)
 
     @property
     def adapters_base(self) -> Source:

@@ -185,7 +185,7 @@ class Puller:
             )
             read_ahead(source)
             return source, None
-        Source.inspect(ref, Path(), listing.sha, files=listing.names)  # raises before anything is downloaded
+        listing.inspect()
         with hub.named_errors(ref):
             own = self._new_folder()
         sharded = self._needs_less_disk_in_shards(listing)

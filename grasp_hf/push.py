@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -16,16 +16,24 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from .errors import PushError, SourceNotFoundError
-from .hub import PICKLED, SAFETENSORS, Listing, RemoteFile, resolve, retried
-from .sources import SourceRef
+from .hub import PICKLED, SAFETENSORS, Listing, RemoteFile, resolve, retried, time_limit
+from .sources import ADAPTER_WEIGHTS, SourceRef
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 120.0  # seconds for one answer; a commit of many large files takes its time
-REPLACED = (*SAFETENSORS, *PICKLED, "model.safetensors.index.json", "pytorch_model.bin.index.json")
+# Files that would be loaded instead of those of the merge, or with them.
+REPLACED = (
+    *SAFETENSORS,
+    *PICKLED,
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "adapter_config.json",
+    *ADAPTER_WEIGHTS,
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Destination:
     revision: str | None = None
     create_pr: bool = False
     private: bool | None = None
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
 
     @property
     def api(self) -> HfApi:
@@ -77,16 +85,20 @@ def create_repo(to: Destination) -> str:
         return str(repo_id)
 
 
-def push_files(to: Destination, files: Iterable[Path], *, message: str) -> CommitInfo:
-    """Upload `files` as one commit to the root of an existing repository, replacing all its weights.
+def push_files(
+    to: Destination, folder: Path, files: Iterable[Path], *, message: str, continues: str | None = None
+) -> CommitInfo:
+    """Upload `files` as one commit to an existing repository, at their places in `folder`, replacing all its weights.
 
     Every large file is uploaded, and then deleted here, before the next one is asked for; others see nothing of it until
     the commit at the end. A file that the Hub holds already is not uploaded again, so a failed push goes on where it was.
 
     Args:
         to: The repository, under its full id.
-        files: Paths, made as they are asked for.
+        folder: What lies in it stands in the root of the repository.
+        files: Paths in the folder, made as they are asked for.
         message: Title of the commit.
+        continues: The commit that this version was made from; another one at the head is somebody else's version.
 
     Raises:
         PushError: The branch was changed by someone else meanwhile, or the token may not, or the Hub could not be reached;
@@ -97,9 +109,16 @@ def push_files(to: Destination, files: Iterable[Path], *, message: str) -> Commi
         requests = _pull_requests(to) if to.create_pr else set()
         operations, intended = [], {}
         for path in files:
-            operation = CommitOperationAdd(path.name, path)
-            intended[path.name] = _described(path)
-            retried(lambda op=operation: _upload(to, op), f"uploading {path.name}")  # type: ignore[misc]
+            name = path.relative_to(folder).as_posix()
+            operation = CommitOperationAdd(name, path)
+            intended[name] = _described(path)
+            # A head that holds the same is this version itself, pushed before.
+            if continues not in (None, head.sha) and not _holds(head, {name: intended[name]}, []):
+                raise PushError(
+                    f"'{to.repo_id}' has a newer version than the one that this was made from: expected {continues}, got "
+                    f"{head.sha}; append to the new version, or push to another branch or as a pull request"
+                )
+            retried(lambda op=operation: _upload(to, op), f"uploading {name}")  # type: ignore[misc]
             if operation.path_or_fileobj == b"":  # uploaded: the client holds on to small files only
                 path.unlink()
             operations.append(operation)
@@ -235,11 +254,14 @@ def tag_version(to: Destination, sha: str) -> str | None:
 @contextmanager
 def _pushing(to: Destination) -> Iterator[None]:
     """Give every request a time limit, which the client has not, and name the repository in errors."""
-    session = get_session()
-    before, session.timeout = session.timeout, TIMEOUT
     try:
-        yield
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, HTTPError, LocalTokenNotFoundError) as error:
+        with time_limit(TIMEOUT):
+            yield
+    except OfflineModeIsEnabled as error:
+        raise PushError(
+            f"'{to.repo_id}' could not be written on the Hub: {error}; unset HF_HUB_OFFLINE, and push again"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError) as error:
         raise PushError(
             f"'{to.repo_id}' could not be written on the Hub: {error}; log in with `hf auth login` or pass a token that "
             "may write there, and push again: what has arrived is not uploaded twice"
@@ -250,5 +272,3 @@ def _pushing(to: Destination) -> Iterator[None]:
         if isinstance(error, PushError):
             raise
         raise PushError(f"'{to.repo_id}' could not be written on the Hub: {error}; push again") from error
-    finally:
-        session.timeout = before

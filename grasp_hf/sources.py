@@ -96,19 +96,28 @@ class Source:
 
     @classmethod
     def inspect(
-        cls, ref: SourceRef, folder: Path, sha: str | None = None, files: Sequence[str] | None = None
+        cls,
+        ref: SourceRef,
+        folder: Path,
+        sha: str | None = None,
+        files: Sequence[str] | None = None,
+        exports: Sequence[str] = (),
     ) -> "Source":
         """Find out what lies in `folder`, or what would, where `files` are the names that a repository holds.
+
+        `exports` lie in folders below; they are no weights, but an error says what they are.
 
         Raises:
             SourceNotFoundError: No configuration, or no weights beside it.
         """
         if files is None:
             files = sorted(path.name for path in folder.iterdir() if path.is_file())
+            exports = [path.name for path in folder.glob("*/*")]
         kind: Literal["full", "adapter"] = "adapter" if "adapter_config.json" in files else "full"
-        gguf = any(name.endswith(".gguf") for name in files)
+        everything = [*files, *exports]
+        gguf = any(name.endswith(".gguf") for name in everything)
         advice = "; a GGUF file holds quantized weights: name the float model that it was made from" if gguf else ""
-        if not gguf and any(name.endswith((".onnx", ".h5", ".msgpack")) for name in files):
+        if not gguf and any(name.endswith((".onnx", ".h5", ".msgpack")) for name in everything):
             advice = "; an export for another framework cannot be merged: name the PyTorch model that it was made from"
         if kind == "full" and "config.json" not in files:
             raise SourceNotFoundError(

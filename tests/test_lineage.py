@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification
 
 from grasp_hf import GraspConfig, GraspMerger, MergeReport, merge_pretrained
 from grasp_hf.cli import main
-from grasp_hf.errors import IncompatibleSourceError
+from grasp_hf.errors import IncompatibleSourceError, PushError
 from grasp_hf.lineage import reproduce
 from grasp_hf.step import Step
 from tests.hub_server import HubServer
@@ -319,7 +319,8 @@ def test_an_append_that_cannot_be_pushed_is_kept(
     try:
         for folder in ("line-lost-not-pushed", "line-lost-not-pushed-2"):
             assert main([*append, "org/line-lost"]) == 1
-            assert capsys.readouterr().err.endswith(f"; the merged model is in the folder '{folder}'\n")
+            again = f"`grasp-hf push {folder} org/line-lost` goes on"
+            assert capsys.readouterr().err.endswith(f"; the merged model is in the folder '{folder}': {again}\n")
             assert_mean(world / folder, 1, 2)
         assert main([*append, "org/line-lost", "--output", "longer"]) == 1
         assert "; the merged model is in the folder 'longer'" in capsys.readouterr().err
@@ -327,7 +328,41 @@ def test_an_append_that_cannot_be_pushed_is_kept(
         hub.failures.clear()
     assert len(hub.repos["org/line-lost"].commits) == 1, "made, and empty"
     assert sorted(path.name for path in world.glob("line-*")) == ["line-lost-not-pushed", "line-lost-not-pushed-2"]
+    assert main(["push", "line-lost-not-pushed", "org/line-lost"]) == 0
+    tree = hub.repos["org/line-lost"].commits[hub.repos["org/line-lost"].resolve("main")]
+    kept = MergeReport.from_json(world / "line-lost-not-pushed" / "grasp_report.json")
+    pushed = MergeReport.from_json(hub.root / tree["grasp_report.json"].key)
+    assert pushed == kept.without_paths() and len(pushed.steps) == 2, "the record of the merge, not of a new one"
+    weights = load_file(hub.root / tree["model.safetensors"].key)
+    assert_equal(weights, saved_tensors(world / "line-lost-not-pushed"))
+    assert main(["push", saved(tiny_model("vit"), world / "base"), "org/line-lost"]) == 1
+    assert "is not a merge by grasp_hf" in capsys.readouterr().err
     assert main([*append, "org/line-lost"]) == 0
+
+
+def test_an_append_to_a_version_that_is_not_the_last_overwrites_nothing(hub: HubServer, tmp_path: Path) -> None:
+    config = GraspConfig(method="average", **NO_TUNING)
+    first = GraspMerger.from_pretrained("org/line-base", config=config)
+    first.merge(["org/line-1"])
+    first.push_to_hub("org/line-both", token=TOKEN)
+    repo = hub.repos["org/line-both"]
+    ours, theirs = (GraspMerger.from_pretrained("org/line-both", config=config) for _ in range(2))
+    theirs.merge(["org/line-2"])
+    theirs.push_to_hub("org/line-both", token=TOKEN)
+    head, since = repo.resolve("main"), len(hub.requests)
+    ours.merge(["org/line-3"])
+    with pytest.raises(PushError, match=f"^'org/line-both' has a newer version (?s:.)*got {head}; append to the new"):
+        ours.push_to_hub("org/line-both", token=TOKEN)
+    assert repo.resolve("main") == head and not [path for method, path in hub.requests[since:] if method == "PUT"]
+    assert repo.tags.keys() == {"v1", "v2"}
+    ours.push_to_hub("org/line-both", token=TOKEN, create_pr=True)
+    ours.push_to_hub("org/line-both", token=TOKEN, revision="other")
+    assert repo.resolve("main") == head
+    theirs.merge(["org/line-3"])
+    theirs.push_to_hub("org/line-both", token=TOKEN)
+    assert repo.tags["v3"] == repo.resolve("main"), "the version of the last push is known"
+    theirs.push_to_hub("org/line-both", token=TOKEN)
+    assert repo.tags.keys() == {"v1", "v2", "v3"}
 
 
 def test_texts_that_were_moved(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from transformers import (
 from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
 from grasp_hf.errors import ConfigError, DataError, GraspError, NonFiniteError, OutputExistsError
 from grasp_hf.matching import movable_tensors
+from tests.hub_server import HubServer
 from tests.models import KINDS, LABELS, NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model
 
 STILL: dict[str, Any] = {**NO_TUNING, "batch_size": 8, "num_batches": 2}
@@ -440,6 +441,25 @@ def test_the_target_keeps_its_attention_kernel(attention: str, tmp_path: Path) -
     merger = GraspMerger.from_pretrained(base, config=GraspConfig(**STILL), attn_implementation=attention)
     merger.merge([source], **data_for("vit"))
     assert merger.model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("name", ["trust_remote_code", "cache_dir", "local_files_only", "force_download"])
+def test_an_argument_that_would_have_no_effect_is_refused_with_advice(name: str, tmp_path: Path) -> None:
+    base = saved(tiny_model("vit"), tmp_path / "base")
+    with pytest.raises(ConfigError, match=f"^{name}: leave it out; "):
+        GraspMerger.from_pretrained(base, **{name: "x"})
+    GraspMerger.from_pretrained(base, **{name: False})
+
+
+def test_a_subfolder_is_an_argument_too(hub: HubServer, tmp_path: Path) -> None:
+    model = perturbed(tiny_model("vit"), seed=3)
+    saved(model, tmp_path / "repository" / "inner")
+    hub.add_repo("org/merger-inner", tmp_path / "repository")
+    for merger in (
+        GraspMerger.from_pretrained("org/merger-inner", subfolder="inner"),
+        GraspMerger.from_pretrained("org/merger-inner/inner"),
+    ):
+        assert torch.equal(merger.model.classifier.weight, model.classifier.weight)
 
 
 def test_a_model_spread_by_a_device_map_is_refused_with_advice(tmp_path: Path) -> None:

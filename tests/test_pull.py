@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from stat import S_ISREG
 from types import SimpleNamespace
@@ -17,16 +17,18 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from filelock import FileLock
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import DownloadError, IncompatibleSourceError, NonFiniteError, SourceNotFoundError
+from grasp_hf.hub import _remove_partial, locate, resolve
 from grasp_hf.matching import movable_tensors
 from grasp_hf.measure import blend_
 from grasp_hf.pull import Puller, ShardedSource
-from grasp_hf.sources import Source
+from grasp_hf.sources import Source, SourceRef
 from tests.hub_server import HubServer
 from tests.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
 from tests.test_workspace import WITHOUT_TORCH
@@ -659,6 +661,40 @@ def test_offline_a_damaged_file_is_not_used(
             pass
 
 
+def test_offline_a_copy_without_all_its_shards_is_not_used(
+    hub: HubServer, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    perturbed(tiny_model("vit"), seed=2).save_pretrained(tmp_path / "shards", max_shard_size="8KB")
+    hub.add_repo("org/pull-cached-shards", tmp_path / "shards")
+    cached = locate("org/pull-cached-shards").weight_files
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert locate("org/pull-cached-shards").weight_files == cached and len(cached) >= 3
+    lost = cached[1]
+    lost.unlink()
+    with pytest.raises(
+        DownloadError, match=f"^'org/pull-cached-shards' is not complete in the cache: {lost.name} miss"
+    ):
+        locate("org/pull-cached-shards")
+
+
+@pytest.mark.parametrize("going_on", [False, True])
+def test_what_a_killed_download_left_in_the_users_cache_goes(going_on: bool, hub: HubServer, home: Path) -> None:
+    sha = checksum(hub, SIX[0])
+    cache, name = Path(huggingface_hub.constants.HF_HUB_CACHE), f"models--{SIX[0].replace('/', '--')}"
+    left = cache / name / "blobs" / f"{sha}.0123abcd.incomplete"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    lock = cache / ".locks" / name / f"{sha}.lock"
+    lock.parent.mkdir(parents=True)
+    listing = resolve(SourceRef.parse(SIX[0]))
+    assert listing is not None
+    with FileLock(lock) if going_on else nullcontext():
+        _remove_partial(listing, "model.safetensors")
+    assert left.exists() == going_on
+    locate(SIX[0])
+    assert [path.name for path in left.parent.glob("*incomplete")] == []
+
+
 def test_shards(hub: HubServer, folders: dict[str, Path], home: Path, tmp_path: Path, impatient: None) -> None:
     perturbed(tiny_model("vit"), seed=1).save_pretrained(tmp_path / "shards", max_shard_size="8KB")
     hub.add_repo("org/pull-shards", tmp_path / "shards")
@@ -911,15 +947,17 @@ def test_a_subfolder_of_a_revision(hub: HubServer, folders: dict[str, Path], hom
             "model.gguf",
             "holds no weights: expected .*; found: .*; a GGUF file holds quantized weights: name the float",
         ),
-        ("model.onnx", "holds no weights: expected one of model.safetensors, .*; found: .*model.onnx"),
+        ("model.onnx", "holds no weights: expected one of .*; found: .*model.onnx.*; an export for another framework"),
+        ("onnx/model.onnx", "holds no weights: expected one of .*; found: .*; an export for another framework"),
     ],
 )
 def test_other_formats_are_refused_before_any_download(
     name: str, message: str, hub: HubServer, folders: dict[str, Path], home: Path, tmp_path: Path
 ) -> None:
     folder = copied(str(folders[SIX[0]]), tmp_path / "other")
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / "model.safetensors").rename(folder / name)
-    repo_id = f"org/pull-{name.split('.')[1]}"
+    repo_id = f"org/pull-{name.replace('/', '-').replace('.', '-')}"
     hub.add_repo(repo_id, folder)
     since = len(hub.requests)
     with pytest.raises(SourceNotFoundError, match=f"'{repo_id}' {message}"):

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from httpx2 import Timeout
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import close_session, get_session
 from transformers import PreTrainedModel
 
-from grasp_hf import GraspMerger
+from grasp_hf import GraspMerger, push
 from grasp_hf.errors import PushError
 from tests.hub_server import Entry, HubServer, Repo
-from tests.models import perturbed, saved, tiny_data, tiny_model
+from tests.models import perturbed, saved, saved_adapter, tiny_data, tiny_model
 
 TOKEN = "hf_alice"
 LOST = "POST /api/models/[^ ]*/commit/main"
@@ -335,6 +339,58 @@ def test_earlier_weights_go_in_the_same_commit(hub: HubServer, merger: GraspMerg
         assert {"notes.txt", "adapter_notes.bin", "onnx/model.safetensors"} <= set(head(repo))
         assert len(repo.commits) == 2 + count
     assert [repo.tags[f"v{number}"] for number in (1, 2, 3)] == list(repo.commits)[2:]
+
+
+def test_a_merge_takes_the_place_of_an_adapter(hub: HubServer, merger: GraspMerger, tmp_path: Path) -> None:
+    lora = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}
+    hub.add_repo("org/push-adapter", saved_adapter(tiny_model("vit"), "org/base", tmp_path / "adapter", **lora))
+    merger.push_to_hub("org/push-adapter", token=TOKEN)
+    assert not any(name.startswith("adapter") for name in head(hub.repos["org/push-adapter"]))
+    loaded = type(merger.model).from_pretrained("org/push-adapter").eval()
+    inputs = {key: value for key, value in tiny_data("vit", 4)[:].items() if key != "labels"}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, merger.model.eval()(**inputs).logits)
+
+
+def test_chat_templates_in_a_folder_arrive(hub: HubServer, tmp_path: Path) -> None:
+    merger = merger_of("gpt2", tmp_path / "gpt2")
+    templates = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    merger.processing_class.chat_template = dict(templates)
+    merger.push_to_hub("org/push-chat", token=TOKEN)
+    assert "additional_chat_templates/tool_use.jinja" in head(hub.repos["org/push-chat"])
+    assert GraspMerger.from_pretrained("org/push-chat").processing_class.chat_template == templates
+
+
+def test_a_temporary_directory_without_room(hub: HubServer, merger: GraspMerger) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))  # the record fits, the weights do not
+    try:
+        with pytest.raises(PushError, match="^'org/push-room': what is to be uploaded could not be .*TMPDIR"):
+            merger.push_to_hub("org/push-room", token=TOKEN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert head(hub.repos["org/push-room"]) == {}
+    merger.push_to_hub("org/push-room", token=TOKEN)
+
+
+def test_no_request_waits_for_ever(hub: HubServer, merger: GraspMerger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also not in the new session that the client makes after a connection was refused."""
+    found, upload, commit = [], HfApi.preupload_lfs_files, HfApi.create_commit
+
+    def refused(self: HfApi, *arguments: Any, **options: Any) -> None:
+        close_session()  # as the client does then
+        upload(self, *arguments, **options)
+
+    def committed(self: HfApi, *arguments: Any, **options: Any) -> Any:
+        found.append(get_session().timeout)
+        return commit(self, *arguments, **options)
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", refused)
+    monkeypatch.setattr(HfApi, "create_commit", committed)
+    merger.push_to_hub("org/push-limit", token=TOKEN)
+    assert found == [Timeout(push.TIMEOUT)] and get_session().timeout == Timeout(None)
 
 
 def test_versions_go_on_from_the_tags_that_are_there(hub: HubServer, merger: GraspMerger, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Models that bring Python code of their own: refused unless the user names them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,14 @@ def test_code_runs_where_its_model_is_named(own: list[str], tmp_path: Path) -> N
         str(tmp_path / "merged"), config=GraspConfig(trust_remote_code=[str(tmp_path / "merged")])
     )
     assert torch.equal(again.model.get_parameter("body.weight"), torch.full((4, 4), 1.5))
+    card = (tmp_path / "merged" / "README.md").read_text()
+    snippet = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[-1].replace(
+        '"merged"', repr(str(tmp_path / "merged"))
+    )
+    assert "trust_remote_code=True" in snippet
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    assert torch.equal(names["model"].get_parameter("body.weight"), torch.full((4, 4), 1.5))
 
 
 def test_one_trusted_source_does_not_make_another_one_trusted(own: list[str]) -> None:
