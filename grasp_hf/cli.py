@@ -50,6 +50,7 @@ EXAMPLES = {
     "demo": "example:\n  grasp-hf demo --output grasp-demo",
 }
 WITHOUT_OVERRIDES = ("demo", "push")
+SEVERAL = ("seeds", "sizes", "methods")  # options with several values
 EXIT_CODES = "exit codes: 0 done, 1 a source, the data or the configuration is not fit, 2 wrong usage, 130 interrupted"
 
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and (options.command in WITHOUT_OVERRIDES or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command not in WITHOUT_OVERRIDES:
-        options.overrides += rest
+        options.overrides += _taken_by_options(parser, options) + rest
         options.sources = [text for text in options.overrides if "=" not in text]
         options.overrides = [text for text in options.overrides if "=" in text]
         if options.command != "append" and (wrong := options.sources):
@@ -88,6 +89,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _taken_by_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
+    """Take each `key=value` out of the options of `SEVERAL`, to which argparse gives all that stands behind them."""
+    found = []
+    for name in SEVERAL:
+        values = getattr(options, name, None) or []
+        taken = [value for value in values if isinstance(value, str) and "=" in value]
+        if taken and len(taken) == len(values):
+            parser.error(f"argument --{name}: expected at least one value, got: {' '.join(taken)}")
+        if taken:
+            setattr(options, name, [value for value in values if value not in taken])
+        found += taken
+    return found
 
 
 def run() -> None:
@@ -171,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--output", required=True, type=Path, help="folder for the results; a stopped run goes on there"
     )
-    compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run each (default: 0 1 2)")
+    compare.add_argument("--seeds", nargs="+", type=_seed, default=[0, 1, 2], help="one run each (default: 0 1 2)")
     compare.add_argument("--sizes", nargs="+", type=_size, default=[None], help="numbers of labels, or all (default)")
     compare.add_argument("--methods", nargs="+", metavar="METHOD", help="only these rows, and ours")
     demo = command(
@@ -278,8 +293,12 @@ def _reproduce(options: argparse.Namespace) -> int:
     return int(bool(replay.differences))
 
 
-def _size(text: str) -> int | None:
-    return None if text == "all" else int(text)
+def _seed(text: str) -> int | str:
+    return text if "=" in text else int(text)
+
+
+def _size(text: str) -> int | str | None:
+    return None if text == "all" else _seed(text)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -35,6 +35,11 @@ def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], 
                 f"{len(shared)} samples of the split 'test' also stand in the split '{name}'; expected none: remove them, "
                 "or every method that learns the training set by heart looks good"
             )
+    if shared := found["train"] & found.get("validation", set()):
+        raise DataError(
+            f"{len(shared)} samples of the split 'validation' also stand in the split 'train'; expected none: remove them, "
+            "or they judge what they have taught"
+        )
     if data.validation is not None and len(data.validation) < LEAST_VALIDATION:
         raise DataError(
             f"the split 'validation' has {resolution(len(data.validation), LEAST_VALIDATION)}; without that split the "

@@ -327,13 +327,13 @@ def test_rows_stand_in_one_order_whenever_they_were_run() -> None:
     assert Comparison(one, {}).methods(65) == []
 
 
-def damaged(world: Path, to: Path, split: str, count: int = 1) -> Path:
-    """Return a copy of the images in which some test samples also stand in `split`."""
+def damaged(world: Path, to: Path, split: str, count: int = 1, of: str = "test") -> Path:
+    """Return a copy of the images in which some samples of another split also stand in `split`."""
     images = copied(str(world / "images"), to)
     for index in range(count):
         (images / split / "cat").mkdir(parents=True, exist_ok=True)
         copy = images / split / "cat" / f"copy-{index}.png"
-        copy.write_bytes((images / "test" / "dog" / f"{index}.png").read_bytes())
+        copy.write_bytes((images / of / "dog" / f"{index}.png").read_bytes())
     return images
 
 
@@ -347,6 +347,13 @@ def test_test_samples_among_the_labels_are_refused_whatever_their_label(
 ) -> None:
     recipe = with_images(world, tmp_path, damaged(world, tmp_path / "images", split, 2))
     with pytest.raises(DataError, match=f"^2 samples of the split 'test' also stand in the split '{split}'"):
+        compare(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_validation_samples_among_the_labels_are_refused(world: Path, tmp_path: Path) -> None:
+    recipe = with_images(world, tmp_path, damaged(world, tmp_path / "images", "validation", 3, of="train"))
+    with pytest.raises(DataError, match="^3 samples of the split 'validation' also stand in the split 'train'"):
         compare(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -564,6 +571,44 @@ def test_the_command_prints_the_table(world: Path, tmp_path: Path, capsys: pytes
     assert {result.size for result in comparison.results} == {6, TRAIN}
     assert str(comparison) in printed and str(tmp_path / "out") in printed
     assert (tmp_path / "out" / "comparison-6.png").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--seeds", "4", "5", "batch_size=2", "--sizes", "6", "all", "final_epochs=3", "--methods", "base"],
+        ["--methods", "base", "batch_size=2", "final_epochs=3", "--sizes", "6", "all", "--seeds", "4", "5"],
+        ["batch_size=2", "--methods", "base", "--seeds", "4", "5", "--sizes", "6", "all", "final_epochs=3"],
+    ],
+)
+def test_overrides_may_stand_behind_an_option_with_several_values(
+    options: list[str], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, Any] = {}
+
+    def noting(recipe: Recipe, output: Path, **arguments: Any) -> Comparison:
+        found.update(arguments, batch_size=recipe.config.batch_size, final_epochs=recipe.config.final_epochs)
+        return Comparison([], {})
+
+    monkeypatch.setattr(module, "compare", noting)
+    assert main(["compare", str(world / "recipe.yaml"), "--output", str(tmp_path / "out"), *options]) == 0
+    expected = {"seeds": [4, 5], "sizes": [6, None], "methods": ["base"]}
+    assert found == {**expected, "batch_size": 2, "final_epochs": 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "batch_size=2"], "argument --seeds: expected at least one value, got: batch_size=2"),
+        (["--seeds", "one"], "argument --seeds: invalid _seed value: 'one'"),
+    ],
+)
+def test_an_option_without_its_values_is_wrong_usage(
+    options: list[str], message: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["compare", str(world / "recipe.yaml"), "--output", str(tmp_path / "out"), *options])
+    assert message in capsys.readouterr().err
 
 
 def test_the_command_names_the_problems_of_all_sources_first(
