@@ -11,6 +11,7 @@ import yaml
 from . import hub
 from .checkpoint import file_tensors
 from .config import Recipe, override_
+from .digests import described
 from .errors import ConfigError
 from .prepare import prepare
 from .report import MergeReport
@@ -94,11 +95,14 @@ def reproduce(merged: str, overrides: Sequence[str] = (), *, token: str | None =
             f"'{merged}' cannot be reproduced: it was appended to a merge that is not there any more: "
             f"'{recipe.base_model}' holds another one now"
         )
+    for split, dataset in {"train": data.train, "eval": data.validation}.items():
+        recorded, found = record.data.get(split) or {}, described(dataset) or {}
+        if other := {key: value for key, value in found.items() if value != recorded.get(key, value)}:
+            raise ConfigError(
+                f"'{merged}' cannot be reproduced: the {split} data is not the recorded one: got {other}, expected "
+                f"{recorded}; name the same data with data.path=... or data.data_dir=..."
+            )
     merger.merge(sources, token=token, **data.merge_arguments())
-    for split, recorded in record.data.items():
-        made = merger.report.data.get(split)
-        if recorded and (made or {}).get("samples") != recorded["samples"]:
-            raise ConfigError(f"the {split} data is not the recorded one: got {made}, expected {recorded}")
     published = file_tensors(located)
     return Replay(merger.report, _differences(merger.model, published), len(published))
 

@@ -25,6 +25,7 @@ from . import hub
 from .batches import Collator, batch_loss, check_dataset, keeping_model_columns
 from .card import declared_license
 from .config import GraspConfig
+from .digests import described
 from .errors import ConfigError, GraspError, IncompatibleSourceError, PushError, SourceNotFoundError
 from .evidence import Judgement
 from .gradients import checkpointing, preserved_state
@@ -144,6 +145,7 @@ class GraspMerger:
         self._unchanged: tuple[MergeReport, MergeReport] | None = (
             None  # a continued merge's record, and what it became
         )
+        self._descriptions: list[tuple[Any, dict[str, Any] | None]] = []  # of data sets, while scratch files are kept
         self._scratch: Scratch | None = None
         self._checked: Any = None  # the training data that made a finite loss
         if self._accelerator.num_processes > 1:
@@ -487,13 +489,21 @@ class GraspMerger:
                     report.after = after.evaluation()
                 report.seconds = time.perf_counter() - began
                 report.peak_memory = _peak_memory()
-                self.report.data = {"train": _described(train_dataset), "eval": _described(eval_dataset)}
+                self.report.data = {"train": self._described(train_dataset), "eval": self._described(eval_dataset)}
                 self._started = True
                 self.report.steps.append(report)
         except BaseException as error:
             error.add_note(f"while merging source '{located.ref}'")
             raise
         return report
+
+    def _described(self, dataset: Any) -> dict[str, Any] | None:
+        """Return what the record says of a data set; it is read once, and not again for every source."""
+        for known, description in self._descriptions:
+            if known is dataset:
+                return description
+        self._descriptions.append((dataset, described(dataset)))
+        return self._descriptions[-1][1]
 
     def _shares(self, units: Sequence[Unit]) -> dict[str, float]:
         """Return how much of a source an average of all sources so far takes, by unit."""
@@ -515,6 +525,7 @@ class GraspMerger:
                 yield
             finally:
                 self._scratch = None
+                self._descriptions.clear()
 
     @contextmanager
     def step(
@@ -646,9 +657,3 @@ def _peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _described(dataset: Any) -> dict[str, Any] | None:
-    if dataset is None:
-        return None
-    return {"samples": len(dataset), "fingerprint": getattr(dataset, "_fingerprint", None)}

@@ -301,7 +301,7 @@ class MergeReport:
         steps: One entry per source.
         config: The configuration of the merge.
         recipe: Task and data of the recipe, where one was used.
-        data: What the target data was: number of samples and fingerprint.
+        data: What the target data was: number of samples and a digest of their content.
         versions: Versions of the packages that did it.
         continues: The merge that this one was appended to, a Hub reference pinned to its commit or a folder.
         continued_steps: How many of the steps are its.

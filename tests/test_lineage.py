@@ -1,6 +1,7 @@
 """A merge that goes on after it was published: sources appended to it, and its record replayed."""
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageClassification
@@ -464,6 +466,12 @@ def test_data_that_is_not_the_recorded_one(world: Path, capsys: pytest.CaptureFi
     write_images(world / "fewer", {"train": 3, "validation": 2})
     assert main(["reproduce", "merged", "data.data_dir=fewer"]) == 1
     assert "the train data is not the recorded one: got {'samples': 9," in capsys.readouterr().err
+    shutil.copytree(world / "images", world / "altered")
+    altered = sorted((world / "altered").rglob("*.png"))
+    Image.open(altered[0]).transpose(Image.Transpose.ROTATE_90).save(altered[0])
+    assert main(["reproduce", "merged", "data.data_dir=altered"]) == 1
+    assert re.search(r"the \w+ data is not the recorded one: got {'digest': '\w+'}, expected", capsys.readouterr().err)
+    assert main(["reproduce", "merged"]) == 0
     write_images(world / "others", {"train": 4, "validation": 2}, labels=["axe", "bow", "cup"])
     assert main(["append", "merged", "org/line-2", "--output", "longer", "data.data_dir=others"]) == 1
     assert "error: the data has other labels than 'merged'; start a new merge from it" in capsys.readouterr().err

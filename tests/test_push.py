@@ -342,7 +342,7 @@ def test_earlier_weights_go_in_the_same_commit(hub: HubServer, merger: GraspMerg
 
 
 def test_a_merge_takes_the_place_of_an_adapter(hub: HubServer, merger: GraspMerger, tmp_path: Path) -> None:
-    lora = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}
+    lora: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}
     hub.add_repo("org/push-adapter", saved_adapter(tiny_model("vit"), "org/base", tmp_path / "adapter", **lora))
     merger.push_to_hub("org/push-adapter", token=TOKEN)
     assert not any(name.startswith("adapter") for name in head(hub.repos["org/push-adapter"]))
