@@ -231,6 +231,11 @@ class GraspConfig:
         """Whether the model is fine-tuned before the last source."""
         return self.trains(self.initial_epochs) or self.trains(self.finetune_epochs)
 
+    @property
+    def compares_alone(self) -> bool:
+        """Whether the fine-tuning at the end is also tried without any source, which needs the weights of the start."""
+        return self.gate and self.trains(self.final_epochs) and not self.finetunes_between
+
     def trains(self, epochs: float) -> bool:
         """Whether fine-tuning that is due for so many epochs does anything."""
         asked = self.training_arguments

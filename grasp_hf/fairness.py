@@ -1,13 +1,12 @@
 """What would make a comparison dishonest, and is refused before it begins."""
 
-import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 from . import hub
 from .adapters import load_adapter_config
 from .card import dataset_ids, trained_on_test
 from .config import Recipe
+from .digests import contents, digest
 from .errors import DataError
 from .evidence import LEAST_SAMPLES, resolution
 from .loading import adapter_labels, is_headless, load_config, saves_head
@@ -17,7 +16,6 @@ from .prepare import TaskData
 from .rows import label_names
 from .sources import Source
 
-MASKS = ("attention_mask", "token_type_ids")
 LEAST_VALIDATION = 50  # fewer than of the test split: it judges by the loss, in pairs of the same sample
 
 
@@ -72,21 +70,3 @@ def own_labels(source: Source, merger: GraspMerger) -> list[str] | None:
     if merger.base is None or not saves_head(load_adapter_config(source), merger.model):
         return None
     return adapter_labels(source, merger.base)
-
-
-def digest(hashes: set[str], dataset: Any) -> str:
-    """Return a hash of all samples, with `contents` as known, and of their labels in order."""
-    labels = dataset.with_format(None)["labels"][:] if "labels" in dataset.column_names else []
-    return hashlib.sha256(repr((sorted(hashes), list(labels))).encode()).hexdigest()[:16]
-
-
-def contents(dataset: Any) -> set[str]:
-    """Return a hash of what each sample holds beside its label."""
-    columns = [name for name in dataset.column_names if name not in ("label", "labels", *MASKS)]
-    found = set()
-    for row in dataset.with_format(None).select_columns(columns):
-        digest = hashlib.sha256()
-        for value in row.values():
-            digest.update(value.tobytes() if hasattr(value, "tobytes") else repr(value).encode())
-        found.add(digest.hexdigest())
-    return found

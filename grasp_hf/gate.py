@@ -48,6 +48,7 @@ def finetune_on_line_(
     labels: Any,
     held_out: Any,
     seed: int,
+    alone: Mapping[str, Tensor] | None = None,
 ) -> FinetuneReport:
     """Fine-tune, then go back on the line between the weights before and after (WiSE-FT, arXiv:2109.01903) if need be.
 
@@ -60,6 +61,10 @@ def finetune_on_line_(
     which the other half judges along its line, and the point that both together allow is taken on the line of a third
     training, on all labels. That is a cross-validation: the halves make as many steps as the training itself.
 
+    A merge may be the better model, and yet the worse one to start a training from. With `alone`, the weights without any
+    source, the same is done from there, and the model is that of the start whose point has the lower loss: a merge is
+    never worse on the samples that judge than fine-tuning alone. That costs as many trainings again to judge by.
+
     Args:
         tensors: The model's, changed in place.
         rooms: Room for two sets of them.
@@ -68,6 +73,7 @@ def finetune_on_line_(
         labels: Samples to train on.
         held_out: Samples to judge by; `None` judges by the labels.
         seed: Of the training, and of the halves.
+        alone: See above.
 
     Returns:
         The mean loss at each point, the point taken, and what judged.
@@ -75,32 +81,45 @@ def finetune_on_line_(
     before, after = rooms
     _store(before, tensors)
 
-    def trained_line(samples: Any, judges: Any, seed: int) -> list[Judgement]:
-        overwrite_(tensors, before)
+    def train_from(start: Mapping[str, Tensor], samples: Any, seed: int) -> None:
+        overwrite_(tensors, start)
         train(samples, seed)
         _store(after, tensors)
+
+    def trained_line(start: Mapping[str, Tensor], samples: Any, judges: Any, seed: int) -> list[Judgement]:
+        train_from(start, samples, seed)
         line = []
         for share in SHARES:
-            _go(tensors, before, after, share)
+            _go(tensors, start, after, share)
             line.append(judge(judges))
         return line
 
     if held_out is not None or len(labels) < 2:
         judged_by = "the label that it learned" if held_out is None else "evaluation data"
-        line = trained_line(labels, labels if held_out is None else held_out, seed)
-        share = _farthest(line)
+        parts = [(labels, labels if held_out is None else held_out)]
     else:
         judged_by = "two halves of the labels"
         one, other = (Subset(labels, half) for half in halves(range(len(labels)), seed))
-        lines = trained_line(one, other, seed), trained_line(other, one, seed + 1)
-        line = [joined(*pair) for pair in zip(*lines, strict=True)]
-        share = _farthest(line)
-        if share:
-            overwrite_(tensors, before)
-            train(labels, seed)
-            _store(after, tensors)
-    _go(tensors, before, after, share)
-    return FinetuneReport(share, {str(at): point.loss for at, point in zip(SHARES, line, strict=True)}, judged_by)
+        parts = [(one, other), (other, one)]
+
+    def line_from(start: Mapping[str, Tensor]) -> list[Judgement]:
+        lines = [trained_line(start, *part, seed + number) for number, part in enumerate(parts)]
+        return [joined(*points) for points in zip(*lines, strict=True)]
+
+    other_line = line_from(alone) if alone is not None else None
+    line = line_from(before)
+    share = _farthest(line)
+    report = FinetuneReport(share, {str(at): point.loss for at, point in zip(SHARES, line, strict=True)}, judged_by)
+    start, trained = before, len(parts) == 1
+    if alone is not None and other_line is not None:
+        at = _farthest(other_line)
+        report.alone = other_line[SHARES.index(at)].loss
+        if report.alone < line[SHARES.index(share)].loss:
+            report.without_sources, share, start, trained = True, at, alone, False
+    if share and not trained:
+        train_from(start, labels, seed)
+    _go(tensors, start, after, share)
+    return report
 
 
 def _farthest(line: Sequence[Judgement]) -> float:

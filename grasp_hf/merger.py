@@ -292,7 +292,7 @@ class GraspMerger:
         """
         if isinstance(sources, str):
             raise ConfigError(f"sources: got '{sources}', expected a list of references")
-        sources, config = [str(source) for source in sources], self.config
+        sources, config, earlier = [str(source) for source in sources], self.config, len(self.report.steps)
         arguments = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
         if eval_dataset is None and config.gate and sources and (self._learned or config.finetunes_between):
             logger.warning(
@@ -318,9 +318,14 @@ class GraspMerger:
                         raise type(error)(message) from error
                     logger.info("%d/%d %s", number, len(sources), merged.line())
             if sources and config.final_epochs and train_dataset is not None:
+                taken = [step for step in self.report.steps[earlier:] if step.moved]
                 with self.step(**arguments) as step:
-                    self.report.final = step.finetune(config.final_epochs, config.seed)
+                    alone = step.scratch.base if config.compares_alone and taken else None
+                    self.report.final = step.finetune(config.final_epochs, config.seed, alone=alone)
                     if self.report.final:
+                        if self.report.final.without_sources:
+                            for merged in taken:
+                                merged.undo("fine-tuning without any source is better")
                         if eval_dataset is not None:
                             self.report.final.after = step.judgement(eval_dataset).evaluation()
                         logger.info("at the end: %s", self.report.final.line())
@@ -519,7 +524,7 @@ class GraspMerger:
             return
         with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as directory:
             self._scratch = Scratch(directory, movable_tensors(self.model))
-            if self.config.learns:
+            if self.config.learns or self.config.compares_alone:
                 self._scratch.base.copy_(movable_tensors(self.model))
             try:
                 yield

@@ -198,7 +198,7 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     if config.needs_data:
         gradients = (config.method == "copy" or config.order == "rank") + config.accumulate_gradients
         line = 2 if config.gate and _trains(config) else 0  # from before a fine-tuning to after it
-        temporary = weights * (2 + gradients + line + config.learns)
+        temporary = weights * (2 + gradients + line + (config.learns or config.compares_alone))
     factor, how = _memory_factor(config)
     seconds = download / DOWNLOAD_RATE
     twice = f"; of that {_gigabytes(ordering)} to find the order, where sources are not kept" if ordering else ""

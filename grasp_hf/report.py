@@ -109,22 +109,34 @@ class FinetuneReport:
             other's model.
         judged_by: What these losses are of; empty where nothing judged, so that all of it was kept.
         after: Held-out loss (and accuracy) at the end; empty without evaluation data.
+        alone: Loss of the same without any source; `None` where that was not tried.
+        without_sources: Whether that was better, so that the model is that one; share and losses are of the merge then.
     """
 
     share: float = 1.0
     losses: dict[str, float] = field(default_factory=dict)
     judged_by: str = ""
     after: Evaluation = field(default_factory=dict)
+    alone: float | None = None
+    without_sources: bool = False
 
     def line(self) -> str:
         """Return one line of text for the terminal."""
         if not self.losses:
             return "fine-tuned"
+        if self.without_sources:
+            there = shown(self.losses[str(self.share)])
+            return (
+                f"fine-tuned without any source, and all sources taken back: loss {shown(self.alone)}, with them {there}, "
+                f"on {self.judged_by}"
+            )
         kept = f"kept {100 * self.share:.0f} % of the way" if self.share else "taken back whole"
         last = self.losses[max(self.losses, key=float)]
         return (
             f"fine-tuned, {kept}: loss {shown(self.losses['0.0'])} before, {shown(self.losses[str(self.share)])} "
             f"there, {shown(last)} at its end, on {self.judged_by}"
+            + f"; without any source {shown(self.alone)}"
+            * (self.alone is not None)
         )
 
 
@@ -208,6 +220,13 @@ class StepReport:
     after: Evaluation = field(default_factory=dict)
     seconds: float = 0.0
     peak_memory: int = 0
+
+    def undo(self, reason: str) -> None:
+        """Record that the transfer was taken back after all."""
+        self.accepted, self.reason = False, reason
+        for unit in self.units:
+            if unit.decision == "moved":
+                unit.decision = "undone"
 
     @property
     def name(self) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -249,8 +250,13 @@ class Step:
             mixed.undo()
         return option
 
-    def finetune(self, epochs: float, seed: int) -> FinetuneReport | None:
-        """Fine-tune the model, and keep as much of it as the gate says; `None` where there is nothing to do."""
+    def finetune(
+        self, epochs: float, seed: int, *, alone: Mapping[str, Tensor] | None = None
+    ) -> FinetuneReport | None:
+        """Fine-tune the model, and keep as much of it as the gate says; `None` where there is nothing to do.
+
+        `alone` are weights without any source, see `finetune_on_line_`.
+        """
         if self.train is None or not self.config.trains(epochs):
             return None
         from .finetune import finetune_  # its Trainer imports datasets, which a merge without data need not wait for
@@ -272,7 +278,7 @@ class Step:
             train(self.train, seed)
             return FinetuneReport()
         tensors, line = movable_tensors(self.model), self.scratch.line
-        return finetune_on_line_(tensors, line, train, self.judgement, self.train, self.held_out, seed)
+        return finetune_on_line_(tensors, line, train, self.judgement, self.train, self.held_out, seed, alone)
 
 
 class _Mixed:

@@ -72,7 +72,7 @@ def test_the_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "plan | rank | merge | append | reproduce | compare | demo"),
+        ([], "plan | rank | merge | append | push | reproduce | compare | demo"),
         (["merge"], "recipe"),
         (["merge", "recipe.yaml"], "--output"),
         (["blend", "recipe.yaml"], "invalid choice: 'blend'"),

@@ -21,6 +21,7 @@ from grasp_hf.report import ChangeReport, FinetuneReport, MergeReport, StepRepor
 from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 HELPS, NOISE = "lowers the loss", "within the noise: kept"
+ALONE = "fine-tuning without any source is better"
 HARMS, WORSE = "harms by more than its standard error", "worse than before the first source"
 Losses = Callable[[float, Sequence[float]], Sequence[float]]  # of a model with one weight, on samples
 
@@ -52,9 +53,12 @@ class Line:
         self.judged.append((float(self.tensors["w"]), [*samples]))
         return judgement(self.losses(float(self.tensors["w"]), [*samples]))
 
-    def finetune(self, labels: Sequence[float], held_out: Sequence[float] | None = None) -> FinetuneReport:
+    def finetune(
+        self, labels: Sequence[float], held_out: Sequence[float] | None = None, alone: float | None = None
+    ) -> FinetuneReport:
         """Go through the gate."""
-        return finetune_on_line_(self.tensors, self.rooms, self.train, self.judge, labels, held_out, 7)
+        other = None if alone is None else {"w": torch.tensor([alone]), "count": torch.tensor(0)}
+        return finetune_on_line_(self.tensors, self.rooms, self.train, self.judge, labels, held_out, 7, other)
 
     @property
     def weight(self) -> float:
@@ -211,6 +215,29 @@ def test_a_training_that_both_halves_speak_against_is_not_made() -> None:
     assert torch.equal(line.tensors["w"], torch.tensor([0.1])) and int(line.tensors["count"]) == 3
 
 
+@pytest.mark.parametrize("held_out", [None, [0.0] * 4])
+@pytest.mark.parametrize(("alone", "loss", "wins"), [(0.0, 0.0, True), (1.2, 0.04, False), (1.7, 0.09, False)])
+def test_the_better_start_of_a_training_is_taken(
+    alone: float, loss: float, wins: bool, held_out: list[float] | None
+) -> None:
+    """A training adds the mean of its samples, 4, and 4 is best: the merge comes to 4.2 on its line."""
+    line = Line(lambda weight, samples: [(weight - 4.0) ** 2] * len(samples), start=1.2)
+
+    def train(samples: Any, seed: int) -> None:
+        line.trained.append(([*samples], seed))
+        line.tensors["w"].add_(sum(samples) / len(samples))
+
+    line.train = train  # type: ignore[method-assign]
+    labels = [4.0, 4.0, 4.0, 4.0]
+    report = line.finetune(labels, held_out, alone)
+    assert (report.share, report.without_sources) == (0.75, wins)
+    assert (report.losses["0.75"], report.alone) == pytest.approx((0.04, loss), abs=1e-5)
+    assert line.weight == pytest.approx(4.0 if wins else 4.2)
+    both_by_halves = [(labels[:2], 7), (labels[:2], 8)] * 2 + [(labels, 7)]
+    assert line.trained == (both_by_halves if held_out is None else [(labels, 7)] * (3 if wins else 2))
+    assert ("all sources taken back: loss 0.000, with them 0.040" in report.line()) == wins
+
+
 def test_a_single_label_judges_what_it_taught_and_the_report_says_so() -> None:
     line = Line(lambda weight, samples: [(weight - 4) ** 2] * len(samples))
     report = line.finetune([4.0])
@@ -258,6 +285,44 @@ def test_where_no_source_helps_the_result_is_that_of_fine_tuning_alone(evaluates
         assert step.judged_by == (f"{labels} and evaluation data" if evaluates else labels)
         assert step.change.samples == (48 if evaluates else 24)
     assert f"0 of 2 sources merged; rejected: noise-1 ({HARMS}), noise-2 ({HARMS})" in report.conclusions()
+
+
+def dead(model: Any) -> Any:
+    """Change a ViT to one that knows the frequency of the classes, and can learn nothing else: it has no gradient."""
+    for name in ("vit.layernorm", "classifier"):
+        for parameter in model.get_submodule(name).parameters():
+            parameter.data.zero_()
+    return model
+
+
+@pytest.mark.parametrize("method", ["average", "blend"])
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_sources_that_only_make_a_worse_start_are_taken_back(method: Any, evaluates: bool, tmp_path: Path) -> None:
+    """The better model before the fine-tuning is the worse one after it."""
+    model = GraspMerger.from_pretrained(learned("vit", tmp_path / "expert")).model
+    for parameter in model.get_submodule("classifier").parameters():
+        parameter.data = parameter.data.roll(1, 0)  # sure of the wrong class, and soon put right
+    base = saved(model, tmp_path / "base")
+    source = saved(dead(model), tmp_path / "source")
+    config = GraspConfig(method=method, order="given", final_epochs=12, **LEARNING)
+    data = {"train_dataset": tiny_data("vit", 32, seed=1)}
+    data |= {"eval_dataset": tiny_data("vit", 24, seed=2)} if evaluates else {}
+    merger, alone = (GraspMerger.from_pretrained(base, config=config) for _ in range(2))
+    judges = tiny_data("vit", 24, seed=2)
+    found = alone.finetuned_alone(1, judges, **data)
+    report = merger.merge([source], **data)
+    (step,) = report.steps
+    assert step.after_transfer["loss"] < step.before["loss"], "it is better before the fine-tuning"
+    assert report.final is not None and report.final.without_sources and report.final.alone is not None
+    assert torch.equal(merger.judge(judges).losses, found.losses), "and fine-tuning alone is better in the end"
+    assert report.final.alone < report.final.losses[str(report.final.share)]
+    assert (step.decision, step.reason, step.moved) == ("rejected", ALONE, 0)
+    assert {unit.decision for unit in step.units} <= {"undone", "kept", "undefined"}
+    assert f"0 of 1 sources merged; rejected: source ({ALONE})" in report.conclusions()
+    report.to_json(tmp_path / "report.json")
+    assert MergeReport.from_json(tmp_path / "report.json") == report
+    if evaluates:
+        assert report.final.alone == pytest.approx(found.loss) and report.final.after["loss"] == found.loss
 
 
 def test_a_regression_is_judged_too(tmp_path: Path) -> None:
