@@ -19,6 +19,7 @@ from .checkpoint import runtime_tensors
 from .config import GraspConfig, Recipe
 from .errors import GraspError
 from .headers import header_tensors
+from .licenses import strictest
 from .loading import (
     Read,
     adapter_labels,
@@ -163,6 +164,10 @@ def _find(planned: PlannedSource, token: str | None, trusted: Collection[str]) -
         if headers is not None:
             planned.dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in headers.values()})
             planned.parameters = sum(tensor.numel() for tensor in headers.values())
+        else:
+            planned.notes.append(
+                "its weights are pickled: weights_only=True reads them, and only then are shapes known"
+            )
         return _Found(source, listing, headers)
     except GraspError as error:
         planned.problems.append(str(error))
@@ -178,9 +183,17 @@ def plan_table(rows: list[PlannedSource], recipe: Recipe | None = None) -> str:
         cost_lines(rows, recipe.config) if recipe and rows[0].kind else [],
         [line for row in rows for line in row.partition],
         [f"- {row.reference}: {note}" for row in rows for note in row.notes],
+        licence_lines(rows),
         problem_list(rows),
     ]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
+
+
+def licence_lines(rows: list[PlannedSource]) -> list[str]:
+    """Return the licence that a merge of what is on the Hub would declare, and what its maker should know."""
+    licenses = {row.reference: row.license for row in rows if row.sha}
+    declared, warnings = strictest(licenses) if licenses else (None, [])
+    return [*([f"licence of the merge: {declared}"] if declared else []), *(f"- {warning}" for warning in warnings)]
 
 
 def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:

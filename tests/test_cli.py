@@ -253,7 +253,8 @@ def test_the_memory_of_a_plan_counts_all_fine_tuning(epochs: str, expected: str)
     ("config", "copies"),
     [
         ({}, 5),
-        ({"method": "average"}, 4),
+        ({"method": "average"}, 5),
+        ({"method": "average", "finetune_epochs": 1}, 4),
         ({"gate": False}, 3),
         ({"final_epochs": 0}, 3),
         ({"order": "rank"}, 6),

@@ -26,8 +26,8 @@ from grasp_hf.cli import main
 from grasp_hf.compare import OURS, Comparison, Result, compare, interval
 from grasp_hf.config import Recipe
 from grasp_hf.contenders import METHODS, Arena, Method
-from grasp_hf.errors import ConfigError, DataError
 from grasp_hf.digests import contents
+from grasp_hf.errors import ConfigError, DataError
 from grasp_hf.matching import movable_tensors
 from tests.models import (
     copied,

@@ -15,8 +15,9 @@ from transformers import AutoModelForImageClassification, AutoTokenizer
 from grasp_hf import GraspConfig, GraspMerger, Recipe
 from grasp_hf.errors import DownloadError, GraspError, IncompatibleSourceError, SourceNotFoundError
 from grasp_hf.hub import locate, look_up
+from grasp_hf.licenses import strictest
 from grasp_hf.matching import movable_tensors
-from grasp_hf.plan import plan
+from grasp_hf.plan import plan, plan_table
 from tests.hub_server import HubServer
 from tests.models import MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
 
@@ -212,6 +213,26 @@ def test_the_hub_out_of_reach(hub: HubServer, shas: dict[str, str], cache: Path)
         assert look_up("org/hub-fine")[0].sha == shas["v2"]
     finally:
         hub.failures.clear()
+
+
+def test_a_plan_tells_the_licence_of_the_merge_and_what_is_pickled(
+    hub: HubServer, cache: Path, tmp_path: Path
+) -> None:
+    for name, licence in {"free": "mit", "shared": "cc-by-sa-4.0", "pickled": "cc-by-nc-4.0"}.items():
+        folder = Path(saved(perturbed(tiny_model("vit"), seed=20), tmp_path / name))
+        (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+        if name == "pickled":
+            torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+            (folder / "model.safetensors").unlink()
+        hub.add_repo(f"org/plan-{name}", folder)
+    recipe = Recipe(sources=["org/plan-shared", "org/plan-pickled"], base_model="org/plan-free", config=COPY_ALL)
+    rows = plan(recipe)
+    text = plan_table(rows, recipe)
+    declared, warnings = strictest({row.reference: row.license for row in rows})
+    assert declared == "other" and any("org/plan-shared" in text and "org/plan-pickled" in text for text in warnings)
+    assert f"\nlicence of the merge: other\n- {warnings[0]}" in text
+    assert "- org/plan-pickled: its weights are pickled: weights_only=True reads them" in text
+    assert text.count("pickled: weights_only") == 1
 
 
 def test_without_a_network_the_cache_serves(
