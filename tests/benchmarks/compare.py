@@ -143,15 +143,16 @@ def table(benchmark: str, targets: Collection[str]) -> str:
             runs = comparison.runs(method, 0)
             count = len(comparison.runs(OURS, 0))
             column = f"{labels} labels ({count} run{'s' * (count != 1)})"
-            row[column] = f"{fmean(runs.values()):.3f}" if runs else "–"
-            if runs and method != OURS:
+            everywhere = len(runs) == count  # means over other runs than ours cannot be compared
+            row[column] = f"{fmean(runs.values()):.3f}" if everywhere else "–"
+            if everywhere and method != OURS:
                 row[column] += f" ({interval(comparison.differences(method, 0), signed=True)})"
         rows.append(row)
     return markdown_table(rows)
 
 
 def ranked(found: list[Comparison]) -> dict[str, tuple[float, list[float]]]:
-    """Return the mean rank of each method over all runs, and by how much it is better than ours in each."""
+    """Return the mean rank of each method that all runs have, and by how much it is better than ours in each."""
     ranks: dict[str, list[float]] = {}
     differences: dict[str, list[float]] = {}
     for comparison in found:
@@ -163,7 +164,10 @@ def ranked(found: list[Comparison]) -> dict[str, tuple[float, list[float]]]:
             sign = -1 if comparison.measure == "accuracy" else 1
             for method, rank in zip(reached, rankdata([sign * value for value in reached.values()]), strict=True):
                 ranks.setdefault(method, []).append(float(rank))
-    return {method: (fmean(values), differences[method]) for method, values in ranks.items()}
+    everywhere = len(ranks.get(OURS, ()))
+    return {
+        method: (fmean(values), differences[method]) for method, values in ranks.items() if len(values) == everywhere
+    }
 
 
 def overall(targets: dict[str, Collection[str]]) -> str:
