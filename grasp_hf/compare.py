@@ -174,9 +174,9 @@ def compare(
 
     For each seed the labels are drawn from the training split anew and the sources are put in another order. What a method
     chooses, it chooses by these labels; the test split is looked at once the method is done. Every result is fine-tuned
-    in the same number of steps; what a method spends to choose comes on top: learned mixtures take as many steps again,
-    and so does the gate, whose two halves of the labels train a model each, in ours also without any source. A run that was stopped goes on where it
-    was: what `output` holds already is not run again.
+    in the same number of steps; what a method spends to choose comes on top: learned mixtures take as many steps
+    again, and so does the gate, whose two halves of the labels train a model each, in ours also without any source. A
+    run that was stopped goes on where it was: what `output` holds already is not run again.
 
     Args:
         recipe: Base model, sources, data with a split `test`, and the fine-tuning that each method may spend.
