@@ -238,8 +238,10 @@ class GraspMerger:
         self._original_base = (record.base_reference, token)
         self._started = self._learned = True
         self._unchanged = record, deepcopy(self.report)
-        if merged.sha:
-            self._published = merged.ref.name, merged.sha
+        # A folder may hold what was appended to a published version, and could not be pushed.
+        name, _, sha = ((self.report if merged.sha else record).continues or "").rpartition("@")
+        if name:
+            self._published = name, sha
 
     @property
     def _record(self) -> MergeReport:

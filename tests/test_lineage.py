@@ -355,6 +355,9 @@ def test_an_append_to_a_version_that_is_not_the_last_overwrites_nothing(hub: Hub
     ours.merge(["org/line-3"])
     with pytest.raises(PushError, match=f"^'org/line-both' has a newer version (?s:.)*got {head}; append to the new"):
         ours.push_to_hub("org/line-both", token=TOKEN)
+    ours.save_pretrained(tmp_path / "kept")
+    with pytest.raises(PushError, match="^'org/line-both' has a newer version "):
+        GraspMerger.from_pretrained(str(tmp_path / "kept")).push_to_hub("org/line-both", token=TOKEN)
     assert repo.resolve("main") == head and not [path for method, path in hub.requests[since:] if method == "PUT"]
     assert repo.tags.keys() == {"v1", "v2"}
     ours.push_to_hub("org/line-both", token=TOKEN, create_pr=True)
