@@ -153,21 +153,23 @@ def table(benchmark: str, targets: Collection[str]) -> str:
 
 def ranked(found: list[Comparison]) -> dict[str, tuple[float, list[float]]]:
     """Return the mean rank of each method that all runs have, and by how much it is better than ours in each."""
+    ran = [
+        {method for method in one.methods(0) if one.runs(method, 0).keys() == one.runs(OURS, 0).keys()}
+        for one in found
+    ]
+    everywhere = set.intersection(*ran) if ran else set()
     ranks: dict[str, list[float]] = {}
     differences: dict[str, list[float]] = {}
     for comparison in found:
-        methods = [method for method in comparison.methods(0) if comparison.runs(method, 0)]
+        methods = [method for method in comparison.methods(0) if method in everywhere]
         for method in methods:
             differences.setdefault(method, []).extend(comparison.differences(method, 0))
         for run in comparison.runs(OURS, 0):
-            reached = {m: comparison.runs(m, 0)[run] for m in methods if run in comparison.runs(m, 0)}
+            reached = {method: comparison.runs(method, 0)[run] for method in methods}
             sign = -1 if comparison.measure == "accuracy" else 1
             for method, rank in zip(reached, rankdata([sign * value for value in reached.values()]), strict=True):
                 ranks.setdefault(method, []).append(float(rank))
-    everywhere = len(ranks.get(OURS, ()))
-    return {
-        method: (fmean(values), differences[method]) for method, values in ranks.items() if len(values) == everywhere
-    }
+    return {method: (fmean(values), differences[method]) for method, values in ranks.items()}
 
 
 def overall(targets: dict[str, Collection[str]]) -> str:
