@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import _http, get_session
 from huggingface_hub.utils import tqdm as hub_tqdm
 
@@ -107,6 +108,11 @@ class Listing:
     def folder(self) -> str:
         """The reference's folder in the repository, with a slash at its end; empty for the root."""
         return f"{self.ref.subfolder}/" if self.ref.subfolder else ""
+
+    @property
+    def cache_name(self) -> str:
+        """The repository's folder in a cache of the client."""
+        return repo_folder_name(repo_id=self.repo_id, repo_type="model")
 
     @property
     def names(self) -> list[str]:
@@ -265,7 +271,7 @@ def fetch(
 
 def _remove_partial(listing: Listing, path: str) -> None:
     """Remove from the user's cache what a killed download of this file has left; one that is going on holds its lock."""
-    name, file = f"models--{listing.repo_id.replace('/', '--')}", listing.files[path]
+    name, file = listing.cache_name, listing.files[path]
     etag = file.sha256 or file.git_sha1
     partial = [*Path(constants.HF_HUB_CACHE, name, "blobs").glob(f"{etag}.*incomplete")]
     if not partial:
@@ -298,14 +304,14 @@ def _remember(listing: Listing) -> None:
     """Note in the user's cache what the revision named, as every download by its name does; needed without a network."""
     revision = listing.ref.revision or "main"
     if revision != listing.sha:
-        refs = Path(constants.HF_HUB_CACHE, f"models--{listing.repo_id.replace('/', '--')}", "refs")
+        refs = Path(constants.HF_HUB_CACHE, listing.cache_name, "refs")
         (refs / revision).parent.mkdir(parents=True, exist_ok=True)
         (refs / revision).write_text(listing.sha)
 
 
 def _linked(found: Path, listing: Listing, path: str, cache_dir: Path) -> Path:
     """Put a file of another cache into the snapshot of `cache_dir`."""
-    folder = cache_dir / f"models--{listing.repo_id.replace('/', '--')}" / "snapshots" / listing.sha
+    folder = cache_dir / listing.cache_name / "snapshots" / listing.sha
     link = folder / path
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(found.resolve())
