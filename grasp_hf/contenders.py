@@ -238,6 +238,11 @@ def mixture(arena: Arena, per_layer: bool) -> None:
     rival(arena, mixture_, per_layer=per_layer, steps=steps, lr=max(1e-2, 1 / steps))
 
 
+def pearl(arena: Arena) -> None:
+    """Train PEARL's adapters for its three epochs each, or for as many as fine-tuning has where those are fewer."""
+    rival(arena, pearl_, epochs=min(3, arena.epochs))
+
+
 def ensemble(arena: Arena) -> Evaluation:
     """Return the scores of the mean of all sources' probabilities."""
     with arena.trial() as trial:
@@ -302,7 +307,7 @@ METHODS = {
     "loop-all": Method("published loop, everything copied", "control", partial(published, threshold=-1.0), "1", False),
     "ensemble": Method("ensemble of all", "existing", ensemble, "1; K to use", False),
     "fusion": Method("Multi-Source fusion", "existing", fusion, "4 K; K to use", False),
-    "pearl": _rival("PEARL, with gradients", pearl_),
+    "pearl": Method("PEARL, with gradients", "existing", pearl),
     "greedy-soup": _rival("greedy soup", greedy_soup_),
     "task-arithmetic": _rival("task arithmetic", task_arithmetic_),
     "ties": _rival("TIES", ties_),

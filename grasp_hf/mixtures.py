@@ -51,7 +51,7 @@ def pearl_(
     trial: Trial,
     *,
     rank: int = 16,
-    epochs: int = 3,
+    epochs: float = 3,
     learning_rate: float = 1e-3,
     mixing_epochs: int = 3,
     mixing_lr: float = 0.01,
