@@ -36,7 +36,9 @@ EPOCHS: dict[str, dict[int | None, float]] = {
     "emoji": {64: 8, 256: 6, None: 2},
     "sotu": {64: 8, 256: 6, None: 2},
 }
-FEWER = {("sentiment", "movie", None): 0.25}  # as many steps as the other targets, of whose labels it has four times as many
+FEWER: dict[tuple[str, str, int | None], float] = {
+    ("sentiment", "movie", None): 0.25,  # of four times as many labels as the other targets have
+}
 TARGETS = {
     "sentiment": ("nyt", "amazonHL", "movie"),
     "emoji": ("noto", "fluent-emoji-flat", "openmoji"),
