@@ -1,10 +1,15 @@
 """Merge many fine-tuned models into one, one at a time, guided by gradients of your own data."""
 
+from typing import TYPE_CHECKING, Any
+
 from .config import GraspConfig, Recipe
 from .errors import GraspError, IncompatibleSourceError
 from .measure import gradient_alignment
 from .merger import GraspMerger, merge_pretrained
 from .report import MergeReport, StepReport
+
+if TYPE_CHECKING:
+    from .comparison import compare
 
 __version__ = "0.1.0"
 
@@ -16,6 +21,16 @@ __all__ = [
     "MergeReport",
     "Recipe",
     "StepReport",
+    "compare",
     "gradient_alignment",
     "merge_pretrained",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `compare` where it is used: with it comes datasets, which not everyone needs to wait for."""
+    if name == "compare":
+        from .comparison import compare
+
+        return compare
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

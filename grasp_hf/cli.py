@@ -302,7 +302,7 @@ def _size(text: str) -> int | str | None:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from .compare import compare  # with datasets, which not every command needs
+    from .comparison import compare  # with datasets, which not every command needs
 
     recipe = Recipe.from_yaml(options.recipe, options.overrides)
     if problems := problem_list(plan(recipe)):

@@ -1,10 +1,13 @@
 """What would make a comparison dishonest, and is refused before it begins."""
 
 from collections.abc import Sequence
+from pathlib import Path
+
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FILE_BUILDERS
 
 from . import hub
 from .adapters import load_adapter_config
-from .card import dataset_ids, trained_on_test
+from .card import trained_on_test
 from .config import Recipe
 from .digests import contents, digest
 from .errors import DataError
@@ -43,6 +46,7 @@ def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], 
             f"the split 'validation' has {resolution(len(data.validation), LEAST_VALIDATION)}; without that split the "
             "labels judge"
         )
+    dataset = hub_dataset(recipe)
     for source in sources:
         located, _ = hub.look_up(source, trusted=recipe.config.trust_remote_code)
         labels, expected = own_labels(located, merger), label_names(merger.model.config)
@@ -52,12 +56,20 @@ def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], 
                 f"{shortened(expected, 12)}; give its config.json the names that its classes have in the data "
                 "(`id2label`), or leave it out: a merge takes what fits, but a model is not judged by labels it never saw"
             )
-        if any(sentence := trained_on_test(located.folder, name) for name in dataset_ids(merger.report)):
+        if dataset and (sentence := trained_on_test(located.folder, dataset)):
             raise DataError(
                 f"source '{source}' was trained on the test split, says its card (\"{sentence}\"); leave it out of a "
                 "comparison on that split"
             )
     return {name: digest(hashes, splits[name]) for name, hashes in found.items()}
+
+
+def hub_dataset(recipe: Recipe) -> str | None:
+    """Return the name of the recipe's data set on the Hub, as cards call it; `None` for files and folders."""
+    path = recipe.data.get("path")
+    if not isinstance(path, str) or path in FILE_BUILDERS or Path(recipe.locate(path)).exists():
+        return None
+    return path
 
 
 def own_labels(source: Source, merger: GraspMerger) -> list[str] | None:

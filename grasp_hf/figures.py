@@ -84,6 +84,9 @@ def alignment_figure(report: MergeReport) -> "Figure | None":
 def progress_figure(report: MergeReport) -> "Figure | None":
     """Draw the loss on the judges from source to source: before the transfer, after it, and at the end of the step.
 
+    Behind them stands the loss that the model has after the last fine-tuning, and as a line that of fine-tuning alone,
+    where these were judged. The names say by what, for it may be other samples.
+
     Returns:
         The figure; `None` where no loss was measured along the way.
     """
@@ -101,19 +104,14 @@ def progress_figure(report: MergeReport) -> "Figure | None":
     axes = figure.add_subplot()
     _draw_path(axes, report.steps, losses, start)
     _draw_losses(axes, report.steps, losses, start)
-    if report.control and report.control.judged_by == "evaluation data":
-        label = "fine-tuning alone"
-        axes.axhline(report.control.alone["loss"], color=GREEN, linestyle="--", linewidth=1, label=label)
-    if report.final and report.final.after:
-        axes.scatter(
-            [len(losses) + 0.5], [report.final.after["loss"]], marker="*", color=GREEN, s=90, label="at the end"
-        )
-    seen = [loss for row in [*losses, [start]] for loss in row if math.isfinite(loss)]
+    judged = next((step.judged_by for step in report.steps if step.judged_by), "what judges")
+    ends = _draw_end(axes, report, len(losses) + 0.5, judged)
+    seen = [loss for row in [*losses, [start, *ends]] for loss in row if math.isfinite(loss)]
     if min(seen) > 0 and max(seen) > 20 * min(seen):
         axes.set_yscale("log")
     axes.set_title("Loss along the merge")
     axes.set_xlabel("source, in order of merging")
-    axes.set_ylabel("mean loss on what judges")
+    axes.set_ylabel(f"mean loss on {judged}")
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     axes.set_xlim(-0.6, len(losses) + 0.6)
@@ -291,6 +289,24 @@ def _draw_losses(axes: "Axes", steps: Sequence[StepReport], losses: Sequence[Seq
         if known:
             places, values = zip(*known, strict=True)
             axes.scatter(places, values, marker=marker, color=colour, s=34, label=label, zorder=2)
+
+
+def _draw_end(axes: "Axes", report: MergeReport, place: float, judged: str) -> list[float]:
+    """Mark the loss after the last fine-tuning, and draw that of fine-tuning alone as a line; return both, if known."""
+    final, control = report.final, report.control
+    ends: dict[str, float] = {}
+    if final and final.loss is not None:
+        on = "" if final.judged_by == judged else f", on {final.judged_by}"
+        axes.scatter([place], [final.loss], marker="*", color=GREEN, s=90, label=f"at the end{on}", zorder=2)
+        ends["end"] = final.loss
+        if final.alone is not None:
+            ends["alone"] = final.alone
+    if "alone" not in ends and control and control.judged_by == judged:
+        on, ends["alone"] = "", control.alone["loss"]
+    if "alone" in ends:
+        label = f"fine-tuning alone{on}"
+        axes.axhline(ends["alone"], color=GREEN, linestyle="--", linewidth=1, label=label)
+    return list(ends.values())
 
 
 def _label(axes: "Axes", axis: str, labels: Sequence[str], *, most: int, rotation: int = 0) -> None:

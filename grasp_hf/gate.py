@@ -76,7 +76,7 @@ def finetune_on_line_(
         alone: See above.
 
     Returns:
-        The mean loss at each point, the point taken, and what judged.
+        The mean loss at each point, the point taken, what judged, and how much better that is than the start alone.
     """
     before, after = rooms
     _store(before, tensors)
@@ -113,8 +113,9 @@ def finetune_on_line_(
     start, trained = before, len(parts) == 1
     if alone is not None and other_line is not None:
         at = _farthest(other_line)
-        report.alone = other_line[SHARES.index(at)].loss
-        if report.alone < line[SHARES.index(share)].loss:
+        without, merged = other_line[SHARES.index(at)], line[SHARES.index(share)]
+        report.alone, report.gain = without.loss, change(without, merged, calibrated=False).report()
+        if without.loss < merged.loss:
             report.without_sources, share, start, trained = True, at, alone, False
     if share and not trained:
         train_from(start, labels, seed)

@@ -75,10 +75,11 @@ def unit_reports(
 
 @dataclass
 class ChangeReport:
-    """How a transfer changed the loss on the samples that judge it, after the logits were scaled to fit them best.
+    """How the loss changed on the samples that judge: by a transfer, or from fine-tuning alone to a merge.
 
     Attributes:
-        loss: Difference of the mean; below 0 is better.
+        loss: Difference of the mean; below 0 is better. Calibrated, that is after the logits of either model were scaled
+            to fit the samples best, but in `FinetuneReport.gain`.
         half_interval: Half of its 95 % interval, over samples; `None` for a single one.
         samples: How many judged.
         samples_to_see: How many would tell a change of this size from none.
@@ -110,7 +111,8 @@ class FinetuneReport:
         judged_by: What these losses are of; empty where nothing judged, so that all of it was kept.
         after: Held-out loss (and accuracy) at the end; empty without evaluation data.
         alone: Loss of the same without any source; `None` where that was not tried.
-        without_sources: Whether that was better, so that the model is that one; share and losses are of the merge then.
+        gain: From that to the merge, sample by sample, not calibrated: where the change is below 0, the sources helped.
+        without_sources: Whether they did not, so that the model is that one; share and losses are of the merge then.
     """
 
     share: float = 1.0
@@ -118,25 +120,34 @@ class FinetuneReport:
     judged_by: str = ""
     after: Evaluation = field(default_factory=dict)
     alone: float | None = None
+    gain: ChangeReport | None = None
     without_sources: bool = False
+
+    @property
+    def loss(self) -> float | None:
+        """The loss of the model that was kept, of those that `judged_by` names; `None` where nothing judged."""
+        return self.alone if self.without_sources else self.losses.get(str(self.share))
 
     def line(self) -> str:
         """Return one line of text for the terminal."""
         if not self.losses:
             return "fine-tuned"
         if self.without_sources:
-            there = shown(self.losses[str(self.share)])
-            return (
-                f"fine-tuned without any source, and all sources taken back: loss {shown(self.alone)}, with them {there}, "
-                f"on {self.judged_by}"
-            )
+            return f"fine-tuned without any source, and all sources taken back{self._against_alone()}"
         kept = f"kept {100 * self.share:.0f} % of the way" if self.share else "taken back whole"
         last = self.losses[max(self.losses, key=float)]
         return (
             f"fine-tuned, {kept}: loss {shown(self.losses['0.0'])} before, {shown(self.losses[str(self.share)])} "
-            f"there, {shown(last)} at its end, on {self.judged_by}"
-            + f"; without any source {shown(self.alone)}"
-            * (self.alone is not None)
+            f"there, {shown(last)} at its end, on {self.judged_by}{self._against_alone()}"
+        )
+
+    def _against_alone(self) -> str:
+        """Say what the sources are worth to the fine-tuning, where that was tried."""
+        if self.gain is None:
+            return ""
+        return (
+            f"; fine-tuning alone against the merge, on {self.gain.samples} samples of {self.judged_by}: loss "
+            f"{shown(self.alone)} -> {shown(self.losses[str(self.share)])} ({self.gain}{self.gain.doubt})"
         )
 
 
@@ -422,7 +433,7 @@ class MergeReport:
             return cls(
                 **values,
                 steps=steps,
-                final=final and FinetuneReport(**final),
+                final=_read_finetuned(final),
                 control=control and ControlReport(**{**control, "change": ChangeReport(**control["change"])}),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -431,15 +442,22 @@ class MergeReport:
 
 def _read_step(values: dict[str, Any]) -> StepReport:
     """Return a step from what `asdict` made of it; records of earlier versions lack some of it."""
-    change, finetuned = values.get("change"), values.get("finetuned")
+    change = values.get("change")
     return StepReport(
         **{
             **values,
             "units": [UnitReport(**unit) for unit in values["units"]],
             "change": change and ChangeReport(**change),
-            "finetuned": finetuned and FinetuneReport(**finetuned),
+            "finetuned": _read_finetuned(values.get("finetuned")),
         }
     )
+
+
+def _read_finetuned(values: dict[str, Any] | None) -> FinetuneReport | None:
+    if values is None:
+        return None
+    gain = values.get("gain")
+    return FinetuneReport(**{**values, "gain": gain and ChangeReport(**gain)})
 
 
 def _pinned(name: str, sha: str | None) -> str:

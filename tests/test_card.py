@@ -20,7 +20,7 @@ from grasp_hf.card import (
 )
 from grasp_hf.figures import alignment_figure, progress_figure, save_figures
 from grasp_hf.licenses import LICENSES, SUCCESSORS, Strictness, strictest
-from grasp_hf.report import MergeReport, StepReport, unit_reports
+from grasp_hf.report import ChangeReport, ControlReport, FinetuneReport, MergeReport, StepReport, unit_reports
 from grasp_hf.transfer import Mix
 
 from .models import LABELS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
@@ -326,6 +326,36 @@ def test_the_progress_shows_what_was_rejected() -> None:
     assert figure.axes[0].get_yscale() == "linear"
     wide = progress_figure(report_of(step(losses=(90.0, 5.0, 1.0))))
     assert wide is not None and wide.axes[0].get_yscale() == "log"
+
+
+@pytest.mark.parametrize(
+    ("judged_by", "without_sources", "star", "names"),
+    [
+        ("evaluation data", False, 0.3, ["at the end", "fine-tuning alone"]),
+        ("evaluation data", True, 0.35, ["at the end", "fine-tuning alone"]),
+        ("labels", False, 0.3, ["at the end, on labels", "fine-tuning alone, on labels"]),
+    ],
+)
+def test_the_progress_ends_with_the_fine_tuning_and_its_control(
+    judged_by: str, without_sources: bool, star: float, names: list[str]
+) -> None:
+    losses = {"0.0": 0.6, "0.5": 0.3, "1.0": 0.4}
+    final = FinetuneReport(0.5, losses, judged_by, alone=0.35, without_sources=without_sources)
+    figure: Any = progress_figure(report_of(step(), start={"loss": 1.0}, final=final))
+    (axes,) = figure.axes
+    assert axes.get_ylabel() == "mean loss on evaluation data"
+    shown = {dots.get_label(): dots.get_offsets().tolist() for dots in axes.collections}
+    assert shown[names[0]] == [[1.5, star]]
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert lines[names[1]] == [0.35, 0.35]
+
+
+def test_the_progress_draws_a_control_that_was_asked_for_where_the_same_samples_judge() -> None:
+    change = ChangeReport(-0.1, 0.05, 24, None)
+    for judged_by, drawn in {"evaluation data": True, "test data": False}.items():
+        control = ControlReport(judged_by, {"loss": 0.7}, {"loss": 0.6}, change)
+        figure: Any = progress_figure(report_of(step(), final=FinetuneReport(), control=control))
+        assert ("fine-tuning alone" in {line.get_label() for line in figure.axes[0].lines}) == drawn
 
 
 def test_forty_sources_with_long_names_have_labels_that_do_not_overlap() -> None:

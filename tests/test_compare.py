@@ -20,10 +20,10 @@ from PIL import Image
 from scipy.stats import ttest_1samp
 from transformers import Trainer
 
-from grasp_hf import compare as module
+from grasp_hf import comparison as module
 from grasp_hf import fairness
 from grasp_hf.cli import main
-from grasp_hf.compare import OURS, Comparison, Result, compare, interval
+from grasp_hf.comparison import OURS, Comparison, Result, compare, interval
 from grasp_hf.config import Recipe
 from grasp_hf.contenders import METHODS, Arena, Method
 from grasp_hf.digests import contents
@@ -402,11 +402,27 @@ def test_a_split_that_is_not_there_is_refused(world: Path, tmp_path: Path) -> No
 def test_a_source_that_was_trained_on_the_test_split_is_refused(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fairness, "dataset_ids", lambda report: ["org/animals"])
+    monkeypatch.setattr(fairness, "hub_dataset", lambda recipe: "org/animals")
     source = copied(str(world / "fine"), tmp_path / "fine")
     (source / "README.md").write_text("A model.\n\nIt was trained on the test split of org/animals.\n")
     with pytest.raises(DataError, match=r"fine' was trained on the test split, says its card \(\"It was trained on"):
         compare(write_recipe(world, tmp_path, sources=[str(source)]), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("org/animals", "org/animals"),
+        ("imdb", "imdb"),
+        ("csv", None),
+        ("imagefolder", None),
+        ("here", None),
+        (None, None),
+    ],
+)
+def test_data_of_the_hub_is_known_by_its_name(path: str | None, expected: str | None, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    assert fairness.hub_dataset(Recipe(sources=["org/a"], data={"path": path}, folder=tmp_path)) == expected
 
 
 def relabelled(source: Path, names: list[str]) -> str:

@@ -315,7 +315,14 @@ def test_sources_that_only_make_a_worse_start_are_taken_back(method: Any, evalua
     assert step.after_transfer["loss"] < step.before["loss"], "it is better before the fine-tuning"
     assert report.final is not None and report.final.without_sources and report.final.alone is not None
     assert torch.equal(merger.judge(judges).losses, found.losses), "and fine-tuning alone is better in the end"
-    assert report.final.alone < report.final.losses[str(report.final.share)]
+    merged, gain = report.final.losses[str(report.final.share)], report.final.gain
+    assert report.final.alone < merged and report.final.loss == report.final.alone
+    assert gain is not None and gain.samples == (24 if evaluates else 32) and gain.half_interval
+    assert gain.loss == pytest.approx(merged - report.final.alone)
+    assert report.conclusions()[1].startswith(
+        "at the end fine-tuned without any source, and all sources taken back; fine-tuning alone against the merge, on "
+        f"{gain.samples} samples of {report.final.judged_by}: loss {report.final.alone:.3f} -> {merged:.3f} ({gain}"
+    )
     assert (step.decision, step.reason, step.moved) == ("rejected", ALONE, 0)
     assert {unit.decision for unit in step.units} <= {"undone", "kept", "undefined"}
     assert f"0 of 1 sources merged; rejected: source ({ALONE})" in report.conclusions()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from scipy.stats import binomtest, rankdata
 
-from grasp_hf.compare import OURS, Comparison, Result, compare, interval, kind_of, title_of
+from grasp_hf.comparison import OURS, Comparison, Result, compare, interval, kind_of, title_of
 from grasp_hf.config import Recipe
 from grasp_hf.report import markdown_table
 from tests.benchmarks.emoji import STYLES
@@ -213,7 +213,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("grasp_hf.compare").setLevel(logging.INFO)
+    logging.getLogger("grasp_hf.comparison").setLevel(logging.INFO)
     targets: dict[str, Collection[str]] = {
         benchmark: (UNTOUCHED if args.untouched else TARGETS)[benchmark] for benchmark in args.benchmarks
     }

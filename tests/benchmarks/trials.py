@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoProcessor, PreTrainedModel
 
-from grasp_hf.compare import interval
+from grasp_hf.comparison import interval
 from grasp_hf.evidence import SCALES
 from grasp_hf.report import markdown_table
 from tests.benchmarks.packages import cache_folder
