@@ -112,6 +112,7 @@ class Comparison:
                 if method == OURS
                 else interval(self.differences(method, size), signed=True),
                 "memory (models)": METHODS[method].memory if method in METHODS else "1",
+                "sources at once": METHODS[method].sources if method in METHODS else "1",
             }
             for method in self.methods(size)
         ]
@@ -141,6 +142,7 @@ class Comparison:
                     kind_of(method),
                     list(self.runs(method, size).values()),
                     list(self.runs(method, size, merged=True).values()),
+                    half_interval(list(self.runs(method, size).values())),
                 )
                 for method in self.methods(size)
             ]
@@ -229,13 +231,19 @@ def kind_of(method: str) -> str:
 
 
 def interval(values: list[float], *, signed: bool = False) -> str:
-    """Return the mean and half of its 95 % interval (Student's t over runs); a dash without values."""
+    """Return the mean and half of its 95 % interval for a table; a dash without values."""
     if not values:
         return "–"
     mean = f"{statistics.fmean(values):{'+' if signed else ''}.3f}"
+    half = half_interval(values)
+    return mean if half is None else f"{mean} ± {half:.3f}"
+
+
+def half_interval(values: Sequence[float]) -> float | None:
+    """Return half of the 95 % interval of the mean (Student's t over runs); `None` for fewer than two."""
     if len(values) < 2:
-        return mean
-    return f"{mean} ± {stdtrit(len(values) - 1, 0.975) * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+        return None
+    return float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _chosen(methods: Sequence[str] | None) -> dict[str, Method]:

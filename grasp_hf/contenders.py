@@ -278,6 +278,7 @@ class Method:
         group: What it stands for.
         run: Leaves its result in the arena's model; one that predicts without a single model returns its scores.
         memory: Private memory it takes to merge, in models.
+        sources: How many sources it needs at once, in memory or on the disk.
         finetuned: Whether the budget of fine-tuning is spent on its result; else it has spent it itself, or none.
     """
 
@@ -286,14 +287,22 @@ class Method:
     run: Callable[[Arena], Evaluation | None]
     memory: str = "1"
     finetuned: bool = True
+    sources: Literal["1", "K"] = "1"
 
 
-def _rival(title: str, method: Callable[..., None], **settings: Any) -> Method:
-    return Method(title, "existing", partial(rival, method=method, **settings))
+def _rival(title: str, method: Callable[..., None], sources: Literal["1", "K"] = "1") -> Method:
+    return Method(title, "existing", partial(rival, method=method), sources=sources)
 
 
-def _line(title: str, start: Callable[[Arena], None], group: Group = "control") -> Method:
-    return Method(title, group, partial(on_line, start), finetuned=False)
+def _mixture(title: str, *, per_layer: bool, line: bool = False) -> Method:
+    run = partial(mixture, per_layer=per_layer)
+    if line:
+        return Method(f"{title}, fine-tuned as ours", "existing", partial(on_line, run), finetuned=False, sources="K")
+    return Method(title, "existing", run, sources="K")
+
+
+def _line(title: str, start: Callable[[Arena], None]) -> Method:
+    return Method(title, "control", partial(on_line, start), finetuned=False)
 
 
 METHODS = {
@@ -306,21 +315,17 @@ METHODS = {
     "loop-nothing": Method("published loop, nothing copied", "control", partial(published, threshold=1.0), "1", False),
     "loop-all": Method("published loop, everything copied", "control", partial(published, threshold=-1.0), "1", False),
     "ensemble": Method("ensemble of all", "existing", ensemble, "1; K to use", False),
-    "fusion": Method("Multi-Source fusion", "existing", fusion, "4 K; K to use", False),
-    "pearl": Method("PEARL, with gradients", "existing", pearl),
-    "greedy-soup": _rival("greedy soup", greedy_soup_),
+    "fusion": Method("Multi-Source fusion", "existing", fusion, "4 K; K to use", False, "K"),
+    "pearl": Method("PEARL, with gradients", "existing", pearl, sources="K"),
+    "greedy-soup": _rival("greedy soup", greedy_soup_, "K"),
     "task-arithmetic": _rival("task arithmetic", task_arithmetic_),
-    "ties": _rival("TIES", ties_),
-    "dare": _rival("DARE", dare_),
+    "ties": _rival("TIES", ties_, "K"),
+    "dare": _rival("DARE", dare_, "K"),
     "fisher": _rival("Fisher-weighted average", fisher_average_),
-    "lorahub": Method("learned mixture by source (as LoraHub)", "existing", partial(mixture, per_layer=False)),
-    "adamerging": Method("learned mixture by layer (as AdaMerging)", "existing", partial(mixture, per_layer=True)),
-    "lorahub-line": _line(
-        "learned mixture by source, fine-tuned as ours", partial(mixture, per_layer=False), "existing"
-    ),
-    "adamerging-line": _line(
-        "learned mixture by layer, fine-tuned as ours", partial(mixture, per_layer=True), "existing"
-    ),
+    "lorahub": _mixture("learned mixture by source (as LoraHub)", per_layer=False),
+    "adamerging": _mixture("learned mixture by layer (as AdaMerging)", per_layer=True),
+    "lorahub-line": _mixture("learned mixture by source", per_layer=False, line=True),
+    "adamerging-line": _mixture("learned mixture by layer", per_layer=True, line=True),
     "gradfix": _rival("GradFix", gradfix_),
     "published": Method("GRASP as published", "existing", partial(published, threshold=0.3), "6; ours 1", False),
     "ours": Method("grasp_hf, default", "ours", ours, "1", False),

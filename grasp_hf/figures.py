@@ -120,11 +120,14 @@ def progress_figure(report: MergeReport) -> "Figure | None":
     return figure
 
 
-def comparison_figure(rows: Sequence[tuple[str, str, Sequence[float], Sequence[float]]], measure: str) -> "Figure":
+def comparison_figure(
+    rows: Sequence[tuple[str, str, Sequence[float], Sequence[float], float | None]], measure: str
+) -> "Figure":
     """Draw what each method reached, the best on top: its runs, their mean, and the mean before the final fine-tuning.
 
     Args:
-        rows: Title, group (`control`, `existing` or `ours`), the runs in the end, the runs as merged (may be empty).
+        rows: Title, group (`control`, `existing` or `ours`), the runs in the end, the runs as merged (may be empty), and
+            half of the 95 % interval of the mean in the end, where there is one.
         measure: `accuracy`, or `loss`, of which less is better.
     """
     from matplotlib.figure import Figure
@@ -136,7 +139,9 @@ def comparison_figure(rows: Sequence[tuple[str, str, Sequence[float], Sequence[f
     colours = {"control": "0.45", "existing": BLUE, "ours": VERMILION}
     figure = Figure(figsize=(8, 1.2 + 0.26 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    for place, (_, group, runs, merged) in enumerate(rows):
+    for place, (_, group, runs, merged, half) in enumerate(rows):
+        if half is not None:
+            axes.errorbar([mean(runs)], [place], xerr=[half], color=colours[group], linewidth=1, zorder=1)
         axes.scatter(runs, [place] * len(runs), s=12, color=colours[group], alpha=0.35, linewidths=0)
         axes.scatter([mean(merged)], [place], s=34, facecolors="white", edgecolors=colours[group], zorder=2)
         axes.scatter([mean(runs)], [place], s=44, color=colours[group], zorder=3)
@@ -144,7 +149,8 @@ def comparison_figure(rows: Sequence[tuple[str, str, Sequence[float], Sequence[f
         axes.scatter([], [], s=44, color=colour, label=group)
     axes.scatter([], [], s=34, facecolors="white", edgecolors="0.45", label="as merged")
     axes.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
-    axes.set_xlabel(f"test {measure}, each run and the mean")
+    intervals = " with its 95 % interval" if any(row[4] is not None for row in rows) else ""
+    axes.set_xlabel(f"test {measure}, each run and the mean{intervals}")
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)

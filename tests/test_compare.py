@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from matplotlib.collections import LineCollection
 from PIL import Image
 from scipy.stats import ttest_1samp
 from transformers import Trainer
@@ -23,11 +24,12 @@ from transformers import Trainer
 from grasp_hf import comparison as module
 from grasp_hf import fairness
 from grasp_hf.cli import main
-from grasp_hf.comparison import OURS, Comparison, Result, compare, interval
+from grasp_hf.comparison import OURS, Comparison, Result, compare, half_interval, interval
 from grasp_hf.config import Recipe
 from grasp_hf.contenders import METHODS, Arena, Method
 from grasp_hf.digests import contents
 from grasp_hf.errors import ConfigError, DataError
+from grasp_hf.figures import comparison_figure
 from grasp_hf.matching import movable_tensors
 from tests.models import (
     copied,
@@ -316,11 +318,28 @@ def test_the_interval_is_that_of_a_t_test() -> None:
 def test_the_table_says_what_each_row_is() -> None:
     found = [*results(**RUNS), *results(ensemble=[0.8, 0.8, 0.8]), replace(results(x=[0.4])[0], method="source:org/x")]
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in Comparison(found, {}).table(64).splitlines()]
-    assert lines[0] == ["", "kind", "as merged", "in the end", "better than ours by", "memory (models)"]
-    assert lines[2] == ["source x", "control", "–", "0.400", "-0.300", "1"]
+    assert lines[0] == [
+        "",
+        "kind",
+        "as merged",
+        "in the end",
+        "better than ours by",
+        "memory (models)",
+        "sources at once",
+    ]
+    assert lines[2] == ["source x", "control", "–", "0.400", "-0.300", "1", "1"]
     assert lines[3][:2] == ["base model", "control"] and lines[3][4].startswith("-0.067 ± ")
-    assert lines[4][1] == "existing" and lines[4][3:] == ["0.800 ± 0.000", lines[4][4], "1; K to use"]
-    assert lines[5] == ["grasp_hf, default", "ours", "–", "0.733 ± 0.143", "–", "1"]
+    assert lines[4][1] == "existing" and lines[4][3:] == ["0.800 ± 0.000", lines[4][4], "1; K to use", "1"]
+    assert lines[5] == ["grasp_hf, default", "ours", "–", "0.733 ± 0.143", "–", "1", "1"]
+
+
+def test_the_figure_shows_runs_means_and_intervals() -> None:
+    rows = [("base", "control", [0.5, 0.6], [0.4], half_interval([0.5, 0.6])), ("ours", "ours", [0.7], [], None)]
+    (axes,) = comparison_figure(rows, "accuracy").axes
+    (bar,) = [c for c in axes.collections if isinstance(c, LineCollection)]
+    half = 12.706 * statistics.stdev([0.5, 0.6]) / math.sqrt(2)
+    assert bar.get_segments()[0][:, 0].tolist() == pytest.approx([0.55 - half, 0.55 + half], rel=1e-3)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["base", "ours"]  # the best on top
 
 
 def test_rows_stand_in_one_order_whenever_they_were_run() -> None:
