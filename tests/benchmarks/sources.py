@@ -43,6 +43,7 @@ class Kind:
         examples: Makes the samples of a domain and a split.
         arguments: How they are trained.
         lora: Arguments of an adapter; without them the whole model is trained.
+        split: The samples that they learn.
     """
 
     benchmark: str
@@ -52,6 +53,7 @@ class Kind:
     examples: Callable[[Path, str, str, Any], Any]
     arguments: dict[str, Any]
     lora: dict[str, Any] | None = None
+    split: str = "train"
 
 
 LORA: dict[str, Any] = {
@@ -87,10 +89,17 @@ KINDS = {
         IMAGES,
         emoji.dinov2,
         emoji.examples,
-        {"learning_rate": 5e-5, "head_rate": 1e-3, "num_train_epochs": 3},
+        {"learning_rate": 5e-5, "head_rate": 1e-3, "num_train_epochs": 5},
+        split="source",
     ),
     "resnet": Kind(
-        "emoji", NEWER, IMAGES, emoji.resnet, emoji.examples, {"learning_rate": 1e-3, "num_train_epochs": 10}
+        "emoji",
+        NEWER,
+        IMAGES,
+        emoji.resnet,
+        emoji.examples,
+        {"learning_rate": 1e-3, "num_train_epochs": 15},
+        split="source",
     ),
 }
 
@@ -111,7 +120,7 @@ def train(kind: Kind, domain: str, cache: Path, folder: Path) -> float:
         model = get_peft_model(model, LoraConfig(**kind.lora))
     else:
         processor.save_pretrained(folder)
-    train_(model, processor, kind.examples(cache, domain, "train", processor), seed, **kind.arguments)
+    train_(model, processor, kind.examples(cache, domain, kind.split, processor), seed, **kind.arguments)
     model.save_pretrained(folder)
     return score(model, processor, kind.examples(cache, domain, "test", processor))
 
