@@ -100,7 +100,7 @@ def progress_figure(report: MergeReport) -> "Figure | None":
     width = min(max(6.4, 2.5 + 0.36 * len(names)), 20)
     longest = max(map(len, names))
     upright = longest > 13 * width / len(names)  # thirteen letters take about an inch
-    figure = Figure(figsize=(width, 3.8 + 0.07 * longest * upright), layout="constrained")
+    figure = Figure(figsize=(width, 4.2 + 0.07 * longest * upright), layout="constrained")
     axes = figure.add_subplot()
     _draw_path(axes, report.steps, losses, start)
     _draw_losses(axes, report.steps, losses, start)
@@ -109,14 +109,14 @@ def progress_figure(report: MergeReport) -> "Figure | None":
     seen = [loss for row in [*losses, [start, *ends]] for loss in row if math.isfinite(loss)]
     if min(seen) > 0 and max(seen) > 20 * min(seen):
         axes.set_yscale("log")
-    axes.set_title("Loss along the merge")
+    axes.set_title(f"Loss along the merge\non {judged}")
     axes.set_xlabel("source, in order of merging")
-    axes.set_ylabel(f"mean loss on {judged}")
+    axes.set_ylabel("mean loss")
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     axes.set_xlim(-0.6, len(losses) + 0.6)
     _label(axes, "x", names, most=round(width / 0.17), rotation=90 * upright)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 

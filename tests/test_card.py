@@ -343,7 +343,7 @@ def test_the_progress_ends_with_the_fine_tuning_and_its_control(
     final = FinetuneReport(0.5, losses, judged_by, alone=0.35, without_sources=without_sources)
     figure: Any = progress_figure(report_of(step(), start={"loss": 1.0}, final=final))
     (axes,) = figure.axes
-    assert axes.get_ylabel() == "mean loss on evaluation data"
+    assert axes.get_title() == "Loss along the merge\non evaluation data"
     shown = {dots.get_label(): dots.get_offsets().tolist() for dots in axes.collections}
     assert shown[names[0]] == [[1.5, star]]
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
