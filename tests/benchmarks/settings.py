@@ -1,0 +1,126 @@
+"""The settings of the default, each changed alone: which of them earn their place on real data.
+
+Run it with `python -m tests.benchmarks.settings sotu:2005-2021 sentiment:nyt emoji:noto`, a benchmark and a target each,
+after `python -m tests.benchmarks.sources`. Labels, order of the sources and epochs are those of the benchmark in
+`tests.benchmarks.compare`. A stopped run goes on where it was. The results stand in
+`tests/benchmarks/results/settings.json`; `--table` prints the mean of each setting over all runs, and by how much it is
+better than the default, with the 95 % interval over runs.
+"""
+
+import argparse
+import json
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from grasp_hf.comparison import Result, compare, interval
+from grasp_hf.config import GraspConfig, Recipe
+from grasp_hf.report import markdown_table
+from tests.benchmarks.compare import RECIPES, RESULTS, TARGETS, UNTOUCHED, overrides
+from tests.benchmarks.packages import cache_folder
+
+FILE = RESULTS / "settings.json"
+DEFAULT = "default"
+
+
+def settings(config: GraspConfig, sources: int) -> dict[str, dict[str, Any]]:
+    """Return what is changed of a benchmark's configuration, by title; all have the same epochs of fine-tuning, or none."""
+    epochs, rate = config.final_epochs, config.training_arguments["learning_rate"]
+
+    def at(rate: float) -> dict[str, Any]:
+        return {"training_arguments": {**config.training_arguments, "learning_rate": rate}}
+
+    return {
+        "units: module": {"unit": "module"},
+        "units: tensor": {"unit": "tensor"},
+        "coefficients: 1/k": {"method": "average"},
+        "coefficients: one step by the sign of the slope": {"num_batches": 1, "coefficient_lr": 0.5},
+        "coefficients: 32 batches": {"num_batches": 32},
+        "copy: cosine above 0": {"method": "copy", "threshold": 0.0},
+        "copy: cosine above 0.3": {"method": "copy"},
+        "order: as given": {"order": "given"},
+        "order: rank": {"order": "rank"},
+        "fine-tuned before the first source": {"initial_epochs": epochs, "final_epochs": 0},
+        "fine-tuned after every source": {"finetune_epochs": epochs / sources, "final_epochs": 0},
+        "not fine-tuned": {"final_epochs": 0},
+        "learning rate: half": at(rate / 2),
+        "learning rate: double": at(rate * 2),
+        "no gate": {"gate": False},
+    }
+
+
+def run(benchmark: str, target: str, size: int, seed: int, cache: Path) -> list[dict[str, Any]]:
+    """Run all settings for one set of labels, and return a row for each."""
+    recipe = Recipe.from_yaml(RECIPES / f"{benchmark}.yaml", overrides(benchmark, target, size))
+    changed = settings(recipe.config, len(recipe.sources))
+    folder = cache / "settings" / f"{benchmark}-{target}-{size}"
+    done = compare(recipe, folder, sizes=[size], seeds=[seed], methods=["ours"], variants=changed)
+    common = {"benchmark": benchmark, "target": target, "labels": size, "seed": seed}
+    return [common | row(result) for result in done.results if result.seed == seed and not is_source(result)]
+
+
+def is_source(result: Result) -> bool:
+    """Whether a result is that of a source as it is."""
+    return result.method.startswith("source:")
+
+
+def row(result: Result) -> dict[str, Any]:
+    """Return a result as it is kept."""
+    kept = asdict(result)
+    return {"setting": result.method.partition(":")[2] or DEFAULT, "seconds": kept["seconds"], **kept["final"]}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return a line per setting: how much lower its loss and how much higher its accuracy is than the default's."""
+    runs: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+    for found in rows:
+        run = tuple(found[key] for key in ("benchmark", "target", "labels", "seed"))
+        runs.setdefault(found["setting"], {})[run] = found
+    lines = []
+    for setting, own in runs.items():
+        line = {"setting": setting, "runs": str(len(own))}
+        for measure, sign in {"loss": -1, "accuracy": 1}.items():
+            values = {run: found[measure] for run, found in own.items() if measure in found}
+            gains = [sign * (value - runs[DEFAULT][run][measure]) for run, value in values.items()]
+            line[measure] = f"{fmean(values.values()):.3f}" if values else "–"
+            line[f"{measure}: better by"] = interval(gains, signed=True) if setting != DEFAULT else "–"
+        times = [found["seconds"] / runs[DEFAULT][run]["seconds"] for run, found in own.items()]
+        line["time, of the default's"] = f"{fmean(times):.1f}"
+        lines.append(line)
+    return markdown_table(lines)
+
+
+def main() -> None:
+    """Run what is missing, keep it, and print the table of all that is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", metavar="BENCHMARK:TARGET")
+    parser.add_argument("--cache", type=Path, default=cache_folder())
+    parser.add_argument("--sizes", nargs="+", type=int, choices=(64, 256), default=[64])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("grasp_hf.comparison").setLevel(logging.INFO)
+    os.chdir(args.cache)  # the recipes' paths start there
+    for seed in [] if args.table else args.seeds:
+        for size in args.sizes:
+            for name in args.targets:
+                benchmark, _, target = name.partition(":")
+                if target not in (*TARGETS.get(benchmark, ()), *UNTOUCHED.get(benchmark, ())):
+                    parser.error(f"unknown target '{name}'; expected such as sotu:{TARGETS['sotu'][0]}")
+                found = run(benchmark, target, size, seed, args.cache)
+                kept = json.loads(FILE.read_text()) if FILE.exists() else []
+                same = {"benchmark": benchmark, "target": target, "labels": size, "seed": seed}
+                kept = [old for old in kept if any(old[key] != value for key, value in same.items())] + found
+                FILE.write_text("[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
+    print(table(json.loads(FILE.read_text())))
+
+
+if __name__ == "__main__":
+    main()
