@@ -333,6 +333,22 @@ def test_the_table_says_what_each_row_is() -> None:
     assert lines[5] == ["grasp_hf, default", "ours", "–", "0.733 ± 0.143", "–", "1", "1"]
 
 
+def test_compare_is_at_the_top_and_brings_datasets_only_where_it_is_used() -> None:
+    code = """
+import sys
+import grasp_hf
+assert "datasets" not in sys.modules
+from grasp_hf import compare
+assert compare is sys.modules["grasp_hf.comparison"].compare
+try:
+    grasp_hf.comapre
+except AttributeError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "module 'grasp_hf' has no attribute 'comapre'\n"), run.stderr
+
+
 def test_the_figure_shows_runs_means_and_intervals() -> None:
     rows = [("base", "control", [0.5, 0.6], [0.4], half_interval([0.5, 0.6])), ("ours", "ours", [0.7], [], None)]
     (axes,) = comparison_figure(rows, "accuracy").axes
