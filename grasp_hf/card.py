@@ -117,9 +117,10 @@ def declared_license(folder: Path) -> str | None:
 
 
 def trained_on_test(folder: Path, dataset: str) -> str | None:
-    """Return the line of the card in `folder` that says that its model was trained on the test split of `dataset`."""
+    """Return the line of the card in `folder` that says that its model was trained on a test split, if it names `dataset`."""
     card = folder / "README.md"
-    if not card.is_file() or dataset not in (text := card.read_text(encoding="utf-8", errors="replace")):
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if not re.search(rf"(?<![\w-]){re.escape(dataset)}(?![\w-])", text):
         return None
     return next((line.strip() for line in text.splitlines() if TRAINED_ON_TEST.search(line)), None)
 

@@ -188,7 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--seeds", nargs="+", type=_seed, default=[0, 1, 2], help="one run each (default: 0 1 2)")
     compare.add_argument("--sizes", nargs="+", type=_size, default=[None], help="numbers of labels, or all (default)")
-    compare.add_argument("--methods", nargs="+", metavar="METHOD", help="only these rows, and ours")
+    compare.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="only these rows, and ours; a wrong name lists all"
+    )
     demo = command(
         "demo", "Make a small world of real handwritten digits, merge its models, and compare with controls."
     )
@@ -294,6 +296,8 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _seed(text: str) -> int | str:
+    if "=" not in text and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected numbers, got '{text}'")
     return text if "=" in text else int(text)
 
 

@@ -1,5 +1,6 @@
 """What a merge is worth: every method on the same labels and with the same fine-tuning, over several seeds."""
 
+import hashlib
 import json
 import logging
 import math
@@ -7,7 +8,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,8 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from scipy.special import stdtrit
 
+from . import hub
 from .config import Recipe
 from .contenders import METHODS, Arena, Method, source_alone
 from .errors import ConfigError, DataError, GraspError
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 RESULTS = "comparison.json"
 TABLE = "comparison.md"
 FIGURE = "comparison-{}.png"  # of a number of labels
+MOST_SEED = 2**32 - 1000
 OURS = "ours"
 
 
@@ -106,6 +110,7 @@ class Comparison:
             {
                 "": title_of(method),
                 "kind": kind_of(method),
+                "runs": str(len(self.runs(method, size))),
                 "as merged": interval(list(self.runs(method, size, merged=True).values())),
                 "in the end": interval(list(self.runs(method, size).values())),
                 "better than ours by": "–"
@@ -121,9 +126,7 @@ class Comparison:
 
     def __str__(self) -> str:
         sizes = dict.fromkeys(result.size for result in self.results)
-        seeds = len({result.seed for result in self.results})
-        texts = [f"{size} labels, {self.measure}, {seeds} seeds\n\n{self.table(size)}" for size in sizes]
-        return "\n\n".join(texts)
+        return "\n\n".join(f"{size} labels, {self.measure}\n\n{self.table(size)}" for size in sizes)
 
     def save(self, directory: Path) -> None:
         """Write the results as JSON and the tables as Markdown to `directory`."""
@@ -165,7 +168,7 @@ class Comparison:
 
 def compare(
     recipe: Recipe,
-    output: Path,
+    output: str | Path,
     *,
     sizes: Sequence[int | None] = (None,),
     seeds: Sequence[int] = (0, 1, 2),
@@ -188,12 +191,29 @@ def compare(
         methods: Keys of `METHODS` to run; all where left out.
         variants: More rows of ours: a title, and the settings that make it.
 
+    Returns:
+        All results that `output` holds now; printed, they are its tables.
+
     Raises:
         DataError: The comparison would be dishonest: test samples among the training samples, too few test samples, or
             a source with other labels.
-        ConfigError: The folder holds another comparison.
+        ConfigError: The folder holds another comparison, or an argument is out of range.
+
+    Example:
+        >>> print(compare(Recipe.from_yaml("recipe.yaml"), "comparison", sizes=[64, None]))  # doctest: +SKIP
     """
-    chosen = _chosen(methods)
+    output, chosen = Path(output), _chosen(methods)
+    if not sizes or not all(size is None or size >= 1 for size in sizes):
+        raise ConfigError(
+            f"sizes: expected at least one number of labels of 1 or more, or None for all, got {[*sizes]}"
+        )
+    if not seeds or not all(0 <= seed <= MOST_SEED for seed in seeds):
+        raise ConfigError(f"seeds: expected at least one from 0 to {MOST_SEED}, got {[*seeds]}")
+    if recipe.base_model is None:
+        raise ConfigError(
+            "base_model: expected one in a comparison, or rows such as the average of all would lack the first source; "
+            "name the model that the sources were fine-tuned from"
+        )
     if own := {"max_steps", "num_train_epochs"} & set(recipe.config.training_arguments):
         raise ConfigError(
             f"training_arguments.{own.pop()}: expected none in a comparison, where each method splits the same budget in its "
@@ -204,7 +224,10 @@ def compare(
     counts = [len(data.train) if size is None else size for size in sizes]
     if max(counts) > len(data.train):
         raise DataError(f"got {len(data.train)} labels, fewer than the {max(counts)} to compare with")
-    done = _continued(output, _setting(recipe, digests, variants or {}))
+    models = {
+        reference: _identity(recipe.locate(reference), recipe) for reference in [recipe.base_model, *recipe.sources]
+    }
+    done = _continued(output, _setting(recipe, digests, models, variants or {}), chosen)
     try:
         for count in counts:
             for seed in seeds:
@@ -220,7 +243,9 @@ def title_of(method: str) -> str:
     if method in METHODS:
         return METHODS[method].title
     kind, _, name = method.partition(":")
-    return f"source {Path(name).name}" if kind == "source" else f"grasp_hf, {name}"
+    if kind != "source":
+        return f"grasp_hf, {name}"
+    return f"source {'/'.join(Path(name).parts[-2:]) if Path(name).is_absolute() else name}"
 
 
 def kind_of(method: str) -> str:
@@ -254,7 +279,21 @@ def _chosen(methods: Sequence[str] | None) -> dict[str, Method]:
     return {name: METHODS[name] for name in METHODS if name in {*methods, OURS}}
 
 
-def _setting(recipe: Recipe, digests: dict[str, str], variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _identity(reference: str, recipe: Recipe) -> str:
+    """Return the commit of a model on the Hub, and of a folder a digest of its weights."""
+    located, _ = hub.look_up(reference, trusted=recipe.config.trust_remote_code)
+    if located.sha:
+        return located.sha
+    digest = hashlib.sha256()
+    for path in sorted([*located.folder.glob("*.safetensors"), *located.folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _setting(
+    recipe: Recipe, digests: dict[str, str], models: dict[str, str], variants: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """Return what must be the same for results to stand in one table, and the versions that they began with."""
     packages = ("grasp_hf", "torch", "transformers", "peft")
     return {
@@ -266,13 +305,14 @@ def _setting(recipe: Recipe, digests: dict[str, str], variants: dict[str, dict[s
             **asdict(recipe.config),
         },
         "digests": digests,
+        "models": models,
         "variants": variants,
         "versions": {name: version(name) for name in packages},
     }
 
 
-def _continued(output: Path, setting: dict[str, Any]) -> Comparison:
-    """Return what an earlier run of the same comparison has left in `output`."""
+def _continued(output: Path, setting: dict[str, Any], methods: Collection[str]) -> Comparison:
+    """Return what an earlier run of the same comparison has left in `output`; of `methods`, what could not be run, goes."""
     if not (output / RESULTS).exists():
         if output.exists() and any(output.iterdir()):
             raise ConfigError(f"'{output}' holds something else; name a new folder for the comparison")
@@ -285,6 +325,12 @@ def _continued(output: Path, setting: dict[str, Any]) -> Comparison:
         raise ConfigError(
             f"'{output}' holds a comparison on other data (changed since: {', '.join(changed)}); name a new folder"
         )
+    models = earlier.setting.get("models") or now["models"]  # earlier versions did not keep it
+    earlier.setting["models"] = models
+    if changed := [name for name, identity in now["models"].items() if models.get(name) != identity]:
+        raise ConfigError(
+            f"'{output}' holds a comparison of other weights (changed since: {', '.join(changed)}); name a new folder"
+        )
     known = earlier.setting["variants"]
     if changed := [name for name, settings in now["variants"].items() if known.get(name, settings) != settings]:
         raise ConfigError(f"'{output}' holds a variant '{changed[0]}' with other settings; name it differently")
@@ -293,7 +339,7 @@ def _continued(output: Path, setting: dict[str, Any]) -> Comparison:
         logger.warning(
             "the results so far were made with %s, those to come with %s", earlier.setting["versions"], now["versions"]
         )
-    earlier.results = [result for result in earlier.results if not result.problem]  # they are tried again
+    earlier.results = [result for result in earlier.results if not (result.problem and result.method in methods)]
     return earlier
 
 
@@ -336,7 +382,7 @@ def _run_seed(
                     arena.finetune(epochs)
                 final = scores or arena.score()
                 problem = None
-            except GraspError as error:
+            except (GraspError, MemoryError, torch.OutOfMemoryError) as error:
                 if kind_of(method) != "existing":
                     raise type(error)(f"while running '{title_of(method)}' with seed {seed}: {error}") from error
                 merged, final, problem = {}, {}, str(error)

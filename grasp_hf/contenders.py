@@ -72,6 +72,11 @@ class Arena:
         return some if self.data.validation is None else ConcatDataset([some, self.data.validation])
 
     @property
+    def generates(self) -> bool:
+        """Whether the base is a language model that generates."""
+        return self._origin.model.can_generate()
+
+    @property
     def collator(self) -> Collator:
         """What makes batches that the base model takes."""
         return self._origin.collator(self.data.collator)
@@ -199,12 +204,10 @@ def published(arena: Arena, threshold: float) -> None:
     does; each of its fine-tunings ends with a whole step, so that it makes up to one step per source more than the others.
     """
     each = arena.epochs / len(arena.sources)
-    config = GraspConfig.paper(
-        threshold=threshold,
-        initial_epochs=each,
-        finetune_epochs=each,
-        **arena.shared(name for name in COMMON if name != "lora"),
-    )
+    shared = arena.shared(name for name in COMMON if name != "lora")
+    if arena.generates:  # it has no accuracy, by which the published loop keeps its best epoch
+        shared["training_arguments"] = {"metric_for_best_model": "loss", **shared["training_arguments"]}
+    config = GraspConfig.paper(threshold=threshold, initial_epochs=each, finetune_epochs=each, **shared)
     first, *others = arena.sources
     arena.copy(first)
     arena.merge(config, others)
@@ -234,7 +237,10 @@ def mixture(arena: Arena, per_layer: bool) -> None:
     AdaMerging's 500 steps of 0.001 are too short for coefficients to get anywhere in 32; these are ten times as long at
     least, and long enough for one to cross its whole range.
     """
-    steps = max(1, math.ceil(arena.epochs * len(arena.data.train) / arena.config.batch_size))
+    arguments = arena.config.training_arguments
+    batch = arguments.get("per_device_train_batch_size", arena.config.batch_size)
+    batch *= arguments.get("gradient_accumulation_steps", 1)
+    steps = max(1, math.ceil(arena.epochs * len(arena.data.train) / batch))
     rival(arena, mixture_, per_layer=per_layer, steps=steps, lr=max(1e-2, 1 / steps))
 
 
@@ -328,5 +334,5 @@ METHODS = {
     "adamerging-line": _mixture("learned mixture by layer", per_layer=True, line=True),
     "gradfix": _rival("GradFix", gradfix_),
     "published": Method("GRASP as published", "existing", partial(published, threshold=0.3), "6; ours 1", False),
-    "ours": Method("grasp_hf, default", "ours", ours, "1", False),
+    "ours": Method("grasp_hf, as the recipe says", "ours", ours, "1", False),
 }

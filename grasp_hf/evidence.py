@@ -19,6 +19,7 @@ from .report import ChangeReport
 
 SCALES = tuple(2 ** (half / 2) for half in range(-6, 9))  # of the logits, from 1/8 to 16
 NORMAL_95 = 1.96
+ROUNDING = 1e-6  # a mean of no more than this part of its standard error is none
 EVIDENCE = 512  # labels that a choice is made by, at most
 LEAST_SAMPLES = 100  # with fewer, a difference of 14 points drowns in noise
 
@@ -87,9 +88,10 @@ class Change:
 
     def samples_to_see(self) -> int | None:
         """Return how many samples would put a change of this size outside its 95 % interval; `None` for no change."""
-        if self.mean == 0 or self.samples < 2:
+        if self.samples < 2 or abs(self.mean) <= ROUNDING * self.standard_error:
             return None
-        return math.ceil(self.samples * (NORMAL_95 * self.standard_error / self.mean) ** 2)
+        found = math.ceil(self.samples * (NORMAL_95 * self.standard_error / self.mean) ** 2)
+        return max(found, self.samples + 1) if abs(self.mean) <= self.half_interval else found
 
 
 def change(before: Judgement, after: Judgement, *, calibrated: bool = True) -> Change:

@@ -139,6 +139,10 @@ def comparison_figure(
     colours = {"control": "0.45", "existing": BLUE, "ours": VERMILION}
     figure = Figure(figsize=(8, 1.2 + 0.26 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
+    shown = [value for row in rows for value in (*row[2], mean(row[3])) if math.isfinite(value)]
+    if shown:  # the interval of two runs is wider than the figure
+        margin = 0.05 * (max(shown) - min(shown)) or 0.05
+        axes.set_xlim(min(shown) - margin, max(shown) + margin)
     for place, (_, group, runs, merged, half) in enumerate(rows):
         if half is not None:
             axes.errorbar([mean(runs)], [place], xerr=[half], color=colours[group], linewidth=1, zorder=1)

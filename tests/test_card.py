@@ -402,8 +402,11 @@ def test_the_figures_of_a_real_merge(tmp_path: Path) -> None:
         ("Fine-tuned on org/animals. Results on the test set: 0.93.", False),
         ("The training, validation and test splits of org/animals are those of its authors.", False),
         ("It was trained on the test split of org/plants.", False),
+        ("Knows org/animals-2. Trained on the test split of its own.", False),
     ],
 )
 def test_a_card_that_says_that_the_test_split_was_trained_on(text: str, says_so: bool, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"# A model\n\n{text}\n")
     assert trained_on_test(tmp_path, "org/animals") == (text.splitlines()[-1] if says_so else None)
+    assert trained_on_test(tmp_path, "animals") == (text.splitlines()[-1] if says_so else None)
+    assert trained_on_test(tmp_path, "animal") is None

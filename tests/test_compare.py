@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import signal
 import statistics
 import subprocess
@@ -22,16 +23,17 @@ from scipy.stats import ttest_1samp
 from transformers import Trainer
 
 from grasp_hf import comparison as module
-from grasp_hf import fairness
+from grasp_hf import contenders, fairness
 from grasp_hf.cli import main
 from grasp_hf.comparison import OURS, Comparison, Result, compare, half_interval, interval
-from grasp_hf.config import Recipe
+from grasp_hf.config import GraspConfig, Recipe
 from grasp_hf.contenders import METHODS, Arena, Method
 from grasp_hf.digests import contents
 from grasp_hf.errors import ConfigError, DataError
 from grasp_hf.figures import comparison_figure
 from grasp_hf.matching import movable_tensors
 from tests.models import (
+    WORDS,
     copied,
     perturbed,
     saved,
@@ -253,9 +255,9 @@ def test_more_labels_than_there_are_is_an_error(recipe: Recipe, tmp_path: Path) 
         compare(recipe, tmp_path / "out", sizes=[25])
 
 
-def failing(group: Any) -> Method:
+def failing(group: Any, error: Exception | None = None) -> Method:
     def run(arena: Arena) -> None:
-        raise DataError("no labels like that")
+        raise error or DataError("no labels like that")
 
     return Method("poor thing", group, run)
 
@@ -269,7 +271,16 @@ def test_a_rival_that_cannot_run_is_listed_with_its_problem(
     assert {r.method for r in comparison.results if r.final} >= {"base", OURS}
     assert "- poor thing: no labels like that" in (tmp_path / "out" / "comparison.md").read_text()
     cells = next(line for line in comparison.table(TRAIN).splitlines() if line.startswith("| poor thing"))
-    assert [cell.strip() for cell in cells.strip("|").split("|")] == ["poor thing", "existing", "–", "–", "–", "1"]
+    assert [cell.strip() for cell in cells.strip("|").split("|")] == [
+        "poor thing",
+        "existing",
+        "0",
+        "–",
+        "–",
+        "–",
+        "1",
+        "1",
+    ]
 
 
 def test_a_control_that_fails_stops_the_comparison_and_keeps_what_was_reached(
@@ -321,16 +332,17 @@ def test_the_table_says_what_each_row_is() -> None:
     assert lines[0] == [
         "",
         "kind",
+        "runs",
         "as merged",
         "in the end",
         "better than ours by",
         "memory (models)",
         "sources at once",
     ]
-    assert lines[2] == ["source x", "control", "–", "0.400", "-0.300", "1", "1"]
-    assert lines[3][:2] == ["base model", "control"] and lines[3][4].startswith("-0.067 ± ")
-    assert lines[4][1] == "existing" and lines[4][3:] == ["0.800 ± 0.000", lines[4][4], "1; K to use", "1"]
-    assert lines[5] == ["grasp_hf, default", "ours", "–", "0.733 ± 0.143", "–", "1", "1"]
+    assert lines[2] == ["source org/x", "control", "1", "–", "0.400", "-0.300", "1", "1"]
+    assert lines[3][:3] == ["base model", "control", "3"] and lines[3][5].startswith("-0.067 ± ")
+    assert lines[4][1] == "existing" and lines[4][4:] == ["0.800 ± 0.000", lines[4][5], "1; K to use", "1"]
+    assert lines[5] == ["grasp_hf, as the recipe says", "ours", "3", "–", "0.733 ± 0.143", "–", "1", "1"]
 
 
 def test_compare_is_at_the_top_and_brings_datasets_only_where_it_is_used() -> None:
@@ -522,8 +534,53 @@ def test_a_method_that_could_not_run_is_tried_again(
         patch.setattr(module, "METHODS", {**METHODS, "ties": failing("existing")})
         first = compare(recipe, tmp_path / "out", seeds=[5], methods=["ties"])
     assert [result.problem for result in first.results if result.method == "ties"] == ["no labels like that"]
+    kept = compare(recipe, tmp_path / "out", seeds=[5], methods=["base"])
+    assert [result.problem for result in kept.results if result.method == "ties"] == ["no labels like that"]
     again = compare(recipe, tmp_path / "out", seeds=[5], methods=["ties"])
     assert [result.problem for result in again.results if result.method == "ties"] == [None]
+
+
+def test_a_rival_that_needs_more_memory_than_there_is_does_not_stop_the_rest(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "poor", failing("existing", torch.OutOfMemoryError("out of memory")))
+    comparison = compare(recipe, tmp_path / "out", seeds=[0], methods=["base", "poor"])
+    assert {r.method: r.problem for r in comparison.results if r.problem} == {"poor": "out of memory"}
+    assert comparison.results[-1].method == OURS and comparison.results[-1].final
+
+
+def test_language_models_are_compared_by_their_loss(tmp_path: Path) -> None:
+    base = saved(tiny_model("gpt2"), tmp_path / "base")
+    source = saved(perturbed(tiny_model("gpt2"), seed=1), tmp_path / "source")
+    words = [word for word in WORDS if not word.startswith("[")]
+    random_ = random.Random(0)
+    for split, count in {"train": 12, "validation": 8, "test": 8}.items():
+        texts = [" ".join(random_.choices(words, k=8)) for _ in range(count)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["text", *texts]) + "\n")
+    files = {split: f"{tmp_path}/{split}.csv" for split in ("train", "validation", "test")}
+    data = {"path": "csv", "data_files": files, "text": "text"}
+    recipe = Recipe(
+        sources=[source],
+        base_model=base,
+        task="text-generation",
+        data=data,
+        config=GraspConfig(batch_size=4, final_epochs=1),
+    )
+    found = compare(recipe, tmp_path / "out", seeds=[0], methods=["loop-nothing", "published"])
+    assert found.measure == "loss" and not [result for result in found.results if result.problem]
+    assert {result.method for result in found.results} == {f"source:{source}", "loop-nothing", "published", OURS}
+
+
+@pytest.mark.parametrize(("accumulation", "steps"), [(1, 12), (2, 6)])
+def test_a_mixture_makes_as_many_steps_as_the_trainer(
+    accumulation: int, steps: int, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    arguments = {"learning_rate": 0.01, "per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation}
+    recipe = write_recipe(world, tmp_path, batch_size=12, training_arguments=arguments)
+    monkeypatch.setattr(contenders, "mixture_", lambda trial, **settings: asked.append(settings["steps"]))
+    compare(recipe, tmp_path / "out", seeds=[0], methods=["lorahub"])
+    assert asked == [steps] and steps * accumulation * 4 == EPOCHS * TRAIN
 
 
 def test_other_data_under_the_same_name_is_refused(world: Path, tmp_path: Path) -> None:
@@ -575,17 +632,40 @@ def test_fusion_refuses_adapters_and_the_rest_goes_on(world: Path, tmp_path: Pat
     assert "leave out `lora`" in (problems["fusion"] or "") and problems["published"] is None
 
 
-def test_without_a_base_model_the_first_source_is_one_and_counts_in_the_average(world: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(world, tmp_path, base_model=None, sources=[f"{world}/base", f"{world}/fine"], final_epochs=0)
-    ungated = {"without the gate": {"method": "average", "gate": False, "order": "given"}}
-    found = compare(recipe, tmp_path / "out", seeds=[3], methods=["base"], variants=ungated)
-    (tmp_path / "whole").mkdir()
-    whole = write_recipe(world, tmp_path / "whole", sources=[f"{world}/base", f"{world}/fine"], final_epochs=0)
-    both = compare(whole, tmp_path / "whole-out", seeds=[3], methods=["average"])
-    ours, average = found.results[-1], next(r for r in both.results if r.method == "average")
-    assert ours.method == "variant:without the gate" and ours.final == pytest.approx(average.final)
-    alone = {r.method: r.final for r in both.results}
-    assert found.results[0].final == alone[f"source:{world}/fine"]
+def test_a_base_model_is_needed_or_rivals_would_lack_the_first_source(world: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(world, tmp_path, base_model=None, sources=[f"{world}/base", f"{world}/fine"])
+    with pytest.raises(
+        ConfigError, match="^base_model: expected one in a comparison.*; name the model that the sources"
+    ):
+        compare(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": [-1]}, r"^seeds: expected at least one from 0 to \d+, got \[-1\]$"),
+        ({"seeds": []}, "^seeds: expected at least one"),
+        ({"sizes": []}, "^sizes: expected at least one number of labels"),
+        ({"sizes": [8, 0]}, r"^sizes: expected .* got \[8, 0\]$"),
+    ],
+)
+def test_seeds_and_sizes_that_cannot_be_are_refused(
+    arguments: dict[str, Any], message: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compare(recipe, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_weights_under_the_same_name_are_refused(world: Path, tmp_path: Path) -> None:
+    source = copied(str(world / "fine"), tmp_path / "fine")
+    recipe = write_recipe(world, tmp_path, sources=[str(source)])
+    compare(recipe, str(tmp_path / "out"), seeds=[0], methods=["base"])
+    saved(perturbed(tiny_model("vit"), 5), source)
+    with pytest.raises(
+        ConfigError, match=r"holds a comparison of other weights \(changed since: .*fine\); name a new"
+    ):
+        compare(recipe, tmp_path / "out", seeds=[1], methods=["base"])
 
 
 def test_unknown_methods_are_named_with_those_that_are_known(recipe: Recipe, tmp_path: Path) -> None:
@@ -653,7 +733,7 @@ def test_overrides_may_stand_behind_an_option_with_several_values(
     ("options", "message"),
     [
         (["--seeds", "batch_size=2"], "argument --seeds: expected at least one value, got: batch_size=2"),
-        (["--seeds", "one"], "argument --seeds: invalid _seed value: 'one'"),
+        (["--seeds", "one"], "argument --seeds: expected numbers, got 'one'"),
     ],
 )
 def test_an_option_without_its_values_is_wrong_usage(

@@ -241,6 +241,9 @@ def test_how_many_samples_would_see_a_change() -> None:
     assert Change(0.1, 0.2, 25).samples_to_see() == math.ceil(25 * (1.96 * 2) ** 2) == 385
     assert Change(-0.1, 0.2, 25).samples_to_see() == 385
     assert Change(0.0, 0.2, 25).samples_to_see() is None
+    assert Change(1e-19, 0.2, 25).samples_to_see() is None  # what rounding leaves
+    close = Change(-0.23, 0.1, 5)  # 1.96 standard errors are less than it, and those of Student's t are more
+    assert close.half_interval > 0.23 and close.samples_to_see() == 6
     difference = torch.tensor([0.0, 1.0, -0.5, 0.3] * 5, dtype=torch.float64)
     few = change(of_losses(torch.zeros(20)), of_losses(difference))
     more = few.samples_to_see()

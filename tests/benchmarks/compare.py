@@ -87,12 +87,21 @@ def combinations(benchmark: str, cache: Path) -> Iterator[tuple[str, int | None,
 def restore(benchmark: str, cache: Path) -> None:
     """Put results of another machine into the cache that lacks them; `compare` goes on there if the data is the same."""
     record = json.loads((RESULTS / f"{benchmark}.json").read_text())
+    names = [field.name for field in fields(Result)]
     for target, size, folder in combinations(benchmark, cache):
-        if folder.name in record["settings"] and not folder.exists():
-            rows = [row for row in record["results"] if (row["target"], row["labels"]) == (target, size or "all")]
-            names = [field.name for field in fields(Result)]
-            results = [Result(**{name: row[name] for name in names}) for row in rows]
-            Comparison(results, record["settings"][folder.name]).save(folder)
+        if folder.name not in record["settings"]:
+            continue
+        known = Comparison([], record["settings"][folder.name] | {"models": {}})
+        if (folder / "comparison.json").exists():
+            known = Comparison.load(folder)
+            if known.setting["digests"] != record["settings"][folder.name]["digests"]:
+                continue
+        there = {(result.method, result.seed) for result in known.results}
+        rows = [row for row in record["results"] if (row["target"], row["labels"]) == (target, size or "all")]
+        missing = [row for row in rows if (row["method"], row["seed"]) not in there]
+        known.results += [Result(**{name: row[name] for name in names}) for row in missing]
+        if missing:
+            known.save(folder)
 
 
 def save(benchmark: str, cache: Path) -> None:
@@ -219,6 +228,7 @@ def main() -> None:
     targets: dict[str, Collection[str]] = {
         benchmark: (UNTOUCHED if args.untouched else TARGETS)[benchmark] for benchmark in args.benchmarks
     }
+    args.cache = args.cache.absolute()
     os.chdir(args.cache)  # the recipes' paths start there
     for benchmark in args.benchmarks:
         restore(benchmark, args.cache)

@@ -106,6 +106,8 @@ def render(svg: str) -> Image.Image:
 def emoji(cache: Path) -> Path:
     """Return the folder that holds an image folder `<style>/<split>/<class>/<name>.png` for every style."""
     home = cache / "emoji"
+    if old := [style for style in STYLES if (home / style).exists() and not (home / style / SPLITS[0]).exists()]:
+        raise SystemExit(f"'{home / old[0]}' lacks the split '{SPLITS[0]}': remove '{home}', with the sources in it")
     if all((home / style).exists() for style in STYLES):
         return home
     with tempfile.TemporaryDirectory() as name:

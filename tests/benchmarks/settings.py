@@ -107,19 +107,26 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("grasp_hf.comparison").setLevel(logging.INFO)
+    known = [
+        f"{benchmark}:{target}"
+        for targets in (TARGETS, UNTOUCHED)
+        for benchmark in targets
+        for target in targets[benchmark]
+    ]
+    if unknown := [name for name in args.targets if name not in known]:
+        parser.error(f"unknown target '{unknown[0]}'; expected some of {', '.join(known)}")
+    args.cache = args.cache.absolute()
     os.chdir(args.cache)  # the recipes' paths start there
     for seed in [] if args.table else args.seeds:
         for size in args.sizes:
             for name in args.targets:
                 benchmark, _, target = name.partition(":")
-                if target not in (*TARGETS.get(benchmark, ()), *UNTOUCHED.get(benchmark, ())):
-                    parser.error(f"unknown target '{name}'; expected such as sotu:{TARGETS['sotu'][0]}")
                 found = run(benchmark, target, size, seed, args.cache)
                 kept = json.loads(FILE.read_text()) if FILE.exists() else []
                 same = {"benchmark": benchmark, "target": target, "labels": size, "seed": seed}
                 kept = [old for old in kept if any(old[key] != value for key, value in same.items())] + found
                 FILE.write_text("[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
-    print(table(json.loads(FILE.read_text())))
+    print(table(json.loads(FILE.read_text())) if FILE.exists() else "nothing yet")
 
 
 if __name__ == "__main__":
