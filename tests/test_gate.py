@@ -235,7 +235,9 @@ def test_the_better_start_of_a_training_is_taken(
     assert line.weight == pytest.approx(4.0 if wins else 4.2)
     both_by_halves = [(labels[:2], 7), (labels[:2], 8)] * 2 + [(labels, 7)]
     assert line.trained == (both_by_halves if held_out is None else [(labels, 7)] * (3 if wins else 2))
-    assert ("all sources taken back: loss 0.000, with them 0.040" in report.line()) == wins
+    against = f"; fine-tuning alone against the merge, on 4 samples of {report.judged_by}: loss {loss:.3f} -> 0.040 ("
+    assert against in report.line()
+    assert report.line().startswith(f"fine-tuned without any source, and all sources taken back{against}") == wins
 
 
 def test_a_single_label_judges_what_it_taught_and_the_report_says_so() -> None:
