@@ -305,10 +305,13 @@ def _draw_end(axes: "Axes", report: MergeReport, place: float, judged: str) -> l
     """Mark the loss after the last fine-tuning, and draw that of fine-tuning alone as a line; return both, if known."""
     final, control = report.final, report.control
     ends: dict[str, float] = {}
-    if final and final.loss is not None:
-        on = "" if final.judged_by == judged else f", on {final.judged_by}"
-        axes.scatter([place], [final.loss], marker="*", color=GREEN, s=90, label=f"at the end{on}", zorder=2)
-        ends["end"] = final.loss
+    if final and (final.loss is not None or final.after):
+        loss, by = (
+            (final.loss, final.judged_by) if final.loss is not None else (final.after["loss"], "evaluation data")
+        )
+        on = "" if by == judged else f", on {by}"
+        axes.scatter([place], [loss], marker="*", color=GREEN, s=90, label=f"at the end{on}", zorder=2)
+        ends["end"] = loss
         if final.alone is not None:
             ends["alone"] = final.alone
     if "alone" not in ends and control and control.judged_by == judged:

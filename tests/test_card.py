@@ -350,6 +350,14 @@ def test_the_progress_ends_with_the_fine_tuning_and_its_control(
     assert lines[names[1]] == [0.35, 0.35]
 
 
+def test_the_progress_ends_where_no_gate_judged_the_fine_tuning() -> None:
+    figure: Any = progress_figure(report_of(step(), final=FinetuneReport(after={"loss": 0.2})))
+    shown = {dots.get_label(): dots.get_offsets().tolist() for dots in figure.axes[0].collections}
+    assert shown["at the end"] == [[1.5, 0.2]] and not [
+        line for line in figure.axes[0].lines if line.get_label()[0] != "_"
+    ]
+
+
 def test_the_progress_draws_a_control_that_was_asked_for_where_the_same_samples_judge() -> None:
     change = ChangeReport(-0.1, 0.05, 24, None)
     for judged_by, drawn in {"evaluation data": True, "test data": False}.items():
