@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 RESULTS = "comparison.json"
 TABLE = "comparison.md"
 FIGURE = "comparison-{}.png"  # of a number of labels
-MOST_SEED = 2**32 - 1000
 OURS = "ours"
 
 
@@ -207,8 +206,10 @@ def compare(
         raise ConfigError(
             f"sizes: expected at least one number of labels of 1 or more, or None for all, got {[*sizes]}"
         )
-    if not seeds or not all(0 <= seed <= MOST_SEED for seed in seeds):
-        raise ConfigError(f"seeds: expected at least one from 0 to {MOST_SEED}, got {[*seeds]}")
+    if not seeds:
+        raise ConfigError("seeds: expected at least one")
+    for seed in seeds:  # the configuration knows which there can be
+        replace(recipe.config, seed=seed)
     if recipe.base_model is None:
         raise ConfigError(
             "base_model: expected one in a comparison, or rows such as the average of all would lack the first source; "
