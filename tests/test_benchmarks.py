@@ -13,10 +13,12 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from grasp_hf.matching import Unit
 from tests.benchmarks import emoji, sotu
 from tests.benchmarks.packages import complete, fetch
 from tests.benchmarks.sources import KINDS, source_folder
 from tests.benchmarks.training import score
+from tests.benchmarks.trials import agreeing, harms
 
 
 @pytest.mark.parametrize(
@@ -146,3 +148,29 @@ def test_the_score_of_a_language_model_weighs_every_token_alike() -> None:
 def test_every_source_has_a_folder_of_its_own() -> None:
     folders = [source_folder(Path(), name, domain) for name, kind in KINDS.items() for domain in kind.domains]
     assert len(folders) == len(set(folders)) == 7 + 7 + 7 + 7 + 6
+
+
+def test_a_trial_takes_the_units_whose_gradients_agree() -> None:
+    units = [
+        Unit("same", ("same.weight", "same.mean")),
+        Unit("apart", ("apart.weight", "apart.bias")),
+        Unit("still", ("still.mean",)),
+    ]
+    target = {
+        "same.weight": torch.tensor([[1.0, 0.0]]),
+        "apart.weight": torch.tensor([1.0]),
+        "apart.bias": torch.tensor([1.0]),
+    }
+    source = {
+        "same.weight": torch.tensor([[1.0, 3.0]]),
+        "apart.weight": torch.tensor([1.0]),
+        "apart.bias": torch.tensor([-0.6]),
+    }
+    assert agreeing(units, target, source) == {"same.weight", "same.mean"}  # cosines 1 / sqrt(10) and 0.24
+
+
+@pytest.mark.parametrize(("errors", "harmful"), [(1.0, True), (2.0, True), (4.0, False), (-1.0, True)])
+def test_a_trial_calls_a_rise_beyond_so_many_standard_errors_harm(errors: float, harmful: bool) -> None:
+    rises = torch.tensor([0.0, 2.0, 1.0, 1.0, 1.0])  # mean 1, standard error sqrt(0.5 / 5)
+    assert harms(torch.zeros(5), rises, errors) == harmful
+    assert not harms(rises, torch.zeros(5), errors)

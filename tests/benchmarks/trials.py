@@ -16,6 +16,9 @@ score is loss, accuracy and calibrated loss on `TEST` test samples.
 
 `merged` is its score, `half` and `end` those half-way and at the end of fine-tuning.
 
+`partial`: the same, with `harm` and by loss, but no average: of each layer whose gradients on the labels agree in target
+and source (a cosine above `AGREE`, as published), the target moves a part of the way to the source.
+
 `line`: the merge of `harm` in the order of the loss is fine-tuned, on all labels (`whole`), or on two halves of them whose
 models are averaged (`halves`), and scored along the line from before to after. `least` is the point of that line where
 the loss of each half in the other's model is lowest; of the points where it is not higher by more than one or two of its
@@ -38,11 +41,12 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoProcessor, PreTrainedModel
 
 from grasp_hf.comparison import interval
 from grasp_hf.evidence import SCALES
+from grasp_hf.matching import Unit, partition
 from grasp_hf.report import markdown_table
 from tests.benchmarks.packages import cache_folder
 from tests.benchmarks.sources import KINDS, Kind, source_folder
@@ -52,11 +56,13 @@ RESULTS = Path(__file__).parent / "results" / "trials.jsonl"
 TEST, BATCH = 400, 16
 EPOCHS = {64: 8, 256: 6}
 RULES = ("harm", "harm*2", "first", "all", "rise", "help")
+PARTS, AGREE = (0.25, 0.5, 1.0), 0.3
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 POINTS = {"merged", "half", "end", *map(str, SHARES)}
 
 State = dict[str, Tensor]
 Score = tuple[float, float, float]
+ALL = ("rules", "partial", "line")
 MEASURES = ("loss", "accuracy", "calibrated loss")
 
 
@@ -100,6 +106,15 @@ class Laboratory:
         """Return what `MEASURES` name."""
         logits, labels = self.logits(state, samples)
         return measured(logits, labels)
+
+    def gradients(self, state: State, samples: list[Any]) -> State:
+        """Return the gradient of the loss, summed over batches, of each parameter that has one."""
+        self.net.load_state_dict(state)
+        self.net.eval()
+        self.net.zero_grad()
+        for start in range(0, len(samples), BATCH):
+            self.net(**self.collate(samples[start : start + BATCH])).loss.backward()
+        return {name: value.grad.clone() for name, value in self.net.named_parameters() if value.grad is not None}
 
     def tuned(self, state: State, samples: list[Any], rate: float, seed: int, epochs: int) -> State:
         """Return the state after fine-tuning with AdamW and a linear schedule."""
@@ -149,6 +164,18 @@ def sources(kind: str, cache: Path, target: str) -> dict[str, State]:
     return found
 
 
+def agreeing(units: Sequence[Unit], a: State, b: State) -> set[str]:
+    """Return the tensors of those units whose gradients have a cosine above `AGREE`; without a gradient none agree."""
+    found = set()
+    for unit in units:
+        names = [name for name in unit.tensors if name in a and name in b]
+        if names:
+            one, other = (torch.cat([gradient[name].flatten() for name in names]) for gradient in (a, b))
+            if cosine_similarity(one, other, dim=0) > AGREE:
+                found |= {*unit.tensors}
+    return found
+
+
 def harms(before: Tensor, after: Tensor, errors: float = 1.0) -> bool:
     """Whether the mean rises by more than so many of its standard errors."""
     difference = after - before
@@ -158,13 +185,19 @@ def harms(before: Tensor, after: Tensor, errors: float = 1.0) -> bool:
 def merged(
     lab: Laboratory, states: dict[str, State], order: list[str], labels: list[Any], rule: str
 ) -> tuple[State, list[str]]:
-    """Return the mean of the sources that stay, and their names."""
+    """Return what the sources that stay make, and their names."""
+    kind, _, part = rule.partition(" ")
     state, taken = states[order[0]], [order[0]]
     losses = lab.losses(state, labels, SCALES)
+    units = partition(lab.net, "layer")
     for name in [] if rule == "first" else order[1:]:
-        candidate = between(state, states[name], 1 / (len(taken) + 1))
+        if kind == "partial":
+            own = agreeing(units, lab.gradients(state, labels), lab.gradients(states[name], labels))
+            candidate = state | between({key: state[key] for key in own}, states[name], float(part))
+        else:
+            candidate = between(state, states[name], 1 / (len(taken) + 1))
         found = lab.losses(candidate, labels, SCALES)
-        errors = {"all": math.inf, "harm": 1.0, "harm*2": 2.0, "rise": 0.0, "help": -1.0}[rule]
+        errors = {"all": math.inf, "harm*2": 2.0, "rise": 0.0, "help": -1.0}.get(rule, 1.0)
         if not harms(losses, found, errors):
             state, losses = candidate, found
             taken.append(name)
@@ -186,10 +219,32 @@ def rules(
         for rule in RULES:
             state, taken = merged(lab, states, order, labels, rule)
             if frozenset(taken) not in known:
-                end = lab.tuned(state, labels, rate, seed, EPOCHS[len(labels)])
-                points = {"merged": state, "half": between(state, end, 0.5), "end": end}
-                known[frozenset(taken)] = {point: lab.score(state, test) for point, state in points.items()}
+                known[frozenset(taken)] = reached(lab, state, labels, test, rate, seed)
             yield {"way": f"{rule}, {name}", "taken": taken, **known[frozenset(taken)]}
+
+
+def partial(
+    lab: Laboratory,
+    states: dict[str, State],
+    order: list[str],
+    labels: list[Any],
+    test: list[Any],
+    rate: float,
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each part of the way."""
+    for part in PARTS:
+        state, taken = merged(lab, states, order, labels, f"partial {part}")
+        yield {"way": f"partial {part}, loss", "taken": taken, **reached(lab, state, labels, test, rate, seed)}
+
+
+def reached(
+    lab: Laboratory, state: State, labels: list[Any], test: list[Any], rate: float, seed: int
+) -> dict[str, Score]:
+    """Return the scores of a merge, half-way and at the end of fine-tuning."""
+    end = lab.tuned(state, labels, rate, seed, EPOCHS[len(labels)])
+    points = {"merged": state, "half": between(state, end, 0.5), "end": end}
+    return {point: lab.score(state, test) for point, state in points.items()}
 
 
 def line(
@@ -246,6 +301,9 @@ def trial(
         orders = {"loss": by_loss, "given": given}
         for row in rules(lab, states, orders, labels, test, rate, seed):
             yield common | {"part": "rules"} | row
+    if "partial" in parts:
+        for row in partial(lab, states, by_loss, labels, test, rate, seed):
+            yield common | {"part": "rules"} | row
     if "line" in parts:
         start, taken = merged(lab, states, by_loss, labels, "harm")
         for row in line(lab, start, labels, test, rate, seed):
@@ -293,7 +351,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, choices=EPOCHS, default=[64])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--rate", type=float, default=5e-5)
-    parser.add_argument("--parts", nargs="+", choices=("rules", "line"), default=["rules", "line"])
+    parser.add_argument("--parts", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--table", action="store_true", help="also print the means of all results")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -309,7 +367,7 @@ def main() -> None:
                         file.write(json.dumps(row) + "\n")
     if args.table:
         rows = [json.loads(text) for text in RESULTS.read_text().splitlines()]
-        for part in args.parts:
+        for part in ("rules", "line"):
             for number, measure in enumerate(MEASURES):
                 print(f"\n{part}, {measure}\n\n{table(rows, part, number)}")
 
