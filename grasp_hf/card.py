@@ -16,11 +16,16 @@ from .loading import task_of
 from .report import MergeReport, markdown_table
 from .sources import SourceRef
 
+SENTENCE_END = re.compile(r"(?<=[.;!?])\s+")
 TRAINED_ON_TEST = re.compile(
-    r"\btrain(ed|ing)\s+(on|with|using|from)\b"
-    r"((?!\b(evaluat|assess|report|measur|scor|achiev|reach|test(ed|ing)|not|never|without)|[.;]).)*?"
-    r"\btest\b(?!\s+(loss|accuracy|score|error|f1))"
+    r"\b(train|(fine-?)?tun)(ed|ing)\b.*?(\b(on|with|using|from)\b|\bdata:)"
+    r".*?\btest\b(?!\s+(loss|accuracy|score|error|f1|\w+:))"
     r"|train_split:\s*test\b",
+    re.IGNORECASE,
+)
+NOT_TRAINED_ON_TEST = re.compile(
+    r"\b((aside|but|disjoint|except|held|holding|kept|never|no|not|other|separate|tested|testing|unseen|without)\b"
+    r"|assess|achiev|evaluat|measur|reach|report|result|scor)",
     re.IGNORECASE,
 )
 TEXT = """---
@@ -122,7 +127,11 @@ def trained_on_test(folder: Path, dataset: str) -> str | None:
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     if not re.search(rf"(?<![\w-]){re.escape(dataset)}(?![\w-])", text):
         return None
-    return next((line.strip() for line in text.splitlines() if TRAINED_ON_TEST.search(line)), None)
+    for line in text.splitlines():
+        for sentence in SENTENCE_END.split(line):
+            if TRAINED_ON_TEST.search(sentence) and not NOT_TRAINED_ON_TEST.search(sentence):
+                return line.strip()
+    return None
 
 
 def parent_licenses(report: MergeReport) -> dict[str, str | None]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from scipy.special import stdtrit
 
 from . import hub
@@ -35,6 +36,7 @@ RESULTS = "comparison.json"
 TABLE = "comparison.md"
 FIGURE = "comparison-{}.png"  # of a number of labels
 OURS = "ours"
+CIRCUMSTANCES = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")  # of saving
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Comparison:
 
     Attributes:
         results: One per method, number of labels and seed.
-        setting: What was compared: the recipe, a digest of the data, the settings of variants, and the versions at first.
+        setting: What was compared: the recipe, digests of data and models, the settings of variants, the versions at first.
     """
 
     results: list[Result]
@@ -177,10 +179,12 @@ def compare(
     """Run every method on the same labels, with the same seeds and the same fine-tuning, and save what they reached.
 
     For each seed the labels are drawn from the training split anew and the sources are put in another order. What a method
-    chooses, it chooses by these labels; the test split is looked at once the method is done. Every result is fine-tuned
-    in the same number of steps; what a method spends to choose comes on top: learned mixtures take as many steps
-    again, and so does the gate, whose two halves of the labels train a model each, in ours also without any source. A
-    run that was stopped goes on where it was: what `output` holds already is not run again.
+    chooses, it chooses by these labels, controls and existing methods by the loss as it is, ours by the calibrated one; the
+    test split is looked at once the method is done. Every merged model is fine-tuned in the same number of steps;
+    sources alone and their ensemble are not. What a method spends to choose comes on top: learned mixtures take as
+    many steps again; ours reads `num_batches` batches per source, with the gate for each half of the labels; and the gate
+    trains a model on each of two halves of the labels, in ours also without any source. A run that was stopped goes on
+    where it was: what `output` holds already is not run again.
 
     Args:
         recipe: Base model, sources, data with a split `test`, and the fine-tuning that each method may spend.
@@ -225,10 +229,7 @@ def compare(
     counts = [len(data.train) if size is None else size for size in sizes]
     if max(counts) > len(data.train):
         raise DataError(f"got {len(data.train)} labels, fewer than the {max(counts)} to compare with")
-    models = {
-        reference: _identity(recipe.locate(reference), recipe) for reference in [recipe.base_model, *recipe.sources]
-    }
-    done = _continued(output, _setting(recipe, digests, models, variants or {}), chosen)
+    done = _continued(output, _setting(recipe, digests, model_identities(recipe), variants or {}), chosen)
     try:
         for count in counts:
             for seed in seeds:
@@ -237,6 +238,15 @@ def compare(
         if done.results:
             done.save_figures(output)
     return done
+
+
+def model_identities(recipe: Recipe) -> dict[str, str]:
+    """Return what tells the recipe's base and each of its sources from other models of that name.
+
+    The commit of a model on the Hub; of a folder a digest of its weights and of what its configuration says of them.
+    """
+    references = [*filter(None, [recipe.base_model]), *recipe.sources]
+    return {reference: _identity(recipe.locate(reference), recipe) for reference in references}
 
 
 def title_of(method: str) -> str:
@@ -281,11 +291,15 @@ def _chosen(methods: Sequence[str] | None) -> dict[str, Method]:
 
 
 def _identity(reference: str, recipe: Recipe) -> str:
-    """Return the commit of a model on the Hub, and of a folder a digest of its weights."""
     located, _ = hub.look_up(reference, trusted=recipe.config.trust_remote_code)
     if located.sha:
         return located.sha
     digest = hashlib.sha256()
+    for name in ("config.json", "adapter_config.json"):
+        if (located.folder / name).exists():
+            values = json.loads((located.folder / name).read_text(encoding="utf-8"))
+            said = {key: value for key, value in values.items() if key not in CIRCUMSTANCES}
+            digest.update(json.dumps(said, sort_keys=True).encode())
     for path in sorted([*located.folder.glob("*.safetensors"), *located.folder.glob("*.bin")]):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -326,11 +340,10 @@ def _continued(output: Path, setting: dict[str, Any], methods: Collection[str]) 
         raise ConfigError(
             f"'{output}' holds a comparison on other data (changed since: {', '.join(changed)}); name a new folder"
         )
-    models = earlier.setting.get("models") or now["models"]  # earlier versions did not keep it
-    earlier.setting["models"] = models
-    if changed := [name for name, identity in now["models"].items() if models.get(name) != identity]:
+    if changed := [name for name, found in now["models"].items() if earlier.setting["models"].get(name) != found]:
         raise ConfigError(
-            f"'{output}' holds a comparison of other weights (changed since: {', '.join(changed)}); name a new folder"
+            f"'{output}' holds a comparison of other weights (changed since: {', '.join(changed)}); remove it, or name a "
+            "new folder"
         )
     known = earlier.setting["variants"]
     if changed := [name for name, settings in now["variants"].items() if known.get(name, settings) != settings]:
@@ -383,15 +396,21 @@ def _run_seed(
                     arena.finetune(epochs)
                 final = scores or arena.score()
                 problem = None
-            except (GraspError, MemoryError, torch.OutOfMemoryError) as error:
+            except (GraspError, MemoryError, RuntimeError) as error:
+                if not isinstance(error, GraspError) and not _lacks_memory(error):
+                    raise
                 if kind_of(method) != "existing":
                     raise type(error)(f"while running '{title_of(method)}' with seed {seed}: {error}") from error
-                merged, final, problem = {}, {}, str(error)
+                merged, final, problem = {}, {}, str(error) or "out of memory"
             result = Result(method, count, seed, merged, final, time.perf_counter() - began, problem)
             done.results.append(result)
             done.save(output)
             shown = ", ".join(f"{key} {value:.3f}" for key, value in final.items()) or f"not run: {problem}"
             logger.info("%d labels, seed %d: %s: %s (%.0f s)", count, seed, title_of(method), shown, result.seconds)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def _permutation(count: int, seed: int) -> list[int]:

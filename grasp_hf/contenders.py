@@ -232,16 +232,16 @@ def rival(arena: Arena, method: Callable[..., None], **settings: Any) -> None:
 
 
 def mixture(arena: Arena, per_layer: bool) -> None:
-    """Learn a mixture of task vectors in as many steps as fine-tuning has.
+    """Learn a mixture of task vectors in as many steps as fine-tuning has, or in AdaMerging's 500 where there is none.
 
-    AdaMerging's 500 steps of 0.001 are too short for coefficients to get anywhere in 32; these are ten times as long at
+    AdaMerging's steps of 0.001 are too short for coefficients to get anywhere in 32; these are ten times as long at
     least, and long enough for one to cross its whole range.
     """
     arguments = arena.config.training_arguments
     batch = arguments.get("per_device_train_batch_size", arena.config.batch_size)
     batch *= arguments.get("gradient_accumulation_steps", 1)
-    steps = max(1, math.ceil(arena.epochs * len(arena.data.train) / batch))
-    rival(arena, mixture_, per_layer=per_layer, steps=steps, lr=max(1e-2, 1 / steps))
+    steps = math.ceil(arena.epochs * len(arena.data.train) / batch)
+    rival(arena, mixture_, per_layer=per_layer, **({"steps": steps, "lr": max(1e-2, 1 / steps)} if steps else {}))
 
 
 def pearl(arena: Arena) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from grasp_hf.comparison import OURS, Comparison, Result, model_identities
 from grasp_hf.matching import Unit
-from tests.benchmarks import emoji, sotu
+from tests.benchmarks import compare as comparing
+from tests.benchmarks import emoji, settings, sotu
 from tests.benchmarks.packages import complete, fetch
 from tests.benchmarks.sources import KINDS, source_folder
 from tests.benchmarks.training import score
@@ -174,3 +177,107 @@ def test_a_trial_calls_a_rise_beyond_so_many_standard_errors_harm(errors: float,
     rises = torch.tensor([0.0, 2.0, 1.0, 1.0, 1.0])  # mean 1, standard error sqrt(0.5 / 5)
     assert harms(torch.zeros(5), rises, errors) == harmful
     assert not harms(rises, torch.zeros(5), errors)
+
+
+# --- the tables of comparisons
+
+ERA = "2005-2021"
+
+
+def losses(method: str, values: list[float]) -> list[Result]:
+    return [Result(method, 64, seed, {}, {"loss": value}, 1.0) for seed, value in enumerate(values)]
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with models and two runs of `sotu` that are saved."""
+    cache = tmp_path / "cache"
+    for domain in sotu.ERAS:
+        folder = cache / "sotu" / "sources" / f"gpt2-{domain}"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text(domain)
+        (folder / "config.json").write_text("{}")
+    shutil.copytree(folder, cache / "models" / "gpt2-sotu")
+    monkeypatch.setattr(comparing, "RESULTS", tmp_path)
+    monkeypatch.chdir(cache)
+    models = model_identities(comparing.recipe_of("sotu", ERA, 64))
+    assert len(models) == 7 and len({*models.values()}) >= 6
+    found = losses("source:a", [3.0, 5.0]) + losses("source:b", [5.0, 7.0]) + losses("ties", [2.0, 1.0])
+    comparison = Comparison([*found, *losses(OURS, [1.5, 1.5])], {"models": models, "digests": {"train": "x"}})
+    comparison.save(comparing.comparison_folder("sotu", ERA, 64, cache))
+    comparing.save("sotu", cache)
+    return cache
+
+
+def test_results_of_another_machine_are_gone_on_with(kept: Path) -> None:
+    folder = comparing.comparison_folder("sotu", ERA, 64, kept)
+    before = Comparison.load(folder)
+    shutil.rmtree(folder)
+    comparing.restore("sotu", kept)
+    assert Comparison.load(folder) == before
+    part = Comparison(before.results[3:], before.setting)
+    part.save(folder)
+    comparing.restore("sotu", kept)
+    after = Comparison.load(folder)
+    assert len(after.results) == 8 and all(result in after.results for result in before.results)
+
+
+def test_results_of_other_models_are_not(kept: Path) -> None:
+    folder = comparing.comparison_folder("sotu", ERA, 64, kept)
+    shutil.rmtree(folder)
+    (kept / "sotu" / "sources" / "gpt2-1790-1860" / "model.safetensors").write_text("trained anew")
+    comparing.restore("sotu", kept)
+    assert not folder.exists()
+    own = Comparison(
+        losses(OURS, [9.0]), {"models": model_identities(comparing.recipe_of("sotu", ERA, 64)), "digests": {}}
+    )
+    own.save(folder)
+    comparing.restore("sotu", kept)
+    assert Comparison.load(folder) == own
+
+
+def test_the_table_shows_means_and_paired_differences_of_all_runs(kept: Path) -> None:
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in comparing.table("sotu", [ERA]).splitlines()
+    ]
+    assert lines[0] == ["sotu: loss", "kind", "64 labels (2 runs)"]
+    assert lines[2:] == [
+        ["source (mean of all)", "control", "5.000 (-3.500 ± 12.706)"],  # 4 and 6 against 1.5 twice
+        ["TIES", "existing", "1.500 (+0.000 ± 6.353)"],
+        ["grasp_hf, as the recipe says", "ours", "1.500"],
+    ]
+
+
+def test_ranks_are_means_over_runs_and_chance_is_that_of_a_sign_test(kept: Path) -> None:
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in comparing.overall({"sotu": [ERA]}).splitlines()
+    ]
+    assert lines[2:] == [
+        ["TIES", "existing", "1.5", "1 / 1 (p = 1.000)", "1.5", "1 / 1 (p = 1.000)"],
+        ["grasp_hf, as the recipe says", "ours", "1.5", "–", "1.5", "–"],
+        ["source (mean of all)", "control", "3.0", "2 / 0 (p = 0.500)", "3.0", "2 / 0 (p = 0.500)"],
+    ]
+
+
+def test_a_run_that_is_not_through_is_not_in_the_table(kept: Path) -> None:
+    folder = comparing.comparison_folder("sotu", ERA, 64, kept)
+    done = Comparison.load(folder)
+    done.results = [result for result in done.results if (result.method, result.seed) != (OURS, 1)]
+    done.save(folder)
+    comparing.save("sotu", kept)
+    assert "64 labels (1 run)" in comparing.table("sotu", [ERA])
+
+
+def test_a_setting_is_compared_with_the_default_of_the_same_run() -> None:
+    run = {"benchmark": "sotu", "target": ERA, "labels": 64}
+    rows = [
+        {**run, "seed": seed, "setting": setting, "loss": loss, "seconds": seconds}
+        for setting, found in {"default": [(2.0, 10.0), (3.0, 20.0)], "no gate": [(2.5, 5.0), (2.5, 10.0)]}.items()
+        for seed, (loss, seconds) in enumerate(found)
+    ]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in settings.table(rows).splitlines()]
+    assert lines[2:] == [
+        ["default", "2", "2.500", "–", "–", "–", "1.0"],
+        ["no gate", "2", "2.500", "+0.000 ± 6.353", "–", "–", "0.5"],
+    ]

@@ -540,14 +540,30 @@ def test_a_method_that_could_not_run_is_tried_again(
     assert [result.problem for result in again.results if result.method == "ties"] == [None]
 
 
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (torch.OutOfMemoryError("no room on the GPU"), "no room on the GPU"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_a_rival_that_needs_more_memory_than_there_is_does_not_stop_the_rest(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, problem: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poor = failing("existing", torch.OutOfMemoryError("out of memory"))
+    poor = failing("existing", error)
     monkeypatch.setattr(module, "METHODS", {**METHODS, "ties": poor})
     comparison = compare(recipe, tmp_path / "out", seeds=[0], methods=["ties"])
-    assert {r.method: r.problem for r in comparison.results if r.problem} == {"ties": "out of memory"}
+    assert {r.method: r.problem for r in comparison.results if r.problem} == {"ties": problem}
     assert comparison.results[-1].method == OURS and comparison.results[-1].final
+
+
+def test_an_error_that_is_not_about_memory_stops_the_comparison(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "METHODS", {**METHODS, "ties": failing("existing", RuntimeError("a bug"))})
+    with pytest.raises(RuntimeError, match="^a bug$"):
+        compare(recipe, tmp_path / "out", seeds=[0], methods=["ties"])
 
 
 def test_language_models_are_compared_by_their_loss(tmp_path: Path) -> None:
@@ -582,6 +598,15 @@ def test_a_mixture_makes_as_many_steps_as_the_trainer(
     monkeypatch.setattr(contenders, "mixture_", lambda trial, **settings: asked.append(settings["steps"]))
     compare(recipe, tmp_path / "out", seeds=[0], methods=["lorahub"])
     assert asked == [steps] and steps * accumulation * 4 == EPOCHS * TRAIN
+
+
+def test_without_fine_tuning_a_mixture_is_learned_as_published(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(contenders, "mixture_", lambda trial, **settings: asked.append(settings))
+    compare(write_recipe(world, tmp_path, final_epochs=0), tmp_path / "out", seeds=[0], methods=["adamerging"])
+    assert asked == [{"per_layer": True}]
 
 
 def test_other_data_under_the_same_name_is_refused(world: Path, tmp_path: Path) -> None:
@@ -658,15 +683,22 @@ def test_seeds_and_sizes_that_cannot_be_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_other_weights_under_the_same_name_are_refused(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["weights", "configuration"])
+def test_other_models_under_the_same_name_are_refused(what: str, world: Path, tmp_path: Path) -> None:
     source = copied(str(world / "fine"), tmp_path / "fine")
     recipe = write_recipe(world, tmp_path, sources=[str(source)])
     compare(recipe, str(tmp_path / "out"), seeds=[0], methods=["base"])
-    saved(perturbed(tiny_model("vit"), 5), source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "transformers_version": "0", "_name_or_path": "there"}))
+    compare(recipe, str(tmp_path / "out"), seeds=[1], methods=["base"])  # what does not matter
+    if what == "weights":
+        saved(perturbed(tiny_model("vit"), 5), source)
+    else:
+        (source / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 0.1}))
     with pytest.raises(
-        ConfigError, match=r"holds a comparison of other weights \(changed since: .*fine\); name a new"
+        ConfigError, match=r"holds a comparison of other weights \(changed since: .*fine\); remove it, or"
     ):
-        compare(recipe, tmp_path / "out", seeds=[1], methods=["base"])
+        compare(recipe, tmp_path / "out", seeds=[2], methods=["base"])
 
 
 def test_unknown_methods_are_named_with_those_that_are_known(recipe: Recipe, tmp_path: Path) -> None:

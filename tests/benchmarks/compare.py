@@ -4,9 +4,9 @@ Run it with `python -m tests.benchmarks.compare sentiment emoji sotu` after `pyt
 `python -m tests.benchmarks.sources`. Each run is a target domain and a seed: the seed draws the labels, the order of the
 sources, and everything random in a method; the sources are those of all other domains. Fine-tuning has as many steps for
 every method. A stopped run goes on where it was, on another machine too if its data and its models are the same to the
-bit: a GPT-2 that was trained anew on another machine differs by 0.01 nats. The results stand in
-`tests/benchmarks/results/<benchmark>.json`; `--table` prints the tables of what is there already. `--untouched` takes
-targets that no rule of the default was chosen by.
+bit. Where they are not (a GPT-2 that was trained anew on another machine differs by 0.01 nats), a target begins anew, and
+what it reaches takes the place of what stood there. The results stand in `tests/benchmarks/results/<benchmark>.json`;
+`--table` prints the tables of what is there already. `--untouched` takes targets that no rule of the default was chosen by.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from scipy.stats import binomtest, rankdata
 
-from grasp_hf.comparison import OURS, Comparison, Result, compare, interval, kind_of, title_of
+from grasp_hf.comparison import OURS, Comparison, Result, compare, interval, kind_of, model_identities, title_of
 from grasp_hf.config import Recipe
 from grasp_hf.report import markdown_table
 from tests.benchmarks.emoji import STYLES
@@ -66,9 +66,14 @@ def overrides(benchmark: str, target: str, size: int | None) -> list[str]:
     return [f"sources={sources}", f"final_epochs={epochs}", *data]
 
 
+def recipe_of(benchmark: str, target: str, size: int | None) -> Recipe:
+    """Return the recipe of a target and number of labels."""
+    return Recipe.from_yaml(RECIPES / f"{benchmark}.yaml", overrides(benchmark, target, size))
+
+
 def run(benchmark: str, target: str, size: int | None, seed: int, cache: Path, variants: bool) -> Comparison:
     """Run all methods for one target, number of labels and seed, and return the results of that target so far."""
-    recipe = Recipe.from_yaml(RECIPES / f"{benchmark}.yaml", overrides(benchmark, target, size))
+    recipe = recipe_of(benchmark, target, size)
     folder = comparison_folder(benchmark, target, size, cache)
     return compare(recipe, folder, sizes=[size], seeds=[seed], variants=VARIANTS if variants else {})
 
@@ -86,16 +91,17 @@ def combinations(benchmark: str, cache: Path) -> Iterator[tuple[str, int | None,
 
 
 def restore(benchmark: str, cache: Path) -> None:
-    """Put results of another machine into the cache that lacks them; `compare` goes on there if all is the same."""
+    """Put results of another machine into the cache that lacks them, if they are of the models and the data that are here."""
     record = json.loads((RESULTS / f"{benchmark}.json").read_text())
     names = [field.name for field in fields(Result)]
     for target, size, folder in combinations(benchmark, cache):
-        if folder.name not in record["settings"]:
+        setting = record["settings"].get(folder.name)
+        if setting is None or setting["models"] != model_identities(recipe_of(benchmark, target, size)):
             continue
-        known = Comparison([], record["settings"][folder.name])
+        known = Comparison([], setting)
         if (folder / "comparison.json").exists():
             known = Comparison.load(folder)
-            if known.setting["digests"] != record["settings"][folder.name]["digests"]:
+            if any(known.setting[key] != setting[key] for key in ("models", "digests")):
                 continue
         there = {(result.method, result.seed) for result in known.results}
         rows = [row for row in record["results"] if (row["target"], row["labels"]) == (target, size or "all")]
@@ -230,14 +236,19 @@ def main() -> None:
         benchmark: (UNTOUCHED if args.untouched else TARGETS)[benchmark] for benchmark in args.benchmarks
     }
     args.cache = args.cache.absolute()
-    os.chdir(args.cache)  # the recipes' paths start there
+    if not args.table and not args.cache.exists():
+        parser.error(
+            f"{args.cache} is missing; run python -m tests.benchmarks.data and python -m tests.benchmarks.sources"
+        )
     for benchmark in args.benchmarks:
-        restore(benchmark, args.cache)
-        for seed in [] if args.table else args.seeds:
-            for size in (None if size == "all" else int(size) for size in args.sizes):
-                for target in targets[benchmark]:
-                    run(benchmark, target, size, seed, args.cache, args.variants)
-                    save(benchmark, args.cache)
+        if not args.table:
+            os.chdir(args.cache)  # the recipes' paths start there
+            restore(benchmark, args.cache)
+            for seed in args.seeds:
+                for size in (None if size == "all" else int(size) for size in args.sizes):
+                    for target in targets[benchmark]:
+                        run(benchmark, target, size, seed, args.cache, args.variants)
+                        save(benchmark, args.cache)
         print(f"\n{table(benchmark, targets[benchmark])}")
     print(f"\n{overall(targets)}")
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from grasp_hf.comparison import Result, compare, interval
-from grasp_hf.config import GraspConfig, Recipe
+from grasp_hf.config import GraspConfig
 from grasp_hf.report import markdown_table
-from tests.benchmarks.compare import RECIPES, RESULTS, TARGETS, UNTOUCHED, overrides
+from tests.benchmarks.compare import RESULTS, TARGETS, UNTOUCHED, recipe_of
 from tests.benchmarks.packages import cache_folder
 
 FILE = RESULTS / "settings.json"
@@ -54,14 +54,15 @@ def settings(config: GraspConfig, sources: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def run(benchmark: str, target: str, size: int, seed: int, cache: Path) -> list[dict[str, Any]]:
-    """Run all settings for one set of labels, and return a row for each."""
-    recipe = Recipe.from_yaml(RECIPES / f"{benchmark}.yaml", overrides(benchmark, target, size))
+def run(benchmark: str, target: str, size: int, seed: int, cache: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Run all settings for one set of labels, and return a row for each, and what was compared."""
+    recipe = recipe_of(benchmark, target, size)
     changed = settings(recipe.config, len(recipe.sources))
     folder = cache / "settings" / f"{benchmark}-{target}-{size}"
     done = compare(recipe, folder, sizes=[size], seeds=[seed], methods=["ours"], variants=changed)
     common = {"benchmark": benchmark, "target": target, "labels": size, "seed": seed}
-    return [common | row(result) for result in done.results if result.seed == seed and not is_source(result)]
+    rows = [common | row(result) for result in done.results if result.seed == seed and not is_source(result)]
+    return rows, done.setting
 
 
 def is_source(result: Result) -> bool:
@@ -95,6 +96,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(lines)
 
 
+def save(rows: list[dict[str, Any]], setting: dict[str, Any]) -> None:
+    """Put the rows of one set of labels into the results file, in the place of those that it has."""
+    record = json.loads(FILE.read_text())
+    same = ("benchmark", "target", "labels", "seed")
+    kept = [old for old in record["results"] if any(old[key] != rows[0][key] for key in same)]
+    record["settings"]["{benchmark}-{target}-{labels}".format(**rows[0])] = setting
+    record["results"] = kept + rows
+    FILE.write_text(json.dumps(record).replace('}, {"benchmark"', '},\n{"benchmark"') + "\n")
+
+
 def main() -> None:
     """Run what is missing, keep it, and print the table of all that is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,12 +132,8 @@ def main() -> None:
         for size in args.sizes:
             for name in args.targets:
                 benchmark, _, target = name.partition(":")
-                found = run(benchmark, target, size, seed, args.cache)
-                kept = json.loads(FILE.read_text()) if FILE.exists() else []
-                same = {"benchmark": benchmark, "target": target, "labels": size, "seed": seed}
-                kept = [old for old in kept if any(old[key] != value for key, value in same.items())] + found
-                FILE.write_text("[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
-    print(table(json.loads(FILE.read_text())) if FILE.exists() else "nothing yet")
+                save(*run(benchmark, target, size, seed, args.cache))
+    print(table(json.loads(FILE.read_text())["results"]))
 
 
 if __name__ == "__main__":

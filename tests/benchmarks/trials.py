@@ -16,8 +16,9 @@ score is loss, accuracy and calibrated loss on `TEST` test samples.
 
 `merged` is its score, `half` and `end` those half-way and at the end of fine-tuning.
 
-`partial`: the same, with `harm` and by loss, but no average: of each layer whose gradients on the labels agree in target
-and source (a cosine above `AGREE`, as published), the target moves a part of the way to the source.
+`others`: more ways with `harm`, by loss. `base`: the average begins with the base model. `partial`: no average, but of each
+layer whose gradients on the labels agree in target and source (a cosine above `AGREE`, as published) the target moves a
+part of the way to the source.
 
 `line`: the merge of `harm` in the order of the loss is fine-tuned, on all labels (`whole`), or on two halves of them whose
 models are averaged (`halves`), and scored along the line from before to after. `least` is the point of that line where
@@ -25,7 +26,7 @@ the loss of each half in the other's model is lowest; of the points where it is 
 standard errors, `farthest` is the last one and `middle` the middle one; with `no worse`, of those
 where the loss, calibrated or not, is not higher than at the start. The loss is calibrated or plain.
 
-Results stand in `tests/benchmarks/results/trials.jsonl`; `--table` prints their means, and differences to the first line.
+Results stand in `tests/benchmarks/results/trials.json`; `--table` prints their means, and differences to the first line.
 """
 
 import argparse
@@ -34,6 +35,7 @@ import math
 import random
 import statistics
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ from tests.benchmarks.packages import cache_folder
 from tests.benchmarks.sources import KINDS, Kind, source_folder
 from tests.benchmarks.training import collator_for
 
-RESULTS = Path(__file__).parent / "results" / "trials.jsonl"
+RESULTS = Path(__file__).parent / "results" / "trials.json"
 TEST, BATCH = 400, 16
 EPOCHS = {64: 8, 256: 6}
 RULES = ("harm", "harm*2", "first", "all", "rise", "help")
@@ -62,7 +64,7 @@ POINTS = {"merged", "half", "end", *map(str, SHARES)}
 
 State = dict[str, Tensor]
 Score = tuple[float, float, float]
-ALL = ("rules", "partial", "line")
+ALL = ("rules", "others", "line")
 MEASURES = ("loss", "accuracy", "calibrated loss")
 
 
@@ -75,6 +77,7 @@ class Laboratory:
         self.processor = AutoProcessor.from_pretrained(base)
         self.net: PreTrainedModel = kind.auto.from_pretrained(base)
         self.collate = collator_for(self.net, self.processor)
+        self.base = self.state()
 
     def draw(self, samples: Sequence[Any], count: int, seed: int) -> list[Any]:
         """Return so many of the samples, drawn at random."""
@@ -223,7 +226,7 @@ def rules(
             yield {"way": f"{rule}, {name}", "taken": taken, **known[frozenset(taken)]}
 
 
-def partial(
+def others(
     lab: Laboratory,
     states: dict[str, State],
     order: list[str],
@@ -232,10 +235,11 @@ def partial(
     rate: float,
     seed: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each part of the way."""
-    for part in PARTS:
-        state, taken = merged(lab, states, order, labels, f"partial {part}")
-        yield {"way": f"partial {part}, loss", "taken": taken, **reached(lab, state, labels, test, rate, seed)}
+    """Yield a row for the average that begins with the base, and one for each part of the way."""
+    found = {"base": merged(lab, states | {"base": lab.base}, ["base", *order], labels, "harm")}
+    found |= {f"partial {part}": merged(lab, states, order, labels, f"partial {part}") for part in PARTS}
+    for rule, (state, taken) in found.items():
+        yield {"way": f"{rule}, loss", "taken": taken, **reached(lab, state, labels, test, rate, seed)}
 
 
 def reached(
@@ -301,8 +305,8 @@ def trial(
         orders = {"loss": by_loss, "given": given}
         for row in rules(lab, states, orders, labels, test, rate, seed):
             yield common | {"part": "rules"} | row
-    if "partial" in parts:
-        for row in partial(lab, states, by_loss, labels, test, rate, seed):
+    if "others" in parts:
+        for row in others(lab, states, by_loss, labels, test, rate, seed):
             yield common | {"part": "rules"} | row
     if "line" in parts:
         start, taken = merged(lab, states, by_loss, labels, "harm")
@@ -343,6 +347,14 @@ def table(rows: list[dict[str, Any]], part: str, number: int) -> str:
     )
 
 
+def save(row: dict[str, Any]) -> None:
+    """Add a row to the results file."""
+    record = json.loads(RESULTS.read_text())
+    record["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
+    record["results"].append(row)
+    RESULTS.write_text(json.dumps(record).replace('}, {"kind"', '},\n{"kind"') + "\n")
+
+
 def main() -> None:
     """Run trials, append their rows to the results, and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -353,6 +365,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=5e-5)
     parser.add_argument("--parts", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--table", action="store_true", help="also print the means of all results")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="in the table")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -363,10 +376,10 @@ def main() -> None:
                 kind, _, target = name.partition(":")
                 for row in trial(args.cache, kind, target, size, seed, args.rate, args.parts):
                     print(row, flush=True)
-                    with RESULTS.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    save(row)
     if args.table:
-        rows = [json.loads(text) for text in RESULTS.read_text().splitlines()]
+        rows = json.loads(RESULTS.read_text())["results"]
+        rows = [row for row in rows if row["kind"] in args.kinds]
         for part in ("rules", "line"):
             for number, measure in enumerate(MEASURES):
                 print(f"\n{part}, {measure}\n\n{table(rows, part, number)}")
