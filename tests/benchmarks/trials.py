@@ -25,6 +25,7 @@ models are averaged (`halves`), and scored along the line from before to after. 
 the loss of each half in the other's model is lowest; of the points where it is not higher by more than one or two of its
 standard errors, `farthest` is the last one and `middle` the middle one; with `no worse`, of those
 where the loss, calibrated or not, is not higher than at the start. The loss is calibrated or plain.
+`base-line`: the same from the base model, which has everything to learn.
 
 Results stand in `tests/benchmarks/results/trials.json`; `--table` prints their means, and differences to the first line.
 """
@@ -64,7 +65,8 @@ POINTS = {"merged", "half", "end", *map(str, SHARES)}
 
 State = dict[str, Tensor]
 Score = tuple[float, float, float]
-ALL = ("rules", "others", "line")
+LINES = ("line", "base-line")
+ALL = ("rules", "others", *LINES)
 MEASURES = ("loss", "accuracy", "calibrated loss")
 
 
@@ -312,6 +314,9 @@ def trial(
         start, taken = merged(lab, states, by_loss, labels, "harm")
         for row in line(lab, start, labels, test, rate, seed):
             yield common | {"part": "line", "taken": taken} | row
+    if "base-line" in parts:
+        for row in line(lab, lab.base, labels, test, rate, seed):
+            yield common | {"part": "base-line"} | row
 
 
 def table(rows: list[dict[str, Any]], part: str, number: int) -> str:
@@ -325,7 +330,7 @@ def table(rows: list[dict[str, Any]], part: str, number: int) -> str:
                 if point in POINTS and isinstance(score, list):
                     runs.setdefault((row["way"], point), {})[run] = score[number]
             lines.setdefault(run, {})[row["way"]] = row
-    for run, ways in lines.items() if part == "line" else ():
+    for run, ways in lines.items() if part in LINES else ():
         for rule, share in ways.get("halves", {}).get("chosen", {}).items():
             for way, row in ways.items():
                 if str(share) in row:
@@ -380,7 +385,7 @@ def main() -> None:
     if args.table:
         rows = json.loads(RESULTS.read_text())["results"]
         rows = [row for row in rows if row["kind"] in args.kinds]
-        for part in ("rules", "line"):
+        for part in ("rules", *LINES):
             for number, measure in enumerate(MEASURES):
                 print(f"\n{part}, {measure}\n\n{table(rows, part, number)}")
 
