@@ -203,6 +203,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     models = model_identities(comparing.recipe_of("sotu", ERA, 64))
     assert len(models) == 7 and len({*models.values()}) >= 6
     found = losses("source:a", [3.0, 5.0]) + losses("source:b", [5.0, 7.0]) + losses("ties", [2.0, 1.0])
+    (tmp_path / "sotu.json").write_text(json.dumps({"settings": {}, "results": []}))
     comparison = Comparison([*found, *losses(OURS, [1.5, 1.5])], {"models": models, "digests": {"train": "x"}})
     comparison.save(comparing.comparison_folder("sotu", ERA, 64, cache))
     comparing.save("sotu", cache)
@@ -220,6 +221,18 @@ def test_results_of_another_machine_are_gone_on_with(kept: Path) -> None:
     comparing.restore("sotu", kept)
     after = Comparison.load(folder)
     assert len(after.results) == 8 and all(result in after.results for result in before.results)
+
+
+def test_what_a_machine_has_not_run_stays_in_the_record(kept: Path) -> None:
+    record = json.loads((kept.parent / "sotu.json").read_text())
+    shutil.rmtree(comparing.comparison_folder("sotu", ERA, 64, kept))
+    other = Comparison(losses(OURS, [2.0]), {"models": {}, "digests": {}})
+    other.save(comparing.comparison_folder("sotu", ERA, 256, kept))
+    comparing.save("sotu", kept)
+    comparing.save("sotu", kept)
+    now = json.loads((kept.parent / "sotu.json").read_text())
+    assert [*now["settings"]] == [f"sotu-{ERA}-64", f"sotu-{ERA}-256"]
+    assert now["results"][:-1] == record["results"] and now["results"][-1]["final"] == {"loss": 2.0}
 
 
 def test_results_of_other_models_are_not(kept: Path) -> None:

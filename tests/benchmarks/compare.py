@@ -112,17 +112,16 @@ def restore(benchmark: str, cache: Path) -> None:
 
 
 def save(benchmark: str, cache: Path) -> None:
-    """Write what the cache holds to the results file."""
-    rows: list[dict[str, Any]] = []
-    settings = {}
+    """Write what the cache holds to the results file; targets that it does not hold stay there as they are."""
+    path = RESULTS / f"{benchmark}.json"
+    record = json.loads(path.read_text())
     for target, size, folder in combinations(benchmark, cache):
         if (folder / "comparison.json").exists():
-            found = Comparison.load(folder)
-            settings[folder.name] = found.setting
-            rows += [{"target": target, "labels": size or "all", **asdict(result)} for result in found.results]
-    record = {"command": f"python -m tests.benchmarks.compare {benchmark}", "settings": settings, "results": rows}
-    text = json.dumps(record).replace('}, {"target"', '},\n{"target"')
-    (RESULTS / f"{benchmark}.json").write_text(text + "\n")
+            found, place = Comparison.load(folder), {"target": target, "labels": size or "all"}
+            kept = [row for row in record["results"] if any(row[key] != value for key, value in place.items())]
+            record["results"] = kept + [place | asdict(result) for result in found.results]
+            record["settings"][folder.name] = found.setting
+    path.write_text(json.dumps(record).replace('}, {"target"', '},\n{"target"') + "\n")
 
 
 def comparisons(benchmark: str, targets: Collection[str]) -> dict[str, Comparison]:
