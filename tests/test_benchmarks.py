@@ -14,8 +14,9 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from grasp_hf.comparison import OURS, Comparison, Result, model_identities
+from grasp_hf.comparison import model_identities
 from grasp_hf.matching import Unit
+from grasp_hf.results import OURS, Comparison, Result
 from tests.benchmarks import compare as comparing
 from tests.benchmarks import emoji, settings, sotu
 from tests.benchmarks.packages import complete, fetch
@@ -188,6 +189,12 @@ def losses(method: str, values: list[float]) -> list[Result]:
     return [Result(method, 64, seed, {}, {"loss": value}, 1.0) for seed, value in enumerate(values)]
 
 
+def cells(table: str) -> list[list[str]]:
+    """Return the rows of a Markdown table, the one below the head left out."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return rows[:1] + rows[2:]
+
+
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with models and two runs of `sotu` that are saved."""
@@ -233,9 +240,10 @@ def test_what_a_machine_has_not_run_stays_in_the_record(kept: Path) -> None:
     now = json.loads((kept.parent / "sotu.json").read_text())
     assert [*now["settings"]] == [f"sotu-{ERA}-64", f"sotu-{ERA}-256"]
     assert now["results"][:-1] == record["results"] and now["results"][-1]["final"] == {"loss": 2.0}
+    assert (kept.parent / "sotu.json").read_text().count("\n{") == len(now["results"])  # a line each
 
 
-def test_results_of_other_models_are_not(kept: Path) -> None:
+def test_results_of_other_models_are_not_gone_on_with(kept: Path) -> None:
     folder = comparing.comparison_folder("sotu", ERA, 64, kept)
     shutil.rmtree(folder)
     (kept / "sotu" / "sources" / "gpt2-1790-1860" / "model.safetensors").write_text("trained anew")
@@ -250,11 +258,8 @@ def test_results_of_other_models_are_not(kept: Path) -> None:
 
 
 def test_the_table_shows_means_and_paired_differences_of_all_runs(kept: Path) -> None:
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in comparing.table("sotu", [ERA]).splitlines()
-    ]
-    assert lines[0] == ["sotu: loss", "kind", "64 labels (2 runs)"]
-    assert lines[2:] == [
+    assert cells(comparing.table("sotu", [ERA])) == [
+        ["sotu: loss", "kind", "64 labels (2 runs)"],
         ["source (mean of all)", "control", "5.000 (-3.500 ± 12.706)"],  # 4 and 6 against 1.5 twice
         ["TIES", "existing", "1.500 (+0.000 ± 6.353)"],
         ["grasp_hf, as the recipe says", "ours", "1.500"],
@@ -262,11 +267,7 @@ def test_the_table_shows_means_and_paired_differences_of_all_runs(kept: Path) ->
 
 
 def test_ranks_are_means_over_runs_and_chance_is_that_of_a_sign_test(kept: Path) -> None:
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in comparing.overall({"sotu": [ERA]}).splitlines()
-    ]
-    assert lines[2:] == [
+    assert cells(comparing.overall({"sotu": [ERA]}))[1:] == [
         ["TIES", "existing", "1.5", "1 / 1 (p = 1.000)", "1.5", "1 / 1 (p = 1.000)"],
         ["grasp_hf, as the recipe says", "ours", "1.5", "–", "1.5", "–"],
         ["source (mean of all)", "control", "3.0", "2 / 0 (p = 0.500)", "3.0", "2 / 0 (p = 0.500)"],
@@ -289,8 +290,7 @@ def test_a_setting_is_compared_with_the_default_of_the_same_run() -> None:
         for setting, found in {"default": [(2.0, 10.0), (3.0, 20.0)], "no gate": [(2.5, 5.0), (2.5, 10.0)]}.items()
         for seed, (loss, seconds) in enumerate(found)
     ]
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in settings.table(rows).splitlines()]
-    assert lines[2:] == [
+    assert cells(settings.table(rows))[1:] == [
         ["default", "2", "2.500", "–", "–", "–", "1.0"],
         ["no gate", "2", "2.500", "+0.000 ± 6.353", "–", "–", "0.5"],
     ]

@@ -25,13 +25,14 @@ from transformers import Trainer
 from grasp_hf import comparison as module
 from grasp_hf import contenders, fairness
 from grasp_hf.cli import main
-from grasp_hf.comparison import OURS, Comparison, Result, compare, half_interval, interval
+from grasp_hf.comparison import compare
 from grasp_hf.config import GraspConfig, Recipe
 from grasp_hf.contenders import METHODS, Arena, Method
 from grasp_hf.digests import contents
 from grasp_hf.errors import ConfigError, DataError
 from grasp_hf.figures import comparison_figure
 from grasp_hf.matching import movable_tensors
+from grasp_hf.results import OURS, Comparison, Result, half_interval, interval
 from tests.models import (
     WORDS,
     copied,
@@ -695,9 +696,7 @@ def test_other_models_under_the_same_name_are_refused(what: str, world: Path, tm
         saved(perturbed(tiny_model("vit"), 5), source)
     else:
         (source / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 0.1}))
-    with pytest.raises(
-        ConfigError, match=r"holds a comparison of other weights \(changed since: .*fine\); remove it, or"
-    ):
+    with pytest.raises(ConfigError, match=r"holds a comparison of other models \(changed since: .*fine\); name a new"):
         compare(recipe, tmp_path / "out", seeds=[2], methods=["base"])
 
 

@@ -3,9 +3,9 @@
 Run it with `python -m tests.benchmarks.compare sentiment emoji sotu` after `python -m tests.benchmarks.data` and
 `python -m tests.benchmarks.sources`. Each run is a target domain and a seed: the seed draws the labels, the order of the
 sources, and everything random in a method; the sources are those of all other domains. Fine-tuning has as many steps for
-every method. A stopped run goes on where it was, on another machine too if its data and its models are the same to the
-bit. Where they are not (a GPT-2 that was trained anew on another machine differs by 0.01 nats), a target begins anew, and
-what it reaches takes the place of what stood there. The results stand in `tests/benchmarks/results/<benchmark>.json`;
+every method. A stopped run goes on where it was, on another machine too if its models are the same to the bit. Where they are
+not (a GPT-2 that was trained anew on another machine differs by 0.01 nats), a target begins anew, and what it reaches
+takes the place of what stood there. The results stand in `tests/benchmarks/results/<benchmark>.json`;
 `--table` prints the tables of what is there already. `--untouched` takes targets that no rule of the default was chosen by.
 """
 
@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from scipy.stats import binomtest, rankdata
 
-from grasp_hf.comparison import OURS, Comparison, Result, compare, interval, kind_of, model_identities, title_of
+from grasp_hf.comparison import compare, model_identities
 from grasp_hf.config import Recipe
 from grasp_hf.report import markdown_table
+from grasp_hf.results import OURS, Comparison, Result, interval, kind_of, title_of
 from tests.benchmarks.emoji import STYLES
 from tests.benchmarks.packages import cache_folder
 from tests.benchmarks.sentiment import DOMAINS
@@ -101,7 +102,7 @@ def restore(benchmark: str, cache: Path) -> None:
         known = Comparison([], setting)
         if (folder / "comparison.json").exists():
             known = Comparison.load(folder)
-            if any(known.setting[key] != setting[key] for key in ("models", "digests")):
+            if any(known.setting.get(key) != setting[key] for key in ("models", "digests")):
                 continue
         there = {(result.method, result.seed) for result in known.results}
         rows = [row for row in record["results"] if (row["target"], row["labels"]) == (target, size or "all")]
@@ -121,7 +122,13 @@ def save(benchmark: str, cache: Path) -> None:
             kept = [row for row in record["results"] if any(row[key] != value for key, value in place.items())]
             record["results"] = kept + [place | asdict(result) for result in found.results]
             record["settings"][folder.name] = found.setting
-    path.write_text(json.dumps(record).replace('}, {"target"', '},\n{"target"') + "\n")
+    write_record(path, record)
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a results file, each of its `results` on a line of its own."""
+    head = json.dumps({**record, "results": []}).removesuffix("]}")
+    path.write_text(f"{head}\n" + ",\n".join(map(json.dumps, record["results"])) + "\n]}\n")
 
 
 def comparisons(benchmark: str, targets: Collection[str]) -> dict[str, Comparison]:

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from grasp_hf.comparison import Result, compare, interval
+from grasp_hf.comparison import compare
 from grasp_hf.config import GraspConfig
 from grasp_hf.report import markdown_table
-from tests.benchmarks.compare import RESULTS, TARGETS, UNTOUCHED, recipe_of
+from grasp_hf.results import Result, interval
+from tests.benchmarks.compare import RESULTS, TARGETS, UNTOUCHED, recipe_of, write_record
 from tests.benchmarks.packages import cache_folder
 
 FILE = RESULTS / "settings.json"
@@ -103,7 +104,7 @@ def save(rows: list[dict[str, Any]], setting: dict[str, Any]) -> None:
     kept = [old for old in record["results"] if any(old[key] != rows[0][key] for key in same)]
     record["settings"]["{benchmark}-{target}-{labels}".format(**rows[0])] = setting
     record["results"] = kept + rows
-    FILE.write_text(json.dumps(record).replace('}, {"benchmark"', '},\n{"benchmark"') + "\n")
+    write_record(FILE, record)
 
 
 def main() -> None:

@@ -47,10 +47,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoProcessor, PreTrainedModel
 
-from grasp_hf.comparison import interval
 from grasp_hf.evidence import SCALES
 from grasp_hf.matching import Unit, partition
 from grasp_hf.report import markdown_table
+from grasp_hf.results import interval
+from tests.benchmarks.compare import write_record
 from tests.benchmarks.packages import cache_folder
 from tests.benchmarks.sources import KINDS, Kind, source_folder
 from tests.benchmarks.training import collator_for
@@ -357,7 +358,7 @@ def save(row: dict[str, Any]) -> None:
     record = json.loads(RESULTS.read_text())
     record["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
     record["results"].append(row)
-    RESULTS.write_text(json.dumps(record).replace('}, {"kind"', '},\n{"kind"') + "\n")
+    write_record(RESULTS, record)
 
 
 def main() -> None:
