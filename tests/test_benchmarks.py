@@ -257,6 +257,16 @@ def test_results_of_other_models_are_not_gone_on_with(kept: Path) -> None:
     assert Comparison.load(folder) == own
 
 
+def test_a_cache_of_earlier_models_takes_no_results_of_those_that_are_here(kept: Path) -> None:
+    folder = comparing.comparison_folder("sotu", ERA, 64, kept)
+    stale = Comparison(
+        losses(OURS, [9.0]), {**Comparison.load(folder).setting, "models": {"models/gpt2-sotu": "earlier"}}
+    )
+    stale.save(folder)
+    comparing.restore("sotu", kept)
+    assert Comparison.load(folder) == stale
+
+
 def test_the_table_shows_means_and_paired_differences_of_all_runs(kept: Path) -> None:
     assert cells(comparing.table("sotu", [ERA])) == [
         ["sotu: loss", "kind", "64 labels (2 runs)"],
