@@ -1,0 +1,30 @@
+"""Reports of merges that nobody ran."""
+
+from typing import Any
+
+from grasp_hf.report import MergeReport, StepReport, unit_reports
+from grasp_hf.transfer import Mix
+
+SHA = "a" * 40
+ALL = {"query": 0.5, "dense": 0.1, "classifier": None}
+
+
+def step(
+    source: str = "org/fine",
+    scores: dict[str, float | None] = ALL,
+    *,
+    accepted: bool = True,
+    losses: tuple[float, float, float] | None = (1.0, 0.8, 0.6),
+    **fields: Any,
+) -> StepReport:
+    """Return a source that moved the units whose score is above 0.2."""
+    mixes = {name: Mix.on_line(float(score is not None and score > 0.2)) for name, score in scores.items()}
+    units = unit_reports(dict.fromkeys(scores, 10), mixes, scores, accepted)
+    names = ("before", "after_transfer", "after")
+    measured: dict[str, Any] = {name: {"loss": loss} for name, loss in zip(names, losses or (), strict=False)}
+    measured |= {"judged_by": "evaluation data"} if losses else {}
+    return StepReport(source, fields.pop("sha", SHA), "full", accepted=accepted, units=units, **measured, **fields)
+
+
+def report_of(*steps: StepReport, **fields: Any) -> MergeReport:
+    return MergeReport("org/base", SHA, steps=list(steps), config={"method": "copy"}, **fields)
