@@ -304,3 +304,19 @@ def test_a_setting_is_compared_with_the_default_of_the_same_run() -> None:
         ["default", "2", "2.500", "–", "–", "–", "1.0"],
         ["no gate", "2", "2.500", "+0.000 ± 6.353", "–", "–", "0.5"],
     ]
+
+
+def test_settings_that_were_not_run_again_stay_if_the_models_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "FILE", tmp_path / "settings.json")
+    run = {"benchmark": "sotu", "target": ERA, "labels": 64, "seed": 0}
+    (tmp_path / "settings.json").write_text(json.dumps({"settings": {}, "results": []}))
+    settings.save(
+        [{**run, "setting": "default", "loss": 2.0}, {**run, "setting": "no gate", "loss": 3.0}], {"models": 1}
+    )
+    for models, expected in ((1, {"default": 1.0, "no gate": 3.0}), (2, {"default": 1.0})):
+        settings.save([{**run, "setting": "default", "loss": 1.0}], {"models": models})
+        record = json.loads((tmp_path / "settings.json").read_text())
+        assert {row["setting"]: row["loss"] for row in record["results"]} == expected
+        assert record["settings"] == {f"sotu-{ERA}-64": {"models": models}}

@@ -3,14 +3,15 @@
 Run it with `python -m tests.benchmarks.settings sotu:2005-2021 sentiment:nyt emoji:noto`, a benchmark and a target each,
 after `python -m tests.benchmarks.sources`. Labels, order of the sources and epochs are those of the benchmark in
 `tests.benchmarks.compare`. A stopped run goes on where it was. The results stand in
-`tests/benchmarks/results/settings.json`; `--table` prints the mean of each setting over all runs, and by how much it is
-better than the default, with the 95 % interval over runs.
+`tests/benchmarks/results/settings.json`; `--table` prints, for each benchmark and number of labels, the mean of each
+setting over runs, and by how much it is better than the default, with the 95 % interval over runs.
 """
 
 import argparse
 import json
 import logging
 import os
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -55,10 +56,14 @@ def settings(config: GraspConfig, sources: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def run(benchmark: str, target: str, size: int, seed: int, cache: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Run all settings for one set of labels, and return a row for each, and what was compared."""
+def run(
+    benchmark: str, target: str, size: int, seed: int, cache: Path, only: Collection[str] = ()
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Run all settings, or `only` some, for one set of labels, and return a row for each, and what was compared."""
     recipe = recipe_of(benchmark, target, size)
     changed = settings(recipe.config, len(recipe.sources))
+    if only:
+        changed = {title: changed[title] for title in only}
     folder = cache / "settings" / f"{benchmark}-{target}-{size}"
     done = compare(recipe, folder, sizes=[size], seeds=[seed], methods=["ours"], variants=changed)
     common = {"benchmark": benchmark, "target": target, "labels": size, "seed": seed}
@@ -75,6 +80,14 @@ def row(result: Result) -> dict[str, Any]:
     """Return a result as it is kept."""
     kept = asdict(result)
     return {"setting": result.method.partition(":")[2] or DEFAULT, "seconds": kept["seconds"], **kept["final"]}
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Return the table of every benchmark and number of labels."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for found in rows:
+        groups.setdefault(f"{found['benchmark']}, {found['labels']} labels", []).append(found)
+    return "\n\n".join(f"{title}\n\n{table(group)}" for title, group in groups.items())
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -98,11 +111,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def save(rows: list[dict[str, Any]], setting: dict[str, Any]) -> None:
-    """Put the rows of one set of labels into the results file, in the place of those that it has."""
-    record = json.loads(FILE.read_text())
-    same = ("benchmark", "target", "labels", "seed")
-    kept = [old for old in record["results"] if any(old[key] != rows[0][key] for key in same)]
-    record["settings"]["{benchmark}-{target}-{labels}".format(**rows[0])] = setting
+    """Put the rows of one set of labels into the results file; of those that it has, other settings of the same models stay."""
+    record, name = json.loads(FILE.read_text()), "{benchmark}-{target}-{labels}".format(**rows[0])
+    same = ["benchmark", "target", "labels", "seed"]
+    if record["settings"].get(name, {}).get("models") == setting["models"]:
+        same.append("setting")
+    new = {tuple(row[key] for key in same) for row in rows}
+    kept = [old for old in record["results"] if tuple(old[key] for key in same) not in new]
+    record["settings"][name] = setting
     record["results"] = kept + rows
     write_record(FILE, record)
 
@@ -114,6 +130,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--sizes", nargs="+", type=int, choices=(64, 256), default=[64])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--only", nargs="+", default=[], metavar="SETTING", help="default: all")
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -133,8 +150,8 @@ def main() -> None:
         for size in args.sizes:
             for name in args.targets:
                 benchmark, _, target = name.partition(":")
-                save(*run(benchmark, target, size, seed, args.cache))
-    print(table(json.loads(FILE.read_text())["results"]))
+                save(*run(benchmark, target, size, seed, args.cache, args.only))
+    print(tables(json.loads(FILE.read_text())["results"]))
 
 
 if __name__ == "__main__":
