@@ -306,17 +306,38 @@ def test_a_setting_is_compared_with_the_default_of_the_same_run() -> None:
     ]
 
 
-def test_settings_that_were_not_run_again_stay_if_the_models_are_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settings, "FILE", tmp_path / "settings.json")
-    run = {"benchmark": "sotu", "target": ERA, "labels": 64, "seed": 0}
-    (tmp_path / "settings.json").write_text(json.dumps({"settings": {}, "results": []}))
-    settings.save(
-        [{**run, "setting": "default", "loss": 2.0}, {**run, "setting": "no gate", "loss": 3.0}], {"models": 1}
-    )
+def test_settings_that_were_not_run_again_stay_if_the_models_are_the_same(tmp_path: Path) -> None:
+    path, run = tmp_path / "settings.json", {"benchmark": "sotu", "target": ERA, "labels": 64, "seed": 0}
+    path.write_text(json.dumps({"settings": {}, "results": []}))
+    first = [{**run, "setting": "default", "loss": 2.0}, {**run, "setting": "no gate", "loss": 3.0}]
+    settings.save(first, {"models": 1, "variants": {"no gate": {"gate": False}}}, path)
     for models, expected in ((1, {"default": 1.0, "no gate": 3.0}), (2, {"default": 1.0})):
-        settings.save([{**run, "setting": "default", "loss": 1.0}], {"models": models})
-        record = json.loads((tmp_path / "settings.json").read_text())
+        settings.save([{**run, "setting": "default", "loss": 1.0}], {"models": models, "variants": {}}, path)
+        record = json.loads(path.read_text())
         assert {row["setting"]: row["loss"] for row in record["results"]} == expected
-        assert record["settings"] == {f"sotu-{ERA}-64": {"models": models}}
+        variants = {"no gate": {"gate": False}} if models == 1 else {}
+        assert record["settings"] == {f"sotu-{ERA}-64": {"models": models, "variants": variants}}
+
+
+def test_settings_have_a_table_for_each_benchmark_and_number_of_labels() -> None:
+    rows = [
+        {
+            "benchmark": "sotu",
+            "target": ERA,
+            "labels": labels,
+            "seed": 0,
+            "setting": "default",
+            "loss": 1,
+            "seconds": 1,
+        }
+        for labels in (64, 256)
+    ]
+    found = settings.tables(rows)
+    assert [line for line in found.splitlines() if line and line[0] != "|"] == ["sotu, 64 labels", "sotu, 256 labels"]
+    assert found.count("| default ") == 2
+
+
+def test_an_unknown_setting_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown setting 'gate'; expected some of units: module, .*no gate"):
+        settings.run("sotu", ERA, 64, 0, tmp_path, ["gate"])
+    assert not list(tmp_path.iterdir())

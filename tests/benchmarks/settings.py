@@ -57,13 +57,14 @@ def settings(config: GraspConfig, sources: int) -> dict[str, dict[str, Any]]:
 
 
 def run(
-    benchmark: str, target: str, size: int, seed: int, cache: Path, only: Collection[str] = ()
+    benchmark: str, target: str, size: int, seed: int, cache: Path, only: Collection[str]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Run all settings, or `only` some, for one set of labels, and return a row for each, and what was compared."""
     recipe = recipe_of(benchmark, target, size)
     changed = settings(recipe.config, len(recipe.sources))
-    if only:
-        changed = {title: changed[title] for title in only}
+    if unknown := [title for title in only if title not in changed]:
+        raise ValueError(f"unknown setting '{unknown[0]}'; expected some of {', '.join(changed)}")
+    changed = {title: changed[title] for title in only or changed}
     folder = cache / "settings" / f"{benchmark}-{target}-{size}"
     done = compare(recipe, folder, sizes=[size], seeds=[seed], methods=["ours"], variants=changed)
     common = {"benchmark": benchmark, "target": target, "labels": size, "seed": seed}
@@ -110,17 +111,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(lines)
 
 
-def save(rows: list[dict[str, Any]], setting: dict[str, Any]) -> None:
+def save(rows: list[dict[str, Any]], setting: dict[str, Any], path: Path = FILE) -> None:
     """Put the rows of one set of labels into the results file; of those that it has, other settings of the same models stay."""
-    record, name = json.loads(FILE.read_text()), "{benchmark}-{target}-{labels}".format(**rows[0])
-    same = ["benchmark", "target", "labels", "seed"]
-    if record["settings"].get(name, {}).get("models") == setting["models"]:
+    record, name = json.loads(path.read_text()), "{benchmark}-{target}-{labels}".format(**rows[0])
+    same, earlier = ["benchmark", "target", "labels", "seed"], record["settings"].get(name)
+    if earlier and earlier["models"] == setting["models"]:
         same.append("setting")
+        setting = {**setting, "variants": earlier["variants"] | setting["variants"]}
     new = {tuple(row[key] for key in same) for row in rows}
     kept = [old for old in record["results"] if tuple(old[key] for key in same) not in new]
     record["settings"][name] = setting
     record["results"] = kept + rows
-    write_record(FILE, record)
+    write_record(path, record)
 
 
 def main() -> None:
