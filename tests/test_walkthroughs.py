@@ -122,4 +122,4 @@ def test_the_readmes_commands_are_the_ones_that_are_checked() -> None:
     commands = re.findall(
         r"^python -m pip install -c .ci/constraints.txt -e '.\[(\w+)\]' && (.*)$", README, re.MULTILINE
     )
-    assert commands == [("demo", "grasp-hf demo"), ("test", "python -m pytest")]
+    assert commands == [("demo", "grasp-hf demo"), ("test", "python -m pytest -n auto")]
