@@ -69,12 +69,10 @@ on {{ judged_by }} of the target task: before the transfer and after it.
 
 
 GUIDED = """ Gradients of labelled target data
-said what to take from each; the method follows [GRASP](https://arxiv.org/abs/2606.14900)."""
+said what to take from each, one source after the other, as in [GRASP](https://arxiv.org/abs/2606.14900)."""
 
 CITATION = """
 ## Citation
-
-The method follows GRASP:
 
 ```bibtex
 @misc{grasp2026,
@@ -86,10 +84,24 @@ The method follows GRASP:
 ```
 """
 
+LEARNED = """
+```bibtex
+@inproceedings{adamerging2024,
+  title = {AdaMerging: Adaptive Model Merging for Multi-Task Learning},
+  author = {Yang, Enneng and Wang, Zhenyi and Shen, Li and Liu, Shiwei and Guo, Guibing and Wang, Xingwei and Tao, Dacheng},
+  booktitle = {International Conference on Learning Representations},
+  year = {2024},
+  eprint = {2310.02575},
+  archivePrefix = {arXiv}
+}
+```
+"""
+
 METHODS = {
     "copy": "Units whose gradients agree with the target's were copied from each source.",
     "average": "Each unit is the mean over the accepted sources that bring it.",
-    "blend": "How much of the merge so far and of the next source each unit takes was learned on the target data.",
+    "blend": "How much of the merge so far and of the next source each unit takes was learned on the target data, as "
+    "[AdaMerging](https://arxiv.org/abs/2310.02575) learns it for all sources at once.",
 }
 
 # By task: what the snippet imports, and a call with an input that needs no file and no network.
@@ -279,5 +291,5 @@ def model_card(
         figures=f"\n{images}\n" if images else "",
         licence=licence_section(report, gated),
         configuration=report.configuration(),
-        citation="" if method == "average" else CITATION,
+        citation={"copy": CITATION, "blend": CITATION + LEARNED}.get(method, ""),
     )

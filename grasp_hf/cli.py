@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .config import Recipe
+from .contenders import METHODS
 from .errors import ConfigError, GraspError, OutputExistsError, PushError
 from .evidence import Judgement, change
 from .lineage import append_recipe, reproduce
@@ -189,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--seeds", nargs="+", type=_seed, default=[0, 1, 2], help="one run each (default: 0 1 2)")
     compare.add_argument("--sizes", nargs="+", type=_size, default=[None], help="numbers of labels, or all (default)")
     compare.add_argument(
-        "--methods", nargs="+", metavar="METHOD", help="only these rows, and ours; a wrong name lists all"
+        "--methods", nargs="+", metavar="METHOD", help="only these rows, and ours: " + ", ".join(METHODS)
     )
     demo = command(
         "demo", "Make a small world of real handwritten digits, merge its models, and compare with controls."

@@ -238,15 +238,14 @@ def mixture(arena: Arena, per_layer: bool) -> None:
     least, and long enough for one to cross its whole range.
     """
     arguments = arena.config.training_arguments
-    batch = arguments.get("per_device_train_batch_size", arena.config.batch_size)
-    batch *= arguments.get("gradient_accumulation_steps", 1)
-    steps = math.ceil(arena.epochs * len(arena.data.train) / batch)
+    batches = math.ceil(len(arena.data.train) / arguments.get("per_device_train_batch_size", arena.config.batch_size))
+    steps = math.ceil(arena.epochs * math.ceil(batches / arguments.get("gradient_accumulation_steps", 1)))
     rival(arena, mixture_, per_layer=per_layer, **({"steps": steps, "lr": max(1e-2, 1 / steps)} if steps else {}))
 
 
 def pearl(arena: Arena) -> None:
-    """Train PEARL's adapters for its three epochs each, or for as many as fine-tuning has where those are fewer."""
-    rival(arena, pearl_, epochs=min(3, arena.epochs))
+    """Train PEARL's adapters for its three epochs each, or for as many as fine-tuning has where those are fewer, but not 0."""
+    rival(arena, pearl_, epochs=min(3, arena.epochs) or 3)
 
 
 def ensemble(arena: Arena) -> Evaluation:

@@ -187,7 +187,7 @@ def _encoded(split: Dataset, split_name: str, column: str, ids: dict[str, int]) 
 
 
 def with_images(splits: DatasetDict, column: str, processor: Callable) -> tuple[DatasetDict, Collator]:
-    """Return splits whose images become `pixel_values` when a sample is read, and their collator."""
+    """Return splits of images, which become `pixel_values` when a sample is read, and labels; and their collator."""
 
     def transform(samples: dict[str, list]) -> dict[str, Any]:
         images = [image.convert("RGB") for image in samples[column]]
@@ -198,7 +198,7 @@ def with_images(splits: DatasetDict, column: str, processor: Callable) -> tuple[
 
     if not isinstance(splits["train"].features[column], Image):
         splits = splits.cast_column(column, Image())
-    return splits.with_transform(transform), default_data_collator
+    return splits.select_columns([column, "labels"]).with_transform(transform), default_data_collator
 
 
 def with_tokens(

@@ -31,6 +31,9 @@ def contents(dataset: Any) -> set[str]:
     for row in dataset.with_format(None).select_columns(columns):
         digest = hashlib.sha256()
         for value in row.values():
-            digest.update(value.tobytes() if hasattr(value, "tobytes") else repr(value).encode())
+            pixels = (
+                value.convert("RGB") if hasattr(value, "convert") else value
+            )  # an image, in whatever mode it is kept
+            digest.update(pixels.tobytes() if hasattr(pixels, "tobytes") else repr(pixels).encode())
         found.add(digest.hexdigest())
     return found

@@ -179,7 +179,8 @@ def _token_losses(logits: Tensor, labels: Tensor, *, shifted: bool) -> tuple[Ten
     if shifted:  # each token predicts the next
         logits, labels = logits[:, :-1], labels[:, 1:]
     losses = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view(labels.shape).double().sum(1), (labels != IGNORED).double().sum(1)
+    losses, labelled = losses.view(labels.shape).cpu(), (labels != IGNORED).cpu()  # Apple's GPUs have no float64
+    return losses.double().sum(1), labelled.double().sum(1)
 
 
 def _is_classification(batch: Batch, output: Any) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from .evidence import Change, Judgement, change, joined
-from .report import FinetuneReport
+from .report import DOUBT, FinetuneReport
 from .transfer import interpolate_, overwrite_
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -37,7 +37,7 @@ def verdict(change: Change, floor: float, *after: Judgement) -> tuple[bool, str]
         return False, "worse than before the first source"
     if change.samples > 1 and change.mean < -change.half_interval:
         return True, "lowers the loss"
-    return True, "within the noise: kept"
+    return True, DOUBT
 
 
 def finetune_on_line_(

@@ -13,6 +13,7 @@ from .transfer import Mix
 
 Evaluation = dict[str, float]
 Decision = Literal["moved", "kept", "undefined", "undone"]
+DOUBT = "within the noise: kept"  # the reason where the samples cannot tell whether a transfer helps or harms
 
 
 def markdown_table(rows: Sequence[dict[str, str]]) -> str:
@@ -256,6 +257,13 @@ class StepReport:
         return sum(unit.coefficient * unit.elements for unit in self.units) / total if total else 0.0
 
     @property
+    def mean_kept(self) -> float:
+        """Mean share of the merge so far that was to stay, likewise; with the coefficient it need not make 1."""
+        total = sum(unit.elements for unit in self.units)
+        kept = (1 - unit.coefficient if unit.keep is None else unit.keep for unit in self.units)
+        return sum(k * unit.elements for k, unit in zip(kept, self.units, strict=True)) / total if total else 1.0
+
+    @property
     def decision(self) -> str:
         """What became of the source, for a reader."""
         if not self.accepted:
@@ -274,6 +282,7 @@ class StepReport:
             "moved": f"{self.moved}/{len(self.units)}",
             "undefined": str(sum(unit.decision == "undefined" for unit in self.units)),
             "coefficient": shown(self.mean_coefficient),
+            "target kept": shown(self.mean_kept),
             "decision": self.decision,
             "loss before": shown(self.before.get("loss")),
             "transferred": shown(self.after_transfer.get("loss")),
@@ -401,11 +410,17 @@ class MergeReport:
     def conclusions(self) -> list[str]:
         """Return what came of it, a sentence each: how many sources helped, the fine-tuning, the gain over a control."""
         merged = sum(step.moved > 0 for step in self.steps)
+        doubted = [
+            step.name + step.change.doubt.replace("; ", ": ") if step.change else step.name
+            for step in self.steps
+            if step.accepted and step.moved and step.reason == DOUBT
+        ]
         rejected = [step.name + f" ({step.reason})" * bool(step.reason) for step in self.steps if not step.accepted]
         averaged = [step.name for step in self.steps if step.decision == "averaged"]
         found = [
             f"{merged} of {len(self.steps)} sources merged"
             + f"; averaged, as learned coefficients were worse: {', '.join(averaged)}" * bool(averaged)
+            + f"; within the noise, so kept: {', '.join(doubted)}" * bool(doubted)
             + f"; rejected: {', '.join(rejected)}" * bool(rejected)
         ]
         found += [f"at the end {self.final.line()}"] if self.final else []

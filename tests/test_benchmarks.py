@@ -268,12 +268,19 @@ def test_a_cache_of_earlier_models_takes_no_results_of_those_that_are_here(kept:
 
 
 def test_the_table_shows_means_and_paired_differences_of_all_runs(kept: Path) -> None:
-    assert cells(comparing.table("sotu", [ERA])) == [
+    assert cells(comparing.tables("sotu", [ERA])[0]) == [
         ["sotu: loss", "kind", "64 labels (2 runs)"],
         ["source (mean of all)", "control", "5.000 (-3.500 ± 12.706)"],  # 4 and 6 against 1.5 twice
         ["TIES", "existing", "1.500 (+0.000 ± 6.353)"],
         ["grasp_hf, as the recipe says", "ours", "1.500"],
     ]
+
+
+def test_by_loss_everything_but_the_loss_is_left_out() -> None:
+    both = Result(OURS, 64, 0, {}, {"loss": 0.5, "accuracy": 0.9}, 1.0)
+    failed = Result("fusion", 64, 0, {}, {}, 1.0, "out of memory")
+    found = comparing.by_loss(Comparison([both, failed], {}))
+    assert found.measure == "loss" and found.runs(OURS, 64) == {0: 0.5} and found.methods(64) == [OURS]
 
 
 def test_ranks_are_means_over_runs_and_chance_is_that_of_a_sign_test(kept: Path) -> None:
@@ -290,7 +297,7 @@ def test_a_run_that_is_not_through_is_not_in_the_table(kept: Path) -> None:
     done.results = [result for result in done.results if (result.method, result.seed) != (OURS, 1)]
     done.save(folder)
     comparing.save("sotu", kept)
-    assert "64 labels (1 run)" in comparing.table("sotu", [ERA])
+    assert "64 labels (1 run)" in comparing.tables("sotu", [ERA])[0]
 
 
 def test_a_setting_is_compared_with_the_default_of_the_same_run() -> None:

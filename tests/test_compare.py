@@ -11,16 +11,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from datasets import Image as ImageFeature
 from matplotlib.collections import LineCollection
 from PIL import Image
 from scipy.stats import ttest_1samp
-from transformers import Trainer
+from transformers import Trainer, ViTImageProcessorPil
 
 from grasp_hf import comparison as module
 from grasp_hf import contenders, fairness
@@ -28,6 +31,7 @@ from grasp_hf.cli import main
 from grasp_hf.comparison import compare
 from grasp_hf.config import GraspConfig, Recipe
 from grasp_hf.contenders import METHODS, Arena, Method
+from grasp_hf.data import with_images as with_pixels
 from grasp_hf.digests import contents
 from grasp_hf.errors import ConfigError, DataError
 from grasp_hf.figures import comparison_figure
@@ -419,6 +423,23 @@ def test_the_content_of_a_sample_is_what_the_model_sees() -> None:
     assert contents(images) == contents(images.with_format(None))
 
 
+def test_the_content_of_an_image_is_its_pixels() -> None:
+    pictures = [Image.fromarray(np.full((4, 4), value, dtype=np.uint8)) for value in (10, 20)]
+
+    def split(mode: str, name: str) -> Dataset:
+        rows = {
+            "image": [picture.convert(mode) for picture in pictures],
+            "labels": [0, 1],
+            "name": [name, f"{name} 2"],
+        }
+        return Dataset.from_dict(rows).cast_column("image", ImageFeature())
+
+    splits = DatasetDict(train=split("RGB", "a"), test=split("P", "b"))
+    processor = ViTImageProcessorPil(size={"height": 4, "width": 4})
+    train, test = with_pixels(splits, "image", processor)[0].values()
+    assert contents(train) == contents(test) and len(contents(train)) == 2
+
+
 def test_too_few_test_samples_are_refused_with_what_they_could_show(world: Path, tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", {"train": 2, "test": 16})
     with pytest.raises(DataError) as raised:
@@ -650,6 +671,35 @@ def test_rows_do_not_depend_on_how_the_recipe_merges(
         assert one.final == two.final
     average = [next(r for r in c.results if r.method == "average") for c in (found, plain)]
     assert average[0].merged == average[1].merged
+
+
+@pytest.mark.parametrize("arguments", [{}, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}])
+def test_a_mixture_takes_as_many_steps_as_fine_tuning(
+    arguments: dict[str, Any], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last batch of an epoch, or its last accumulated batches, are not full."""
+    recipe = write_recipe(world, tmp_path, final_epochs=1.5, training_arguments=arguments)
+    taken, train = [], Trainer.train
+
+    def counting(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        result = train(self, *args, **kwargs)
+        taken.append(self.state.global_step)
+        return result
+
+    monkeypatch.setattr(Trainer, "train", counting)
+    monkeypatch.setattr(contenders, "mixture_", lambda trial, *, steps, **settings: taken.append(steps))
+    compare(recipe, tmp_path / "out", sizes=[21], seeds=[0], methods=["adamerging"])
+    assert len(set(taken[:2])) == 1, taken
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(0, 3), (1, 1), (8, 3)])
+def test_adapters_of_pearl_are_trained_without_a_budget_too(
+    epochs: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[float] = []
+    monkeypatch.setattr(contenders, "rival", lambda arena, method, *, epochs: found.append(epochs))
+    contenders.pearl(SimpleNamespace(epochs=epochs))  # type: ignore[arg-type]
+    assert found == [expected]
 
 
 def test_fusion_refuses_adapters_and_the_rest_goes_on(world: Path, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.evidence import Change, Judgement, joined
 from grasp_hf.gate import SHARES, finetune_on_line_, halves, verdict
 from grasp_hf.matching import movable_tensors
-from grasp_hf.report import ChangeReport, FinetuneReport, MergeReport, StepReport
+from grasp_hf.report import ChangeReport, FinetuneReport, MergeReport, StepReport, UnitReport
 from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
+from tests.reports import report_of
+from tests.reports import step as step_of
 
 HELPS, NOISE = "lowers the loss", "within the noise: kept"
 ALONE = "fine-tuning without any source is better"
@@ -483,3 +485,15 @@ def test_a_line_says_how_many_samples_would_tell_a_change_from_nothing(tmp_path:
     report = MergeReport("org/base", steps=[noisy])
     report.to_json(tmp_path / "report.json")
     assert MergeReport.from_json(tmp_path / "report.json").steps[0].reason == NOISE
+
+
+def test_a_report_names_the_sources_that_stay_in_doubt_and_what_is_kept_beside_them() -> None:
+    doubtful = step_of("org/a", accepted=True, reason=NOISE, change=ChangeReport(-0.01, 0.05, 64, 1600))
+    sure = step_of("org/b", accepted=True, reason=HELPS, change=ChangeReport(-0.1, 0.05, 64, 16))
+    unmoved = step_of("org/c", {"query": 0.1}, accepted=True, reason=NOISE)
+    assert report_of(doubtful, sure, unmoved).conclusions() == [
+        "2 of 3 sources merged; within the noise, so kept: org/a: 1600 samples would tell that from nothing"
+    ]
+    units = [UnitReport("a", 30, 0.5, 0.25, "moved", 0.5), UnitReport("b", 10, 0.5, 0.25, "moved")]
+    row = StepReport("org/a", "sha", "full", units=units).row()
+    assert (row["coefficient"], row["target kept"]) == ("0.250", "0.562")  # (30 * 0.5 + 10 * 0.75) / 40

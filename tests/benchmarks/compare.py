@@ -155,12 +155,26 @@ def comparisons(benchmark: str, targets: Collection[str]) -> dict[str, Compariso
     return found
 
 
-def table(benchmark: str, targets: Collection[str]) -> str:
-    """Return a line per method: its mean over runs by number of labels, and by how much it is better than ours there."""
+def tables(benchmark: str, targets: Collection[str]) -> list[str]:
+    """Return a table by the benchmark's measure and, where that is not the loss, one by loss: a line per method.
+
+    It gives the mean over runs by number of labels, and by how much that is better than ours.
+    """
     found = comparisons(benchmark, targets)
     if not found:
-        return f"{benchmark}: nothing yet"
-    measure = {comparison.measure for comparison in found.values()}.pop()
+        return [f"{benchmark}: nothing yet"]
+    losses = {labels: by_loss(comparison) for labels, comparison in found.items()}
+    measures = {comparison.measure: found for comparison in found.values()} | {"loss": losses}
+    return [_table(benchmark, measure, some) for measure, some in measures.items()]
+
+
+def by_loss(comparison: Comparison) -> Comparison:
+    """Return the results without any other measure than the loss."""
+    results = [replace(result, final={"loss": result.final["loss"]}) for result in comparison.results if result.final]
+    return Comparison(results, {})
+
+
+def _table(benchmark: str, measure: str, found: dict[str, Comparison]) -> str:
     methods = dict.fromkeys(method for comparison in found.values() for method in comparison.methods(0))
     rows = []
     for method in methods:
@@ -206,10 +220,7 @@ def overall(targets: dict[str, Collection[str]]) -> str:
     own = [comparison for benchmark in targets for comparison in comparisons(benchmark, targets[benchmark]).values()]
     if not own:
         return "all benchmarks: nothing yet"
-    losses = [
-        Comparison([replace(r, final={"loss": r.final["loss"]}) for r in one.results if r.final], {}) for one in own
-    ]
-    columns = {"mean rank": ranked(own), "mean rank, by loss": ranked(losses)}
+    columns = {"mean rank": ranked(own), "mean rank, by loss": ranked([by_loss(one) for one in own])}
     rows = []
     for method in sorted(columns["mean rank"], key=lambda method: columns["mean rank"][method][0]):
         row = {"all benchmarks": title_of(method), "kind": kind_of(method)}
@@ -255,7 +266,7 @@ def main() -> None:
                     for target in targets[benchmark]:
                         run(benchmark, target, size, seed, args.cache, args.variants)
                         save(benchmark, args.cache)
-        print(f"\n{table(benchmark, targets[benchmark])}")
+        print("", *tables(benchmark, targets[benchmark]), sep="\n\n")
     print(f"\n{overall(targets)}")
 
 
