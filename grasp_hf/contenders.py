@@ -302,7 +302,7 @@ def _rival(title: str, method: Callable[..., None], sources: Literal["1", "K"] =
 def _mixture(title: str, *, per_layer: bool, line: bool = False) -> Method:
     run = partial(mixture, per_layer=per_layer)
     if line:
-        return Method(f"{title}, fine-tuned as ours", "existing", partial(on_line, run), finetuned=False, sources="K")
+        return Method(f"{title}, fine-tuned through our gate", "existing", partial(on_line, run), finetuned=False, sources="K")
     return Method(title, "existing", run, sources="K")
 
 
@@ -314,9 +314,9 @@ METHODS = {
     "base": Method("base model", "control", nothing),
     "best-source": Method("best source on the labels", "control", best_source),
     "average": Method("average of all (uniform soup)", "control", partial(rival, method=average_)),
-    "base-line": _line("base model, fine-tuned as ours", nothing),
-    "best-source-line": _line("best source, fine-tuned as ours", best_source),
-    "average-line": _line("average of all, fine-tuned as ours", partial(rival, method=average_)),
+    "base-line": _line("base model, fine-tuned through our gate", nothing),
+    "best-source-line": _line("best source, fine-tuned through our gate", best_source),
+    "average-line": _line("average of all, fine-tuned through our gate", partial(rival, method=average_)),
     "loop-nothing": Method("published loop, nothing copied", "control", partial(published, threshold=1.0), "1", False),
     "loop-all": Method("published loop, everything copied", "control", partial(published, threshold=-1.0), "1", False),
     "ensemble": Method("ensemble of all", "existing", ensemble, "1; K to use", False),

@@ -14,7 +14,7 @@ score is loss, accuracy and calibrated loss on `TEST` test samples.
 - `rise`: unless it rises;
 - `help`: only if it falls by more than its standard error.
 
-`merged` is its score, `half` and `end` those half-way and at the end of fine-tuning.
+`merged` is its score, `end` that after fine-tuning, and `half` that of the mean of the weights before and after.
 
 `others`: more ways with `harm`, by loss. `base`: the average begins with the base model. `partial`: no average, but of each
 layer whose gradients on the labels agree in target and source (a cosine above `AGREE`, as published) the target moves a
@@ -248,7 +248,7 @@ def others(
 def reached(
     lab: Laboratory, state: State, labels: list[Any], test: list[Any], rate: float, seed: int
 ) -> dict[str, Score]:
-    """Return the scores of a merge, half-way and at the end of fine-tuning."""
+    """Return the scores of a merge, after fine-tuning, and half-way between the two."""
     end = lab.tuned(state, labels, rate, seed, EPOCHS[len(labels)])
     points = {"merged": state, "half": between(state, end, 0.5), "end": end}
     return {point: lab.score(state, test) for point, state in points.items()}
