@@ -302,7 +302,9 @@ def _rival(title: str, method: Callable[..., None], sources: Literal["1", "K"] =
 def _mixture(title: str, *, per_layer: bool, line: bool = False) -> Method:
     run = partial(mixture, per_layer=per_layer)
     if line:
-        return Method(f"{title}, fine-tuned through our gate", "existing", partial(on_line, run), finetuned=False, sources="K")
+        return Method(
+            f"{title}, fine-tuned through our gate", "existing", partial(on_line, run), finetuned=False, sources="K"
+        )
     return Method(title, "existing", run, sources="K")
 
 

@@ -197,8 +197,9 @@ class StepReport:
         units: One row per unit that could have moved.
         other_units: Number of units that could not: untouched by an adapter, or a head that does not fit.
         judged_by: The samples that the next losses are of: `evaluation data`, `labels` that the model has not been
-            fine-tuned on, or both; empty where there are none. Of `two halves of the labels` each judges the coefficients
-            that the other has taught; the model before the transfer and at the end of the step has learned from both.
+            fine-tuned on, or both; empty where there are none. Of `two halves of the labels`, or of some, each judges the
+            coefficients that the other has taught; the model before the transfer and at the end of the step has learned
+            from both.
         options: Calibrated loss of each way to take the source in: as the method says and, where it learned coefficients,
             as an average.
         taken: The one with the lowest loss.

@@ -110,8 +110,11 @@ class Step:
     @property
     def judged_by(self) -> str:
         """The judges for a reader."""
-        labels = "two halves of the labels" if self.config.learns else "labels"
-        return " and ".join([labels] * bool(self._folds) + ["evaluation data"] * (self.held_out is not None))
+        names = []
+        if self._folds:
+            some = f"{EVIDENCE} of the labels" if len(self.train) > EVIDENCE else "the labels"
+            names.append(f"two halves of {some}" if self.config.learns else some.removeprefix("the "))
+        return " and ".join(names + ["evaluation data"] * (self.held_out is not None))
 
     def judge_source(self) -> Judgement:
         """Return the losses of the model, which holds a source, on the judges, and on labels where there are none."""

@@ -183,6 +183,7 @@ def test_of_many_labels_some_judge_and_all_the_others_teach(world: Path, monkeyp
     taught = teachers(monkeypatch)
     step = merger_of(world).merge([str(world / "1")], train_dataset=LABELS).steps[0]
     assert step.change is not None and step.change.samples == 9
+    assert step.judged_by == "two halves of 9 of the labels"
     first, second = taught[-2:]
     assert len(first) == 17 and len(second) == 16, "21 without one half of the 9"
     assert first | second == {*range(21)} and len(first & second) == 12
