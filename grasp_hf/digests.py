@@ -31,9 +31,8 @@ def contents(dataset: Any) -> set[str]:
     for row in dataset.with_format(None).select_columns(columns):
         digest = hashlib.sha256()
         for value in row.values():
-            pixels = (
-                value.convert("RGB") if hasattr(value, "convert") else value
-            )  # an image, in whatever mode it is kept
-            digest.update(pixels.tobytes() if hasattr(pixels, "tobytes") else repr(pixels).encode())
+            if hasattr(value, "convert"):  # an image, in whatever mode it is kept
+                value = value.convert("RGB")
+            digest.update(value.tobytes() if hasattr(value, "tobytes") else repr(value).encode())
         found.add(digest.hexdigest())
     return found

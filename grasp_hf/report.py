@@ -1,7 +1,7 @@
 """The record of a merge: what every source was worth, unit by unit, as data and as tables."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -254,15 +254,17 @@ class StepReport:
     @property
     def mean_coefficient(self) -> float:
         """Mean coefficient over the elements of all units that could have moved, also where the gate undid it."""
-        total = sum(unit.elements for unit in self.units)
-        return sum(unit.coefficient * unit.elements for unit in self.units) / total if total else 0.0
+        return self._mean(lambda unit: unit.coefficient, default=0.0)
 
     @property
     def mean_kept(self) -> float:
         """Mean share of the merge so far that was to stay, likewise; with the coefficient it need not make 1."""
+        return self._mean(lambda unit: 1 - unit.coefficient if unit.keep is None else unit.keep, default=1.0)
+
+    def _mean(self, value: Callable[[UnitReport], float], default: float) -> float:
+        """Return the mean of a value of the units over their elements; `default` where there are none."""
         total = sum(unit.elements for unit in self.units)
-        kept = (1 - unit.coefficient if unit.keep is None else unit.keep for unit in self.units)
-        return sum(k * unit.elements for k, unit in zip(kept, self.units, strict=True)) / total if total else 1.0
+        return sum(value(unit) * unit.elements for unit in self.units) / total if total else default
 
     @property
     def decision(self) -> str:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -673,33 +672,35 @@ def test_rows_do_not_depend_on_how_the_recipe_merges(
     assert average[0].merged == average[1].merged
 
 
-@pytest.mark.parametrize("arguments", [{}, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}])
+@pytest.mark.parametrize("arguments", [{}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}])
 def test_a_mixture_takes_as_many_steps_as_fine_tuning(
     arguments: dict[str, Any], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the last batch of an epoch, or its last accumulated batches, are not full."""
     recipe = write_recipe(world, tmp_path, final_epochs=1.5, training_arguments=arguments)
-    taken, train = [], Trainer.train
+    taken, train, learn = [], Trainer.train, contenders.mixture_
 
     def counting(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         result = train(self, *args, **kwargs)
         taken.append(self.state.global_step)
         return result
 
+    def learning(trial: Any, *, steps: int, **settings: Any) -> None:
+        taken.append(steps)
+        learn(trial, steps=steps, **settings)
+
     monkeypatch.setattr(Trainer, "train", counting)
-    monkeypatch.setattr(contenders, "mixture_", lambda trial, *, steps, **settings: taken.append(steps))
+    monkeypatch.setattr(contenders, "mixture_", learning)
     compare(recipe, tmp_path / "out", sizes=[21], seeds=[0], methods=["adamerging"])
     assert len(set(taken[:2])) == 1, taken
 
 
-@pytest.mark.parametrize(("epochs", "expected"), [(0, 3), (1, 1), (8, 3)])
-def test_adapters_of_pearl_are_trained_without_a_budget_too(
-    epochs: float, expected: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found: list[float] = []
-    monkeypatch.setattr(contenders, "rival", lambda arena, method, *, epochs: found.append(epochs))
-    contenders.pearl(SimpleNamespace(epochs=epochs))  # type: ignore[arg-type]
-    assert found == [expected]
+def test_adapters_of_pearl_are_trained_without_a_budget_too(world: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(world, tmp_path, final_epochs=0)
+    results = compare(recipe, tmp_path / "out", seeds=[0], methods=["pearl"]).results
+    losses = {result.method: result.final["loss"] for result in results}
+    alone = [loss for method, loss in losses.items() if method.startswith("source:")]
+    assert all(abs(losses["pearl"] - loss) > 1e-4 for loss in alone), "untrained, it is the first source"
 
 
 def test_fusion_refuses_adapters_and_the_rest_goes_on(world: Path, tmp_path: Path) -> None:
