@@ -20,14 +20,22 @@ from .rows import label_names
 from .sources import Source
 
 LEAST_VALIDATION = 50  # fewer than of the test split: it judges by the loss, in pairs of the same sample
+LEAST_TEXTS = 30  # of a language model; with fewer, 1.96 standard errors are no 95 % (Student's t is 2.05 and more)
 
 
 def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], data: TaskData) -> dict[str, str]:
     """Raise `DataError` where the rows of a comparison could not be compared; return a digest of each split."""
     if data.train is None or data.test is None:
         raise DataError("a comparison needs data with the splits 'train' and 'test'")
-    generates = merger.model.can_generate()  # then every token is judged, and the numbers of samples say little
-    if len(data.test) < LEAST_SAMPLES and not generates:
+    generates = merger.model.can_generate()
+    if generates:
+        for name, split in {"test": data.test, "validation": data.validation}.items():
+            if split is not None and len(split) < LEAST_TEXTS:
+                raise DataError(
+                    f"the split '{name}' has {len(split)} texts; expected at least {LEAST_TEXTS}, or the interval of what "
+                    "they show is a guess; cut long texts into several"
+                )
+    elif len(data.test) < LEAST_SAMPLES:
         raise DataError(f"the split 'test' has {resolution(len(data.test))}")
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     found = {name: contents(split) for name, split in splits.items() if split is not None}
@@ -42,7 +50,7 @@ def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], 
             f"{len(shared)} samples of the split 'validation' also stand in the split 'train'; expected none: remove them, "
             "or they judge what they have taught"
         )
-    if data.validation is not None and len(data.validation) < LEAST_VALIDATION and not generates:
+    if not generates and data.validation is not None and len(data.validation) < LEAST_VALIDATION:
         raise DataError(
             f"the split 'validation' has {resolution(len(data.validation), LEAST_VALIDATION)}; without that split the "
             "labels judge"

@@ -308,9 +308,12 @@ def test_a_setting_is_compared_with_the_default_of_the_same_run() -> None:
         for seed, (loss, seconds) in enumerate(found)
     ]
     assert cells(settings.table(rows))[1:] == [
-        ["default", "2", "2.500", "–", "–", "–", "1.0"],
-        ["no gate", "2", "2.500", "+0.000 ± 6.353", "–", "–", "0.5"],
+        ["default", "2", "2.500", "–", "1.0"],
+        ["no gate", "2", "2.500", "+0.000 ± 6.353", "0.5"],
     ]
+    assert cells(settings.table([row | {"accuracy": row["loss"] / 10} for row in rows]))[2] == (
+        ["no gate", "2", "2.500", "+0.000 ± 6.353", "0.250", "+0.000 ± 0.635", "0.5"]
+    )
 
 
 def test_settings_that_were_not_run_again_stay_if_the_models_are_the_same(tmp_path: Path) -> None:

@@ -587,26 +587,34 @@ def test_an_error_that_is_not_about_memory_stops_the_comparison(
         compare(recipe, tmp_path / "out", seeds=[0], methods=["ties"])
 
 
-def test_language_models_are_compared_by_their_loss(tmp_path: Path) -> None:
+def language_recipe(tmp_path: Path, counts: dict[str, int]) -> Recipe:
+    """Return the recipe of a tiny GPT-2, a source, and a file of texts per split."""
     base = saved(tiny_model("gpt2"), tmp_path / "base")
     source = saved(perturbed(tiny_model("gpt2"), seed=1), tmp_path / "source")
     words = [word for word in WORDS if not word.startswith("[")]
     random_ = random.Random(0)
-    for split, count in {"train": 12, "validation": 8, "test": 8}.items():
+    for split, count in counts.items():
         texts = [" ".join(random_.choices(words, k=8)) for _ in range(count)]
         (tmp_path / f"{split}.csv").write_text("\n".join(["text", *texts]) + "\n")
-    files = {split: f"{tmp_path}/{split}.csv" for split in ("train", "validation", "test")}
+    files = {split: f"{tmp_path}/{split}.csv" for split in counts}
     data = {"path": "csv", "data_files": files, "text": "text"}
-    recipe = Recipe(
-        sources=[source],
-        base_model=base,
-        task="text-generation",
-        data=data,
-        config=GraspConfig(batch_size=4, final_epochs=1),
-    )
+    config = GraspConfig(batch_size=4, final_epochs=1)
+    return Recipe(sources=[source], base_model=base, task="text-generation", data=data, config=config)
+
+
+def test_language_models_are_compared_by_their_loss(tmp_path: Path) -> None:
+    recipe = language_recipe(tmp_path, {"train": 12, "validation": 30, "test": 30})
     found = compare(recipe, tmp_path / "out", seeds=[0], methods=["loop-nothing", "published"])
     assert found.measure == "loss" and not [result for result in found.results if result.problem]
-    assert {result.method for result in found.results} == {f"source:{source}", "loop-nothing", "published", OURS}
+    expected = {f"source:{recipe.sources[0]}", "loop-nothing", "published", OURS}
+    assert {result.method for result in found.results} == expected
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_too_few_texts_to_judge_a_language_model_are_refused(tmp_path: Path, split: str) -> None:
+    recipe = language_recipe(tmp_path, {"train": 12, "validation": 30, "test": 30, split: 29})
+    with pytest.raises(DataError, match=f"the split '{split}' has 29 texts; expected at least 30"):
+        compare(recipe, tmp_path / "out", seeds=[0], methods=["base"])
 
 
 @pytest.mark.parametrize(("accumulation", "steps"), [(1, 12), (2, 6)])

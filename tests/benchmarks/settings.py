@@ -101,9 +101,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     for setting, own in runs.items():
         line = {"setting": setting, "runs": str(len(own))}
         for measure, sign in {"loss": -1, "accuracy": 1}.items():
-            values = {run: found[measure] for run, found in own.items() if measure in found}
-            gains = [sign * (value - runs[DEFAULT][run][measure]) for run, value in values.items()]
-            line[measure] = f"{fmean(values.values()):.3f}" if values else "–"
+            if measure not in rows[0]:
+                continue
+            gains = [sign * (found[measure] - runs[DEFAULT][run][measure]) for run, found in own.items()]
+            line[measure] = f"{fmean(found[measure] for found in own.values()):.3f}"
             line[f"{measure}: better by"] = interval(gains, signed=True) if setting != DEFAULT else "–"
         times = [found["seconds"] / runs[DEFAULT][run]["seconds"] for run, found in own.items()]
         line["time, of the default's"] = f"{fmean(times):.1f}"
