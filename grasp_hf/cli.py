@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -213,10 +213,7 @@ def _rank(options: argparse.Namespace) -> int:
     recipe = Recipe.from_yaml(options.recipe, options.overrides)
     _check_json(options.json)
     merger, sources, data = prepare(recipe)
-    epochs = recipe.config.initial_epochs or recipe.config.final_epochs  # an untrained head has no gradient to go by
-    merger.config = replace(recipe.config, initial_epochs=epochs)
-    merger.merge([], **data.merge_arguments())
-    rows = merger.rank(sources, train_dataset=data.train, data_collator=data.collator)
+    rows = merger.rank(sources, **data.merge_arguments())
     print(ranking_table(rows))
     _write_json(options.json, map(asdict, rows))
     return int(any(row.problem for row in rows))

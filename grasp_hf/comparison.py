@@ -23,7 +23,7 @@ from .contenders import METHODS, Arena, Method, source_alone
 from .errors import ConfigError, DataError, GraspError
 from .fairness import check_fairness
 from .prepare import TaskData, prepare
-from .report import Evaluation
+from .report import Evaluation, without_secrets
 from .results import OURS, RESULTS, Comparison, Result, kind_of, title_of
 from .workspace import workspace
 
@@ -148,7 +148,7 @@ def _setting(
             "base_model": recipe.base_model,
             "sources": recipe.sources,
             "task": recipe.task,
-            "data": recipe.data,
+            "data": without_secrets(recipe.data),
             **asdict(recipe.config),
         },
         "digests": digests,

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from . import mergekit
 from .errors import ConfigError
 
+METRICS = ("loss", "accuracy", "eval_loss", "eval_accuracy")  # that can choose the best epoch
 PAPER = {
     "method": "copy",
     "unit": "parameter",
@@ -90,6 +91,12 @@ def training_argument_problems(values: dict[str, Any]) -> list[str]:
             close = difflib.get_close_matches(str(key), known, n=1)
             advice = f", did you mean {close[0]}" if close else ", see transformers.TrainingArguments"
             found.append(f"training_arguments.{key}: unknown key{advice}")
+        elif key.endswith("_token"):
+            found.append(
+                f"training_arguments.{key}: expected none, as the record and the card would show it; set HF_TOKEN"
+            )
+        elif key == "metric_for_best_model" and value not in METRICS:
+            found.append(f"training_arguments.{key}: got {value!r}, expected {' or '.join(METRICS[:2])}")
         elif set(get_args(hints[key]) or (hints[key],)) <= {int, float, bool, type(None)}:
             if problem := _type_problem(value, hints[key]):
                 found.append(f"training_arguments.{key}: got {value!r}, {problem}")

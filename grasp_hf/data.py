@@ -1,16 +1,19 @@
 """From a recipe's `data:` section to what training takes: splits, label names, processor, collator."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, default_data_collator
 
 from .batches import Collator
 from .config import Recipe
 from .errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 FILES = ("data_dir", "data_files")
@@ -91,6 +94,8 @@ class DataSection:
 
         if key == "data_files":
             fits, expected = is_files(value), "a file, a list of files, or files per split"
+            if fits and isinstance(value, dict) and not value.keys() <= {*SPLITS}:
+                fits, expected = False, f"no other splits than {', '.join(SPLITS)}"
         elif key == "max_length":
             fits, expected = type(value) is int and value > 0, "a number of tokens above 0"
         else:
@@ -121,6 +126,13 @@ def load_splits(section: DataSection) -> DatasetDict:
     for name, split in splits.items():
         if len(split) == 0:
             raise DataError(f"split '{name}' of data set '{section.path}' is empty; expected labelled samples")
+    if unused := [name for name in splits if name not in SPLITS]:
+        logger.warning(
+            "data set '%s': %s not used; what judges is in splits named %s",
+            section.path,
+            unused,
+            " and ".join(SPLITS[1:]),
+        )
     return DatasetDict({name: splits[name] for name in SPLITS if name in splits})
 
 
@@ -132,6 +144,11 @@ def class_names(split: Dataset, column: str) -> list[str] | int:
     """
     if column not in split.column_names:
         raise DataError(f"the data set has no column '{column}' for labels; found {', '.join(split.column_names)}")
+    if not isinstance(split.features[column], ClassLabel | Value):
+        raise DataError(
+            f"column '{column}' holds {type(split.features[column]).__name__} values; expected one class per row: a recipe "
+            "prepares data for one class each, GraspMerger.merge takes data that you have prepared yourself"
+        )
     values = split.unique(column)
     if any(value is None for value in values):
         raise DataError(f"column '{column}' holds rows without a label; expected one for each")
@@ -228,6 +245,9 @@ def require_column(splits: DatasetDict, column: str, what: str) -> None:
             raise DataError(
                 f"split '{name}' has no column '{column}' for {what}; found {', '.join(split.column_names)}"
             )
+        feature = split.features[column]
+        if what == "texts" and not (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
+            raise DataError(f"column '{column}' of split '{name}' holds {feature}; expected {what}")
         if split.data.column(column).null_count:
             raise DataError(
                 f"split '{name}' has rows without anything in column '{column}'; expected {what} in every row"

@@ -1,9 +1,13 @@
 """What labels say of a model, sample by sample, so that two models can be compared in pairs and told from noise."""
 
 import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from scipy.special import stdtrit
@@ -130,7 +134,23 @@ def joined(*parts: Judgement) -> Judgement:
     )
 
 
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Let what is random in samples and batches (masked tokens, augmentations) be the same in each such block."""
+    python, array = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(0)
+            np.random.seed(0)
+            torch.default_generator.manual_seed(0)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
+
+
 @torch.no_grad()
+@repeatable()
 def judge(
     model: PreTrainedModel, dataset: Any, collator: Collator, accelerator: Accelerator, batch_size: int
 ) -> Judgement:

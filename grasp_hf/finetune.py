@@ -64,6 +64,8 @@ def finetune_(
         with quiet_transformers(), checkpoints_in_runtime_names(model), adapted(model, config.lora, seed) as trained:
             trainer = _trainer(trained, train_dataset, eval_dataset, collator, arguments, published=config.published)
             result = trainer.train()
+    except ImportError as error:  # of an optimizer, say
+        raise ConfigError(f"training_arguments: {error}") from error
     finally:
         # The Trainer leaves its autocast wrapper on the model, which would cast later gradient passes.
         vars(model).pop("_original_forward", None)

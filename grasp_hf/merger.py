@@ -139,7 +139,6 @@ class GraspMerger:
             versions={name: version(name) for name in PACKAGES},
         )
         self._started = False
-        self._learned = False  # whether the model was fine-tuned on the labels, which then speak for it
         self._original_base: tuple[str, str | None] | None = None  # of a continued merge, and a token for it
         self._published: tuple[str, str] | None = None  # the repository and commit that the model is of
         self._unchanged: tuple[MergeReport, MergeReport] | None = (
@@ -215,8 +214,8 @@ class GraspMerger:
         twin = copy(self)
         twin.config, twin.report = config, replace(deepcopy(self.report), config=asdict(config))
         if anew:
-            twin._started = twin._learned = False
-            twin.report = replace(twin.report, starts_from_source=False, steps=[])
+            twin._started = False
+            twin.report = replace(twin.report, starts_from_source=False, finetuned=False, steps=[])
         return twin
 
     def _continue(self, record: MergeReport, merged: Source, token: str | None) -> None:
@@ -229,6 +228,7 @@ class GraspMerger:
             base_gated=record.base_gated,
             start=record.start,
             starts_from_source=record.starts_from_source,
+            finetuned=record.finetuned,
             steps=record.steps,
             data=record.data,
             recipe=record.recipe,
@@ -236,7 +236,7 @@ class GraspMerger:
             continued_steps=len(record.steps),
         )
         self._original_base = (record.base_reference, token)
-        self._started = self._learned = True
+        self._started = True
         self._unchanged = record, deepcopy(self.report)
         # A folder may hold what was appended to a published version, and could not be pushed.
         name, _, sha = ((self.report if merged.sha else record).continues or "").rpartition("@")
@@ -296,11 +296,16 @@ class GraspMerger:
             raise ConfigError(f"sources: got '{sources}', expected a list of references")
         sources, config, earlier = [str(source) for source in sources], self.config, len(self.report.steps)
         arguments = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
-        if eval_dataset is None and config.gate and sources and (self._learned or config.finetunes_between):
-            logger.warning(
-                "no evaluation data, and the model is fine-tuned on the labels before they could judge a source: "
-                "transfers are not judged"
-            )
+        if eval_dataset is None and config.training_arguments.get("eval_strategy", "no") != "no":
+            raise ConfigError("training_arguments.eval_strategy: expected none without evaluation data")
+        if sources:
+            self._check_units()
+            if eval_dataset is None and train_dataset is not None and config.gate:
+                if self.report.finetuned or config.finetunes_between:
+                    logger.warning(
+                        "no evaluation data, and the model is fine-tuned on labels before they could judge a source: "
+                        "transfers are not judged"
+                    )
         with self.scratch_files():
             if not self._started:
                 with self.step(**arguments) as step:
@@ -351,12 +356,19 @@ class GraspMerger:
             eval_dataset: See `merge`.
             data_collator: See `merge`.
         """
-        epochs = self.config.total_epochs(sources)
+        epochs, config = self.config.total_epochs(sources), self.config
+        fixed = {"max_steps", "num_train_epochs"} & set(config.training_arguments)
+        if fixed and config.finetunes_between:
+            raise ConfigError(
+                f"training_arguments.{fixed.pop()}: a merge that fine-tunes between its sources does so for each "
+                "fine-tuning, and fine-tuning alone once; expected none, to compare the same number of steps: set "
+                "initial_epochs, finetune_epochs and final_epochs"
+            )
         with self.scratch_files(), self.step(train_dataset, eval_dataset, data_collator) as step:
             step.finetune(epochs, self.config.seed)
             found = step.judgement(dataset)
             overwrite_(movable_tensors(self.model), step.scratch.start)
-            step.scratch.judged, step.learned = None, self._learned
+            step.scratch.judged, step.learned = None, self.report.finetuned
         return found
 
     def judge(self, dataset: Any, *, data_collator: Collator | None = None) -> Judgement:
@@ -377,7 +389,8 @@ class GraspMerger:
         """Judge the sources, record the ranking, and return those to merge, the best or most promising first."""
         if self.config.order == "rank":
             by = "first-order gain"
-            ranked = self.rank(sources, train_dataset=train_dataset, data_collator=data_collator, token=token)
+            data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
+            ranked = self.rank(sources, token=token, **data)
         else:
             by = "loss"
             with self.step(train_dataset, eval_dataset, data_collator) as step:
@@ -400,19 +413,22 @@ class GraspMerger:
         sources: Sequence[str],
         *,
         train_dataset: Any,
+        eval_dataset: Any = None,
         data_collator: Collator | None = None,
         token: str | None = None,
     ) -> list[RankedSource]:
-        """Order sources by what they promise to the model as it is now; nothing is changed or merged.
+        """Order sources by what they promise to the model; nothing is changed or merged.
 
         One gradient of the model, over `config.num_batches` batches, is kept in a file. What a source promises is the
         first-order estimate of how much the loss falls on the whole way to it, the gain `-<g, S - T>`: it needs only the
-        source's bytes, no pass through it. A gradient through an untrained head says little: fine-tune first, with
-        `merge([])`. Sources that cannot be read or do not fit come last, with their problem.
+        source's bytes, no pass through it. A gradient through an untrained head says little, so a model that has not
+        been fine-tuned is for that, by `initial_epochs` or else `final_epochs`, and put back in the end. Sources that
+        cannot be read or do not fit come last, with their problem.
 
         Args:
             sources: References of full models and PEFT adapters.
             train_dataset: Labelled samples of the task in hand.
+            eval_dataset: Held-out samples, which judge the fine-tuning.
             data_collator: Makes batches from samples; left out, the one that `transformers.Trainer` would take.
             token: Hub token; left out, the one that you are logged in with.
 
@@ -420,18 +436,25 @@ class GraspMerger:
             One entry per source, the largest gain first.
         """
         check_dataset(train_dataset, "train_dataset")
-        with self.scratch_files(), self.step(train_dataset, None, data_collator) as step:
-            batches, scratch = step.batches(train_dataset, self.config.seed), step.scratch
+        config = self.config
+        with self.scratch_files(), self.step(train_dataset, eval_dataset, data_collator) as step:
+            if not self.report.finetuned:
+                step.finetune(config.initial_epochs or config.final_epochs, config.seed)
+            batches, scratch = step.batches(train_dataset, config.seed), step.scratch
             self.model.eval()
             found, _ = mean_gradient(self.model, batches, scratch.gradients)
             gradient = {name: scratch.gradients[name] for name in found}
-            units = partition(self.model, self.config.unit)
+            units = partition(self.model, config.unit)
+            tensors = movable_tensors(self.model.cpu())
 
             def load(located: Source) -> LoadedSource:
                 return self.load(located, scratch, check_finite=False)  # its products say so
 
             with self.puller(token) as puller:
-                return rank_sources([str(source) for source in sources], puller, load, gradient, scratch.start, units)
+                ranked = rank_sources([str(source) for source in sources], puller, load, gradient, tensors, units)
+            overwrite_(tensors, scratch.start)
+            scratch.judged, step.learned = None, self.report.finetuned
+        return ranked
 
     def puller(self, token: str | None, *datasets: Any) -> Puller:
         """Return what brings sources; for a merge with `datasets`, in shards where each weight is read only once."""
@@ -480,6 +503,7 @@ class GraspMerger:
         self, located: Source, *, train_dataset: Any, eval_dataset: Any, data_collator: Collator | None
     ) -> StepReport:
         began = time.perf_counter()
+        self._check_units()
         seed = self.config.seed + len(self.report.steps) + 1
         sharded = isinstance(located, ShardedSource)
         try:
@@ -511,6 +535,19 @@ class GraspMerger:
                 return description
         self._descriptions.append((dataset, described(dataset)))
         return self._descriptions[-1][1]
+
+    def _check_units(self) -> None:
+        """Raise where sources so far were counted by other units than those to come will be."""
+        if self.config.method == "copy":  # which counts none
+            return
+        names = {unit.name for unit in partition(self.model, self.config.unit)}
+        for step in self.report.steps:
+            if other := [unit.name for unit in step.units if unit.name not in names]:
+                raise ConfigError(
+                    f"unit: got '{self.config.unit}', but source '{step.source}' was merged by other units, such as "
+                    f"'{other[0]}'; expected the same, to know how much of each there is: the record of the earlier merge "
+                    "(grasp_config.yaml) says which"
+                )
 
     def _shares(self, units: Sequence[Unit]) -> dict[str, float]:
         """Return how much of a source an average of all sources so far takes, by unit."""
@@ -556,7 +593,7 @@ class GraspMerger:
             eval_dataset,
             self.collator(data_collator),
             self._scratch,
-            learned=self._learned,
+            learned=self.report.finetuned,
             sharded=sharded,
         )
         with preserved_state(self.model), checkpointing(self.model, checkpoints):
@@ -576,7 +613,7 @@ class GraspMerger:
                 # A caught exception would keep the source, or the optimizer, alive through the frames that it names.
                 traceback.clear_frames(error.__traceback__)
                 raise
-        self._learned = step.learned
+        self.report.finetuned = step.learned
 
     def collator(self, data_collator: Collator | None = None) -> Collator:
         """Return what makes batches that the model takes."""

@@ -11,6 +11,7 @@ from .config import Recipe
 from .errors import ConfigError, DataError
 from .loading import load_config, load_processing_class, model_class, task_of
 from .merger import GraspMerger
+from .report import without_secrets
 from .rows import label_names
 from .sources import Source
 
@@ -78,7 +79,7 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     )
     if not merger.report.continues:
         merger.report.starts_from_source = recipe.base_model is None
-    merger.report.recipe = {"task": task_of(cls), "data": section.given()}
+    merger.report.recipe = {"task": task_of(cls), "data": without_secrets(section.given())}
     data = TaskData(splits["train"], splits.get("validation"), splits.get("test"), collator)
     return merger, sources, data
 
@@ -104,6 +105,9 @@ def labelled_splits(
         require_column(splits, *inputs)
         return splits, {}
     found = class_names(splits["train"], section.label)
+    if isinstance(found, int):  # the highest class may be rare
+        numbers = [class_names(split, section.label) for split in splits.values()]
+        found = max(number for number in numbers if isinstance(number, int))
     require_column(splits, *inputs)
     names = names_for_model(found, label_names(config))
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}

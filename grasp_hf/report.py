@@ -1,10 +1,12 @@
 """The record of a merge: what every source was worth, unit by unit, as data and as tables."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
@@ -13,6 +15,7 @@ from .transfer import Mix
 
 Evaluation = dict[str, float]
 Decision = Literal["moved", "kept", "undefined", "undone"]
+SECRET = re.compile("auth|credential|key|pass|secret|sig|token", re.IGNORECASE)  # in names of a URL's parameters
 DOUBT = "within the noise: kept"  # the reason where the samples cannot tell whether a transfer helps or harms
 
 
@@ -337,6 +340,7 @@ class MergeReport:
         base_gated: Whether conditions stand before its files on the Hub.
         start: Held-out loss (and accuracy) after the initial fine-tuning; empty without evaluation data.
         starts_from_source: Whether the base is itself the first source, so that an average counts it.
+        finetuned: Whether the model was fine-tuned on labels, in this merge or in one that it continues.
         ranking: The order of the sources by what they promised, where they were ranked.
         final: The fine-tuning after the last source; `None` where there was none.
         control: What the merge gained over fine-tuning alone, where that was asked for.
@@ -355,6 +359,7 @@ class MergeReport:
     base_gated: bool = False
     start: Evaluation = field(default_factory=dict)
     starts_from_source: bool = False
+    finetuned: bool = False
     ranking: list[dict[str, Any]] = field(default_factory=list)
     final: FinetuneReport | None = None
     control: ControlReport | None = None
@@ -480,6 +485,19 @@ def _read_finetuned(values: dict[str, Any] | None) -> FinetuneReport | None:
 
 def _pinned(name: str, sha: str | None) -> str:
     return f"{name.partition('@')[0]}@{sha}" if sha else name
+
+
+def without_secrets(value: Any) -> Any:
+    """Return `value` with every URL in it, at any depth, cut of passwords, tokens and signatures."""
+    if isinstance(value, dict):
+        return {key: without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(item) for item in value]
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    parts = urlsplit(value)
+    query = "&".join(pair for pair in parts.query.split("&") if not SECRET.search(pair.partition("=")[0]))
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
 
 
 def _names_of_paths(value: Any) -> Any:

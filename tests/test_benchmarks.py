@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -302,7 +303,7 @@ def test_a_run_that_is_not_through_is_not_in_the_table(kept: Path) -> None:
 
 def test_a_setting_is_compared_with_the_default_of_the_same_run() -> None:
     run = {"benchmark": "sotu", "target": ERA, "labels": 64}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {**run, "seed": seed, "setting": setting, "loss": loss, "seconds": seconds}
         for setting, found in {"default": [(2.0, 10.0), (3.0, 20.0)], "no gate": [(2.5, 5.0), (2.5, 10.0)]}.items()
         for seed, (loss, seconds) in enumerate(found)

@@ -59,6 +59,8 @@ def test_defaults() -> None:
         ("seed", 2**32, r"seed"),
         ("published", True, r"published: expected method='copy' and unit='parameter' with it, got True"),
         ("training_arguments", None, r"training_arguments: got None, expected dict"),
+        ("training_arguments", {"hub_token": "hf_x"}, r"training_arguments.hub_token: expected none, .* set HF_TOKEN"),
+        ("training_arguments", {"metric_for_best_model": "f1"}, r"got 'f1', expected loss or accuracy"),
         ("training_arguments", ["bf16"], r"training_arguments: got \['bf16'\], expected dict"),
     ],
 )
@@ -317,6 +319,14 @@ def test_all_problems_of_the_data_section_are_in_one_error() -> None:
 def test_data_files_of_a_wrong_type(value: object) -> None:
     with pytest.raises(ConfigError, match=r"data.data_files: got "):
         DataSection.from_recipe(Recipe(sources=["a"], data={"path": "csv", "data_files": value}))
+
+
+def test_a_split_of_another_name() -> None:
+    data = {"path": "csv", "data_files": {"train": "a.csv", "val": "b.csv"}}
+    with pytest.raises(
+        ConfigError, match=r"data.data_files: got .*, expected no other splits than train, validation, test"
+    ):
+        DataSection.from_recipe(Recipe(sources=["a"], data=data))
 
 
 @pytest.mark.parametrize("value", [True, 0, -3])

@@ -21,6 +21,7 @@ from grasp_hf.data import (
 )
 from grasp_hf.errors import DataError
 from grasp_hf.prepare import prepare
+from grasp_hf.report import without_secrets
 from grasp_hf.rows import label_names
 from tests.models import LABELS, perturbed, saved, tiny_model, tiny_tokenizer, write_images
 
@@ -57,7 +58,7 @@ def repeated(times: int) -> dict[str, list]:
 
 @pytest.mark.parametrize("kind", ["csv", "json", "parquet", "folder"])
 def test_text_files(kind: str, tmp_path: Path) -> None:
-    data = write_texts(tmp_path, kind, {"train": repeated(2), "validation": ROWS, "extra": ROWS})
+    data = write_texts(tmp_path, kind, {"train": repeated(2), "validation": ROWS})
     splits = load_splits(section(tmp_path, data))
     assert {name: len(split) for name, split in splits.items()} == {"train": 6, "validation": 3}
     assert splits["validation"].to_dict() == ROWS
@@ -311,6 +312,34 @@ def test_a_fresh_head_where_the_names_differ(labels: list[str], tmp_path: Path) 
     assert torch.equal(model.get_parameter("bert.pooler.dense.weight"), old.get_parameter("bert.pooler.dense.weight"))
 
 
+@pytest.mark.parametrize("values", [[["a"], ["a", "b"]], [{"x": 1}, {"x": 2}]])
+def test_several_labels_per_row(values: list) -> None:
+    with pytest.raises(DataError, match="column 'label' holds .* values; expected one class per row"):
+        class_names(Dataset.from_dict({"label": values}), "label")
+
+
+def test_texts_that_are_numbers() -> None:
+    with pytest.raises(DataError, match=r"column 'text' of split 'train' holds Value.*; expected texts"):
+        require_column(DatasetDict(train=Dataset.from_dict({"text": [1, 2]})), "text", "texts")
+
+
+def test_splits_that_are_not_used_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = Dataset.from_dict(ROWS)
+    DatasetDict(train=rows, dev=rows).save_to_disk(str(tmp_path / "data"))
+    assert list(load_splits(DataSection(path=str(tmp_path / "data")))) == ["train"]
+    assert "['dev'] not used; what judges is in splits named validation and test" in caplog.text
+
+
+def test_a_class_id_that_only_the_test_split_holds(tmp_path: Path) -> None:
+    texts = ROWS["text"][:2]
+    splits: dict[str, dict[str, list]] = {
+        name: {"text": texts, "label": [0, last]} for name, last in {"train": 1, "test": 2}.items()
+    }
+    saved(tiny_model("bert"), tmp_path / "base")
+    merger, _, _ = prepare(Recipe(sources=["base"], data=write_texts(tmp_path, "csv", splits), folder=tmp_path))
+    assert label_names(merger.model.config) == LABELS
+
+
 def test_class_ids_need_enough_outputs(tmp_path: Path) -> None:
     model = prepared_base(tmp_path, LABELS, {"text": ROWS["text"], "label": [0, 1, 3]})
     assert label_names(model.config) == ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]
@@ -353,3 +382,11 @@ def test_a_value_column_of_another_type_is_not_taken_for_labels() -> None:
     split = Dataset.from_dict({"label": [1.5]}, features=Features({"label": Value("float32")}))
     with pytest.raises(DataError, match=r"column 'label' holds \[1.5\]; expected class names or class ids from 0"):
         class_names(split, "label")
+
+
+def test_no_secret_of_a_url_is_recorded() -> None:
+    url = "https://me:word@host/data.csv?download=1&sig=abc&X-Amz-Security-Token=xyz#part"
+    assert without_secrets({"data_files": {"train": [url, "here.csv"]}, "max_length": 3}) == {
+        "data_files": {"train": ["https://host/data.csv?download=1#part", "here.csv"]},
+        "max_length": 3,
+    }

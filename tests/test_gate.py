@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset
 from transformers import BertConfig, BertForSequenceClassification
 
 from grasp_hf import GraspConfig, GraspMerger
+from grasp_hf.errors import ConfigError
 from grasp_hf.evidence import Change, Judgement, joined
 from grasp_hf.gate import SHARES, finetune_on_line_, halves, verdict
 from grasp_hf.matching import movable_tensors
@@ -443,6 +444,39 @@ def test_labels_that_the_model_has_learned_do_not_judge(tmp_path: Path, caplog: 
         (False, ""),
     ]
     assert report.steps[1].accepted and report.steps[1].change is None
+
+
+def test_labels_judge_what_is_appended_to_a_merge_that_has_learned_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, average = learned("resnet", tmp_path / "good"), GraspConfig(method="average", **NO_TUNING)
+    noise = saved(perturbed(GraspMerger.from_pretrained(good).model, 1, scale=1.0), tmp_path / "noise")
+    for name, epochs in {"average": 0, "tuned": 1}.items():
+        merger = GraspMerger.from_pretrained(good, config=replace(average, final_epochs=epochs))
+        merger.merge([good], **({"train_dataset": tiny_data("resnet", 12)} if epochs else {}))
+        merger.save_pretrained(tmp_path / name)
+    again = GraspMerger.from_pretrained(str(tmp_path / "average"), config=average)
+    again.merge([good])
+    again.save_pretrained(tmp_path / "again")
+    config = GraspConfig(final_epochs=0, order="given", **LEARNING)
+    assert "transfers are not judged" not in caplog.text
+    for name, judged_by in {
+        "average": "two halves of the labels",
+        "again": "two halves of the labels",
+        "tuned": "",
+    }.items():
+        merger = GraspMerger.from_pretrained(str(tmp_path / name), config=config)
+        step = merger.merge([noise], train_dataset=tiny_data("resnet", 60)).steps[-1]
+        assert (step.judged_by, step.accepted) == (judged_by, not judged_by), name
+    assert caplog.text.count("transfers are not judged") == 1
+
+
+def test_a_control_has_as_many_steps_as_the_merge_or_is_refused() -> None:
+    config = GraspConfig(finetune_epochs=1, training_arguments={"num_train_epochs": 3})
+    with pytest.raises(ConfigError, match=r"training_arguments.num_train_epochs: .*expected none"):
+        GraspMerger(tiny_model("resnet"), config).finetuned_alone(
+            2, tiny_data("resnet", 8), train_dataset=tiny_data("resnet", 8)
+        )
 
 
 def test_fine_tuning_alone_is_that_of_a_merger_of_its_own_and_changes_nothing(tmp_path: Path) -> None:

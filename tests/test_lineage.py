@@ -19,7 +19,7 @@ from transformers import AutoModelForImageClassification
 
 from grasp_hf import GraspConfig, GraspMerger, MergeReport, merge_pretrained
 from grasp_hf.cli import main
-from grasp_hf.errors import IncompatibleSourceError, PushError
+from grasp_hf.errors import ConfigError, IncompatibleSourceError, PushError
 from grasp_hf.lineage import reproduce
 from grasp_hf.step import Step
 from tests.hub_server import HubServer
@@ -189,6 +189,24 @@ def test_an_appended_average_is_the_mean_of_all(hub: HubServer, tmp_path: Path) 
             whole.report.starts_from_source = base == "org/line-1"
             whole.merge([*sources, "org/line-3"])
             assert_equal(state(appended), state(whole))
+
+
+def test_what_is_appended_is_counted_by_the_units_of_the_merge(tmp_path: Path) -> None:
+    merger = GraspMerger.from_pretrained("org/line-1", config=replace(AVERAGE, unit="tensor"))
+    merger.merge(["org/line-2"])
+    merger.save_pretrained(tmp_path / "merged")
+    appended = GraspMerger.from_pretrained(str(tmp_path / "merged"), config=AVERAGE)
+    for other in (appended, merger.with_config(AVERAGE)):
+        before = {name: value.clone() for name, value in state(other).items()}
+        for merge in (lambda source, other=other: other.merge([source]), other.merge_source):
+            with pytest.raises(
+                ConfigError, match="unit: got 'layer', but source 'org/line-2' was merged by other units"
+            ):
+                merge("org/line-3")
+        assert_equal(state(other), before)
+    assert appended.with_config(replace(AVERAGE, unit="tensor")).merge(["org/line-3"]).steps[-1].mean_coefficient == (
+        pytest.approx(1 / 2)
+    )
 
 
 def test_an_adapter_of_a_base_that_is_gone(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
     SiglipConfig,
     SiglipForImageClassification,
 )
@@ -22,7 +27,17 @@ from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
 from grasp_hf.errors import ConfigError, DataError, GraspError, NonFiniteError, OutputExistsError
 from grasp_hf.matching import movable_tensors
 from tests.hub_server import HubServer
-from tests.models import KINDS, LABELS, NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model
+from tests.models import (
+    KINDS,
+    LABELS,
+    NO_TUNING,
+    perturbed,
+    saved,
+    saved_adapter,
+    tiny_data,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 STILL: dict[str, Any] = {**NO_TUNING, "batch_size": 8, "num_batches": 2}
 BLEND: dict[str, Any] = {**STILL, "method": "blend"}
@@ -181,6 +196,31 @@ def test_labels_that_were_learned_judge_no_source(tmp_path: Path) -> None:
     assert step.accepted and step.change is None and step.judged_by == ""
     assert step.before == step.after_transfer == step.after == {}
     assert "loss" not in step.line().split("fine-tuned")[0] and step.row()["loss before"] == "–"
+
+
+@pytest.mark.parametrize("length", [4, 12])
+def test_a_masked_language_model_is_judged_by_the_same_masks_each_time(length: int, tmp_path: Path) -> None:
+    def model(seed: int) -> PreTrainedModel:
+        return perturbed(BertForMaskedLM(BertConfig.from_dict(tiny_model("bert").config.to_dict())), seed)
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.mask_token = "[MASK]"
+    sources = [saved(model(seed), tmp_path / str(seed)) for seed in (1, 2)]
+    tokens = torch.randint(5, len(tokenizer), (64, length), generator=torch.Generator().manual_seed(0))
+    data = Dataset.from_dict({"input_ids": tokens.tolist()})
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=0.3)
+    merger = GraspMerger(model(0), GraspConfig(final_epochs=0, batch_size=16))
+    state = torch.random.get_rng_state()
+    losses = [merger.judge(data, data_collator=collator).losses for _ in range(2)]
+    assert torch.equal(*losses) and torch.equal(torch.random.get_rng_state(), state)
+    report = merger.merge(sources, train_dataset=data, data_collator=collator)
+    assert all(step.change and step.change.samples <= 64 for step in report.steps)
+
+
+def test_evaluation_that_was_asked_for_needs_data() -> None:
+    config = GraspConfig(training_arguments={"eval_strategy": "epoch"})
+    with pytest.raises(ConfigError, match="training_arguments.eval_strategy: expected none without evaluation data"):
+        GraspMerger(tiny_model("vit"), config).merge(["org/nowhere"], train_dataset=tiny_data("vit", 4))
 
 
 def test_an_empty_data_set_is_refused_before_anything_is_loaded() -> None:

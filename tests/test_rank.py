@@ -113,6 +113,26 @@ def test_a_merge_takes_the_most_promising_in_their_order(tmp_path: Path) -> None
     assert [row["reference"] for row in report.without_paths().ranking] == [Path(row.reference).name for row in ranked]
 
 
+def test_a_merge_ranks_by_the_fine_tuned_base_as_the_command_does(tmp_path: Path) -> None:
+    """The base is put back; what has been fine-tuned already is ranked by as it is."""
+    sources = [saved(perturbed(tiny_model("vit"), seed), tmp_path / str(seed)) for seed in (1, 2, 3)]
+    data, tuned = tiny_data("vit", 12), {**STILL, "initial_epochs": 2, "training_arguments": {"learning_rate": 0.01}}
+    first = GraspMerger(tiny_model("vit"), GraspConfig(**tuned))
+    first.merge([], train_dataset=data)
+    expected = {row.reference: row.gain for row in first.rank(sources, train_dataset=data)}
+    settings = {**tuned, "initial_epochs": 0, "final_epochs": 2, "order": "rank"}
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(**settings))
+    before = {name: value.clone() for name, value in merger.model.state_dict().items()}
+    found = {row.reference: row.gain for row in merger.rank(sources, train_dataset=data)}
+    assert found == pytest.approx(expected) and not merger.report.finetuned
+    for name, value in merger.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    report = merger.merge(sources, train_dataset=data)
+    assert {row["reference"]: row["gain"] for row in report.ranking} == pytest.approx(expected)
+    still = GraspMerger(tiny_model("vit"), GraspConfig(**STILL)).rank(sources, train_dataset=data)
+    assert {row.reference: row.gain for row in still} != pytest.approx(expected, rel=1e-2)
+
+
 def test_the_command_prints_a_table_and_writes_every_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tiny_model("vit"), tmp_path / "base")
     for seed in (1, 2):

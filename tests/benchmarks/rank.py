@@ -19,6 +19,7 @@ import json
 import math
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def measured(cache: Path, target: str, seed: int, kinds: list[str]) -> list[dict
     merger = GraspMerger.from_pretrained(str(cache / "models" / "minilm"), config=config)
     collator = DataCollatorWithPadding(merger.processing_class)
     sources = [str(source_folder(cache, kind, domain)) for kind in kinds for domain in DOMAINS if domain != target]
-    untrained = {row.reference: row.gain for row in merger.rank(sources, train_dataset=data["train"])}
+    as_it_is = merger.with_config(replace(config, initial_epochs=0, final_epochs=0))
+    untrained = {row.reference: row.gain for row in as_it_is.rank(sources, train_dataset=data["train"])}
     merger.merge([], train_dataset=data["train"])
     state = {name: value.clone() for name, value in merger.model.state_dict().items()}
     before = merger.evaluate(data["test"])
