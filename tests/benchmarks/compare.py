@@ -138,8 +138,10 @@ def comparisons(benchmark: str, targets: Collection[str]) -> dict[str, Compariso
     through = {(row["target"], row["labels"], row["seed"]) for row in rows if row["method"] == OURS}
     rows = [row for row in rows if (row["target"], row["labels"], row["seed"]) in through]
     found = {}
-    for labels in dict.fromkeys(row["labels"] for row in rows):
+    for labels in (size or "all" for size in EPOCHS[benchmark]):
         mine = [row for row in rows if row["labels"] == labels]
+        if not mine:
+            continue
         results = []
         for number, name in enumerate(dict.fromkeys((row["target"], row["seed"]) for row in mine)):
             run = [row for row in mine if (row["target"], row["seed"]) == name]
