@@ -4,6 +4,7 @@ import gc
 import signal
 import weakref
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,10 @@ def test_an_interrupted_average_is_whole_after_the_source_that_it_was_at(
         merger.merge([str(bad.parent)])
     for name, value in state_of(expected.model).items():
         assert torch.equal(merger.model.state_dict()[name], value), name
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="its optimizer is here")
+def test_an_optimizer_whose_package_is_missing_is_named() -> None:
+    config = GraspConfig(initial_epochs=1, training_arguments={"optim": "adamw_bnb_8bit"})
+    with pytest.raises(ConfigError, match=r"training_arguments: .*bitsandbytes"):
+        GraspMerger(tiny_model("vit"), config).merge([], train_dataset=tiny_data("vit", 8))
