@@ -389,8 +389,13 @@ class GraspMerger:
         """Judge the sources, record the ranking, and return those to merge, the best or most promising first."""
         if self.config.order == "rank":
             by = "first-order gain"
-            data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
-            ranked = self.rank(sources, token=token, **data)
+            ranked = self.rank(
+                sources,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                data_collator=data_collator,
+                token=token,
+            )
         else:
             by = "loss"
             with self.step(train_dataset, eval_dataset, data_collator) as step:

@@ -617,18 +617,6 @@ def test_too_few_texts_to_judge_a_language_model_are_refused(tmp_path: Path, spl
         compare(recipe, tmp_path / "out", seeds=[0], methods=["base"])
 
 
-@pytest.mark.parametrize(("accumulation", "steps"), [(1, 12), (2, 6)])
-def test_a_mixture_makes_as_many_steps_as_the_trainer(
-    accumulation: int, steps: int, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-    arguments = {"learning_rate": 0.01, "per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation}
-    recipe = write_recipe(world, tmp_path, batch_size=12, training_arguments=arguments)
-    monkeypatch.setattr(contenders, "mixture_", lambda trial, **settings: asked.append(settings["steps"]))
-    compare(recipe, tmp_path / "out", seeds=[0], methods=["lorahub"])
-    assert asked == [steps] and steps * accumulation * 4 == EPOCHS * TRAIN
-
-
 def test_without_fine_tuning_a_mixture_is_learned_as_published(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -390,3 +390,15 @@ def test_no_secret_of_a_url_is_recorded() -> None:
         "data_files": {"train": ["https://host/data.csv?download=1#part", "here.csv"]},
         "max_length": 3,
     }
+
+
+def test_what_a_url_gives_away_is_neither_in_the_record_nor_in_the_card(tmp_path: Path) -> None:
+    write_texts(tmp_path, "csv", {"train": repeated(4)})
+    (tmp_path / "train.csv").rename(tmp_path / "train.csv?sig=abc")
+    saved(tiny_model("bert"), tmp_path / "base")
+    data = {"path": "csv", "data_files": {"train": f"file://{tmp_path}/train.csv?sig=abc"}}
+    merger, _, _ = prepare(Recipe(sources=["base"], data=data, folder=tmp_path))
+    merger.save_pretrained(tmp_path / "merged")
+    for name in ("README.md", "grasp_config.yaml", "grasp_report.json"):
+        assert "sig=abc" not in (tmp_path / "merged" / name).read_text(), name
+    assert "/train.csv" in (tmp_path / "merged" / "grasp_config.yaml").read_text()
