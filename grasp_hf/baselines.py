@@ -21,18 +21,16 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from peft.utils.merge_utils import dare_linear, ties
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from .batches import IGNORED, Batch, batch_loss, labelled_terms, predicts_next
 from .errors import NonFiniteError
-from .gradients import gradient_pass, preserved_state
+from .fisher import LEAST_FISHER, fisher_
+from .gradients import preserved_state
 from .matching import movable_tensors
 from .measure import mean_gradient
 from .transfer import interpolate_, overwrite_, placed
 from .trial import (
     Trial,
     all_sources,
-    class_terms,
     difference,
     each_source,
     finite_loss,
@@ -44,7 +42,6 @@ from .trial import (
 logger = logging.getLogger(__name__)
 
 TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
-LEAST_FISHER = 1e-30  # far below any Fisher that counts, far above the smallest float32
 
 
 def average_(trial: Trial) -> None:
@@ -190,10 +187,8 @@ def dare_(
 def fisher_average_(trial: Trial) -> None:
     """Change the model to the mean of the sources, each element weighted by its Fisher information (arXiv:2111.09832).
 
-    The diagonal Fisher of each source at the labelled inputs, one pass, with labels drawn from the source's own
-    predictions as the definition says (true labels would favour the source that fits them worst). Gradients of single
-    terms are then independent with mean 0, so the square of a whole batch's summed gradient estimates the sum of their
-    squares, without a pass per sample. What has no Fisher (statistics, unused tokens) becomes the plain mean.
+    The Fisher of each source at the labelled inputs, one pass, see `fisher_`. What has none (statistics, unused tokens)
+    becomes the plain mean.
 
     Memory: one source at a time, the batches of one pass; 3 P of disk.
 
@@ -201,19 +196,18 @@ def fisher_average_(trial: Trial) -> None:
         DataError: The labels are no classes.
         NonFiniteError: A loss or the Fisher of a source is not finite.
     """
-    model, tensors, batches = trial.model, movable_tensors(trial.model), list(trial.batches(trial.epoch))
+    tensors, batches = movable_tensors(trial.model), list(trial.batches(trial.epoch))
     weighted, total, fisher, seen = trial.room("weighted"), trial.room("total"), trial.room("fisher"), set[str]()
     for index, values in enumerate(each_source(trial)):
         brought = dict(moving(trial, values))
         for name in brought:
-            fisher[name].zero_()
-        with placed(tensors, values, trial.start), preserved_state(model), torch.random.fork_rng():
-            torch.manual_seed(trial.seed)
-            for batch in batches:
-                _add_fisher_(fisher, model, batch, brought)
+            fisher[name].zero_()  # statistics, too, have a weight
+        try:
+            with placed(tensors, values, trial.start):
+                fisher_(fisher, trial.model, batches, brought, seed=trial.seed)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"source {index + 1}: {error}") from error
         for name, value in brought.items():
-            if not torch.isfinite(fisher[name]).all():
-                raise NonFiniteError(f"the Fisher information of {name} in source {index + 1} is NaN or infinite")
             fisher[name].add_(LEAST_FISHER)
             if name not in seen:
                 weighted[name].zero_()
@@ -223,32 +217,6 @@ def fisher_average_(trial: Trial) -> None:
             seen.add(name)
     for name in seen:
         tensors[name].data.copy_(weighted[name].div_(total[name]))
-
-
-def _add_fisher_(
-    fisher: Mapping[str, Tensor], model: PreTrainedModel, batch: Batch, names: Mapping[str, Tensor]
-) -> None:
-    """Add to `fisher` the squares of the gradient of the summed loss of `batch` under labels that `model` predicts."""
-    weight = labelled_terms(model, batch)
-
-    def square(name: str, gradient: Tensor) -> None:
-        if name in names:
-            gradient = gradient.to(fisher[name].device, fisher[name].dtype)
-            fisher[name].addcmul_(gradient, gradient, value=float(weight) ** 2)
-
-    gradient_pass(model, _with_drawn_labels(model, batch), square)
-
-
-@torch.no_grad()
-def _with_drawn_labels(model: PreTrainedModel, batch: Batch) -> Batch:
-    """Return `batch` with each label drawn from what `model` predicts; ignored labels stay ignored."""
-    _, output = batch_loss(model, batch)
-    logits, _ = class_terms(model, output["logits"], batch["labels"])
-    labels = batch["labels"].clone()
-    drawn_for = labels[:, 1:] if predicts_next(model) else labels
-    drawn = torch.multinomial(logits.softmax(-1), 1).view(drawn_for.shape)
-    drawn_for.copy_(torch.where(drawn_for == IGNORED, drawn_for, drawn))
-    return {**batch, "labels": labels}
 
 
 def gradfix_(trial: Trial, *, weights: Sequence[float] = TENTHS) -> None:

@@ -113,3 +113,23 @@ def predicts_next(model: PreTrainedModel) -> bool:
 def is_class_ids(labels: Tensor) -> bool:
     """Whether there is one class id per sample."""
     return labels.ndim == 1 and not labels.is_floating_point()
+
+
+def class_terms(model: PreTrainedModel, logits: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """Return what the loss is the mean of: logits `(n, classes)` in float32 and class ids `(n,)`, some of them ignored.
+
+    Raises:
+        DataError: There is no class id for each row of logits.
+    """
+    if not (isinstance(logits, Tensor) and isinstance(labels, Tensor)):
+        raise DataError(
+            f"expected a {type(model).__name__} that returns logits, and labels with a class id for each row"
+        )
+    if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
+        raise DataError(
+            f"got {labels.dtype} labels of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}, "
+            "expected one class id for each row of logits"
+        )
+    if predicts_next(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return logits.flatten(0, -2).float(), labels.flatten()

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .batches import IGNORED, Collator, batch_loss
+from .batches import IGNORED, Collator, batch_loss, class_terms
 from .matching import movable_tensors
 from .report import Evaluation
 from .transfer import overwrite_, placed
-from .trial import Trial, class_terms, each_source
+from .trial import Trial, each_source
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from .batches import Batch, Collator, check_dataset, keeping_model_columns, labe
 from .config import GraspConfig
 from .errors import IncompatibleSourceError, NonFiniteError
 from .evidence import Judgement
+from .fisher import RunningFisher
 from .gradients import gradient_pass, preserved_state
 from .mapped import MappedTensors
 from .matching import Unit, movable_tensors, partition, tensor_problems, tie_problems
-from .transfer import Mix, mix_, overwrite_, placed
+from .transfer import Mix, mix_, overwrite_, placed, weigh_
 from .workspace import workspace
 
 Scores = dict[str, float | None]
@@ -66,6 +67,11 @@ class Scratch:
         return MappedTensors(self.directory / "gradients", self._parameters)
 
     @cached_property
+    def fisher(self) -> RunningFisher:
+        """The Fisher information of the sources in the mean; forgotten in fine-tuning, which takes the same files."""
+        return RunningFisher(*({name: _ranging(tensor) for name, tensor in room.items()} for room in self.line))
+
+    @cached_property
     def line(self) -> tuple[MappedTensors, MappedTensors]:
         """Room for the target's tensors before a fine-tuning and after it."""
         before, after = (MappedTensors(self.directory / f"line-{k}", self._like) for k in range(2))
@@ -75,6 +81,11 @@ class Scratch:
     def source_gradients(self) -> MappedTensors:
         """Room for a second set of gradients."""
         return MappedTensors(self.directory / "source-gradients", self._parameters)
+
+
+def _ranging(tensor: Tensor) -> Tensor:
+    """Return `tensor`, in the same place, as a type with the range of float32 if it is one of half its size."""
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.float16 else tensor
 
 
 class UnitProducts:
@@ -324,12 +335,20 @@ def blend_(
     units: Sequence[Unit],
     mixes: Mapping[str, Mix],
     base: Mapping[str, Tensor] | None = None,
+    share: Callable[[str], Tensor | None] | None = None,
 ) -> None:
-    """Change the tensors of `units` in place to what each unit's mix makes of `start` and the source."""
+    """Change the tensors of `units` in place to what each unit's mix makes of `start` and the source.
+
+    Where `share` returns how much of the source each element of a tensor takes, that goes before the mix.
+    """
     for unit in units:
         for name in unit.tensors:
-            origin = None if base is None else base[name]
-            mix_(tensors[name], start[name], source_values[name], origin, mixes[unit.name])
+            shares = share(name) if share else None
+            if shares is not None:
+                weigh_(tensors[name], start[name], source_values[name], shares)
+            else:
+                origin = None if base is None else base[name]
+                mix_(tensors[name], start[name], source_values[name], origin, mixes[unit.name])
 
 
 def gradient_alignment(

@@ -210,7 +210,9 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     temporary = 0
     if config.needs_data:
         gradients = (config.method == "copy" or config.order == "rank") + config.accumulate_gradients
-        line = 2 if config.gate and _trains(config) else 0  # from before a fine-tuning to after it
+        line = (
+            2 if config.gate and (config.learns or _trains(config)) else 0
+        )  # of Fisher information, then of fine-tuning
         temporary = weights * (2 + gradients + line + (config.learns or config.compares_alone))
     factor, how = _memory_factor(config)
     seconds = download / DOWNLOAD_RATE

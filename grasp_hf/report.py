@@ -204,7 +204,7 @@ class StepReport:
             coefficients that the other has taught; the model before the transfer and at the end of the step has learned
             from both.
         options: Calibrated loss of each way to take the source in: as the method says and, where it learned coefficients,
-            as an average.
+            as an `average`, plain and weighted by Fisher information (`fisher`).
         taken: The one with the lowest loss.
         before: Loss (and accuracy) before the transfer.
         after_transfer: The same after the transfer, before the gate's decision.
@@ -276,7 +276,8 @@ class StepReport:
             return "rejected"
         if not self.moved:
             return "nothing moved"
-        return "averaged" if len(self.options) > 1 and self.taken == "average" else "merged"
+        means = {"average": "averaged", "fisher": "averaged by Fisher"}
+        return means.get(self.taken, "merged") if len(self.options) > 1 else "merged"
 
     def row(self) -> dict[str, str]:
         """Return the source's line of the summary table."""
@@ -424,7 +425,7 @@ class MergeReport:
             if step.accepted and step.moved and step.reason == DOUBT
         ]
         rejected = [step.name + f" ({step.reason})" * bool(step.reason) for step in self.steps if not step.accepted]
-        averaged = [step.name for step in self.steps if step.decision == "averaged"]
+        averaged = [step.name for step in self.steps if step.decision.startswith("averaged")]
         found = [
             f"{merged} of {len(self.steps)} sources merged"
             + f"; averaged, as learned coefficients were worse: {', '.join(averaged)}" * bool(averaged)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .alignment import mean_defined
 from .batches import Batch, Collator, sample_batches
 from .config import GraspConfig
+from .errors import DataError
 from .evidence import EVIDENCE, LEAST_SAMPLES, Judgement, change, joined, judge, resolution
 from .gate import finetune_on_line_, halves, verdict
 from .gradients import preserved_state
@@ -30,6 +31,7 @@ from .transfer import Mix, interrupts_held, overwrite_
 logger = logging.getLogger(__name__)
 
 Mixes = Mapping[str, Mix]
+Share = Callable[[str], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class Option:
         mixes: What goes in, by unit.
         judged: What goes in while each of `Step.judges` looks at it, for no labels judge what they taught.
         scores: Of the units, for the report.
+        share: How much of each element of a tensor goes in, where that is no matter of the unit.
     """
 
     mixes: Mixes
     judged: Sequence[Mixes]
     scores: Scores
+    share: Share | None = None
 
 
 class Step:
@@ -187,7 +191,7 @@ class Step:
     def _options(
         self, loaded: LoadedSource, units: Sequence[Unit], shares: Mapping[str, float], name: str, seed: int
     ) -> dict[str, Option]:
-        """Return the ways to take in a source: that of the method, and the average where labels chose, as a check."""
+        """Return the ways to take in a source: that of the method and, where labels chose it, means as a check."""
         config, judges = self.config, len(self.judges)
         average = {unit: Mix.on_line(share) for unit, share in shares.items()}
         if config.method == "average":
@@ -203,8 +207,30 @@ class Step:
         mean = {unit: Mix.mean([mixes[unit] for mixes in found]) for unit in average}
         scores = {unit: mean_defined([own[unit] for _, own in fits]) for unit in average}
         judged = (found if self._folds else []) + ([] if self.held_out is None else [mean])
-        learned = {config.method: Option(mean, judged, scores)}
-        return learned | ({"average": Option(average, [average] * judges, scores)} if judged and config.gate else {})
+        options: dict[str, Option] = {config.method: Option(mean, judged, scores)}
+        if judged and config.gate:
+            options["average"] = Option(average, [average] * judges, scores)
+            if weighted := self._weighted(loaded, units, shares, name, seed):
+                options["fisher"] = Option(weighted, [weighted] * judges, scores, self.scratch.fisher.share)
+        return options
+
+    def _weighted(
+        self, loaded: LoadedSource, units: Sequence[Unit], shares: Mapping[str, float], name: str, seed: int
+    ) -> Mixes | None:
+        """Return what a mean weighted by Fisher information takes; `None` where that is no other one, or labels are no classes.
+
+        Labels do not teach it, only their inputs do, so that all of them may judge it.
+        """
+        if all(share == 1 for share in shares.values()):
+            return None
+        batches = [*self.batches(self.train, seed)]
+        try:
+            return self.scratch.fisher.measure(
+                self.model, loaded.tensors, self.scratch.start, units, shares, batches, seed=seed
+            )
+        except DataError as error:
+            logger.debug("%s: no average by Fisher information: %s", name, error)
+            return None
 
     def _measure(
         self,
@@ -235,7 +261,8 @@ class Step:
         for name, option in options.items():
             parts = []
             for mixes, samples in zip(option.judged, self.judges, strict=True):
-                parts.append(mixed.judged(mixes, samples))
+                mixed.put(mixes, option.share)
+                parts.append(self.judgement(samples))
             found[name] = joined(*parts)
         report.options = {name: after.calibrated_loss for name, after in found.items()}
         report.taken = min(report.options, key=lambda name: report.options[name])
@@ -243,7 +270,7 @@ class Step:
         moved = change(before, after)
         report.judged_by, report.change = self.judged_by, moved.report()
         report.before, report.after_transfer = before.evaluation(), after.evaluation()
-        mixed.put(option.mixes)
+        mixed.put(option.mixes, option.share)
         whole = all(mixes is option.mixes for mixes in option.judged)
         self.scratch.judged = after if whole else self._joined(self.judges)
         if self.config.gate and any(mix.moves for mix in option.mixes.values()):
@@ -251,6 +278,8 @@ class Step:
         if not report.accepted:
             self.scratch.judged = before
             mixed.undo()
+        elif "fisher" in options:
+            self.scratch.fisher.take()
         return option
 
     def finetune(
@@ -277,6 +306,7 @@ class Step:
             )
 
         self.learned, self.scratch.judged, self.scratch.floor = True, None, math.inf
+        self.scratch.fisher.forget()
         if not self.config.gate:
             train(self.train, seed)
             return FinetuneReport()
@@ -291,24 +321,18 @@ class _Mixed:
         self._tensors, self._source, self._units = movable_tensors(step.model), loaded, units
         self._start = step.scratch.start if step.can_fail else self._tensors
         self._base = step.scratch.base if step.config.learns else None
-        self._judge = step.judgement
         self._now: Mixes | None = None
         self._moved: dict[str, Unit] = {}
 
-    def put(self, mixes: Mixes) -> None:
+    def put(self, mixes: Mixes, share: Share | None = None) -> None:
         """Mix the source in."""
         if mixes is self._now:
             return
         moving = {unit.name: unit for unit in self._units if mixes[unit.name].moves} | self._moved
         for values in self._source.shards:
             units = units_within([*moving.values()], values)
-            blend_(self._tensors, self._start, values, units, mixes, self._base)
+            blend_(self._tensors, self._start, values, units, mixes, self._base, share)
         self._now, self._moved = mixes, moving
-
-    def judged(self, mixes: Mixes, samples: Any) -> Judgement:
-        """Return the losses of that mix."""
-        self.put(mixes)
-        return self._judge(samples)
 
     def undo(self) -> None:
         """Take the source out."""

@@ -88,6 +88,14 @@ def mix_(tensor: Tensor, start: Tensor, end: Tensor, base: Tensor | None, mix: M
             tensor.data.copy_(mixed)
 
 
+@torch.no_grad()
+def weigh_(tensor: Tensor, start: Tensor, end: Tensor, share: Tensor) -> None:
+    """Change `tensor` in place to `start + share * (end - start)`, element by element."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    start, end, share = (each.to(tensor.device, dtype) for each in (start, end, share))
+    tensor.data.copy_(torch.lerp(start, end, share))
+
+
 @contextmanager
 def placed(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Iterator[None]:
     """Let `tensors` hold `values` inside the block, and after it what they held before, whatever happens.

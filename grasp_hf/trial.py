@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .batches import Batch, predicts_next
-from .errors import ConfigError, DataError, IncompatibleSourceError, NonFiniteError
+from .batches import Batch
+from .errors import ConfigError, IncompatibleSourceError, NonFiniteError
 from .matching import movable_tensors
 
 
@@ -117,19 +117,3 @@ def difference(value: Tensor, start: Tensor) -> Tensor:
 def wide_dtype(tensor: Tensor) -> torch.dtype:
     """Return the type that sums of such tensors are kept in: float32 or better."""
     return torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
-
-
-def class_terms(model: PreTrainedModel, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the loss is the mean of: logits `(n, classes)` in float32 and class ids `(n,)`, some of them ignored.
-
-    Raises:
-        DataError: There is no class id for each row of logits.
-    """
-    if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
-        raise DataError(
-            f"got {labels.dtype} labels of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}, "
-            "expected one class id for each row of logits"
-        )
-    if predicts_next(model):
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    return logits.flatten(0, -2).float(), labels.flatten()

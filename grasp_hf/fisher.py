@@ -1,0 +1,149 @@
+"""The Fisher information of a model's parameters, and a mean of models that weighs each parameter by it."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .batches import IGNORED, Batch, batch_loss, class_terms, labelled_terms, predicts_next
+from .errors import NonFiniteError
+from .gradients import gradient_pass, preserved_state
+from .matching import Unit, movable_tensors
+from .transfer import Mix, placed
+
+LEAST_FISHER = 1e-30  # far below any Fisher that counts, far above the smallest float32
+
+
+def fisher_(
+    room: Mapping[str, Tensor],
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    names: Collection[str],
+    *,
+    seed: int,
+) -> None:
+    """Write the diagonal Fisher information of `model`, in eval mode, at the inputs of `batches` to `room`.
+
+    Labels are drawn from the model's own predictions as the definition says (true labels would favour a model that fits
+    them worse). Gradients of single terms are then independent with mean 0, so the square of a whole batch's summed
+    gradient estimates the sum of their squares, without a pass per sample. What has no gradient has a Fisher of 0.
+
+    Args:
+        room: One tensor per name, of the parameter's shape.
+        model: Comes back unchanged.
+        batches: Labelled samples; of the labels it only counts which are ignored.
+        names: Those of the parameters to look at; others are left out.
+        seed: Of the labels that are drawn.
+
+    Raises:
+        DataError: The labels are no classes.
+        NonFiniteError: A loss or the Fisher of a parameter is not finite.
+    """
+    wanted = {name for name, _ in model.named_parameters()} & {*names}
+    for name in wanted:
+        room[name].zero_()
+    with preserved_state(model), torch.random.fork_rng():
+        model.eval()
+        torch.manual_seed(seed)
+        for batch in batches:
+            weight = labelled_terms(model, batch)
+
+            def square(name: str, gradient: Tensor, weight: int = weight) -> None:
+                if name in wanted:
+                    gradient = gradient.to(room[name].device, room[name].dtype)
+                    room[name].addcmul_(gradient, gradient, value=float(weight) ** 2)
+
+            gradient_pass(model, _with_drawn_labels(model, batch), square)
+    for name in sorted(wanted):
+        if not torch.isfinite(room[name]).all():
+            raise NonFiniteError(f"the Fisher information of {name} is NaN or infinite")
+
+
+@torch.no_grad()
+def _with_drawn_labels(model: PreTrainedModel, batch: Batch) -> Batch:
+    """Return `batch` with each label drawn from what `model` predicts; ignored labels stay ignored."""
+    _, output = batch_loss(model, batch)
+    logits, _ = class_terms(model, output.get("logits"), batch.get("labels"))
+    labels = batch["labels"].clone()
+    drawn_for = labels[:, 1:] if predicts_next(model) else labels
+    drawn = torch.multinomial(logits.softmax(-1), 1).view(drawn_for.shape)
+    drawn_for.copy_(torch.where(drawn_for == IGNORED, drawn_for, drawn))
+    return {**batch, "labels": labels}
+
+
+class RunningFisher:
+    """How much of the next model a Fisher-weighted mean takes (arXiv:2111.09832), for models that come one at a time.
+
+    A mean weighs each parameter of each model by its Fisher there, so that its sum over the models in the mean is all that
+    must be kept of them. Where it is not known, the Fisher of the mean itself counts in its place, times their number.
+
+    Args:
+        total: Room for the sum, a tensor for each parameter; in a type that has the range of float32.
+        own: Room for the Fisher of the next model.
+    """
+
+    def __init__(self, total: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        self._total, self._own = total, own
+        self._known: set[str] = set()
+        self._plain: dict[str, float] = {}
+
+    def forget(self) -> None:
+        """Say that the model was changed by other means than a mean."""
+        self._known.clear()
+
+    def measure(
+        self,
+        model: PreTrainedModel,
+        source_values: Mapping[str, Tensor],
+        start: Mapping[str, Tensor],
+        units: Sequence[Unit],
+        shares: Mapping[str, float],
+        batches: Sequence[Batch],
+        *,
+        seed: int,
+    ) -> dict[str, Mix]:
+        """Return what goes in, by unit: the mean of `share`; the plain share where there are statistics only.
+
+        Args:
+            model: The mean so far; comes back unchanged.
+            source_values: The next model.
+            start: What `model` holds.
+            units: Tensors that may move.
+            shares: How much the plain mean takes.
+            batches: See `fisher_`, as the next one.
+            seed: See there.
+        """
+        tensors = movable_tensors(model)
+        plain = {name: shares[unit.name] for unit in units for name in unit.tensors}
+        self._plain = {name: share for name, share in plain.items() if isinstance(tensors[name], nn.Parameter)}
+        unknown = [name for name in self._plain if name not in self._known]
+        counted = [name for name in unknown if self._plain[name] < 1]
+        for name in unknown:
+            self._total[name].zero_()
+        if counted:
+            fisher_(self._total, model, batches, counted, seed=seed)
+            for name in counted:
+                self._total[name].mul_(1 / self._plain[name] - 1)
+        self._known.update(unknown)
+        for name in self._plain:
+            self._own[name].zero_()
+        with placed(tensors, source_values, start):
+            fisher_(self._own, model, batches, self._plain, seed=seed)
+        return {unit.name: Mix.on_line(self._mean(unit, shares[unit.name])) for unit in units}
+
+    def share(self, name: str) -> Tensor | None:
+        """Return how much of each element of a parameter goes in, in [0, 1]; `None` for a statistic."""
+        if name not in self._plain:
+            return None
+        own = self._own[name].float() + LEAST_FISHER  # so that what has no Fisher goes in as in a plain mean
+        return own / (self._total[name].float() + own + LEAST_FISHER * (1 / self._plain[name] - 1))
+
+    def take(self) -> None:
+        """Count the model that was measured last as one of the mean."""
+        for name in self._plain:
+            self._total[name].add_(self._own[name])
+
+    def _mean(self, unit: Unit, plain: float) -> float:
+        shares = [share for share in map(self.share, unit.tensors) if share is not None]
+        return sum(float(s.sum()) for s in shares) / sum(s.numel() for s in shares) if shares else plain

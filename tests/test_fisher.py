@@ -1,0 +1,186 @@
+"""A mean of models that come one at a time, weighted by Fisher information."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp_hf.batches import Batch
+from grasp_hf.errors import DataError, NonFiniteError
+from grasp_hf.fisher import fisher_
+from grasp_hf.mapped import MappedTensors
+from grasp_hf.matching import movable_tensors, partition
+from grasp_hf.measure import Scratch, blend_
+from grasp_hf.transfer import Mix
+from tests.models import perturbed, tiny_data, tiny_model
+
+Tensors = dict[str, Tensor]
+CLASSES = 3
+
+
+def batches_of(kind: str, samples: int = 8, size: int = 4) -> list[Batch]:
+    rows = tiny_data(kind, samples, seed=1).with_format("torch")
+    return [rows[start : start + size] for start in range(0, samples, size)]
+
+
+def sure(model: PreTrainedModel, label: int) -> PreTrainedModel:
+    """Return `model` so sure of one class that no other is ever drawn."""
+    with torch.no_grad():
+        model.get_parameter("classifier.bias").copy_(torch.where(torch.arange(CLASSES) == label, 12.0, -2.0))
+    return model
+
+
+def naive_fisher(model: PreTrainedModel, batches: list[Batch], label: int) -> Tensors:
+    """The square of each batch's gradient under that label, in double precision, summed."""
+    found = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in model.named_parameters()}
+    for batch in batches:
+        model.zero_grad()
+        labels = torch.full_like(batch["labels"], label)
+        (len(labels) * model(**{**batch, "labels": labels}).loss).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                found[name] += parameter.grad.double() ** 2
+    return found
+
+
+class Mean:
+    """A model that takes in others, one at a time."""
+
+    def __init__(self, model: PreTrainedModel, directory: Path) -> None:
+        self.model, self.tensors = model, movable_tensors(model)
+        self.scratch = Scratch(directory, self.tensors)
+        self.units = partition(model, "layer")
+
+    def measure(self, source: PreTrainedModel, share: float, batches: list[Batch]) -> dict[str, Mix]:
+        """Look at a model, as one that a plain mean takes `share` of."""
+        self.scratch.start.copy_(self.tensors)
+        shares = {unit.name: share for unit in self.units}
+        values = movable_tensors(source)
+        return self.scratch.fisher.measure(self.model, values, self.scratch.start, self.units, shares, batches, seed=0)
+
+    def take(self, source: PreTrainedModel, share: float, batches: list[Batch]) -> None:
+        """Take it in."""
+        mixes = self.measure(source, share, batches)
+        values, fisher = movable_tensors(source), self.scratch.fisher
+        blend_(self.tensors, self.scratch.start, values, self.units, mixes, share=fisher.share)
+        fisher.take()
+
+
+@pytest.mark.parametrize("kind", ["bert", "resnet"])
+def test_one_model_after_the_other_gives_the_mean_of_all(kind: str, tmp_path: Path) -> None:
+    batches, sources = batches_of(kind), []
+    for label in range(CLASSES):
+        sources.append(perturbed(tiny_model(kind), label + 1, scale=0.1).eval())
+        if kind == "bert":
+            sure(sources[-1], label)
+    mean = Mean(tiny_model(kind).eval(), tmp_path)
+    for number, source in enumerate(sources, start=1):
+        mean.take(source, 1 / number, batches)
+    if kind == "bert":
+        fishers = [naive_fisher(source, batches, label) for label, source in enumerate(sources)]
+    else:
+        fishers = []
+        for source in sources:
+            room = {name: torch.zeros_like(tensor) for name, tensor in source.named_parameters()}
+            fisher_(room, source, batches, room, seed=0)
+            fishers.append({name: tensor.double() for name, tensor in room.items()})
+    for name, found in mean.model.named_parameters():
+        values = [source.get_parameter(name).double() for source in sources]
+        total = sum(fisher[name] for fisher in fishers) + 3e-30
+        expected = sum((f[name] + 1e-30) * v for f, v in zip(fishers, values, strict=True)) / total
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4, msg=name)
+        assert name.startswith("bert.embeddings") or not torch.allclose(found.double(), sum(values) / 3, atol=1e-4)
+
+
+def test_what_has_no_fisher_goes_in_as_in_a_plain_mean(tmp_path: Path) -> None:
+    batches, sources = batches_of("bert"), [perturbed(tiny_model("bert"), n).eval() for n in range(3)]
+    mean = Mean(tiny_model("bert").eval(), tmp_path)
+    for number, source in enumerate(sources, start=1):
+        mean.take(source, 1 / number, batches)
+    unused = "bert.embeddings.position_embeddings.weight"  # behind the end of all texts
+    plain = torch.stack([source.get_parameter(unused) for source in sources]).mean(0)
+    torch.testing.assert_close(mean.model.get_parameter(unused)[8:], plain[8:])
+    assert not torch.allclose(mean.model.get_parameter(unused)[:8], plain[:8])
+
+
+def test_statistics_go_in_as_the_weights_of_their_unit(tmp_path: Path) -> None:
+    batches, (one, other) = batches_of("resnet"), [perturbed(tiny_model("resnet"), n).eval() for n in range(2)]
+    mean = Mean(one, tmp_path)
+    before = {name: tensor.clone() for name, tensor in mean.tensors.items()}
+    mixes, fisher = mean.measure(other, 0.5, batches), mean.scratch.fisher
+    blend_(mean.tensors, mean.scratch.start, movable_tensors(other), mean.units, mixes, share=fisher.share)
+    seen = 0
+    for unit in mean.units:
+        weights = [share for share in map(fisher.share, unit.tensors) if share is not None]
+        taken = torch.cat([share.flatten() for share in weights]).mean().item()
+        assert mixes[unit.name] == pytest.approx((1 - taken, taken)) and 0.01 < taken < 0.99
+        for name in unit.tensors:
+            if name.endswith("running_mean"):
+                expected = torch.lerp(before[name], movable_tensors(other)[name], taken)
+                torch.testing.assert_close(mean.tensors[name], expected)
+                seen += 1
+    assert seen
+
+
+def test_a_mean_whose_parts_are_not_known_counts_as_often_as_it_has_parts(tmp_path: Path) -> None:
+    batches = batches_of("bert")
+    target, source = (sure(perturbed(tiny_model("bert"), n).eval(), n) for n in range(2))
+    mean = Mean(target, tmp_path)
+    mean.measure(source, 0.25, batches)
+    own, other = naive_fisher(target, batches, 0), naive_fisher(source, batches, 1)
+    for name in ("classifier.weight", "bert.encoder.layer.0.output.dense.weight"):
+        expected = other[name] / (other[name] + 3 * own[name])
+        torch.testing.assert_close(mean.scratch.fisher.share(name), expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_only_what_is_taken_counts(tmp_path: Path) -> None:
+    batches, name = batches_of("bert"), "classifier.weight"
+    target, turned_away, source = (perturbed(tiny_model("bert"), n).eval() for n in range(3))
+
+    def share(*others: PreTrainedModel, take: bool = False, forget: bool = False) -> Tensor:
+        directory = tmp_path / f"{len(others)}-{take}-{forget}"
+        directory.mkdir()
+        mean = Mean(deepcopy(target), directory)
+        for other in others:
+            mean.measure(other, 0.5, batches)
+            if take:
+                mean.scratch.fisher.take()
+            if forget:
+                mean.scratch.fisher.forget()
+        mean.measure(source, 0.5, batches)
+        found = mean.scratch.fisher.share(name)
+        assert found is not None
+        return found
+
+    alone = share()
+    assert torch.equal(share(turned_away), alone)
+    assert (share(turned_away, take=True) < alone).all()
+    assert torch.equal(share(turned_away, take=True, forget=True), alone)
+
+
+def test_half_precision_keeps_what_is_too_small_for_it(tmp_path: Path) -> None:
+    """The square of a gradient of 1e-4 is no number of float16 that is worth having."""
+    tensor = {"weight": torch.zeros(3, dtype=torch.float16)}
+    scratch = Scratch(tmp_path, tensor)
+    total = scratch.fisher._total["weight"].fill_(1e-12)
+    assert float(total.float().max()) == pytest.approx(1e-12, rel=0.01)
+    assert total.data_ptr() == scratch.line[0]["weight"].data_ptr()
+
+
+def test_a_fisher_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
+    model = tiny_model("bert").eval()
+    room = MappedTensors(tmp_path / "room", dict(model.named_parameters()))
+    model.get_parameter("classifier.weight").register_hook(lambda gradient: gradient * 1e30)
+    with pytest.raises(NonFiniteError, match="Fisher information of classifier.weight"):
+        fisher_(room, model, batches_of("bert"), room, seed=0)
+
+
+def test_labels_that_are_no_classes_are_an_error(tmp_path: Path) -> None:
+    model = tiny_model("bert").eval()
+    room = MappedTensors(tmp_path / "room", dict(model.named_parameters()))
+    batches = [{**batch, "labels": batch["labels"].float()[:, None].expand(-1, 3)} for batch in batches_of("bert")]
+    with pytest.raises(DataError, match="expected one class id"):
+        fisher_(room, model, batches, room, seed=0)
