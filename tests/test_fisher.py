@@ -2,20 +2,24 @@
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp_hf.batches import Batch
+from grasp_hf import GraspConfig, GraspMerger
+from grasp_hf.batches import Batch, keeping_model_columns, sample_batches
 from grasp_hf.errors import DataError, NonFiniteError
 from grasp_hf.fisher import fisher_
+from grasp_hf.gate import halves
 from grasp_hf.mapped import MappedTensors
 from grasp_hf.matching import movable_tensors, partition
 from grasp_hf.measure import Scratch, blend_
 from grasp_hf.transfer import Mix
-from tests.models import perturbed, tiny_data, tiny_model
+from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 Tensors = dict[str, Tensor]
 CLASSES = 3
@@ -184,3 +188,75 @@ def test_labels_that_are_no_classes_are_an_error(tmp_path: Path) -> None:
     batches = [{**batch, "labels": batch["labels"].float()[:, None].expand(-1, 3)} for batch in batches_of("bert")]
     with pytest.raises(DataError, match="expected one class id"):
         fisher_(room, model, batches, room, seed=0)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model and two sources that have learned something."""
+    folder = tmp_path_factory.mktemp("world")
+    base = perturbed(tiny_model("resnet"), 1, scale=0.1)
+    saved(base, folder / "base")
+    for number in (1, 2):
+        settings: dict[str, Any] = {"batch_size": 8, "training_arguments": {"learning_rate": 0.003, "use_cpu": True}}
+        source = GraspMerger(deepcopy(base), GraspConfig(gate=False, initial_epochs=3, seed=20 + number, **settings))
+        source.merge([], train_dataset=tiny_data("resnet", 48, seed=1 + number))
+        saved(source.model, folder / str(number))
+    return folder
+
+
+def merged(world: Path, **settings: Any) -> GraspMerger:
+    config: dict[str, Any] = {**NO_TUNING, "method": "blend", "unit": "layer", "gate": True, "batch_size": 4}
+    config |= {"num_batches": 3, "coefficient_lr": 1.0} | settings  # at that rate coefficients are nothing to rely on
+    merger = GraspMerger.from_pretrained(str(world / "base"), config=GraspConfig(**config))
+    merger.merge([str(world / "1"), str(world / "2")], train_dataset=tiny_data("resnet", 24, seed=1))
+    return merger
+
+
+def test_a_merge_takes_the_fisher_average_where_the_labels_judge_it_best(world: Path, tmp_path: Path) -> None:
+    merger = merged(world)
+    first, second = merger.report.steps
+    assert list(first.options) == ["blend", "average"] and first.taken == "average"  # the only model of a mean
+    assert list(second.options) == ["blend", "average", "fisher"] and second.taken == "fisher" and second.accepted
+    assert second.decision == "averaged by Fisher" and f"{second.options['fisher']:.3f} fisher" in second.line()
+    assert "averaged, as learned coefficients were worse: 1, 2" in merger.report.conclusions()[0]
+
+    sources = [GraspMerger.from_pretrained(str(world / name)).model.eval() for name in "12"]
+    labels, config = tiny_data("resnet", 24, seed=1), merger.config
+    collate = keeping_model_columns(merger.model, None)
+    batches = [*sample_batches(labels, collate, Accelerator(), config, seed=config.seed + 2)]
+    fishers = []
+    for source in sources:
+        room = {name: torch.zeros_like(tensor) for name, tensor in source.named_parameters()}
+        fisher_(room, source, batches, room, seed=config.seed + 2)
+        fishers.append(room)
+    for name, found in merger.model.named_parameters():
+        (a, b), (f, g) = ([s.get_parameter(name) for s in sources], [fisher[name] + 1e-30 for fisher in fishers])
+        expected = (f * a + g * b) / (f + g)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
+    judged = [merger.judge(labels.select(half)) for half in halves(range(len(labels)), config.seed)]
+    assert second.options["fisher"] == pytest.approx(sum(half.calibrated_loss for half in judged) / 2)
+    assert second.after["loss"] == pytest.approx(merger.judge(labels).loss)
+    for unit in second.units:
+        assert 0 < unit.coefficient < 1 and unit.keep == pytest.approx(1 - unit.coefficient)
+
+
+def test_without_the_gate_no_average_is_looked_at(world: Path) -> None:
+    assert [step.options for step in merged(world, gate=False).report.steps] == [{}, {}]
+
+
+def test_a_model_without_classes_has_no_fisher_average(tmp_path: Path) -> None:
+    base = tiny_model("bert", labels=["rating"])
+    rows = tiny_data("bert", 12, seed=1)
+    numbers = [float(label) for label in rows["labels"]]
+    data = rows.remove_columns("labels").add_column("labels", numbers)
+    saved(base, tmp_path / "base")
+    for name in "12":
+        source = GraspMerger(deepcopy(base), GraspConfig(gate=False, initial_epochs=4, seed=int(name), batch_size=4))
+        source.merge([], train_dataset=data)
+        saved(source.model, tmp_path / name)
+    merger = GraspMerger.from_pretrained(
+        str(tmp_path / "base"), config=GraspConfig(**{**NO_TUNING, "gate": True}, num_batches=2, batch_size=4)
+    )
+    report = merger.merge([str(tmp_path / "1"), str(tmp_path / "2")], train_dataset=data)
+    assert [set(step.options) for step in report.steps] == [{"blend", "average"}] * 2
+    assert report.steps[0].accepted
