@@ -101,7 +101,8 @@ METHODS = {
     "copy": "Units whose gradients agree with the target's were copied from each source.",
     "average": "Each unit is the mean over the accepted sources that bring it.",
     "blend": "How much of the merge so far and of the next source each unit takes was learned on the target data, as "
-    "[AdaMerging](https://arxiv.org/abs/2310.02575) learns it for all sources at once.",
+    "[AdaMerging](https://arxiv.org/abs/2310.02575) learns it for all sources at once. Where the data judged a mean of all "
+    "sources so far better, plain or weighted by [Fisher information](https://arxiv.org/abs/2111.09832), that went in.",
 }
 
 # By task: what the snippet imports, and a call with an input that needs no file and no network.

@@ -130,7 +130,8 @@ class GraspConfig:
             as published.
         threshold: `copy` takes units whose gradient cosine is strictly greater than this; in [-1, 1].
         num_batches: Batches of training data that each source is measured on, but for an average. `copy` averages the
-            cosine of each batch; `blend` makes one descent step on the coefficients per batch, for each half of the labels.
+            cosine of each batch; `blend` makes one descent step on the coefficients per batch, for each half of the labels,
+            and adds up Fisher information.
         accumulate_gradients: Let `copy` take the cosine of the gradients over all batches together, which is that of
             one large batch. Needs room for a second set of gradients on disk.
         batch_size: Samples per batch, in measuring and (unless `training_arguments` says otherwise) in fine-tuning.
@@ -139,7 +140,8 @@ class GraspConfig:
         gate: Undo a transfer that harms beyond the noise of the samples that judge it, or ends above the loss before the first
             source, and keep of each fine-tuning only what lowers the loss of samples that it did not see (see `grasp_hf.gate`). Judges are the evaluation data and, as
             long as the model was not fine-tuned on them, the labels; each half of those judges coefficients that the other
-            labels taught `blend`, and what goes in is their mean, or what `average` takes where that has the lower loss.
+            labels taught `blend`, and what goes in is their mean, or a mean of all accepted sources where that has the lower
+            loss: that of `average`, or one weighted by Fisher information (arXiv:2111.09832).
         initial_epochs: Epochs of fine-tuning before the first source.
         finetune_epochs: Epochs of fine-tuning after each source.
         final_epochs: Epochs of fine-tuning after the last source. `num_train_epochs` in `training_arguments` replaces

@@ -12,6 +12,7 @@ from .gradients import gradient_pass, preserved_state
 from .matching import Unit, movable_tensors
 from .transfer import Mix, placed
 
+ROWS = 1024  # of logits that labels are drawn for at once
 LEAST_FISHER = 1e-30  # far below any Fisher that counts, far above the smallest float32
 
 
@@ -67,8 +68,11 @@ def _with_drawn_labels(model: PreTrainedModel, batch: Batch) -> Batch:
     logits, _ = class_terms(model, output.get("logits"), batch.get("labels"))
     labels = batch["labels"].clone()
     drawn_for = labels[:, 1:] if predicts_next(model) else labels
-    drawn = torch.multinomial(logits.softmax(-1), 1).view(drawn_for.shape)
-    drawn_for.copy_(torch.where(drawn_for == IGNORED, drawn_for, drawn))
+    # A few rows at a time, for vocabularies are large, and on the CPU, so that every device draws the same.
+    drawn = [torch.multinomial(rows.softmax(-1).cpu(), 1) for rows in logits.split(ROWS)]
+    drawn_for.copy_(
+        torch.where(drawn_for == IGNORED, drawn_for, torch.cat(drawn).view_as(drawn_for).to(labels.device))
+    )
     return {**batch, "labels": labels}
 
 
@@ -137,7 +141,8 @@ class RunningFisher:
         if name not in self._plain:
             return None
         own = self._own[name].float() + LEAST_FISHER  # so that what has no Fisher goes in as in a plain mean
-        return own / (self._total[name].float() + own + LEAST_FISHER * (1 / self._plain[name] - 1))
+        both = own + self._total[name]
+        return own.div_(both.add_(LEAST_FISHER * (1 / self._plain[name] - 1)))
 
     def take(self) -> None:
         """Count the model that was measured last as one of the mean."""

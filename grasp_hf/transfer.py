@@ -93,7 +93,10 @@ def weigh_(tensor: Tensor, start: Tensor, end: Tensor, share: Tensor) -> None:
     """Change `tensor` in place to `start + share * (end - start)`, element by element."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     start, end, share = (each.to(tensor.device, dtype) for each in (start, end, share))
-    tensor.data.copy_(torch.lerp(start, end, share))
+    out = tensor.data if tensor.dtype == dtype else None
+    weighed = torch.lerp(start, end, share, out=out)
+    if out is None:
+        tensor.data.copy_(weighed)
 
 
 @contextmanager

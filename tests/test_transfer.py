@@ -8,7 +8,7 @@ import torch
 from grasp_hf.alignment import CPU_PIECE, CoefficientDescent, cosine, inner_products, mean_defined
 from grasp_hf.errors import DiskFullError
 from grasp_hf.mapped import MappedTensors
-from grasp_hf.transfer import Mix, interpolate_, mix_, overwrite_, placed
+from grasp_hf.transfer import Mix, interpolate_, mix_, overwrite_, placed, weigh_
 
 
 def test_placing_moves_pointers_and_is_undone_bit_for_bit() -> None:
@@ -144,3 +144,12 @@ def test_coefficients_go_down_by_their_rate_and_stay_in_bounds() -> None:
     before = descent.values[0][1]
     descent.step([[0.0, 1.0], [0.0, 0.0]])
     assert descent.values[0][1] == before, "the steps have come to their end"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_each_element_takes_its_own_share(dtype: torch.dtype) -> None:
+    start, end = torch.tensor([1.0, 2.0, 4.0, 8.0]).to(dtype), torch.tensor([3.0, 2.0, -4.0, 0.0]).to(dtype)
+    tensor = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
+    storage = tensor.data_ptr()
+    weigh_(tensor, start, end, torch.tensor([0.0, 0.3, 0.5, 1.0]))
+    assert tensor.tolist() == [1.0, 2.0, 0.0, 0.0] and tensor.data_ptr() == storage
