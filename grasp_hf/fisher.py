@@ -76,6 +76,10 @@ def _with_drawn_labels(model: PreTrainedModel, batch: Batch) -> Batch:
     return {**batch, "labels": labels}
 
 
+def _is_weight(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+
+
 class RunningFisher:
     """How much of the next model a Fisher-weighted mean takes (arXiv:2111.09832), for models that come one at a time.
 
@@ -120,7 +124,7 @@ class RunningFisher:
         """
         tensors = movable_tensors(model)
         plain = {name: shares[unit.name] for unit in units for name in unit.tensors}
-        self._plain = {name: share for name, share in plain.items() if isinstance(tensors[name], nn.Parameter)}
+        self._plain = {name: share for name, share in plain.items() if _is_weight(tensors[name])}
         unknown = [name for name in self._plain if name not in self._known]
         counted = [name for name in unknown if self._plain[name] < 1]
         for name in unknown:
@@ -129,7 +133,7 @@ class RunningFisher:
             fisher_(self._total, model, batches, counted, seed=seed)
             for name in counted:
                 self._total[name].mul_(1 / self._plain[name] - 1)
-        self._known.update(unknown)
+        self._known.update(counted)
         for name in self._plain:
             self._own[name].zero_()
         with placed(tensors, source_values, start):
@@ -148,6 +152,7 @@ class RunningFisher:
         """Count the model that was measured last as one of the mean."""
         for name in self._plain:
             self._total[name].add_(self._own[name])
+        self._known.update(self._plain)
 
     def _mean(self, unit: Unit, plain: float) -> float:
         shares = [share for share in map(self.share, unit.tensors) if share is not None]

@@ -45,7 +45,8 @@ class UnitReport:
         elements: Number of numbers in the unit's tensors.
         score: In [-1, 1]: with `copy`, the cosine of the two models' gradients; with `blend`, the cosine between what
             the source changed and the way down. `None` is undefined: a gradient was missing or zero.
-        coefficient: How much of the source was to go in: 0 is nothing, 1 is all of what it changed.
+        coefficient: How much of the source was to go in: 0 is nothing, 1 is all of what it changed; of an average by
+            Fisher information, the mean over the unit's elements.
         decision: `undefined` units stay as they are; `undone` ones moved and were taken back by the gate.
         keep: How much of the target was to stay, likewise; `1 - coefficient` is a point between the two.
     """

@@ -144,12 +144,12 @@ def test_only_what_is_taken_counts(tmp_path: Path) -> None:
     batches, name = batches_of("bert"), "classifier.weight"
     target, turned_away, source = (perturbed(tiny_model("bert"), n).eval() for n in range(3))
 
-    def share(*others: PreTrainedModel, take: bool = False, forget: bool = False) -> Tensor:
-        directory = tmp_path / f"{len(others)}-{take}-{forget}"
+    def share(*others: PreTrainedModel, plain: float = 0.5, take: bool = False, forget: bool = False) -> Tensor:
+        directory = tmp_path / f"{len(others)}-{plain}-{take}-{forget}"
         directory.mkdir()
         mean = Mean(deepcopy(target), directory)
         for other in others:
-            mean.measure(other, 0.5, batches)
+            mean.measure(other, plain, batches)
             if take:
                 mean.scratch.fisher.take()
             if forget:
@@ -161,6 +161,7 @@ def test_only_what_is_taken_counts(tmp_path: Path) -> None:
 
     alone = share()
     assert torch.equal(share(turned_away), alone)
+    assert torch.equal(share(turned_away, plain=1.0), alone)
     assert (share(turned_away, take=True) < alone).all()
     assert torch.equal(share(turned_away, take=True, forget=True), alone)
 
