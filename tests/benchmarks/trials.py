@@ -20,6 +20,9 @@ score is loss, accuracy and calibrated loss on `TEST` test samples.
 layer whose gradients on the labels agree in target and source (a cosine above `AGREE`, as published) the target moves a
 part of the way to the source.
 
+`means`: the average of `harm`, by loss, weighs every model alike (`mean`), each parameter by its Fisher information in each
+model (`fisher`), or for each source as the labels judge better (`better`).
+
 `line`: the merge of `harm` in the order of the loss is fine-tuned, on all labels (`whole`), or on two halves of them whose
 models are averaged (`halves`), and scored along the line from before to after. `least` is the point of that line where
 the loss of each half in the other's model is lowest; of the points where it is not higher by more than one or two of its
@@ -48,7 +51,9 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoProcessor, PreTrainedModel
 
 from grasp_hf.evidence import SCALES
-from grasp_hf.matching import Unit, partition
+from grasp_hf.fisher import RunningFisher
+from grasp_hf.matching import Unit, movable_tensors, partition
+from grasp_hf.measure import blend_
 from grasp_hf.report import markdown_table
 from grasp_hf.results import interval
 from tests.benchmarks.compare import write_record
@@ -67,7 +72,9 @@ POINTS = {"merged", "half", "end", *map(str, SHARES)}
 State = dict[str, Tensor]
 Score = tuple[float, float, float]
 LINES = ("line", "base-line")
-ALL = ("rules", "others", *LINES)
+ALL = ("rules", "others", "means", *LINES)
+MEANS = ("mean", "fisher", "better")
+FIRST = {"rules": ("harm, loss", "half"), "means": ("mean", "half")}
 MEASURES = ("loss", "accuracy", "calibrated loss")
 
 
@@ -245,6 +252,53 @@ def others(
         yield {"way": f"{rule}, loss", "taken": taken, **reached(lab, state, labels, test, rate, seed)}
 
 
+def means(
+    lab: Laboratory,
+    states: dict[str, State],
+    order: list[str],
+    labels: list[Any],
+    test: list[Any],
+    rate: float,
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each of `MEANS`."""
+    for rule in MEANS:
+        state, taken, weighted = weighed(lab, states, order, labels, rule)
+        found = reached(lab, state, labels, test, rate, seed)
+        yield {"way": rule, "taken": taken, "weighted": weighted, **found}
+
+
+def weighed(
+    lab: Laboratory, states: dict[str, State], order: list[str], labels: list[Any], rule: str
+) -> tuple[State, list[str], list[str]]:
+    """Return what the sources that stay make, their names, and of those the ones that Fisher information weighed."""
+    state, taken, weighted = states[order[0]], [order[0]], []
+    losses = lab.losses(state, labels, SCALES)
+    batches = [lab.collate(labels[start : start + BATCH]) for start in range(0, len(labels), BATCH)]
+    tensors, units = movable_tensors(lab.net), partition(lab.net, "layer")
+    total, own = ({name: torch.zeros_like(tensor) for name, tensor in tensors.items()} for _ in range(2))
+    running = RunningFisher(total, own)
+    for name in order[1:]:
+        share, source = 1 / (len(taken) + 1), {key: states[name][key] for key in tensors}
+        candidates = {} if rule == "fisher" else {"mean": between(state, states[name], share)}
+        if rule != "mean":
+            lab.net.load_state_dict(state)
+            start = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+            shares = {unit.name: share for unit in units}
+            mixes = running.measure(lab.net, source, start, units, shares, batches, seed=0)
+            blend_(tensors, start, source, units, mixes, share=running.share)
+            candidates["fisher"] = lab.state()
+        found = {way: lab.losses(candidate, labels, SCALES) for way, candidate in candidates.items()}
+        way = min(found, key=lambda way: float(found[way].mean()))
+        if not harms(losses, found[way]):
+            state, losses = candidates[way], found[way]
+            taken.append(name)
+            weighted += [name] * (way == "fisher")
+            if rule != "mean":
+                running.take()
+    return state, taken, weighted
+
+
 def reached(
     lab: Laboratory, state: State, labels: list[Any], test: list[Any], rate: float, seed: int
 ) -> dict[str, Score]:
@@ -311,6 +365,9 @@ def trial(
     if "others" in parts:
         for row in others(lab, states, by_loss, labels, test, rate, seed):
             yield common | {"part": "rules"} | row
+    if "means" in parts:
+        for row in means(lab, states, by_loss, labels, test, rate, seed):
+            yield common | {"part": "means"} | row
     if "line" in parts:
         start, taken = merged(lab, states, by_loss, labels, "harm")
         for row in line(lab, start, labels, test, rate, seed):
@@ -336,7 +393,7 @@ def table(rows: list[dict[str, Any]], part: str, number: int) -> str:
             for way, row in ways.items():
                 if str(share) in row:
                     runs.setdefault((way, rule), {})[run] = row[str(share)][number]
-    first = runs.get(("harm, loss", "half") if part == "rules" else ("whole", "farthest, plain, 2 errors, no worse"))
+    first = runs.get(FIRST.get(part, ("whole", "farthest, plain, 2 errors, no worse")))
     if not first:
         return "nothing yet"
     return markdown_table(
@@ -386,7 +443,7 @@ def main() -> None:
     if args.table:
         rows = json.loads(RESULTS.read_text())["results"]
         rows = [row for row in rows if row["kind"] in args.kinds]
-        for part in ("rules", *LINES):
+        for part in ("rules", "means", *LINES):
             for number, measure in enumerate(MEASURES):
                 print(f"\n{part}, {measure}\n\n{table(rows, part, number)}")
 
