@@ -13,17 +13,19 @@ import torch
 from pandas import read_csv
 from PIL import Image
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, default_data_collator
 
 from grasp_hf.comparison import model_identities
+from grasp_hf.evidence import SCALES
 from grasp_hf.matching import Unit
 from grasp_hf.results import OURS, Comparison, Result
 from tests.benchmarks import compare as comparing
-from tests.benchmarks import emoji, settings, sotu
+from tests.benchmarks import emoji, settings, sotu, trials
 from tests.benchmarks.packages import complete, fetch
 from tests.benchmarks.sources import KINDS, source_folder
 from tests.benchmarks.training import score
-from tests.benchmarks.trials import agreeing, harms
+from tests.benchmarks.trials import MEANS, Laboratory, agreeing, harms, weighed
+from tests.models import perturbed, tiny_data, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -179,6 +181,26 @@ def test_a_trial_calls_a_rise_beyond_so_many_standard_errors_harm(errors: float,
     rises = torch.tensor([0.0, 2.0, 1.0, 1.0, 1.0])  # mean 1, standard error sqrt(0.5 / 5)
     assert harms(torch.zeros(5), rises, errors) == harmful
     assert not harms(rises, torch.zeros(5), errors)
+
+
+def test_a_trial_of_means_weighs_a_source_as_the_labels_judge_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = object.__new__(Laboratory)
+    lab.net, lab.collate = tiny_model("bert").eval(), default_data_collator
+    labels = list(tiny_data("bert", 16, seed=1))
+    states = {name: dict(perturbed(tiny_model("bert"), seed).state_dict()) for seed, name in enumerate("abc")}
+    monkeypatch.setattr(trials, "harms", lambda *_: False)
+    merges = {rule: weighed(lab, states, ["a", "b", "c"], labels, rule) for rule in MEANS}
+    weight = "classifier.weight"
+    mean = torch.stack([state[weight] for state in states.values()]).mean(0)
+    torch.testing.assert_close(merges["mean"][0][weight], mean)
+    low, high = torch.stack([state[weight] for state in states.values()]).aminmax(dim=0)
+    found = merges["fisher"][0][weight]
+    assert ((low - 1e-6 <= found) & (found <= high + 1e-6)).all() and not torch.allclose(found, mean, atol=1e-3)
+    assert [weighted for _, _, weighted in merges.values()][:2] == [[], ["b", "c"]]
+    assert {*merges["better"][2]} <= {"b", "c"} and all(taken == ["a", "b", "c"] for _, taken, _ in merges.values())
+    first = {rule: weighed(lab, states, ["a", "b"], labels, rule)[0] for rule in MEANS}
+    losses = {rule: float(lab.losses(state, labels, SCALES).mean()) for rule, state in first.items()}
+    assert losses["better"] == min(losses.values()) and losses["mean"] != losses["fisher"]
 
 
 # --- the tables of comparisons
