@@ -210,9 +210,9 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     temporary = 0
     if config.needs_data:
         gradients = (config.method == "copy" or config.order == "rank") + config.accumulate_gradients
-        line = (
-            2 if config.gate and (config.learns or _trains(config)) else 0
-        )  # of Fisher information, then of fine-tuning
+        line = 2 * (
+            config.gate and (config.learns or _trains(config))
+        )  # Fisher information, then both ends of the line
         temporary = weights * (2 + gradients + line + (config.learns or config.compares_alone))
     factor, how = _memory_factor(config)
     seconds = download / DOWNLOAD_RATE
