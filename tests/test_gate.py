@@ -401,7 +401,7 @@ def test_without_the_gate_noise_stays(tmp_path: Path) -> None:
 def test_no_step_leaves_the_model_above_the_loss_that_it_started_from(seed: int, tmp_path: Path) -> None:
     base, expert = learned("resnet", tmp_path / "base", epochs=2), learned("resnet", tmp_path / "expert", epochs=6)
     sources = []
-    for number, scale in enumerate((0.02, 0.5, 0.05, 0.1)):
+    for number, scale in enumerate((0.02, 5.0, 0.05, 0.1)):
         model = GraspMerger.from_pretrained(expert).model
         sources.append(saved(perturbed(model, 10 * seed + number, scale=scale), tmp_path / str(number)))
     config = GraspConfig(order="given", final_epochs=1, **LEARNING)
@@ -450,7 +450,7 @@ def test_labels_judge_what_is_appended_to_a_merge_that_has_learned_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     good, average = learned("resnet", tmp_path / "good"), GraspConfig(method="average", **NO_TUNING)
-    noise = saved(perturbed(GraspMerger.from_pretrained(good).model, 1, scale=1.0), tmp_path / "noise")
+    noise = saved(perturbed(GraspMerger.from_pretrained(good).model, 1, scale=5.0), tmp_path / "noise")
     for name, epochs in {"average": 0, "tuned": 1}.items():
         merger = GraspMerger.from_pretrained(good, config=replace(average, final_epochs=epochs))
         merger.merge([good], **({"train_dataset": tiny_data("resnet", 12)} if epochs else {}))
