@@ -200,8 +200,6 @@ def fisher_average_(trial: Trial) -> None:
     weighted, total, fisher, seen = trial.room("weighted"), trial.room("total"), trial.room("fisher"), set[str]()
     for index, values in enumerate(each_source(trial)):
         brought = dict(moving(trial, values))
-        for name in brought:
-            fisher[name].zero_()  # statistics, too, have a weight
         try:
             with placed(tensors, values, trial.start):
                 fisher_(fisher, trial.model, batches, brought, seed=trial.seed)

@@ -29,11 +29,11 @@ from .evidence import EVIDENCE, judge
 from .finetune import finetune_
 from .mapped import MappedTensors
 from .matching import movable_tensors
-from .measure import Scratch
 from .merger import GraspMerger
 from .mixtures import mixture_, pearl_
 from .prepare import TaskData
 from .report import Evaluation
+from .scratch import Scratch
 from .step import Step
 from .transfer import overwrite_
 from .trial import Trial, wide_like

@@ -31,18 +31,17 @@ def fisher_(
     gradient estimates the sum of their squares, without a pass per sample. What has no gradient has a Fisher of 0.
 
     Args:
-        room: One tensor per name, of the parameter's shape.
+        room: One tensor per name, of its shape.
         model: Comes back unchanged.
         batches: Labelled samples; of the labels it only counts which are ignored.
-        names: Those of the parameters to look at; others are left out.
+        names: Tensors to look at; one that is no parameter has no gradient.
         seed: Of the labels that are drawn.
 
     Raises:
         DataError: The labels are no classes.
         NonFiniteError: A loss or the Fisher of a parameter is not finite.
     """
-    wanted = {name for name, _ in model.named_parameters()} & {*names}
-    for name in wanted:
+    for name in names:
         room[name].zero_()
     with preserved_state(model), torch.random.fork_rng():
         model.eval()
@@ -51,12 +50,12 @@ def fisher_(
             weight = labelled_terms(model, batch)
 
             def square(name: str, gradient: Tensor, weight: int = weight) -> None:
-                if name in wanted:
+                if name in names:
                     gradient = gradient.to(room[name].device, room[name].dtype)
                     room[name].addcmul_(gradient, gradient, value=float(weight) ** 2)
 
             gradient_pass(model, _with_drawn_labels(model, batch), square)
-    for name in sorted(wanted):
+    for name in names:
         if not torch.isfinite(room[name]).all():
             raise NonFiniteError(f"the Fisher information of {name} is NaN or infinite")
 
@@ -134,8 +133,6 @@ class RunningFisher:
             for name in counted:
                 self._total[name].mul_(1 / self._plain[name] - 1)
         self._known.update(counted)
-        for name in self._plain:
-            self._own[name].zero_()
         with placed(tensors, source_values, start):
             fisher_(self._own, model, batches, self._plain, seed=seed)
         return {unit.name: Mix.on_line(self._mean(unit, shares[unit.name])) for unit in units}

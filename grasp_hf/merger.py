@@ -31,12 +31,13 @@ from .evidence import Judgement
 from .gradients import checkpointing, preserved_state
 from .loading import LoadedSource, load_processing_class, load_source, load_target
 from .matching import Unit, movable_tensors, partition
-from .measure import Scratch, mean_gradient
+from .measure import mean_gradient
 from .pull import Puller, ShardedSource
 from .push import Destination, create_repo, push_files, tag_version
 from .rank import RankedSource, judge_sources, rank_sources, ranking_table
 from .report import Evaluation, MergeReport, StepReport
 from .saving import check_output, read_record, save_merge, save_record, saved_shards
+from .scratch import Scratch
 from .sources import Source, SourceRef
 from .step import Step, losses_of
 from .transfer import overwrite_, placed

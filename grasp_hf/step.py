@@ -24,8 +24,9 @@ from .gate import finetune_on_line_, halves, verdict
 from .gradients import preserved_state
 from .loading import LoadedSource
 from .matching import Unit, movable_tensors, partition, units_within
-from .measure import Scores, Scratch, blend_, measure_source
+from .measure import Scores, blend_, measure_source
 from .report import FinetuneReport, StepReport, unit_reports
+from .scratch import Scratch
 from .transfer import Mix, interrupts_held, overwrite_
 
 logger = logging.getLogger(__name__)

@@ -17,12 +17,14 @@ from grasp_hf.fisher import fisher_
 from grasp_hf.gate import halves
 from grasp_hf.mapped import MappedTensors
 from grasp_hf.matching import movable_tensors, partition
-from grasp_hf.measure import Scratch, blend_
+from grasp_hf.measure import blend_
+from grasp_hf.scratch import Scratch
 from grasp_hf.transfer import Mix
 from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 Tensors = dict[str, Tensor]
 CLASSES = 3
+LABELS = tiny_data("resnet", 24, seed=1)
 
 
 def batches_of(kind: str, samples: int = 8, size: int = 4) -> list[Batch]:
@@ -30,10 +32,10 @@ def batches_of(kind: str, samples: int = 8, size: int = 4) -> list[Batch]:
     return [rows[start : start + size] for start in range(0, samples, size)]
 
 
-def sure(model: PreTrainedModel, label: int) -> PreTrainedModel:
-    """Return `model` so sure of one class that no other is ever drawn."""
+def sure(model: PreTrainedModel, label: int, logit: float = 12.0) -> PreTrainedModel:
+    """Return `model` so sure of one class that no other is drawn; its gradients are small then."""
     with torch.no_grad():
-        model.get_parameter("classifier.bias").copy_(torch.where(torch.arange(CLASSES) == label, 12.0, -2.0))
+        model.get_parameter("classifier.bias").copy_(torch.where(torch.arange(CLASSES) == label, logit, -2.0))
     return model
 
 
@@ -163,16 +165,34 @@ def test_only_what_is_taken_counts(tmp_path: Path) -> None:
     assert torch.equal(share(turned_away), alone)
     assert torch.equal(share(turned_away, plain=1.0), alone)
     assert (share(turned_away, take=True) < alone).all()
+    assert not torch.equal(share(turned_away, plain=1.0, take=True), alone)
     assert torch.equal(share(turned_away, take=True, forget=True), alone)
 
 
-def test_half_precision_keeps_what_is_too_small_for_it(tmp_path: Path) -> None:
-    """The square of a gradient of 1e-4 is no number of float16 that is worth having."""
-    tensor = {"weight": torch.zeros(3, dtype=torch.float16)}
-    scratch = Scratch(tmp_path, tensor)
-    total = scratch.fisher._total["weight"].fill_(1e-12)
-    assert float(total.float().max()) == pytest.approx(1e-12, rel=0.01)
-    assert total.data_ptr() == scratch.line[0]["weight"].data_ptr()
+def test_the_fisher_of_the_mean_is_measured_once(tmp_path: Path) -> None:
+    batches, (target, *others) = batches_of("bert"), [perturbed(tiny_model("bert"), n).eval() for n in range(4)]
+    mean, passes = Mean(target, tmp_path), []
+    target.register_forward_hook(lambda *_: passes.append(1))
+    counts = []
+    for other in others:
+        mean.measure(other, 0.5, batches)
+        counts.append(len(passes))
+        passes.clear()
+    assert counts == [8, 4, 4]  # two batches, labels drawn and learned, of the mean and of each model
+
+
+def test_half_precision_weighs_as_single_precision_does(tmp_path: Path) -> None:
+    """The squares of most gradients are too small for float16."""
+    batches, shares = batches_of("bert"), []
+    for dtype in (torch.float32, torch.float16):
+        pair = (sure(perturbed(tiny_model("bert"), n, scale=0.1).eval(), n, logit=5.0) for n in range(2))
+        target, source = (model.half().to(dtype) for model in pair)
+        (directory := tmp_path / str(dtype)).mkdir()
+        mean = Mean(target, directory)
+        mean.measure(source, 0.5, batches)
+        found = [mean.scratch.fisher.share(name) for name, _ in target.named_parameters()]
+        shares.append(torch.cat([share.flatten() for share in found if share is not None]))
+    assert float((shares[1] - shares[0]).abs().median()) < 0.05 < 0.3 < float((shares[0] - 0.5).abs().median())
 
 
 def test_a_fisher_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
@@ -193,11 +213,11 @@ def test_labels_that_are_no_classes_are_an_error(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model and two sources that have learned something."""
+    """A base model and three sources that have learned something."""
     folder = tmp_path_factory.mktemp("world")
     base = perturbed(tiny_model("resnet"), 1, scale=0.1)
     saved(base, folder / "base")
-    for number in (1, 2):
+    for number in (1, 2, 3):
         settings: dict[str, Any] = {"batch_size": 8, "training_arguments": {"learning_rate": 0.003, "use_cpu": True}}
         source = GraspMerger(deepcopy(base), GraspConfig(gate=False, initial_epochs=3, seed=20 + number, **settings))
         source.merge([], train_dataset=tiny_data("resnet", 48, seed=1 + number))
@@ -205,15 +225,31 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def merged(world: Path, **settings: Any) -> GraspMerger:
+def merged(world: Path, sources: str = "12", **settings: Any) -> GraspMerger:
+    """Merge those sources into the base."""
     config: dict[str, Any] = {**NO_TUNING, "method": "blend", "unit": "layer", "gate": True, "batch_size": 4}
     config |= {"num_batches": 3, "coefficient_lr": 1.0} | settings  # at that rate coefficients are nothing to rely on
     merger = GraspMerger.from_pretrained(str(world / "base"), config=GraspConfig(**config))
-    merger.merge([str(world / "1"), str(world / "2")], train_dataset=tiny_data("resnet", 24, seed=1))
+    merger.merge([str(world / name) for name in sources], train_dataset=LABELS)
     return merger
 
 
-def test_a_merge_takes_the_fisher_average_where_the_labels_judge_it_best(world: Path, tmp_path: Path) -> None:
+def fisher_of(source: PreTrainedModel, merger: GraspMerger, seed: int) -> Tensors:
+    """Return the Fisher information of a source as the step with that seed sees it."""
+    collate = keeping_model_columns(merger.model, None)
+    batches = [*sample_batches(LABELS, collate, Accelerator(), merger.config, seed=seed)]
+    room = {name: torch.zeros_like(tensor) for name, tensor in source.named_parameters()}
+    fisher_(room, source, batches, room, seed=seed)
+    return {name: tensor + 1e-30 for name, tensor in room.items()}
+
+
+def calibrated(merger: GraspMerger) -> float:
+    """Return the loss by which options are compared, of the model as it is."""
+    judged = [merger.judge(LABELS.select(half)) for half in halves(range(len(LABELS)), merger.config.seed)]
+    return sum(half.calibrated_loss for half in judged) / 2
+
+
+def test_a_merge_takes_the_fisher_average_where_the_labels_judge_it_best(world: Path) -> None:
     merger = merged(world)
     first, second = merger.report.steps
     assert list(first.options) == ["blend", "average"] and first.taken == "average"  # the only model of a mean
@@ -222,23 +258,44 @@ def test_a_merge_takes_the_fisher_average_where_the_labels_judge_it_best(world: 
     assert "averaged, as learned coefficients were worse: 1, 2" in merger.report.conclusions()[0]
 
     sources = [GraspMerger.from_pretrained(str(world / name)).model.eval() for name in "12"]
-    labels, config = tiny_data("resnet", 24, seed=1), merger.config
-    collate = keeping_model_columns(merger.model, None)
-    batches = [*sample_batches(labels, collate, Accelerator(), config, seed=config.seed + 2)]
-    fishers = []
-    for source in sources:
-        room = {name: torch.zeros_like(tensor) for name, tensor in source.named_parameters()}
-        fisher_(room, source, batches, room, seed=config.seed + 2)
-        fishers.append(room)
+    fishers = [fisher_of(source, merger, merger.config.seed + 2) for source in sources]
     for name, found in merger.model.named_parameters():
-        (a, b), (f, g) = ([s.get_parameter(name) for s in sources], [fisher[name] + 1e-30 for fisher in fishers])
-        expected = (f * a + g * b) / (f + g)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
-    judged = [merger.judge(labels.select(half)) for half in halves(range(len(labels)), config.seed)]
-    assert second.options["fisher"] == pytest.approx(sum(half.calibrated_loss for half in judged) / 2)
-    assert second.after["loss"] == pytest.approx(merger.judge(labels).loss)
+        (a, b), (f, g) = ([s.get_parameter(name) for s in sources], [fisher[name] for fisher in fishers])
+        torch.testing.assert_close(found, (f * a + g * b) / (f + g), rtol=1e-4, atol=1e-5, msg=name)
+    assert second.options["fisher"] == pytest.approx(calibrated(merger))
+    assert second.after["loss"] == pytest.approx(merger.judge(LABELS).loss)
     for unit in second.units:
         assert 0 < unit.coefficient < 1 and unit.keep == pytest.approx(1 - unit.coefficient)
+
+
+def test_the_next_source_meets_the_sum_of_those_before(world: Path) -> None:
+    merger, sources = merged(world), [GraspMerger.from_pretrained(str(world / name)).model.eval() for name in "123"]
+    step = merged(world, sources="123").report.steps[2]
+    seed = merger.config.seed
+    f, g, h = (fisher_of(source, merger, seed + at) for source, at in zip(sources, (2, 2, 3), strict=True))
+    takes = {name: h[name] / (f[name] + g[name] + h[name]) for name in f}
+    sizes = {unit.name: unit.tensors for unit in partition(merger.model, "layer")}
+    tensors, third = movable_tensors(merger.model), movable_tensors(sources[2])
+    for names in sizes.values():
+        mean = float(torch.cat([takes[name].flatten() for name in names if name in takes]).mean())
+        for name in names:
+            if tensors[name].is_floating_point():
+                share = takes.get(name, torch.tensor(mean))
+                tensors[name].data.copy_(torch.lerp(tensors[name].detach(), third[name].detach(), share))
+    assert step.options["fisher"] == pytest.approx(calibrated(merger), rel=1e-3)
+
+
+def test_fine_tuning_makes_the_mean_forget_its_parts(world: Path) -> None:
+    """It is another model then, and its files hold something else: as if each source came to a merge of its own."""
+    settings: dict[str, Any] = {"finetune_epochs": 1, "training_arguments": {"learning_rate": 0.003, "use_cpu": True}}
+    held_out = tiny_data("resnet", 24, seed=3)
+    merger, other = (merged(world, sources="", **settings) for _ in range(2))
+    names = [str(world / name) for name in "123"]
+    steps = merger.merge(names, train_dataset=LABELS, eval_dataset=held_out).steps
+    for name in names:
+        other.merge_source(name, train_dataset=LABELS, eval_dataset=held_out)
+    assert "blend" not in {step.taken for step in [*steps, *other.report.steps][1:]}  # counts from each merge's start
+    assert steps[2].options["fisher"] == other.report.steps[2].options["fisher"]
 
 
 def test_without_the_gate_no_average_is_looked_at(world: Path) -> None:

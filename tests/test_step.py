@@ -14,7 +14,8 @@ from grasp_hf.batches import keeping_model_columns, sample_batches
 from grasp_hf.gate import halves
 from grasp_hf.loading import LoadedSource
 from grasp_hf.matching import movable_tensors, partition
-from grasp_hf.measure import Scratch, blend_, learned_coefficients
+from grasp_hf.measure import blend_, learned_coefficients
+from grasp_hf.scratch import Scratch
 from grasp_hf.step import Step
 from grasp_hf.transfer import Mix
 from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model

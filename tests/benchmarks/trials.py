@@ -252,26 +252,10 @@ def others(
         yield {"way": f"{rule}, loss", "taken": taken, **reached(lab, state, labels, test, rate, seed)}
 
 
-def means(
-    lab: Laboratory,
-    states: dict[str, State],
-    order: list[str],
-    labels: list[Any],
-    test: list[Any],
-    rate: float,
-    seed: int,
-) -> Iterator[dict[str, Any]]:
-    """Yield a row for each of `MEANS`."""
-    for rule in MEANS:
-        state, taken, weighted = weighed(lab, states, order, labels, rule)
-        found = reached(lab, state, labels, test, rate, seed)
-        yield {"way": rule, "taken": taken, "weighted": weighted, **found}
-
-
 def weighed(
     lab: Laboratory, states: dict[str, State], order: list[str], labels: list[Any], rule: str
 ) -> tuple[State, list[str], list[str]]:
-    """Return what the sources that stay make, their names, and of those the ones that Fisher information weighed."""
+    """Return what the sources that stay by one of `MEANS` make, their names, and which of them Fisher information weighed."""
     state, taken, weighted = states[order[0]], [order[0]], []
     losses = lab.losses(state, labels, SCALES)
     batches = [lab.collate(labels[start : start + BATCH]) for start in range(0, len(labels), BATCH)]
@@ -366,8 +350,10 @@ def trial(
         for row in others(lab, states, by_loss, labels, test, rate, seed):
             yield common | {"part": "rules"} | row
     if "means" in parts:
-        for row in means(lab, states, by_loss, labels, test, rate, seed):
-            yield common | {"part": "means"} | row
+        for rule in MEANS:
+            state, taken, weighted = weighed(lab, states, by_loss, labels, rule)
+            row = {"part": "means", "way": rule, "taken": taken, "weighted": weighted}
+            yield common | row | reached(lab, state, labels, test, rate, seed)
     if "line" in parts:
         start, taken = merged(lab, states, by_loss, labels, "harm")
         for row in line(lab, start, labels, test, rate, seed):
