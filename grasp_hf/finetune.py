@@ -17,7 +17,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from .batches import Collator
 from .config import GraspConfig
-from .errors import ConfigError, NonFiniteError
+from .errors import ConfigError, GraspError, NonFiniteError
+from .gradients import preserved_state
 from .loading import quiet_transformers
 from .matching import head_tensors, movable_tensors
 
@@ -51,6 +52,49 @@ def finetune_(
     """
     if not config.trains(epochs):
         return
+    with _ready(model, train_dataset, eval_dataset, collator, config, epochs, seed, directory) as trainer:
+        result = trainer.train()
+    if not math.isfinite(result.training_loss):
+        raise NonFiniteError(f"fine-tuning ended with the loss {result.training_loss}; try a lower learning_rate")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise NonFiniteError(f"fine-tuning made {name} NaN or infinite; try a lower learning_rate")
+
+
+def check_finetuning(
+    model: PreTrainedModel,
+    train_dataset: Any,
+    eval_dataset: Any,
+    collator: Collator,
+    config: GraspConfig,
+    directory: Path,
+) -> None:
+    """Raise `ConfigError` where `finetune_` would, before a merge has cost anything; arguments as there.
+
+    The Trainer is made, with its optimizer, its schedule and what it reports to, and thrown away. An adapter may leave
+    rounding errors in the weights; nothing else is changed.
+    """
+    with (
+        preserved_state(model),
+        torch.random.fork_rng(),
+        _ready(model, train_dataset, eval_dataset, collator, config, 1, config.seed, directory) as trainer,
+        _refusals_named(),
+    ):
+        trainer.create_optimizer_and_scheduler(num_training_steps=1)
+
+
+@contextmanager
+def _ready(
+    model: PreTrainedModel,
+    train_dataset: Any,
+    eval_dataset: Any,
+    collator: Collator,
+    config: GraspConfig,
+    epochs: float,
+    seed: int,
+    directory: Path,
+) -> Iterator[Trainer]:
+    """Yield a Trainer that trains `model`, whose adapter, if it is to have one, becomes part of the weights at the end."""
     arguments = training_arguments(
         config,
         epochs=epochs,
@@ -62,21 +106,28 @@ def finetune_(
     forward = vars(model).get("forward")
     try:
         with quiet_transformers(), checkpoints_in_runtime_names(model), adapted(model, config.lora, seed) as trained:
-            trainer = _trainer(trained, train_dataset, eval_dataset, collator, arguments, published=config.published)
-            result = trainer.train()
-    except ImportError as error:  # of an optimizer, say
-        raise ConfigError(f"training_arguments: {error}") from error
+            with _refusals_named():
+                trainer = _trainer(
+                    trained, train_dataset, eval_dataset, collator, arguments, published=config.published
+                )
+            yield trainer
     finally:
         # The Trainer leaves its autocast wrapper on the model, which would cast later gradient passes.
         vars(model).pop("_original_forward", None)
         vars(model).pop("forward", None)
         if forward is not None:
             vars(model)["forward"] = forward
-    if not math.isfinite(result.training_loss):
-        raise NonFiniteError(f"fine-tuning ended with the loss {result.training_loss}; try a lower learning_rate")
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise NonFiniteError(f"fine-tuning made {name} NaN or infinite; try a lower learning_rate")
+
+
+@contextmanager
+def _refusals_named() -> Iterator[None]:
+    """Name `training_arguments` where the Trainer does not take them, or a package that they ask for is missing."""
+    try:
+        yield
+    except GraspError:
+        raise
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"training_arguments: {error}") from error
 
 
 @contextmanager
@@ -197,10 +248,8 @@ def training_arguments(
             values.setdefault(f"{name}_checkpointing_kwargs", {"use_reentrant": False})
     if not evaluates:
         values.pop("metric_for_best_model", None)
-    try:
+    with _refusals_named():
         return TrainingArguments(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"training_arguments: {error}") from error
 
 
 @contextmanager

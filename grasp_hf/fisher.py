@@ -1,6 +1,6 @@
 """The Fisher information of a model's parameters, and a mean of models that weighs each parameter by it."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from .batches import IGNORED, Batch, batch_loss, class_terms, labelled_terms, pr
 from .errors import NonFiniteError
 from .gradients import gradient_pass, preserved_state
 from .matching import Unit, movable_tensors
-from .transfer import Mix, placed
+from .transfer import Mix, in_rows, placed
 
 ROWS = 1024  # of logits that labels are drawn for at once
 LEAST_FISHER = 1e-30  # far below any Fisher that counts, far above the smallest float32
@@ -137,13 +137,14 @@ class RunningFisher:
             fisher_(self._own, model, batches, self._plain, seed=seed)
         return {unit.name: Mix.on_line(self._mean(unit, shares[unit.name])) for unit in units}
 
-    def share(self, name: str) -> Tensor | None:
-        """Return how much of each element of a parameter goes in, in [0, 1]; `None` for a statistic."""
-        if name not in self._plain:
-            return None
-        own = self._own[name].float() + LEAST_FISHER  # so that what has no Fisher goes in as in a plain mean
-        both = own + self._total[name]
-        return own.div_(both.add_(LEAST_FISHER * (1 / self._plain[name] - 1)))
+    def share(self, name: str) -> Iterator[Tensor] | None:
+        """Return how much of each element of a parameter goes in, in [0, 1], as `in_rows` does; `None` for a statistic."""
+        return self._shares(name) if name in self._plain else None
+
+    def _shares(self, name: str) -> Iterator[Tensor]:
+        for own, total in zip(in_rows(self._own[name]), in_rows(self._total[name]), strict=True):
+            own = own.float() + LEAST_FISHER  # so that what has no Fisher goes in as in a plain mean
+            yield own.div_((own + total).add_(LEAST_FISHER * (1 / self._plain[name] - 1)))
 
     def take(self) -> None:
         """Count the model that was measured last as one of the mean."""
@@ -152,5 +153,6 @@ class RunningFisher:
         self._known.update(self._plain)
 
     def _mean(self, unit: Unit, plain: float) -> float:
-        shares = [share for share in map(self.share, unit.tensors) if share is not None]
-        return sum(float(s.sum()) for s in shares) / sum(s.numel() for s in shares) if shares else plain
+        weights = [name for name in unit.tensors if name in self._plain]
+        total = sum(float(share.sum()) for name in weights for share in self._shares(name))
+        return total / sum(self._own[name].numel() for name in weights) if weights else plain

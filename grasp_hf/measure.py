@@ -271,7 +271,7 @@ def blend_(
     units: Sequence[Unit],
     mixes: Mapping[str, Mix],
     base: Mapping[str, Tensor] | None = None,
-    share: Callable[[str], Tensor | None] | None = None,
+    share: Callable[[str], Iterable[Tensor] | None] | None = None,
 ) -> None:
     """Change the tensors of `units` in place to what each unit's mix makes of `start` and the source.
 

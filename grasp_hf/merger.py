@@ -308,12 +308,13 @@ class GraspMerger:
                         "transfers are not judged"
                     )
         with self.scratch_files():
-            if not self._started:
-                with self.step(**arguments) as step:
+            with self.step(**arguments) as step:
+                step.check_finetuning(config.total_epochs(len(sources)))
+                if not self._started:
                     step.finetune(config.initial_epochs, config.seed)
                     if before := step.judge():
                         self.report.start = before.evaluation()
-                self._started = True
+            self._started = True
             if config.order != "given" and sources:
                 sources = self._ordered(sources, token, **arguments)
             with self.puller(token, train_dataset, eval_dataset) as puller:

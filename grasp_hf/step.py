@@ -3,7 +3,7 @@
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from .transfer import Mix, interrupts_held, overwrite_
 logger = logging.getLogger(__name__)
 
 Mixes = Mapping[str, Mix]
-Share = Callable[[str], Tensor | None]
+Share = Callable[[str], Iterable[Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -282,6 +282,18 @@ class Step:
         elif "fisher" in options:
             self.scratch.fisher.take()
         return option
+
+    def check_finetuning(self, epochs: float) -> None:
+        """Raise where the Trainer will not fine-tune, so that it is known before the first source is merged."""
+        if self.train is None or not self.config.trains(epochs):
+            return
+        from .finetune import check_finetuning
+
+        check_finetuning(
+            self.model, self.train, self.held_out, self.collator, self.config, directory=self.scratch.directory
+        )
+        if self.config.lora is not None:
+            overwrite_(movable_tensors(self.model), self.scratch.start)
 
     def finetune(
         self, epochs: float, seed: int, *, alone: Mapping[str, Tensor] | None = None

@@ -3,7 +3,7 @@
 import math
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
 from types import FrameType
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+PIECE = 2**20  # elements that are worked on at once
 
 
 class Mix(NamedTuple):
@@ -88,15 +90,19 @@ def mix_(tensor: Tensor, start: Tensor, end: Tensor, base: Tensor | None, mix: M
             tensor.data.copy_(mixed)
 
 
+def in_rows(tensor: Tensor) -> Sequence[Tensor]:
+    """Return views of `tensor`, each a few of its rows, so that no arithmetic needs room for the whole."""
+    tensor = torch.atleast_1d(tensor)
+    return tensor.split(max(1, PIECE * len(tensor) // max(1, tensor.numel())))
+
+
 @torch.no_grad()
-def weigh_(tensor: Tensor, start: Tensor, end: Tensor, share: Tensor) -> None:
-    """Change `tensor` in place to `start + share * (end - start)`, element by element."""
+def weigh_(tensor: Tensor, start: Tensor, end: Tensor, shares: Iterable[Tensor]) -> None:
+    """Change `tensor` in place to `start + share * (end - start)`, element by element; `shares` come as `in_rows` does."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    start, end, share = (each.to(tensor.device, dtype) for each in (start, end, share))
-    out = tensor.data if tensor.dtype == dtype else None
-    weighed = torch.lerp(start, end, share, out=out)
-    if out is None:
-        tensor.data.copy_(weighed)
+    for rows, share in zip(zip(*map(in_rows, (tensor.data, start, end)), strict=True), shares, strict=True):
+        place, *ends = rows
+        place.copy_(torch.lerp(*(each.to(tensor.device, dtype) for each in (*ends, share))))
 
 
 @contextmanager

@@ -175,8 +175,38 @@ def test_an_interrupted_average_is_whole_after_the_source_that_it_was_at(
         assert torch.equal(merger.model.state_dict()[name], value), name
 
 
-def test_an_optimizer_whose_package_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # its import fails, here or not
-    config = GraspConfig(initial_epochs=1, training_arguments={"optim": "adamw_bnb_8bit"})
-    with pytest.raises(ConfigError, match=r"training_arguments: .*bitsandbytes"):
-        GraspMerger(tiny_model("vit"), config).merge([], train_dataset=tiny_data("vit", 8))
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"optim": "adamw_bnb_8bit"}, "bitsandbytes"),
+        ({"report_to": "wandb"}, "wandb"),
+        ({"report_to": "nowhere"}, "nowhere is not supported"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ({"deepspeed": "settings.json"}, "deepspeed"),
+    ],
+)
+@pytest.mark.parametrize("epochs", [{"initial_epochs": 1}, {"finetune_epochs": 1}, {"final_epochs": 1}])
+def test_what_the_trainer_refuses_is_named_before_the_first_source(
+    arguments: dict[str, Any], problem: str, epochs: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("bitsandbytes", "wandb", "deepspeed"):
+        monkeypatch.setitem(sys.modules, package, None)  # its import fails, here or not
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(**{**NO_TUNING, **epochs}, training_arguments=arguments))
+    before = state_of(merger.model)
+    with pytest.raises(ConfigError, match=rf"^training_arguments: .*{problem}"):
+        merger.merge(["no/such-source"], train_dataset=tiny_data("vit", 8))
+    assert all(torch.equal(before[name], value) for name, value in merger.model.state_dict().items())
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}, {"r": 2, "init_lora_weights": "pissa"}])
+def test_the_trainer_is_tried_without_a_trace(lora: dict[str, Any] | None) -> None:
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(lora=lora))
+    before, modes = state_of(merger.model), {module: module.training for module in merger.model.modules()}
+    torch.manual_seed(7)
+    with merger.scratch_files(), merger.step(tiny_data("vit", 8), None, None) as step:
+        step.check_finetuning(1)
+        assert not step.learned
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(7)))
+    assert {module: module.training for module in merger.model.modules()} == modes
+    for name, value in merger.model.state_dict().items():
+        assert torch.equal(before[name], value), name

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import grasp_hf.transfer
 from grasp_hf.alignment import CPU_PIECE, CoefficientDescent, cosine, inner_products, mean_defined
 from grasp_hf.errors import DiskFullError
 from grasp_hf.mapped import MappedTensors
-from grasp_hf.transfer import Mix, interpolate_, mix_, overwrite_, placed, weigh_
+from grasp_hf.transfer import Mix, in_rows, interpolate_, mix_, overwrite_, placed, weigh_
 
 
 def test_placing_moves_pointers_and_is_undone_bit_for_bit() -> None:
@@ -151,5 +152,22 @@ def test_each_element_takes_its_own_share(dtype: torch.dtype) -> None:
     start, end = torch.tensor([1.0, 2.0, 4.0, 8.0]).to(dtype), torch.tensor([3.0, 2.0, -4.0, 0.0]).to(dtype)
     tensor = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
     storage = tensor.data_ptr()
-    weigh_(tensor, start, end, torch.tensor([0.0, 0.3, 0.5, 1.0]))
+    weigh_(tensor, start, end, [torch.tensor([0.0, 0.3, 0.5, 1.0])])
     assert tensor.tolist() == [1.0, 2.0, 0.0, 0.0] and tensor.data_ptr() == storage
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (7,), (5, 3), (2, 2, 2), (1, 9)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_are_worked_on_a_few_at_a_time(
+    shape: tuple[int, ...], transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grasp_hf.transfer, "PIECE", 6)
+    start, end, share = (
+        torch.rand(shape).T if transposed and len(shape) == 2 else torch.rand(shape) for _ in range(3)
+    )
+    tensor = torch.nn.Parameter(torch.zeros_like(start))
+    pieces = in_rows(share)
+    assert len(pieces) == {(7,): 2, (5, 3): 3, (2, 2, 2): 2}.get(tuple(share.shape), len(pieces))
+    assert all(piece.numel() <= 6 or len(piece) == 1 for piece in pieces)
+    weigh_(tensor, start, end, pieces)
+    assert torch.equal(tensor.detach(), torch.lerp(start, end, share))

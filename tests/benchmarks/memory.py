@@ -97,10 +97,16 @@ def published_step(folder: Path) -> None:
     finetune(target, make_examples(6), make_examples(2), epochs=1, seed=0, collate=collate, batch_size=2)
 
 
+def merger_of(target: PreTrainedModel, **settings: Any) -> GraspMerger:
+    """Return the merger of a target that is a source itself, so that each step also weighs by Fisher information."""
+    merger = GraspMerger(target, GraspConfig(batch_size=2, **settings))
+    merger.report.starts_from_source = True
+    return merger
+
+
 def grasp_hf_alignment(folder: Path, method: str = "blend") -> None:
     """Measure one source on four batches and transfer what the evidence says, with `grasp_hf`."""
-    settings: dict[str, Any] = {"method": method, "batch_size": 2, "num_batches": 4}
-    merger = GraspMerger(load_private(folder / "target"), GraspConfig(**settings))
+    merger = merger_of(load_private(folder / "target"), method=method, num_batches=4)
     merger.merge_source(str(folder / "source"), train_dataset=make_examples(6), eval_dataset=make_examples(2))
 
 
@@ -111,8 +117,7 @@ def grasp_hf_copy_alignment(folder: Path) -> None:
 
 def grasp_hf_run(folder: Path, **training_arguments: Any) -> None:
     """Merge two sources and fine-tune for two epochs, as the defaults of `grasp_hf` say."""
-    config = GraspConfig(batch_size=2, final_epochs=2, training_arguments=training_arguments)
-    merger = GraspMerger(load_private(folder / "target"), config)
+    merger = merger_of(load_private(folder / "target"), final_epochs=2, training_arguments=training_arguments)
     source = str(folder / "source")
     merger.merge([source, source], train_dataset=make_examples(6), eval_dataset=make_examples(2))
 
@@ -124,8 +129,7 @@ def grasp_hf_adafactor(folder: Path) -> None:
 
 def grasp_hf_low_rank(folder: Path) -> None:
     """Do the same, fine-tuning a LoRA adapter that becomes part of the weights."""
-    config = GraspConfig(batch_size=2, final_epochs=2, lora={"r": 8})
-    merger = GraspMerger(load_private(folder / "target"), config)
+    merger = merger_of(load_private(folder / "target"), final_epochs=2, lora={"r": 8})
     source = str(folder / "source")
     merger.merge([source, source], train_dataset=make_examples(6), eval_dataset=make_examples(2))
 
@@ -138,8 +142,8 @@ def peft_merge(folder: Path) -> None:
 
 def grasp_hf_adapter(folder: Path) -> None:
     """Measure and transfer the same adapter with `grasp_hf`, the private target included."""
-    settings: dict[str, Any] = {"method": "blend", "batch_size": 2, "num_batches": 4}
-    merger = GraspMerger.from_pretrained(str(folder / "target"), config=GraspConfig(**settings))
+    merger = GraspMerger.from_pretrained(str(folder / "target"), config=GraspConfig(batch_size=2, num_batches=4))
+    merger.report.starts_from_source = True
     for parameter in merger.model.parameters():
         parameter.data = parameter.data.clone()
     merger.merge_source(str(folder / "adapter"), train_dataset=make_examples(6), eval_dataset=make_examples(2))
@@ -147,8 +151,7 @@ def grasp_hf_adapter(folder: Path) -> None:
 
 def grasp_hf_many(folder: Path, sources: int) -> None:
     """Measure and transfer `sources` sources in a row."""
-    settings: dict[str, Any] = {"method": "blend", "final_epochs": 0, "batch_size": 2, "num_batches": 2}
-    merger = GraspMerger(load_private(folder / "target"), GraspConfig(**settings))
+    merger = merger_of(load_private(folder / "target"), final_epochs=0, num_batches=2)
     source = str(folder / "source")
     merger.merge([source] * sources, train_dataset=make_examples(6), eval_dataset=make_examples(2))
 
