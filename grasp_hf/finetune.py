@@ -53,7 +53,10 @@ def finetune_(
     if not config.trains(epochs):
         return
     with _ready(model, train_dataset, eval_dataset, collator, config, epochs, seed, directory) as trainer:
-        result = trainer.train()
+        try:
+            result = trainer.train()
+        except ImportError as error:  # of an optimizer, say
+            raise ConfigError(f"training_arguments: {error}") from error
     if not math.isfinite(result.training_loss):
         raise NonFiniteError(f"fine-tuning ended with the loss {result.training_loss}; try a lower learning_rate")
     for name, parameter in model.named_parameters():

@@ -198,6 +198,13 @@ def test_what_the_trainer_refuses_is_named_before_the_first_source(
     assert all(torch.equal(before[name], value) for name, value in merger.model.state_dict().items())
 
 
+def test_a_missing_package_is_named_by_a_single_fine_tuning_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(training_arguments={"optim": "adamw_bnb_8bit"}))
+    with pytest.raises(ConfigError, match=r"^training_arguments: .*bitsandbytes"):
+        merger.finetuned_alone(1, tiny_data("vit", 8), train_dataset=tiny_data("vit", 8))
+
+
 @pytest.mark.parametrize("lora", [None, {"r": 2}, {"r": 2, "init_lora_weights": "pissa"}])
 def test_the_trainer_is_tried_without_a_trace(lora: dict[str, Any] | None) -> None:
     merger = GraspMerger(tiny_model("vit"), GraspConfig(lora=lora))
