@@ -101,8 +101,9 @@ METHODS = {
     "copy": "Units whose gradients agree with the target's were copied from each source.",
     "average": "Each unit is the mean over the accepted sources that bring it.",
     "blend": "How much of the merge so far and of the next source each unit takes was learned on the target data, as "
-    "[AdaMerging](https://arxiv.org/abs/2310.02575) learns it for all sources at once. Where the data judged a mean of all "
-    "sources so far better, plain or weighted by [Fisher information](https://arxiv.org/abs/2111.09832), that went in.",
+    "[AdaMerging](https://arxiv.org/abs/2310.02575) learns it for all sources at once. Where that was not clearly ahead of a "
+    "mean of all sources so far on the data, that mean went in, plain or, where that was clearly ahead, weighted by [Fisher "
+    "information](https://arxiv.org/abs/2111.09832).",
 }
 
 # By task: what the snippet imports, and a call with an input that needs no file and no network.

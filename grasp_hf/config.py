@@ -140,9 +140,9 @@ class GraspConfig:
         gate: Undo a transfer that harms beyond the noise of the samples that judge it, or ends above the loss before
             the first source, and keep of each fine-tuning only what lowers the loss of samples that it did not see (see
             `grasp_hf.gate`). Judges are the evaluation data and, as long as the model was not fine-tuned on them, the
-            labels; each half of those judges coefficients that the other labels taught `blend`, and what goes in is
-            their mean, or a mean of all accepted sources where that has the lower loss: that of `average`, or one
-            weighted by Fisher information (arXiv:2111.09832).
+            labels; each half of those judges coefficients that the other labels taught `blend`. What goes in is the
+            mean of all accepted sources, that of `average`, unless the learned coefficients (their mean), or a mean
+            weighted by Fisher information (arXiv:2111.09832), are ahead of it by more than a standard error.
         initial_epochs: Epochs of fine-tuning before the first source.
         finetune_epochs: Epochs of fine-tuning after each source.
         final_epochs: Epochs of fine-tuning after the last source. `num_train_epochs` in `training_arguments` replaces

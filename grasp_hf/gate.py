@@ -40,6 +40,22 @@ def verdict(change: Change, floor: float, *after: Judgement) -> tuple[bool, str]
     return True, DOUBT
 
 
+def plainest(options: Mapping[str, Judgement], plain: str) -> str:
+    """Return which of several models to take: the `plain` one, unless another is ahead of it beyond its standard error.
+
+    Of those the one with the lowest calibrated loss. The lowest of several noisy losses is the luckiest as often as the
+    best, so that a model that chose more has to show it: the one-standard-error rule of Breiman et al. (Classification and
+    Regression Trees, 1984, section 3.4.3), with the standard error of the paired difference.
+
+    Args:
+        options: The losses of each model on the same samples.
+        plain: The name of the one that needs no proof; where it is none of them, the lowest loss decides alone.
+    """
+    simple = options.get(plain)
+    ahead = {name: own for name, own in options.items() if simple is None or change(own, simple).harms}
+    return min(ahead, key=lambda name: ahead[name].calibrated_loss, default=plain)
+
+
 def finetune_on_line_(
     tensors: Mapping[str, Tensor],
     rooms: Sequence[Mapping[str, Tensor]],

@@ -206,7 +206,8 @@ class StepReport:
             from both.
         options: Calibrated loss of each way to take the source in: as the method says and, where it learned coefficients,
             as an `average`, plain and weighted by Fisher information (`fisher`).
-        taken: The one with the lowest loss.
+        taken: The plain average, unless another is ahead of it by more than the standard error of their difference: then the
+            one with the lowest loss.
         before: Loss (and accuracy) before the transfer.
         after_transfer: The same after the transfer, before the gate's decision.
         change: From the one to the other, sample by sample.
@@ -429,7 +430,7 @@ class MergeReport:
         averaged = [step.name for step in self.steps if step.decision.startswith("averaged")]
         found = [
             f"{merged} of {len(self.steps)} sources merged"
-            + f"; averaged, as learned coefficients were worse: {', '.join(averaged)}" * bool(averaged)
+            + f"; averaged, as learned coefficients were not clearly better: {', '.join(averaged)}" * bool(averaged)
             + f"; within the noise, so kept: {', '.join(doubted)}" * bool(doubted)
             + f"; rejected: {', '.join(rejected)}" * bool(rejected)
         ]

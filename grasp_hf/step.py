@@ -20,7 +20,7 @@ from .batches import Batch, Collator, sample_batches
 from .config import GraspConfig
 from .errors import DataError
 from .evidence import EVIDENCE, LEAST_SAMPLES, Judgement, change, joined, judge, resolution
-from .gate import finetune_on_line_, halves, verdict
+from .gate import finetune_on_line_, halves, plainest, verdict
 from .gradients import preserved_state
 from .loading import LoadedSource
 from .matching import Unit, movable_tensors, partition, units_within
@@ -257,7 +257,7 @@ class Step:
         )
 
     def _chosen(self, options: Mapping[str, Option], mixed: "_Mixed", before: Judgement, report: StepReport) -> Option:
-        """Return the option with the lowest loss, and leave it in the model unless the gate takes it back."""
+        """Return the option that the samples speak for, and leave it in the model unless the gate takes it back."""
         found = {}
         for name, option in options.items():
             parts = []
@@ -266,7 +266,7 @@ class Step:
                 parts.append(self.judgement(samples))
             found[name] = joined(*parts)
         report.options = {name: after.calibrated_loss for name, after in found.items()}
-        report.taken = min(report.options, key=lambda name: report.options[name])
+        report.taken = plainest(found, "average")
         option, after = options[report.taken], found[report.taken]
         moved = change(before, after)
         report.judged_by, report.change = self.judged_by, moved.report()
