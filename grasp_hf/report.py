@@ -311,7 +311,9 @@ class StepReport:
             doubt = self.change.doubt if self.change else ""
             parts.append(f"{loss} ({self.change} calibrated{doubt}) on {self.judged_by}")
         if len(self.options) > 1:
-            parts.append("calibrated: " + " or ".join(f"{shown(loss)} {name}" for name, loss in self.options.items()))
+            options = " or ".join(f"{shown(loss)} {name}" for name, loss in self.options.items())
+            noise = self.options[self.taken] > min(self.options.values())
+            parts.append(f"calibrated: {options}" + f" ({self.taken}, as the difference is within the noise)" * noise)
         if self.finetuned:
             parts.append(f"{self.finetuned.line()}")
         return ", ".join([*parts, f"{row['seconds']} s"]) + "".join(f"\n    {note}" for note in self.notes)

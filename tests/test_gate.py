@@ -564,3 +564,10 @@ def test_a_report_names_the_sources_that_stay_in_doubt_and_what_is_kept_beside_t
     units = [UnitReport("a", 30, 0.5, 0.25, "moved", 0.5), UnitReport("b", 10, 0.5, 0.25, "moved")]
     row = StepReport("org/a", "sha", "full", units=units).row()
     assert (row["coefficient"], row["target kept"]) == ("0.250", "0.562")  # (30 * 0.5 + 10 * 0.75) / 40
+
+
+def test_a_line_says_why_the_lowest_loss_is_not_taken() -> None:
+    options = {"blend": 0.5, "average": 0.51}
+    clear, noisy = (step_of(options=options, taken=taken).line() for taken in options)
+    assert "calibrated: 0.500 blend or 0.510 average (average, as the difference is within the noise)" in noisy
+    assert "calibrated: 0.500 blend or 0.510 average" in clear and "within the noise" not in clear
