@@ -43,9 +43,9 @@ def verdict(change: Change, floor: float, *after: Judgement) -> tuple[bool, str]
 def plainest(options: Mapping[str, Judgement], plain: str) -> str:
     """Return which of several models to take: the `plain` one, unless another is ahead of it beyond its standard error.
 
-    Of those the one with the lowest calibrated loss. The lowest of several noisy losses is the luckiest as often as the
-    best, so that a model that chose more has to show it: the one-standard-error rule of Breiman et al. (Classification and
-    Regression Trees, 1984, section 3.4.3), with the standard error of the paired difference.
+    Of those, the one with the lowest calibrated loss. The lowest of several noisy losses is often the luckiest one, so that
+    a model that chose more has to show it: the one-standard-error rule of Breiman et al. (Classification and Regression
+    Trees, 1984, section 3.4.3), with the standard error of the paired difference.
 
     Args:
         options: The losses of each model on the same samples.
