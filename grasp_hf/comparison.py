@@ -23,7 +23,8 @@ from .contenders import METHODS, Arena, Method, source_alone
 from .errors import ConfigError, DataError, GraspError
 from .fairness import check_fairness
 from .prepare import TaskData, prepare
-from .report import Evaluation, without_secrets
+from .redaction import without_secrets
+from .report import Evaluation
 from .results import OURS, RESULTS, Comparison, Result, kind_of, title_of
 from .workspace import workspace
 

@@ -11,7 +11,7 @@ from .config import Recipe
 from .errors import ConfigError, DataError
 from .loading import load_config, load_processing_class, model_class, task_of
 from .merger import GraspMerger
-from .report import without_secrets
+from .redaction import without_secrets
 from .rows import label_names
 from .sources import Source
 

@@ -1,21 +1,19 @@
 """The record of a merge: what every source was worth, unit by unit, as data and as tables."""
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
 from .errors import ConfigError
+from .redaction import names_of_paths
 from .transfer import Mix
 
 Evaluation = dict[str, float]
 Decision = Literal["moved", "kept", "undefined", "undone"]
-SECRET = re.compile("auth|credential|key|pass|secret|sig|token", re.IGNORECASE)  # in names of a URL's parameters
 DOUBT = "within the noise: kept"  # the reason where the samples cannot tell whether a transfer helps or harms
 
 
@@ -390,7 +388,7 @@ class MergeReport:
         """Return a copy that names local folders by their last part, for others to read."""
         base = self.base if self.base_sha else Path(self.base).name
         steps = [replace(step, source=step.name) for step in self.steps]
-        named = {key: _names_of_paths(getattr(self, key)) for key in ("ranking", "config", "recipe", "continues")}
+        named = {key: names_of_paths(getattr(self, key)) for key in ("ranking", "config", "recipe", "continues")}
         return replace(self, base=base, steps=steps, **named)
 
     def configuration(self) -> str:
@@ -490,25 +488,3 @@ def _read_finetuned(values: dict[str, Any] | None) -> FinetuneReport | None:
 
 def _pinned(name: str, sha: str | None) -> str:
     return f"{name.partition('@')[0]}@{sha}" if sha else name
-
-
-def without_secrets(value: Any) -> Any:
-    """Return `value` with every URL in it, at any depth, cut of passwords, tokens and signatures."""
-    if isinstance(value, dict):
-        return {key: without_secrets(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_secrets(item) for item in value]
-    if not isinstance(value, str) or "://" not in value:
-        return value
-    parts = urlsplit(value)
-    query = "&".join(pair for pair in parts.query.split("&") if not SECRET.search(pair.partition("=")[0]))
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
-
-
-def _names_of_paths(value: Any) -> Any:
-    """Return `value` with every absolute path in it, at any depth, cut to its last part."""
-    if isinstance(value, dict):
-        return {key: _names_of_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_names_of_paths(item) for item in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

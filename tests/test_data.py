@@ -21,7 +21,7 @@ from grasp_hf.data import (
 )
 from grasp_hf.errors import DataError
 from grasp_hf.prepare import prepare
-from grasp_hf.report import without_secrets
+from grasp_hf.redaction import without_secrets
 from grasp_hf.rows import label_names
 from tests.models import LABELS, perturbed, saved, tiny_model, tiny_tokenizer, write_images
 

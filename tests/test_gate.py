@@ -18,10 +18,8 @@ from grasp_hf.errors import ConfigError
 from grasp_hf.evidence import Change, Judgement, joined
 from grasp_hf.gate import SHARES, finetune_on_line_, halves, plainest, verdict
 from grasp_hf.matching import movable_tensors
-from grasp_hf.report import ChangeReport, FinetuneReport, MergeReport, StepReport, UnitReport
+from grasp_hf.report import ChangeReport, FinetuneReport, MergeReport
 from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
-from tests.reports import report_of
-from tests.reports import step as step_of
 
 HELPS, NOISE = "lowers the loss", "within the noise: kept"
 ALONE = "fine-tuning without any source is better"
@@ -525,49 +523,3 @@ def test_fine_tuning_alone_is_that_of_a_merger_of_its_own_and_changes_nothing(tm
     other.merge([], **data)
     assert torch.equal(found.losses, other.judge(test).losses)
     assert found.loss < merger.judge(test).loss
-
-
-def test_a_report_comes_back_from_json_as_it_was(tmp_path: Path) -> None:
-    source = learned("resnet", tmp_path / "source", epochs=2)
-    config = GraspConfig(order="given", initial_epochs=1, finetune_epochs=1, final_epochs=1, **LEARNING)
-    merger = GraspMerger(tiny_model("resnet"), config)
-    report = merger.merge([source], train_dataset=tiny_data("resnet", 12), eval_dataset=tiny_data("resnet", 6, seed=2))
-    report.to_json(tmp_path / "report.json")
-    again = MergeReport.from_json(tmp_path / "report.json")
-    assert again == report and str(again) == str(report)
-    assert isinstance(again.steps[0].change, ChangeReport) and isinstance(again.steps[0].finetuned, FinetuneReport)
-    assert isinstance(again.final, FinetuneReport) and again.final.losses
-
-
-def test_a_line_says_how_many_samples_would_tell_a_change_from_nothing(tmp_path: Path) -> None:
-    noisy = StepReport("org/a", "sha", "full", reason=NOISE, judged_by="labels", before={"loss": 1.0})
-    noisy.after_transfer, noisy.change = {"loss": 0.9}, Change(-0.1, 0.2, 10).report()
-    expected = math.ceil(10 * (1.96 * 0.2 / 0.1) ** 2)
-    assert (
-        f"nothing moved ({NOISE}), coefficient 0.000, loss 1.000 -> 0.900 (-0.100 ± 0.452 calibrated; {expected} "
-        in (noisy.line())
-    )
-    sure = replace(noisy, change=Change(-0.1, 0.01, 10).report())
-    assert "(-0.100 ± 0.023 calibrated) on labels" in sure.line()
-    report = MergeReport("org/base", steps=[noisy])
-    report.to_json(tmp_path / "report.json")
-    assert MergeReport.from_json(tmp_path / "report.json").steps[0].reason == NOISE
-
-
-def test_a_report_names_the_sources_that_stay_in_doubt_and_what_is_kept_beside_them() -> None:
-    doubtful = step_of("org/a", accepted=True, reason=NOISE, change=ChangeReport(-0.01, 0.05, 64, 1600))
-    sure = step_of("org/b", accepted=True, reason=HELPS, change=ChangeReport(-0.1, 0.05, 64, 16))
-    unmoved = step_of("org/c", {"query": 0.1}, accepted=True, reason=NOISE)
-    assert report_of(doubtful, sure, unmoved).conclusions() == [
-        "2 of 3 sources merged; within the noise, so kept: org/a: 1600 samples would tell that from nothing"
-    ]
-    units = [UnitReport("a", 30, 0.5, 0.25, "moved", 0.5), UnitReport("b", 10, 0.5, 0.25, "moved")]
-    row = StepReport("org/a", "sha", "full", units=units).row()
-    assert (row["coefficient"], row["target kept"]) == ("0.250", "0.562")  # (30 * 0.5 + 10 * 0.75) / 40
-
-
-def test_a_line_says_why_the_lowest_loss_is_not_taken() -> None:
-    options = {"blend": 0.5, "average": 0.51}
-    clear, noisy = (step_of(options=options, taken=taken).line() for taken in options)
-    assert "calibrated: 0.500 blend or 0.510 average (average, as the difference is within the noise)" in noisy
-    assert "calibrated: 0.500 blend or 0.510 average" in clear and "within the noise" not in clear

@@ -1,0 +1,30 @@
+"""What a record must not tell others: secrets in URLs, and where files lie on this machine."""
+
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+SECRET = re.compile("auth|credential|key|pass|secret|sig|token", re.IGNORECASE)  # in names of a URL's parameters
+
+
+def without_secrets(value: Any) -> Any:
+    """Return `value` with every URL in it, at any depth, cut of passwords, tokens and signatures."""
+    if isinstance(value, dict):
+        return {key: without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(item) for item in value]
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    parts = urlsplit(value)
+    query = "&".join(pair for pair in parts.query.split("&") if not SECRET.search(pair.partition("=")[0]))
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
+
+
+def names_of_paths(value: Any) -> Any:
+    """Return `value` with every absolute path in it, at any depth, cut to its last part."""
+    if isinstance(value, dict):
+        return {key: names_of_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [names_of_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

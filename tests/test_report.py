@@ -1,0 +1,58 @@
+"""What a report says of a merge, and that it comes back from its file."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from grasp_hf import GraspConfig, GraspMerger
+from grasp_hf.evidence import Change
+from grasp_hf.report import DOUBT, ChangeReport, FinetuneReport, MergeReport, StepReport, UnitReport
+from tests.models import perturbed, saved, tiny_data, tiny_model
+from tests.reports import report_of
+from tests.reports import step as step_of
+
+
+def test_a_report_comes_back_from_json_as_it_was(tmp_path: Path) -> None:
+    source = saved(perturbed(tiny_model("resnet"), 1), tmp_path / "source")
+    config = GraspConfig(order="given", initial_epochs=1, finetune_epochs=1, final_epochs=1, batch_size=8)
+    merger = GraspMerger(tiny_model("resnet"), config)
+    report = merger.merge([source], train_dataset=tiny_data("resnet", 12), eval_dataset=tiny_data("resnet", 6, seed=2))
+    report.to_json(tmp_path / "report.json")
+    again = MergeReport.from_json(tmp_path / "report.json")
+    assert again == report and str(again) == str(report)
+    assert isinstance(again.steps[0].change, ChangeReport) and isinstance(again.steps[0].finetuned, FinetuneReport)
+    assert isinstance(again.final, FinetuneReport) and again.final.losses
+
+
+def test_a_line_says_how_many_samples_would_tell_a_change_from_nothing(tmp_path: Path) -> None:
+    noisy = StepReport("org/a", "sha", "full", reason=DOUBT, judged_by="labels", before={"loss": 1.0})
+    noisy.after_transfer, noisy.change = {"loss": 0.9}, Change(-0.1, 0.2, 10).report()
+    expected = math.ceil(10 * (1.96 * 0.2 / 0.1) ** 2)
+    assert (
+        f"nothing moved ({DOUBT}), coefficient 0.000, loss 1.000 -> 0.900 (-0.100 ± 0.452 calibrated; {expected} "
+        in (noisy.line())
+    )
+    sure = replace(noisy, change=Change(-0.1, 0.01, 10).report())
+    assert "(-0.100 ± 0.023 calibrated) on labels" in sure.line()
+    report = MergeReport("org/base", steps=[noisy])
+    report.to_json(tmp_path / "report.json")
+    assert MergeReport.from_json(tmp_path / "report.json").steps[0].reason == DOUBT
+
+
+def test_a_report_names_the_sources_that_stay_in_doubt_and_what_is_kept_beside_them() -> None:
+    doubtful = step_of("org/a", accepted=True, reason=DOUBT, change=ChangeReport(-0.01, 0.05, 64, 1600))
+    sure = step_of("org/b", accepted=True, reason="lowers the loss", change=ChangeReport(-0.1, 0.05, 64, 16))
+    unmoved = step_of("org/c", {"query": 0.1}, accepted=True, reason=DOUBT)
+    assert report_of(doubtful, sure, unmoved).conclusions() == [
+        "2 of 3 sources merged; within the noise, so kept: org/a: 1600 samples would tell that from nothing"
+    ]
+    units = [UnitReport("a", 30, 0.5, 0.25, "moved", 0.5), UnitReport("b", 10, 0.5, 0.25, "moved")]
+    row = StepReport("org/a", "sha", "full", units=units).row()
+    assert (row["coefficient"], row["target kept"]) == ("0.250", "0.562")  # (30 * 0.5 + 10 * 0.75) / 40
+
+
+def test_a_line_says_why_the_lowest_loss_is_not_taken() -> None:
+    options = {"blend": 0.5, "average": 0.51}
+    clear, noisy = (step_of(options=options, taken=taken).line() for taken in options)
+    assert "calibrated: 0.500 blend or 0.510 average (average, as the difference is within the noise)" in noisy
+    assert "calibrated: 0.500 blend or 0.510 average" in clear and "within the noise" not in clear
