@@ -25,8 +25,9 @@ from . import hub
 from .batches import Collator, batch_loss, check_dataset, keeping_model_columns
 from .card import declared_license
 from .config import GraspConfig
+from .continuation import Continuation
 from .digests import described
-from .errors import ConfigError, GraspError, IncompatibleSourceError, PushError, SourceNotFoundError
+from .errors import ConfigError, GraspError, IncompatibleSourceError, PushError
 from .evidence import Judgement
 from .gradients import checkpointing, preserved_state
 from .loading import LoadedSource, load_processing_class, load_source, load_target
@@ -140,11 +141,8 @@ class GraspMerger:
             versions={name: version(name) for name in PACKAGES},
         )
         self._started = False
-        self._original_base: tuple[str, str | None] | None = None  # of a continued merge, and a token for it
+        self._continued: Continuation | None = None
         self._published: tuple[str, str] | None = None  # the repository and commit that the model is of
-        self._unchanged: tuple[MergeReport, MergeReport] | None = (
-            None  # a continued merge's record, and what it became
-        )
         self._descriptions: list[tuple[Any, dict[str, Any] | None]] = []  # of data sets, while scratch files are kept
         self._scratch: Scratch | None = None
         self._checked: Any = None  # the training data that made a finite loss
@@ -204,7 +202,10 @@ class GraspMerger:
         )
         merger = cls(model, config, processing_class=load_processing_class(base), base=base)
         if not new_head and (record := read_record(base.folder)):
-            merger._continue(record, base, token)
+            merger._continued = Continuation(record, base, token)
+            merger._published = merger._continued.published
+            merger.report = merger._continued.begun(merger.report)
+            merger._started = True
         return merger
 
     def with_config(self, config: GraspConfig, *, anew: bool = False) -> "GraspMerger":
@@ -218,53 +219,6 @@ class GraspMerger:
             twin._started = False
             twin.report = replace(twin.report, starts_from_source=False, finetuned=False, steps=[])
         return twin
-
-    def _continue(self, record: MergeReport, merged: Source, token: str | None) -> None:
-        """Go on where the merge in `merged` ended: its sources count, and its adapters' base is that of new ones."""
-        self.report = replace(
-            self.report,
-            base=record.base,
-            base_sha=record.base_sha,
-            base_license=record.base_license,
-            base_gated=record.base_gated,
-            start=record.start,
-            starts_from_source=record.starts_from_source,
-            finetuned=record.finetuned,
-            steps=record.steps,
-            data=record.data,
-            recipe=record.recipe,
-            continues=f"{merged.ref.name}@{merged.sha}" if merged.sha else str(merged.ref),
-            continued_steps=len(record.steps),
-        )
-        self._original_base = (record.base_reference, token)
-        self._started = True
-        self._unchanged = record, deepcopy(self.report)
-        # A folder may hold what was appended to a published version, and could not be pushed.
-        name, _, sha = ((self.report if merged.sha else record).continues or "").rpartition("@")
-        if name:
-            self._published = name, sha
-
-    @property
-    def _record(self) -> MergeReport:
-        """What is saved with the model: of a merge that was loaded and not gone on with, the record that it had."""
-        if self._unchanged and self.report == self._unchanged[1]:
-            return self._unchanged[0]
-        return self.report
-
-    def _base_of_adapters(self) -> Source | None:
-        """Return the model whose adapters can be merged; that of a continued merge is looked for when it is needed."""
-        if self._original_base:
-            reference, token = self._original_base
-            try:
-                if "@" not in reference and not Path(reference).is_dir():  # nor is it a model of that name on the Hub
-                    raise SourceNotFoundError(f"it was the folder '{reference}', which is not here")
-                self.base = hub.locate(reference, token=token)
-            except GraspError as error:
-                raise IncompatibleSourceError(
-                    f"an adapter needs the model that the merge started from, which is not to be had: {error}"
-                ) from error
-            self._original_base = None
-        return self.base
 
     def merge(
         self,
@@ -477,7 +431,7 @@ class GraspMerger:
         return load_source(
             located,
             self.model,
-            base=self._base_of_adapters() if located.kind == "adapter" else self.base,
+            base=self._continued.base() if self._continued and located.kind == "adapter" else self.base,
             directory=scratch.directory,
             processing_class=self.processing_class,
             accepted_bases=self.config.accepted_bases,
@@ -640,6 +594,10 @@ class GraspMerger:
     def evaluate(self, dataset: Any, *, data_collator: Collator | None = None) -> Evaluation:
         """Return the mean `loss` over `dataset`, and the `accuracy` in [0, 1] of a classifier; changes nothing."""
         return self.judge(dataset, data_collator=data_collator).evaluation()
+
+    @property
+    def _record(self) -> MergeReport:
+        return self._continued.saved(self.report) if self._continued else self.report
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the model, its tokenizer or processor, the card, the resolved configuration and the report.

@@ -246,7 +246,9 @@ def test_results_of_another_machine_are_gone_on_with(kept: Path) -> None:
     before = Comparison.load(folder)
     shutil.rmtree(folder)
     comparing.restore("sotu", kept)
-    assert Comparison.load(folder) == before
+    restored = Comparison.load(folder)
+    assert restored.setting == before.setting and len(restored.results) == len(before.results)
+    assert all(result in restored.results for result in before.results)
     part = Comparison(before.results[3:], before.setting)
     part.save(folder)
     comparing.restore("sotu", kept)
@@ -262,7 +264,7 @@ def test_what_a_machine_has_not_run_stays_in_the_record(kept: Path) -> None:
     comparing.save("sotu", kept)
     comparing.save("sotu", kept)
     now = json.loads((kept.parent / "sotu.json").read_text())
-    assert [*now["settings"]] == [f"sotu-{ERA}-64", f"sotu-{ERA}-256"]
+    assert [*now["settings"]] == [f"sotu-{ERA}-64-0", f"sotu-{ERA}-64-1", f"sotu-{ERA}-256-0"]
     assert now["results"][:-1] == record["results"] and now["results"][-1]["final"] == {"loss": 2.0}
     assert (kept.parent / "sotu.json").read_text().count("\n{") == len(now["results"])  # a line each
 
@@ -315,13 +317,32 @@ def test_ranks_are_means_over_runs_and_chance_is_that_of_a_sign_test(kept: Path)
     ]
 
 
-def test_a_run_that_is_not_through_is_not_in_the_table(kept: Path) -> None:
-    folder = comparing.comparison_folder("sotu", ERA, 64, kept)
-    done = Comparison.load(folder)
-    done.results = [result for result in done.results if (result.method, result.seed) != (OURS, 1)]
-    done.save(folder)
+def test_only_a_run_that_is_through_takes_the_place_of_the_recorded_one(kept: Path) -> None:
+    folder, path = comparing.comparison_folder("sotu", ERA, 64, kept), kept.parent / "sotu.json"
+    before = json.loads(path.read_text())
+    other = {"models": {"models/gpt2-sotu": "trained anew"}, "digests": {}}
+    anew = Comparison([Result(name, 64, 1, {}, {"loss": 9.0}, 1.0) for name in ("ties", OURS)], other)
+    Comparison(anew.results[:1], other).save(folder)
     comparing.save("sotu", kept)
-    assert "64 labels (1 run)" in comparing.tables("sotu", [ERA])[0]
+    assert json.loads(path.read_text()) == before
+    anew.save(folder)
+    comparing.save("sotu", kept)
+    now = json.loads(path.read_text())
+    assert now["settings"] == before["settings"] | {f"sotu-{ERA}-64-1": other}
+    assert [row for row in now["results"] if row["seed"] == 0] == [
+        row for row in before["results"] if row["seed"] == 0
+    ]
+    assert [row["final"]["loss"] for row in now["results"] if row["seed"] == 1] == [9.0, 9.0]
+
+
+def test_a_run_of_other_models_does_not_keep_those_of_the_same_from_being_restored(kept: Path) -> None:
+    folder, path = comparing.comparison_folder("sotu", ERA, 64, kept), kept.parent / "sotu.json"
+    before, record = Comparison.load(folder), json.loads(path.read_text())
+    record["settings"][f"sotu-{ERA}-64-0"] = {"models": {"models/gpt2-sotu": "another"}, "digests": {}}
+    path.write_text(json.dumps(record))
+    shutil.rmtree(folder)
+    comparing.restore("sotu", kept)
+    assert Comparison.load(folder).results == [result for result in before.results if result.seed == 1]
 
 
 def test_a_setting_is_compared_with_the_default_of_the_same_run() -> None:

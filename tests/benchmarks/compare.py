@@ -3,10 +3,11 @@
 Run it with `python -m tests.benchmarks.compare sentiment emoji sotu` after `python -m tests.benchmarks.data` and
 `python -m tests.benchmarks.sources`. Each run is a target domain and a seed: the seed draws the labels, the order of the
 sources, and everything random in a method; the sources are those of all other domains. Fine-tuning has as many steps for
-every method. A stopped run goes on where it was, on another machine too if its models are the same to the bit. Where they are
-not (a GPT-2 that was trained anew on another machine differs by 0.01 nats), a target begins anew, and what it reaches
-takes the place of what stood there. The results stand in `tests/benchmarks/results/<benchmark>.json`;
-`--table` prints the tables of what is there already. `--untouched` takes targets that no rule of the default was chosen by.
+every method. A stopped run goes on where it was. Sources that are trained on another machine are others to the bit (a GPT-2
+by 0.01 nats), so there every run begins anew; once it is through, it takes the place of the one of that name in the record.
+All rows of a run are of the same models; runs may be of other ones, and the record says of which. The results stand in
+`tests/benchmarks/results/<benchmark>.json`; `--table` prints the tables of what is there already. `--untouched` takes
+targets that no rule of the default was chosen by.
 """
 
 import argparse
@@ -92,37 +93,46 @@ def combinations(benchmark: str, cache: Path) -> Iterator[tuple[str, int | None,
 
 
 def restore(benchmark: str, cache: Path) -> None:
-    """Put results of another machine into the cache that lacks them, if they are of the models and the data that are here."""
+    """Put runs of another machine into the cache that lacks them, if they are of the models and the data that are here."""
     record = json.loads((RESULTS / f"{benchmark}.json").read_text())
     names = [field.name for field in fields(Result)]
     for target, size, folder in combinations(benchmark, cache):
-        setting = record["settings"].get(folder.name)
-        if setting is None or setting["models"] != model_identities(recipe_of(benchmark, target, size)):
-            continue
-        known = Comparison([], setting)
-        if (folder / "comparison.json").exists():
-            known = Comparison.load(folder)
-            if any(known.setting.get(key) != setting[key] for key in ("models", "digests")):
+        known = Comparison.load(folder) if (folder / "comparison.json").exists() else None
+        there = {(result.method, result.seed) for result in known.results} if known else set()
+        missing = []
+        for row in record["results"]:
+            if (row["target"], row["labels"]) == (target, size or "all") and (row["method"], row["seed"]) not in there:
+                missing.append(row)
+        here = model_identities(recipe_of(benchmark, target, size)) if missing else None
+        for row in missing:
+            setting = record["settings"][run_name(folder, row["seed"])]
+            if setting["models"] != here:
                 continue
-        there = {(result.method, result.seed) for result in known.results}
-        rows = [row for row in record["results"] if (row["target"], row["labels"]) == (target, size or "all")]
-        missing = [row for row in rows if (row["method"], row["seed"]) not in there]
-        known.results += [Result(**{name: row[name] for name in names}) for row in missing]
-        if missing:
+            known = known or Comparison([], setting)
+            if all(known.setting.get(key) == setting[key] for key in ("models", "digests")):
+                known.results.append(Result(**{name: row[name] for name in names}))
+        if known and len(known.results) > len(there):
             known.save(folder)
 
 
 def save(benchmark: str, cache: Path) -> None:
-    """Write what the cache holds to the results file; targets that it does not hold stay there as they are."""
+    """Write the runs that are through in the cache to the results file; those that it does not hold stay as they are."""
     path = RESULTS / f"{benchmark}.json"
     record = json.loads(path.read_text())
     for target, size, folder in combinations(benchmark, cache):
         if (folder / "comparison.json").exists():
             found, place = Comparison.load(folder), {"target": target, "labels": size or "all"}
-            kept = [row for row in record["results"] if any(row[key] != value for key, value in place.items())]
-            record["results"] = kept + [place | asdict(result) for result in found.results]
-            record["settings"][folder.name] = found.setting
+            for seed in (result.seed for result in found.results if result.method == OURS):
+                run = place | {"seed": seed}
+                kept = [row for row in record["results"] if any(row[key] != value for key, value in run.items())]
+                record["results"] = kept + [place | asdict(row) for row in found.results if row.seed == seed]
+                record["settings"][run_name(folder, seed)] = found.setting
     write_record(path, record)
+
+
+def run_name(folder: Path, seed: int) -> str:
+    """Return what the record of a run is called."""
+    return f"{folder.name}-{seed}"
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
@@ -132,11 +142,9 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def comparisons(benchmark: str, targets: Collection[str]) -> dict[str, Comparison]:
-    """Return the results by number of labels of every run that is through; targets count as seeds, sources as one mean."""
+    """Return the results by number of labels; targets count as seeds, sources as one mean."""
     rows = json.loads((RESULTS / f"{benchmark}.json").read_text())["results"]
     rows = [row for row in rows if row["target"] in targets]
-    through = {(row["target"], row["labels"], row["seed"]) for row in rows if row["method"] == OURS}
-    rows = [row for row in rows if (row["target"], row["labels"], row["seed"]) in through]
     found = {}
     for labels in (size or "all" for size in EPOCHS[benchmark]):
         mine = [row for row in rows if row["labels"] == labels]
