@@ -317,6 +317,19 @@ def test_ranks_are_means_over_runs_and_chance_is_that_of_a_sign_test(kept: Path)
     ]
 
 
+def test_the_best_other_row_is_named_with_its_lead_on_ours(kept: Path) -> None:
+    folder = comparing.comparison_folder("sotu", ERA, 64, kept)
+    known = Comparison.load(folder)
+    known.results += losses("dare", [1.75, 1.0]) + losses("base-line", [2.0, 2.5])
+    known.results += losses("variant:no gate", [0.0, 0.0]) + losses("fisher", [0.0])  # ours, and not in every run
+    known.save(folder)
+    comparing.save("sotu", kept)
+    assert cells(comparing.leaders({"sotu": [ERA]})) == [
+        ["measure", "ours", "best other row", "best one through our gate"],
+        ["sotu, 64 labels: loss (2 runs)", "1.500", "DARE (+0.125 ± 4.765)", "base model (-0.750 ± 3.177)"],
+    ]
+
+
 def test_only_a_run_that_is_through_takes_the_place_of_the_recorded_one(kept: Path) -> None:
     folder, path = comparing.comparison_folder("sotu", ERA, 64, kept), kept.parent / "sotu.json"
     before = json.loads(path.read_text())

@@ -245,6 +245,36 @@ def overall(targets: dict[str, Collection[str]]) -> str:
     return markdown_table(rows)
 
 
+def leaders(targets: dict[str, Collection[str]]) -> str:
+    """Return a line per benchmark, number of labels and measure: the best control or existing method.
+
+    In brackets stands by how much it is better than ours. Those that are fine-tuned through our gate stand apart.
+    """
+    rows = []
+    for benchmark in targets:
+        for labels, found in comparisons(benchmark, targets[benchmark]).items():
+            for measure, one in ({found.measure: found} | {"loss": by_loss(found)}).items():
+                own = one.runs(OURS, 0)
+                rivals = [
+                    method
+                    for method in one.methods(0)
+                    if kind_of(method) != "ours" and one.runs(method, 0).keys() == own.keys()
+                ]
+                row = {
+                    "measure": f"{benchmark}, {labels} labels: {measure} ({len(own)} run{'s' * (len(own) != 1)})",
+                    "ours": f"{fmean(own.values()):.3f}",
+                }
+                for column, gated in {"best other row": False, "best one through our gate": True}.items():
+                    leads = {name: one.differences(name, 0) for name in rivals if name.endswith("-line") == gated}
+                    best = max(leads, key=lambda name: fmean(leads[name]), default=None)
+                    row[column] = "–"
+                    if best:
+                        title = title_of(best).removesuffix(", fine-tuned through our gate")
+                        row[column] = f"{title} ({interval(leads[best], signed=True)})"
+                rows.append(row)
+    return markdown_table(rows) if rows else "all benchmarks: nothing yet"
+
+
 def main() -> None:
     """Run what is missing, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -277,7 +307,7 @@ def main() -> None:
                         run(benchmark, target, size, seed, args.cache, args.variants)
                         save(benchmark, args.cache)
         print("", *tables(benchmark, targets[benchmark]), sep="\n\n")
-    print(f"\n{overall(targets)}")
+    print("", leaders(targets), overall(targets), sep="\n\n")
 
 
 if __name__ == "__main__":
