@@ -311,9 +311,9 @@ def test_by_loss_everything_but_the_loss_is_left_out() -> None:
 
 def test_ranks_are_means_over_runs_and_chance_is_that_of_a_sign_test(kept: Path) -> None:
     assert cells(comparing.overall({"sotu": [ERA]}))[1:] == [
-        ["TIES", "existing", "1.5", "1 / 1 (p = 1.000)", "1.5", "1 / 1 (p = 1.000)"],
-        ["grasp_hf, as the recipe says", "ours", "1.5", "–", "1.5", "–"],
-        ["source (mean of all)", "control", "3.0", "2 / 0 (p = 0.500)", "3.0", "2 / 0 (p = 0.500)"],
+        ["TIES", "existing", "1.5", "1 / 1 (p = 1.000)", "1.5", "1 / 1 (p = 1.000)", "1.00"],
+        ["grasp_hf, as the recipe says", "ours", "1.5", "–", "1.5", "–", "1.00"],
+        ["source (mean of all)", "control", "3.0", "2 / 0 (p = 0.500)", "3.0", "2 / 0 (p = 0.500)", "–"],
     ]
 
 

@@ -14,8 +14,10 @@ import argparse
 import json
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, fields, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -225,12 +227,16 @@ def ranked(found: list[Comparison]) -> dict[str, tuple[float, list[float]]]:
 def overall(targets: dict[str, Collection[str]]) -> str:
     """Return a line per method: its mean rank over all runs by the benchmarks' measures, and by loss everywhere.
 
-    Beside each: in how many runs ours is better and worse, and whether chance explains that (two-sided sign test).
+    Beside each: in how many runs ours is better and worse, and whether chance explains that (two-sided sign test). The last
+    column has the time of all runs together.
     """
     own = [comparison for benchmark in targets for comparison in comparisons(benchmark, targets[benchmark]).values()]
     if not own:
         return "all benchmarks: nothing yet"
     columns = {"mean rank": ranked(own), "mean rank, by loss": ranked([by_loss(one) for one in own])}
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for result in chain.from_iterable(comparison.results for comparison in own):
+        seconds[result.method] += result.seconds
     rows = []
     for method in sorted(columns["mean rank"], key=lambda method: columns["mean rank"][method][0]):
         row = {"all benchmarks": title_of(method), "kind": kind_of(method)}
@@ -241,6 +247,7 @@ def overall(targets: dict[str, Collection[str]]) -> str:
             row[f"ours better / worse{column.removeprefix('mean rank')}"] = (
                 f"{better} / {worse} (p = {binomtest(better, better + worse).pvalue:.3f})" if better + worse else "–"
             )
+        row["time, of ours"] = f"{seconds[method] / seconds[OURS]:.2f}" if seconds[method] else "–"
         rows.append(row)
     return markdown_table(rows)
 
