@@ -1,7 +1,8 @@
 """Batches of the user's data, and what a model makes of them: a loss, and how many terms it is the mean of."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,16 @@ Collator = Callable[[list], Batch]
 
 
 def check_dataset(dataset: Any, name: str) -> None:
-    """Raise `DataError` where `dataset` has no rows or no length."""
+    """Raise `DataError` where `dataset` has no rows or no length, or cannot be one."""
+    if dataset is None:
+        raise DataError(
+            f"{name} is missing; expected labelled samples: only an average (method='average', order='given', "
+            "final_epochs=0) can do without"
+        )
+    if isinstance(dataset, str | Path):
+        raise DataError(f"{name} is the text '{dataset}'; expected a data set: load it, with datasets.load_dataset")
+    if isinstance(dataset, Mapping):
+        raise DataError(f"{name} holds the splits {', '.join(map(str, dataset))}; expected one of them")
     if not hasattr(dataset, "__len__"):
         raise DataError(
             f"{name} is a {type(dataset).__name__} without a length; expected a data set with rows to count"

@@ -114,7 +114,7 @@ PIPELINES = {
 }
 
 CAPTIONS = {
-    "alignment.png": "What each source brought to each layer, and what was decided",
+    "alignment.png": "How each source agrees with the target data, layer by layer, and what was decided",
     "progress.png": "Loss along the merge",
 }
 
@@ -288,7 +288,7 @@ def model_card(
         base=_linked(_base_name(report), report.base_sha),
         included=_included(report),
         table=report.table(),
-        judged_by=next((step.judged_by for step in report.steps if step.judged_by), "no data"),
+        judged_by=report.judged_by or "no data",
         conclusions="\n".join(f"- {text}" for text in report.conclusions()),
         figures=f"\n{images}\n" if images else "",
         licence=licence_section(report, gated),

@@ -4,7 +4,6 @@ import argparse
 import gc
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import datasets
 from safetensors import SafetensorError
 
+from .comparison import compare
 from .config import Recipe
 from .contenders import METHODS
 from .errors import ConfigError, GraspError, OutputExistsError, PushError
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command != "append" and (wrong := options.sources):
             parser.error(f"expected key=value, got: {' '.join(wrong)}")
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
+        datasets.disable_progress_bars()
     try:
         with _lines_on_stdout(logging.DEBUG if options.verbose else logging.INFO):
             return {
@@ -158,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     merge = command("merge", "Merge the sources of a recipe into one model folder.")
     compare = command(
         "compare",
-        "Run every method on the same labels, with the same fine-tuning, and tell which is best by how much.",
+        "Run every method on the same labels, with the same fine-tuning, and tell by how much each differs from ours.",
     )
     for sub in (plan, rank, merge, compare):
         sub.add_argument("recipe", help="a YAML file, see recipes/")
@@ -190,7 +191,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--seeds", nargs="+", type=_seed, default=[0, 1, 2], help="one run each (default: 0 1 2)")
     compare.add_argument("--sizes", nargs="+", type=_size, default=[None], help="numbers of labels, or all (default)")
     compare.add_argument(
-        "--methods", nargs="+", metavar="METHOD", help="only these rows, and ours: " + ", ".join(METHODS)
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="only these rows, every source alone, and ours: " + ", ".join(METHODS),
     )
     demo = command(
         "demo", "Make a small world of real handwritten digits, merge its models, and compare with controls."
@@ -215,7 +219,7 @@ def _rank(options: argparse.Namespace) -> int:
     merger, sources, data = prepare(recipe)
     rows = merger.rank(sources, **data.merge_arguments())
     print(ranking_table(rows))
-    _write_json(options.json, map(asdict, rows))
+    _write_json(options.json, ({**row.summary(), "units": [asdict(unit) for unit in row.units]} for row in rows))
     return int(any(row.problem for row in rows))
 
 
@@ -304,8 +308,6 @@ def _size(text: str) -> int | str | None:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from .comparison import compare  # with datasets, which not every command needs
-
     recipe = Recipe.from_yaml(options.recipe, options.overrides)
     if problems := problem_list(plan(recipe)):
         raise ConfigError("nothing was compared, because of these problems:\n" + "\n".join(problems))

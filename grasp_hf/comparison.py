@@ -6,8 +6,8 @@ import logging
 import random
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from filelock import FileLock, Timeout
 
 from . import hub
 from .config import Recipe
@@ -26,7 +27,7 @@ from .prepare import TaskData, prepare
 from .redaction import without_secrets
 from .report import Evaluation
 from .results import OURS, RESULTS, Comparison, Result, kind_of, title_of
-from .workspace import workspace
+from .workspace import LOCK, workspace
 
 logger = logging.getLogger(__name__)
 
@@ -94,16 +95,39 @@ def compare(
     digests = check_fairness(recipe, base, sources, data)
     counts = [len(data.train) if size is None else size for size in sizes]
     if max(counts) > len(data.train):
-        raise DataError(f"got {len(data.train)} labels, fewer than the {max(counts)} to compare with")
-    done = _continued(output, _setting(recipe, digests, model_identities(recipe), variants or {}), chosen)
-    try:
-        for count in counts:
-            for seed in seeds:
-                _run_seed(done, output, recipe, base, sources, data, chosen, variants or {}, count, seed)
-    finally:
-        if done.results:
-            done.save_figures(output)
+        raise DataError(
+            f"sizes: got {max(counts)}, but the split 'train' has {len(data.train)} samples; expected no more, or None for "
+            "all ('all' on the command line)"
+        )
+    setting = _setting(recipe, digests, model_identities(recipe), variants or {})
+    with _held(output):
+        done = _continued(output, setting, chosen)
+        try:
+            for count in counts:
+                for seed in seeds:
+                    _run_seed(done, output, recipe, base, sources, data, chosen, variants or {}, count, seed)
+        finally:
+            if done.results:
+                done.save_figures(output)
     return done
+
+
+@contextmanager
+def _held(output: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, whose results each would write over those of the other."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"another process is at work on the comparison in '{output}'; wait for it, or name another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        (output / LOCK).unlink()
+        lock.release()
 
 
 def model_identities(recipe: Recipe) -> dict[str, str]:
@@ -162,7 +186,7 @@ def _setting(
 def _continued(output: Path, setting: dict[str, Any], methods: Collection[str]) -> Comparison:
     """Return what an earlier run of the same comparison has left in `output`; of `methods`, what could not be run, goes."""
     if not (output / RESULTS).exists():
-        if output.exists() and any(output.iterdir()):
+        if any(path.name != LOCK for path in output.iterdir()):
             raise ConfigError(f"'{output}' holds something else; name a new folder for the comparison")
         return Comparison([], setting)
     earlier = Comparison.load(output)

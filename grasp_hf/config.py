@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -66,10 +66,20 @@ def _problems(cls: type, values: dict[str, Any]) -> list[str]:
     found = []
     for key, value in values.items():
         if key not in hints:
-            found.append(f"{key}: unknown key, expected one of {', '.join(sorted(hints))}")
+            found.append(f"{key}: unknown key{_meant(key, hints) or f', expected one of {_listed(hints)}'}")
         elif problem := _type_problem(value, hints[key]):
             found.append(f"{key}: got {value!r}, {problem}")
     return found
+
+
+def _meant(key: Any, known: Collection[str]) -> str:
+    """Return the question whether the known key most like `key` was meant; empty where none is like it."""
+    close = difflib.get_close_matches(str(key), known, n=1)
+    return f", did you mean {close[0]}" if close else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def _plain(value: Any) -> Any:
@@ -88,8 +98,7 @@ def training_argument_problems(values: dict[str, Any]) -> list[str]:
     found = []
     for key, value in values.items():
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            advice = f", did you mean {close[0]}" if close else ", see transformers.TrainingArguments"
+            advice = _meant(key, known) or ", see transformers.TrainingArguments"
             found.append(f"training_arguments.{key}: unknown key{advice}")
         elif key.endswith("_token"):
             found.append(
@@ -122,8 +131,8 @@ class GraspConfig:
         method: `"blend"` learns on the training data how much of the target and how much of the source each unit takes,
             counted from the weights that `merge` found, `B + k (T - B) + t (S - B)`, from the mean of all sources on;
             `"average"` keeps the mean of all accepted sources so far, unit by unit, `T + (S - T) / n`, and needs no
-            gradients (and in the given order, without gate and fine-tuning, no data); `"copy"` replaces the units whose
-            gradients agree.
+            gradients (and in the given order, without fine-tuning, no data); `"copy"` replaces the units whose gradients
+            agree.
         unit: Tensors decided together. `"layer"`: a transformer block or a stage, and outside of those as `"module"`.
             `"module"`: the tensors of one module, a normalisation layer with its statistics. `"tensor"`: each tensor
             alone, but a normalisation layer still whole. `"parameter"`: each parameter alone, statistics never moved,
@@ -137,7 +146,7 @@ class GraspConfig:
         batch_size: Samples per batch, in measuring and (unless `training_arguments` says otherwise) in fine-tuning.
         coefficient_lr: First step size of Adam on the coefficients of `blend`; it falls to 0. Adam moves a coefficient by at
             most about one step per batch, so `num_batches * coefficient_lr / 2` bounds how far one source can pull.
-        gate: Undo a transfer that harms beyond the noise of the samples that judge it, or ends above the loss before
+        gate: Undo a transfer that harms by more than its standard error on the samples that judge it, or ends above the loss before
             the first source, and keep of each fine-tuning only what lowers the loss of samples that it did not see (see
             `grasp_hf.gate`). Judges are the evaluation data and, as long as the model was not fine-tuned on them, the
             labels; each half of those judges coefficients that the other labels taught `blend`. What goes in is the
@@ -290,7 +299,7 @@ class Recipe:
     """One merge as a file: which models, which data, which configuration.
 
     Attributes:
-        sources: References `org/name`, `org/name@revision` or local folders, merged in this order.
+        sources: References `org/name`, `org/name@revision` or local folders; `config.order` says in which order they go.
         base_model: Where the target starts; left out, it starts as the first source.
         task: A pipeline name such as `image-classification`; left out, it is read from the base model's config.
         data: The labelled data set, see `grasp_hf.data`.
@@ -348,11 +357,11 @@ class Recipe:
         settings = {key: value for key, value in values.items() if key not in own}
         problems = _problems(cls, recipe_values)
         config_problems = _problems(GraspConfig, settings)
-        expected = ", ".join(sorted(own | {f.name for f in dataclasses.fields(GraspConfig)}))
-        problems += [
-            f"{p.split(':')[0]}: unknown key, expected one of {expected}" if "unknown key" in p else p
-            for p in config_problems
-        ]
+        known = own | {f.name for f in dataclasses.fields(GraspConfig)}
+        for problem in config_problems:
+            key, unknown, _ = problem.partition(": unknown key")
+            expected = _meant(key, known) or f", expected one of {_listed(known)}"
+            problems.append(f"{key}{unknown}{expected}" if unknown else problem)
         if not values.get("sources"):
             problems.append("sources: expected a list of at least one reference")
         elif values.get("base_model") is None and isinstance(values["sources"], list) and len(values["sources"]) == 1:

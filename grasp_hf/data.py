@@ -119,7 +119,8 @@ def load_splits(section: DataSection) -> DatasetDict:
     except Exception as error:
         # datasets raises classes of its own, of pyarrow and of the file systems beneath; all mean the same here.
         advice = f"; say where it is with {section.where}" if isinstance(error, FileNotFoundError) else ""
-        raise DataError(f"data set '{section.path}' cannot be loaded: {error}{advice}") from error
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise DataError(f"data set '{section.path}' cannot be loaded: {error}{cause}{advice}") from error
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     if "train" not in splits:
         raise DataError(f"data set '{section.path}' has no split 'train'; found {', '.join(splits)}")

@@ -116,7 +116,7 @@ def _table(scores: list[Score], data: TaskData) -> str:
     rows = [
         {
             "": name,
-            f"accuracy on {len(data.test)} test images": f"{accuracy:.3f} ± {_standard_error(accuracy, data):.3f}",
+            f"accuracy on {len(data.test)} test images, ± standard error": f"{accuracy:.3f} ± {_standard_error(accuracy, data):.3f}",
         }
         for name, accuracy in scores
     ]
@@ -126,6 +126,8 @@ def _table(scores: list[Score], data: TaskData) -> str:
 def _verdict(scores: list[Score], data: TaskData) -> str:
     ours = scores[-1][1]
     name, best = max(scores[:-1], key=lambda score: score[1])
+    if ours == best:
+        return f"grasp_hf and {name} are first, equally good. One run: try other seeds with --seed."
     spread = 2 * math.hypot(_standard_error(ours, data), _standard_error(best, data))
     gap = f"{100 * abs(ours - best):.1f} points {'above' if ours > best else 'below'}"
     text = f"grasp_hf is first, {gap} {name}" if ours > best else f"First is {name}; grasp_hf is {gap} it"

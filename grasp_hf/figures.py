@@ -104,7 +104,7 @@ def progress_figure(report: MergeReport) -> "Figure | None":
     axes = figure.add_subplot()
     _draw_path(axes, report.steps, losses, start)
     _draw_losses(axes, report.steps, losses, start)
-    judged = next((step.judged_by for step in report.steps if step.judged_by), "what judges")
+    judged = report.judged_by or "what judges"
     ends = _draw_end(axes, report, len(losses) + 0.5, judged)
     seen = [loss for row in [*losses, [start, *ends]] for loss in row if math.isfinite(loss)]
     if min(seen) > 0 and max(seen) > 20 * min(seen):
@@ -202,7 +202,7 @@ def _cells(step: StepReport, columns: dict[str, str], labels: Sequence[str], sco
 def _cell(units: Sequence[UnitReport], scored: bool) -> _Cell:
     values = [unit.score if scored else unit.coefficient for unit in units]
     known = [value for value in values if value is not None and math.isfinite(value)]
-    decisions = {unit.decision for unit in units}
+    decisions = {"kept" if unit.decision == "rescaled" else unit.decision for unit in units}
     decision = next(name for name in ("undone", "moved", "kept", "undefined") if name in decisions)
     moved = sum(unit.decision == "moved" for unit in units) / len(units)
     return _Cell(sum(known) / len(known) if known else None, decision, moved)

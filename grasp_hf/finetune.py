@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -105,6 +106,7 @@ def _ready(
         directory=directory,
         samples=len(train_dataset),
         evaluates=eval_dataset is not None,
+        normalizes_batches=any(isinstance(module, _BatchNorm) for module in model.modules()),
     )
     forward = vars(model).get("forward")
     try:
@@ -221,7 +223,14 @@ def _trainer(
 
 
 def training_arguments(
-    config: GraspConfig, *, epochs: float, seed: int, directory: Path, samples: int, evaluates: bool
+    config: GraspConfig,
+    *,
+    epochs: float,
+    seed: int,
+    directory: Path,
+    samples: int,
+    evaluates: bool,
+    normalizes_batches: bool,
 ) -> TrainingArguments:
     """Return the Trainer's arguments: quiet, one checkpoint of weights only, and what the user asked for on top."""
     keeping_best = {
@@ -242,7 +251,7 @@ def training_arguments(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "dataloader_drop_last": config.published and samples >= config.batch_size,
+        "dataloader_drop_last": config.published,
         **(keeping_best if evaluates else {"save_strategy": "no"}),
         **config.training_arguments,
     }
@@ -252,7 +261,12 @@ def training_arguments(
     if not evaluates:
         values.pop("metric_for_best_model", None)
     with _refusals_named():
-        return TrainingArguments(**values)
+        arguments = TrainingArguments(**values)
+    # Where there is no full batch there would be none, and statistics of a batch cannot be those of a single sample.
+    alone = normalizes_batches and samples % arguments.train_batch_size == 1
+    drops = arguments.dataloader_drop_last or alone
+    arguments.dataloader_drop_last = drops and samples >= arguments.train_batch_size
+    return arguments
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The Fisher information of a model's parameters, and a mean of models that weighs each parameter by it."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def fisher_(
 
 
 @torch.no_grad()
-def _with_drawn_labels(model: PreTrainedModel, batch: Batch) -> Batch:
+def _with_drawn_labels(model: Any, batch: Batch) -> Batch:
     """Return `batch` with each label drawn from what `model` predicts; ignored labels stay ignored."""
     _, output = batch_loss(model, batch)
     logits, _ = class_terms(model, output.get("logits"), batch.get("labels"))
@@ -72,7 +73,11 @@ def _with_drawn_labels(model: PreTrainedModel, batch: Batch) -> Batch:
     drawn_for.copy_(
         torch.where(drawn_for == IGNORED, drawn_for, torch.cat(drawn).view_as(drawn_for).to(labels.device))
     )
-    return {**batch, "labels": labels}
+    drawn_batch = {**batch, "labels": labels}
+    if model.can_generate() and model.config.is_encoder_decoder and "decoder_input_ids" not in batch:
+        # Of the drawn labels the model would make another prefix than the one that they are drawn for.
+        drawn_batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    return drawn_batch
 
 
 def _is_weight(tensor: Tensor) -> bool:
@@ -94,10 +99,6 @@ class RunningFisher:
         self._total, self._own = total, own
         self._known: set[str] = set()
         self._plain: dict[str, float] = {}
-
-    def forget(self) -> None:
-        """Say that the model was changed by other means than a mean."""
-        self._known.clear()
 
     def measure(
         self,

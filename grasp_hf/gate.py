@@ -95,12 +95,12 @@ def finetune_on_line_(
         The mean loss at each point, the point taken, what judged, and how much better that is than the start alone.
     """
     before, after = rooms
-    _store(before, tensors)
+    overwrite_(before, tensors)
 
     def train_from(start: Mapping[str, Tensor], samples: Any, seed: int) -> None:
         overwrite_(tensors, start)
         train(samples, seed)
-        _store(after, tensors)
+        overwrite_(after, tensors)
 
     def trained_line(start: Mapping[str, Tensor], samples: Any, judges: Any, seed: int) -> list[Judgement]:
         train_from(start, samples, seed)
@@ -149,11 +149,6 @@ def _farthest(line: Sequence[Judgement]) -> float:
         return better and to_it.mean <= to_it.half_interval
 
     return max(share for share, point in zip(SHARES, line, strict=True) if allowed(point))
-
-
-def _store(room: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        room[name].copy_(tensor.detach())
 
 
 def _go(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> None:

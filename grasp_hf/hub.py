@@ -488,8 +488,9 @@ def named_errors(ref: SourceRef, token: str | None = None) -> Iterator[None]:
     except HFValidationError as error:
         raise SourceNotFoundError(f"'{ref}' is not a Hub id: {error}") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        folder = "" if "@" in str(ref) else f"; no folder of that name is in '{Path.cwd()}' either"
         raise DownloadError(
-            f"'{ref}' could not be downloaded, and no complete copy is cached: {_short(error)}"
+            f"'{ref}' could not be downloaded, and no complete copy is cached: {_short(error)}{folder}"
         ) from error
     except (HfHubHTTPError, HTTPError, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)

@@ -24,7 +24,7 @@ def append_recipe(
 ) -> Recipe:
     """Return the recipe that appends `sources` to a merge, with the data and the settings of its last run.
 
-    Relative paths in it are looked up in the working directory.
+    The new sources are ordered as those were. Relative paths are looked up in the working directory.
 
     Args:
         merged: Hub id or folder of a merge by this package.
@@ -35,9 +35,19 @@ def append_recipe(
     Raises:
         ConfigError: It is not such a merge, or an override is wrong.
     """
-    values, _, _ = _recorded(merged, overrides, token)
+    values, record, _ = _recorded(merged, token)
     values |= {"base_model": merged, "sources": list(sources)}
-    return Recipe.from_dict(values, folder=Path.cwd(), name=f"the record of '{merged}'")
+    values |= {
+        key: record.config[key] for key in ("order", "top") if key in record.config
+    }  # they are pinned for a replay
+    for text in overrides:
+        override_(values, text)
+    recipe = Recipe.from_dict(values, folder=Path.cwd(), name=f"the record of '{merged}'")
+    if recipe.config.needs_data and not recipe.data:
+        raise ConfigError(
+            f"the data of '{merged}' was given from Python, and its record names none; name it with data.path=..."
+        )
+    return recipe
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,9 @@ def reproduce(merged: str, overrides: Sequence[str] = (), *, token: str | None =
         ConfigError: It is not such a merge, or its record names something that only its author had: a local folder, or
             data that was given from Python; or the data is another one.
     """
-    values, record, located = _recorded(merged, overrides, token)
+    values, record, located = _recorded(merged, token)
+    for text in overrides:
+        override_(values, text)
     recipe = Recipe.from_dict(values, folder=Path.cwd(), name=f"the record of '{merged}'")
     named = [*([recipe.base_model] if recipe.base_model else []), *recipe.sources]
     if lost := [name for name in named if "@" not in name and not Path(name).is_dir()]:
@@ -121,7 +133,7 @@ def _differences(model: Any, published: dict[str, torch.Tensor]) -> dict[str, fl
     return found
 
 
-def _recorded(merged: str, overrides: Sequence[str], token: str | None) -> tuple[dict[str, Any], MergeReport, Source]:
+def _recorded(merged: str, token: str | None) -> tuple[dict[str, Any], MergeReport, Source]:
     located = hub.locate(merged, token=token)
     record = read_record(located.folder)
     path = located.folder / CONFIG_FILE
@@ -129,6 +141,4 @@ def _recorded(merged: str, overrides: Sequence[str], token: str | None) -> tuple
         raise ConfigError(f"'{merged}' is not a merge by grasp_hf: it holds no {CONFIG_FILE} or no record beside it")
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     values.pop("record", None)
-    for text in overrides:
-        override_(values, text)
     return values, record, located

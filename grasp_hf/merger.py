@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hub
-from .batches import Collator, batch_loss, check_dataset, keeping_model_columns
+from .batches import Collator, batch_loss, check_dataset, keeping_model_columns, labelled_terms
 from .card import declared_license
 from .config import GraspConfig
 from .continuation import Continuation
 from .digests import described
-from .errors import ConfigError, GraspError, IncompatibleSourceError, PushError
+from .errors import ConfigError, DataError, GraspError, IncompatibleSourceError, PushError
 from .evidence import Judgement
 from .gradients import checkpointing, preserved_state
 from .loading import LoadedSource, load_processing_class, load_source, load_target
@@ -70,7 +70,7 @@ def merge_pretrained(
 
     Args:
         base_model: Hub id (`org/name`, `org/name@revision`) or folder; `None` starts from the first source.
-        sources: References of full models and PEFT adapters of the base model, in the order of merging.
+        sources: References of full models and PEFT adapters of the base model; `config.order` says in which order they go.
         train_dataset: Labelled samples of the task in hand, as for `transformers.Trainer`.
         eval_dataset: Held-out samples; they judge each transfer and choose the best epoch.
         data_collator: Makes batches from samples, as for `transformers.Trainer`.
@@ -145,7 +145,7 @@ class GraspMerger:
         self._published: tuple[str, str] | None = None  # the repository and commit that the model is of
         self._descriptions: list[tuple[Any, dict[str, Any] | None]] = []  # of data sets, while scratch files are kept
         self._scratch: Scratch | None = None
-        self._checked: Any = None  # the training data that made a finite loss
+        self._checked: tuple[Any, Any] = None, None  # the data sets that made a finite loss
         if self._accelerator.num_processes > 1:
             raise GraspError("grasp_hf runs in one process for now; start it without a launcher")
 
@@ -180,8 +180,8 @@ class GraspMerger:
             revision: Branch, tag or commit, unless `model_id` names one.
             subfolder: Folder in the repository, unless `model_id` names one.
             token: Hub token; left out, the one that you are logged in with.
-            dtype: Of the target's weights; `"auto"` is that of its files. Sources are read in their own; fine-tuning wants
-                float32.
+            dtype: Of the target's weights; `"auto"` is that of its files. Sources are read in their own; fine-tuning and a
+                mean of many sources want float32.
             new_head: Draw the head anew although the files hold one that fits, because the labels mean something else.
             model_kwargs: Passed on to the model class, such as `num_labels` or `id2label`.
 
@@ -189,6 +189,15 @@ class GraspMerger:
             SourceNotFoundError: No such folder, repository, revision or weights.
             IncompatibleSourceError: Not a model that can solve the task.
         """
+        if not isinstance(model_id, str | Path):
+            raise ConfigError(
+                f"got a {type(model_id).__name__}, expected a Hub id or a folder; GraspMerger(model) takes a model"
+            )
+        if config is not None and not isinstance(config, GraspConfig):
+            raise ConfigError(f"config: got a {type(config).__name__}, expected a GraspConfig: GraspConfig(**…)")
+        for name in model_kwargs:
+            if name in GraspConfig.__dataclass_fields__:
+                raise ConfigError(f"{name}: it belongs in the configuration: config=GraspConfig({name}=…)")
         for name, advice in REFUSED_ARGUMENTS.items():
             if model_kwargs.pop(name, None):
                 raise ConfigError(f"{name}: leave it out; {advice}")
@@ -217,7 +226,17 @@ class GraspMerger:
         twin.config, twin.report = config, replace(deepcopy(self.report), config=asdict(config))
         if anew:
             twin._started = False
-            twin.report = replace(twin.report, starts_from_source=False, finetuned=False, steps=[])
+            twin.report = replace(
+                twin.report,
+                start={},
+                starts_from_source=False,
+                finetuned=False,
+                ranking=[],
+                final=None,
+                control=None,
+                steps=[],
+                continued_steps=0,
+            )
         return twin
 
     def merge(
@@ -239,8 +258,8 @@ class GraspMerger:
             sources: References of full models and PEFT adapters.
             train_dataset: Labelled samples of the task in hand, as for `transformers.Trainer`; only an average in the
                 given order and without fine-tuning can do without.
-            eval_dataset: Held-out samples; they judge each transfer and each fine-tuning. Without them the labels do,
-                as long as the model was not fine-tuned on them.
+            eval_dataset: Held-out samples; they judge each transfer and each fine-tuning. So do the labels a transfer, as
+                long as the model was not fine-tuned on them, and without `eval_dataset` the first fine-tuning.
             data_collator: Makes batches from samples; left out, the one that `transformers.Trainer` would take.
             token: Hub token; left out, the one that you are logged in with.
 
@@ -249,6 +268,11 @@ class GraspMerger:
         """
         if isinstance(sources, str):
             raise ConfigError(f"sources: got '{sources}', expected a list of references")
+        for source in sources:
+            if not isinstance(source, str | Path):
+                raise ConfigError(
+                    f"sources: got a {type(source).__name__}, expected references: Hub ids, or folders of saved models"
+                )
         sources, config, earlier = [str(source) for source in sources], self.config, len(self.report.steps)
         arguments = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
         if eval_dataset is None and config.training_arguments.get("eval_strategy", "no") != "no":
@@ -259,8 +283,14 @@ class GraspMerger:
                 if self.report.finetuned or config.finetunes_between:
                     logger.warning(
                         "no evaluation data, and the model is fine-tuned on labels before they could judge a source: "
-                        "transfers are not judged"
+                        "neither transfers nor what it is fine-tuned later are judged"
                     )
+            if len(sources) > 1 and config.method != "copy" and self.model.dtype in (torch.float16, torch.bfloat16):
+                logger.warning(
+                    "the target is in %s, which rounds the mean after every source, so that later ones lose weight; load it "
+                    "in float32 (the default), and convert the merged model",
+                    str(self.model.dtype).removeprefix("torch."),
+                )
         with self.scratch_files():
             with self.step(**arguments) as step:
                 step.check_finetuning(config.total_epochs(len(sources)))
@@ -269,8 +299,10 @@ class GraspMerger:
                     if before := step.judge():
                         self.report.start = before.evaluation()
             self._started = True
-            if config.order != "given" and sources:
-                sources = self._ordered(sources, token, **arguments)
+            if sources:
+                self.report.ranking = []
+                if config.order != "given" and len(sources) > 1:
+                    sources = self._ordered(sources, token, **arguments)
             with self.puller(token, train_dataset, eval_dataset) as puller:
                 for number, source in enumerate(sources, start=1):
                     try:
@@ -281,17 +313,17 @@ class GraspMerger:
                         raise type(error)(message) from error
                     logger.info("%d/%d %s", number, len(sources), merged.line())
             if sources and config.final_epochs and train_dataset is not None:
-                taken = [step for step in self.report.steps[earlier:] if step.moved]
+                taken = [step for step in self.report.steps[earlier:] if step.changed]
                 with self.step(**arguments) as step:
                     alone = step.scratch.base if config.compares_alone and taken else None
-                    self.report.final = step.finetune(config.final_epochs, config.seed, alone=alone)
-                    if self.report.final:
-                        if self.report.final.without_sources:
-                            for merged in taken:
-                                merged.undo("fine-tuning without any source is better")
-                        if eval_dataset is not None:
-                            self.report.final.after = step.judgement(eval_dataset).evaluation()
-                        logger.info("at the end: %s", self.report.final.line())
+                    final = step.finetune(config.final_epochs, config.seed, alone=alone)
+                    if final and eval_dataset is not None:
+                        final.after = step.judgement(eval_dataset).evaluation()
+                self.report.final = final  # nothing can take the weights back any more
+                if final:
+                    for merged in taken if final.without_sources else []:
+                        merged.undo("fine-tuning without any source is better")
+                    logger.info("at the end: %s", final.line())
         return self.report
 
     def finetuned_alone(
@@ -320,12 +352,9 @@ class GraspMerger:
                 "fine-tuning, and fine-tuning alone once; expected none, to compare the same number of steps: set "
                 "initial_epochs, finetune_epochs and final_epochs"
             )
-        with self.scratch_files(), self.step(train_dataset, eval_dataset, data_collator) as step:
+        with self._tried(train_dataset, eval_dataset, data_collator) as step:
             step.finetune(epochs, self.config.seed)
-            found = step.judgement(dataset)
-            overwrite_(movable_tensors(self.model), step.scratch.start)
-            step.scratch.judged, step.learned = None, self.report.finetuned
-        return found
+            return step.judgement(dataset)
 
     def judge(self, dataset: Any, *, data_collator: Collator | None = None) -> Judgement:
         """Return the losses of the model as it is now on every sample of `dataset`; changes nothing."""
@@ -364,7 +393,9 @@ class GraspMerger:
                 with self.puller(token) as puller:
                     ranked = judge_sources(sources, puller, judged)
         if problems := [row.problem for row in ranked if row.problem]:
-            raise IncompatibleSourceError("some sources cannot be ranked:\n- " + "\n- ".join(problems))
+            kinds = {row.error for row in ranked if row.problem}
+            error = kinds.pop() if len(kinds) == 1 else IncompatibleSourceError
+            raise error("nothing was merged, for these sources cannot be:\n- " + "\n- ".join(problems))
         self.report.ranking = [row.summary() for row in ranked]
         logger.info("ranked by %s:\n%s", by, ranking_table(ranked))
         return [row.reference for row in ranked[: self.config.top]]
@@ -396,9 +427,8 @@ class GraspMerger:
         Returns:
             One entry per source, the largest gain first.
         """
-        check_dataset(train_dataset, "train_dataset")
         config = self.config
-        with self.scratch_files(), self.step(train_dataset, eval_dataset, data_collator) as step:
+        with self._tried(train_dataset, eval_dataset, data_collator) as step:
             if not self.report.finetuned:
                 step.finetune(config.initial_epochs or config.final_epochs, config.seed)
             batches, scratch = step.batches(train_dataset, config.seed), step.scratch
@@ -412,10 +442,16 @@ class GraspMerger:
                 return self.load(located, scratch, check_finite=False)  # its products say so
 
             with self.puller(token) as puller:
-                ranked = rank_sources([str(source) for source in sources], puller, load, gradient, tensors, units)
-            overwrite_(tensors, scratch.start)
-            scratch.judged, step.learned = None, self.report.finetuned
-        return ranked
+                return rank_sources([str(source) for source in sources], puller, load, gradient, tensors, units)
+
+    @contextmanager
+    def _tried(self, train_dataset: Any, eval_dataset: Any, data_collator: Collator | None) -> Iterator[Step]:
+        """Let the block fine-tune the model, and put everything back."""
+        check_dataset(train_dataset, "train_dataset")
+        with self.scratch_files(), self.step(train_dataset, eval_dataset, data_collator) as step:
+            yield step
+            overwrite_(movable_tensors(self.model), step.scratch.start)
+            step.scratch.judged, step.learned = None, self.report.finetuned
 
     def puller(self, token: str | None, *datasets: Any) -> Puller:
         """Return what brings sources; for a merge with `datasets`, in shards where each weight is read only once."""
@@ -483,6 +519,7 @@ class GraspMerger:
                 report.peak_memory = _peak_memory()
                 self.report.data = {"train": self._described(train_dataset), "eval": self._described(eval_dataset)}
                 self._started = True
+                self.report.final = self.report.control = None  # those of an earlier run
                 self.report.steps.append(report)
         except BaseException as error:
             error.add_note(f"while merging source '{located.ref}'")
@@ -564,9 +601,10 @@ class GraspMerger:
                 return
             step.scratch.start.copy_(movable_tensors(self.model))
             try:
-                if train_dataset is not None and train_dataset is not self._checked:
-                    self._check_loss(step)
-                    self._checked = train_dataset
+                for name, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
+                    if dataset is not None and not any(dataset is known for known in self._checked):
+                        self._check_loss(step, dataset, name)
+                self._checked = train_dataset, eval_dataset
                 yield step
             except BaseException as error:
                 overwrite_(movable_tensors(self.model), step.scratch.start)
@@ -584,12 +622,25 @@ class GraspMerger:
             return data_collator
         return keeping_model_columns(self.model, data_collator)
 
-    def _check_loss(self, step: Step) -> None:
+    def _check_loss(self, step: Step, dataset: Any, name: str) -> None:
         """Raise where the model makes no finite loss of a batch; the Trainer would, but in its own words and later."""
-        batch = next(step.batches(step.train, self.config.seed))
-        with torch.no_grad(), preserved_state(self.model):
-            self.model.eval()
-            batch_loss(self.model, batch)
+        try:
+            batch = next(step.batches(dataset, self.config.seed))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            columns = getattr(dataset, "column_names", None)
+            held = f" with the columns {', '.join(columns)}" if isinstance(columns, list) else ""
+            raise DataError(
+                f"{name}: no batch can be made of its samples{held}: {str(error).splitlines()[0]}; expected "
+                f"{self.model.main_input_name}, as the model's tokenizer or processor makes them, and labels as numbers"
+            ) from error
+        if name == "eval_dataset" and not labelled_terms(self.model, batch):  # others may have some
+            return
+        try:
+            with torch.no_grad(), preserved_state(self.model):
+                self.model.eval()
+                batch_loss(self.model, batch)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
 
     def evaluate(self, dataset: Any, *, data_collator: Collator | None = None) -> Evaluation:
         """Return the mean `loss` over `dataset`, and the `accuracy` in [0, 1] of a classifier; changes nothing."""

@@ -82,16 +82,14 @@ def pearl_(
     with all_sources(trial) as sources:
         number = len(sources)
         overwrite_(tensors, sources[0])
-    for name, tensor in tensors.items():  # from the model, whose dtype the source may not have
-        first[name].copy_(tensor.detach())
+    overwrite_(first, tensors)  # from the model, whose dtype the source may not have
     adapted = []
     lora = {"r": rank, "lora_alpha": rank, **_adapted_modules(trial.model)}
     for k in range(number):
         overwrite_(tensors, first)
         trial.finetune(epochs, trial.seed + k, lora, learning_rate)
         trained = trial.room(f"adapted-{k}")
-        for name, tensor in tensors.items():
-            trained[name].copy_(tensor.detach())
+        overwrite_(trained, tensors)
         adapted.append({n: t for n, t in trained.items() if n in tensors and not torch.equal(t, first[n])})
     trial.model.eval()
     overwrite_(tensors, first)

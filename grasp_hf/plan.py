@@ -133,6 +133,9 @@ def plan(recipe: Recipe, *, token: str | None = None) -> list[PlannedSource]:
         PlannedSource(reference, role="source" if index else "base")
         for index, reference in enumerate(map(recipe.locate, references))
     ]
+    for number, row in enumerate(rows):
+        if row.reference in (earlier.reference for earlier in rows[:number]):
+            row.notes.append("it is named twice, and counts twice in a mean")
     with ThreadPoolExecutor(max_workers=LOOK_UPS) as threads:
         found = list(threads.map(lambda row: _find(row, token, recipe.config.trust_remote_code), rows))
     target: _Target | None = None
@@ -263,9 +266,11 @@ def partition_lines(model: PreTrainedModel, unit: str) -> list[str]:
 
 
 def problem_list(rows: list[PlannedSource]) -> list[str]:
-    """Return every problem of the plan as a line that names its model."""
+    """Return every problem of the plan as a line that names its model, or the data."""
     return [
-        f"- {row.reference}: " + problem.removeprefix(f"'{row.reference}': ")
+        f"- {problem}"
+        if problem.startswith(("data: ", "data."))
+        else f"- {row.reference}: " + problem.removeprefix(f"'{row.reference}': ")
         for row in rows
         for problem in row.problems
     ]
@@ -310,7 +315,8 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
             config.update(labels)
             has_labels = True
         except GraspError as error:
-            planned.problems += _each_problem(error)
+            problems = _each_problem(error)
+            planned.problems += [text if text.startswith("data.") else f"data: {text}" for text in problems]
     with torch.device("meta"):
         model = cls(config)
     planned.problems += fresh_problems(model, _fresh(found, model, config), needs_head=not needs_data)

@@ -46,6 +46,7 @@ class RankedSource:
         units: The same per unit.
         seconds: Duration of finding, reading and comparing it.
         problem: Why it cannot be ranked.
+        error: The class of that error.
     """
 
     reference: str
@@ -58,10 +59,11 @@ class RankedSource:
     units: list[UnitPromise] = field(default_factory=list)
     seconds: float = 0.0
     problem: str | None = None
+    error: type[GraspError] = GraspError
 
     def summary(self) -> dict[str, Any]:
-        """Return everything but the units."""
-        return {key: value for key, value in asdict(self).items() if key != "units"}
+        """Return everything but the units and the class of the error."""
+        return {key: value for key, value in asdict(self).items() if key not in ("units", "error")}
 
     def row(self, place: int) -> dict[str, str]:
         """Return its line of the table."""
@@ -130,7 +132,7 @@ def _each(references: Sequence[str], puller: Puller, read: Callable[[Source], Ra
             with puller.pull(reference, *references[number : number + 1]) as source:
                 row = read(source)
         except GraspError as error:
-            row = RankedSource(reference, problem=str(error))
+            row = RankedSource(reference, problem=str(error), error=type(error))
         row.seconds = time.perf_counter() - began
         yield row
 

@@ -13,7 +13,8 @@ from .redaction import names_of_paths
 from .transfer import Mix
 
 Evaluation = dict[str, float]
-Decision = Literal["moved", "kept", "undefined", "undone"]
+Decision = Literal["moved", "rescaled", "kept", "undefined", "undone"]
+LEAST_TAKEN = 5e-4  # a coefficient that is shown as 0.000
 DOUBT = "within the noise: kept"  # the reason where the samples cannot tell whether a transfer helps or harms
 
 
@@ -45,7 +46,8 @@ class UnitReport:
             the source changed and the way down. `None` is undefined: a gradient was missing or zero.
         coefficient: How much of the source was to go in: 0 is nothing, 1 is all of what it changed; of an average by
             Fisher information, the mean over the unit's elements.
-        decision: `undefined` units stay as they are; `undone` ones moved and were taken back by the gate.
+        decision: `undefined` units stay as they are; `rescaled` ones took nothing from the source, only less or more of
+            what was merged before; `undone` ones changed and were taken back by the gate.
         keep: How much of the target was to stay, likewise; `1 - coefficient` is a point between the two.
     """
 
@@ -67,7 +69,8 @@ def unit_reports(
 
     def decision(unit: str) -> Decision:
         if mixes[unit].moves:
-            return "moved" if accepted else "undone"
+            changed: Decision = "moved" if mixes[unit].take >= LEAST_TAKEN else "rescaled"
+            return changed if accepted else "undone"
         return "undefined" if scores[unit] is None else "kept"
 
     return [
@@ -136,7 +139,7 @@ class FinetuneReport:
         if not self.losses:
             return "fine-tuned"
         if self.without_sources:
-            return f"fine-tuned without any source, and all sources taken back{self._against_alone()}"
+            return f"fine-tuned without the sources of this merge, which were taken back{self._against_alone()}"
         kept = f"kept {100 * self.share:.0f} % of the way" if self.share else "taken back whole"
         last = self.losses[max(self.losses, key=float)]
         return (
@@ -241,7 +244,7 @@ class StepReport:
         """Record that the transfer was taken back after all."""
         self.accepted, self.reason = False, reason
         for unit in self.units:
-            if unit.decision == "moved":
+            if unit.decision in ("moved", "rescaled"):
                 unit.decision = "undone"
 
     @property
@@ -253,6 +256,11 @@ class StepReport:
     def moved(self) -> int:
         """Number of units that took something from the source."""
         return sum(unit.decision == "moved" for unit in self.units)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the step left anything in the model."""
+        return any(unit.decision in ("moved", "rescaled") for unit in self.units)
 
     @property
     def mean_coefficient(self) -> float:
@@ -275,7 +283,7 @@ class StepReport:
         if not self.accepted:
             return "rejected"
         if not self.moved:
-            return "nothing moved"
+            return "nothing taken, what was merged before rescaled" if self.changed else "nothing moved"
         means = {"average": "averaged", "fisher": "averaged by Fisher"}
         return means.get(self.taken, "merged") if len(self.options) > 1 else "merged"
 
@@ -325,6 +333,7 @@ class StepReport:
                     "elements": str(unit.elements),
                     "score": shown(unit.score),
                     "coefficient": shown(unit.coefficient),
+                    "target kept": shown(1 - unit.coefficient if unit.keep is None else unit.keep),
                     "decision": unit.decision,
                 }
                 for unit in self.units
@@ -341,7 +350,7 @@ class MergeReport:
         base_sha: See `base`.
         base_license: What its card declares.
         base_gated: Whether conditions stand before its files on the Hub.
-        start: Held-out loss (and accuracy) after the initial fine-tuning; empty without evaluation data.
+        start: Loss (and accuracy) after the initial fine-tuning on what judges the sources; empty where nothing does.
         starts_from_source: Whether the base is itself the first source, so that an average counts it.
         finetuned: Whether the model was fine-tuned on labels, in this merge or in one that it continues.
         ranking: The order of the sources by what they promised, where they were ranked.
@@ -383,6 +392,11 @@ class MergeReport:
     def base_reference(self) -> str:
         """Where the first version of this merge started, pinned to its commit."""
         return _pinned(self.base, self.base_sha)
+
+    @property
+    def judged_by(self) -> str:
+        """What the losses of the steps are of; where that changed on the way, one after the other."""
+        return ", later on ".join(dict.fromkeys(step.judged_by for step in self.steps if step.judged_by))
 
     def without_paths(self) -> "MergeReport":
         """Return a copy that names local folders by their last part, for others to read."""
@@ -434,6 +448,7 @@ class MergeReport:
             + f"; within the noise, so kept: {', '.join(doubted)}" * bool(doubted)
             + f"; rejected: {', '.join(rejected)}" * bool(rejected)
         ]
+        found += [f"{step.name}: {note}" for step in self.steps for note in step.notes]
         found += [f"at the end {self.final.line()}"] if self.final else []
         return found + ([self.control.line()] if self.control else [])
 

@@ -54,8 +54,12 @@ class Scratch:
 
     @cached_property
     def fisher(self) -> RunningFisher:
-        """The Fisher information of the sources in the mean; forgotten in fine-tuning, which takes the same files."""
+        """The Fisher information of the sources in the mean."""
         return RunningFisher(*({name: _ranging(tensor) for name, tensor in room.items()} for room in self.line))
+
+    def forget_fisher(self) -> None:
+        """Forget it before a fine-tuning, which changes the model by other means, and takes the same files."""
+        vars(self).pop("fisher", None)
 
     @cached_property
     def line(self) -> tuple[MappedTensors, MappedTensors]:

@@ -89,17 +89,14 @@ class Step:
         return twin
 
     @property
-    def _folds(self) -> list[tuple[Any, Any]]:
-        """Labels that judge a source, and those that teach its coefficients meanwhile; empty where labels do not judge."""
+    def _parts(self) -> list[list[int]]:
+        """Places of the labels that judge a source: in halves where others teach; empty where labels do not judge."""
         if not self.config.gate or self.train is None or self.learned:
             return []
         judges = self._evidence()
         if not self.config.learns:
-            return [(Subset(self.train, judges), self.train)]
-        if len(judges) < 2:
-            return []
-        both = [(half, sorted({*range(len(self.train))} - {*half})) for half in halves(judges, self.config.seed)]
-        return [(Subset(self.train, half), Subset(self.train, others)) for half, others in both]
+            return [judges]
+        return [*halves(judges, self.config.seed)] if len(judges) > 1 else []
 
     def _evidence(self) -> list[int]:
         """Return `EVIDENCE` labels, the same ones each time, or all if there are no more."""
@@ -110,13 +107,13 @@ class Step:
     def judges(self) -> list[Any]:
         """Samples that may judge a source: labels that nothing has learned, whole or in halves, and evaluation data."""
         held_out = [] if self.held_out is None else [self.held_out]
-        return [judges for judges, _ in self._folds] + held_out
+        return [Subset(self.train, part) for part in self._parts] + held_out
 
     @property
     def judged_by(self) -> str:
         """The judges for a reader."""
         names = []
-        if self._folds:
+        if self._parts:
             some = f"{EVIDENCE} of the labels" if len(self.train) > EVIDENCE else "the labels"
             names.append(f"two halves of {some}" if self.config.learns else some.removeprefix("the "))
         return " and ".join(names + ["evaluation data"] * (self.held_out is not None))
@@ -200,14 +197,16 @@ class Step:
         if not config.learns:
             mixes, scores = self._measure(loaded, units, shares, self.train, name, seed)
             return {config.method: Option(mixes, [mixes] * judges, scores)}
-        teachers = [labels for _, labels in self._folds] or [self.train]
+        everyone = {*range(len(self.train))}
+        parts = self._parts
+        teachers = [Subset(self.train, sorted(everyone - {*part})) for part in parts] or [self.train]
         fits = []
         for labels in teachers:  # no comprehension: the frames of an exception would keep its cells, and so the source
             fits.append(self._measure(loaded, units, shares, labels, name, seed))
         found = [mixes for mixes, _ in fits]
         mean = {unit: Mix.mean([mixes[unit] for mixes in found]) for unit in average}
         scores = {unit: mean_defined([own[unit] for _, own in fits]) for unit in average}
-        judged = (found if self._folds else []) + ([] if self.held_out is None else [mean])
+        judged = (found if parts else []) + ([] if self.held_out is None else [mean])
         options: dict[str, Option] = {config.method: Option(mean, judged, scores)}
         if judged and config.gate:
             options["average"] = Option(average, [average] * judges, scores)
@@ -300,7 +299,8 @@ class Step:
     ) -> FinetuneReport | None:
         """Fine-tune the model, and keep as much of it as the gate says; `None` where there is nothing to do.
 
-        `alone` are weights without any source, see `finetune_on_line_`.
+        Labels that the model has learned before cannot judge what it learns of them; without evaluation data all of it is
+        kept then. `alone` are weights without any source, see `finetune_on_line_`.
         """
         if self.train is None or not self.config.trains(epochs):
             return None
@@ -318,13 +318,16 @@ class Step:
                 directory=self.scratch.directory,
             )
 
-        self.learned, self.scratch.judged, self.scratch.floor = True, None, math.inf
-        self.scratch.fisher.forget()
-        if not self.config.gate:
+        self.scratch.judged, self.scratch.floor = None, math.inf
+        self.scratch.forget_fisher()
+        if not self.config.gate or (self.learned and self.held_out is None):
             train(self.train, seed)
+            self.learned = True
             return FinetuneReport()
         tensors, line = movable_tensors(self.model), self.scratch.line
-        return finetune_on_line_(tensors, line, train, self.judgement, self.train, self.held_out, seed, alone)
+        report = finetune_on_line_(tensors, line, train, self.judgement, self.train, self.held_out, seed, alone)
+        self.learned = self.learned or report.share > 0 or report.without_sources
+        return report
 
 
 class _Mixed:

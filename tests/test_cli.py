@@ -107,6 +107,13 @@ def test_a_plan_without_problems(world: Path, capsys: pytest.CaptureFixture[str]
     assert "download: 0.00 GB, 0 s at 50 MB/s\n" in output.out
 
 
+def test_a_plan_says_what_is_named_twice(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(world, sources=["fine-1", "fine-2", "fine-1", "base"])
+    assert main(["plan", recipe]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.endswith("counts twice in a mean")]
+    assert told == [f"- {world / name}: it is named twice, and counts twice in a mean" for name in ("fine-1", "base")]
+
+
 def test_a_plan_lists_all_problems_of_all_sources(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tiny_model("resnet"), world / "resnet")
     saved(tiny_model("vit", labels=["x", "y", "z", "w"]), world / "labels")
@@ -140,12 +147,11 @@ def test_a_plan_says_what_the_data_lacks(world: Path, capsys: pytest.CaptureFixt
 
     recipe = write_recipe(world, sources=["fine-1"], data={**DATA, "image": "picture"})
     assert main(["plan", recipe]) == 1
-    assert "base: split 'train' has no column 'picture' for images; found image, label\n" in capsys.readouterr().out
+    assert "- data: split 'train' has no column 'picture' for images; found image, label\n" in capsys.readouterr().out
     recipe = write_recipe(world, sources=["fine-1"], data={"colour": "red", "label": 3})
     assert main(["plan", recipe]) == 1
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
-    assert [line.partition(": data.")[2].partition(":")[0] for line in told] == ["colour", "path", "label"]
-    assert all(line.startswith(f"- {world / 'base'}: ") for line in told)
+    assert [line.partition(":")[0] for line in told] == ["- data.colour", "- data.path", "- data.label"]
 
 
 def test_a_plan_without_data_matches_the_labels_of_the_base(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -395,15 +401,15 @@ def test_training_arguments_are_checked_before_anything_is_merged(
 
 def test_a_data_section_with_an_unknown_key(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(world / "recipe.yaml"), "--output", str(world / "merged"), "data.colour=red"]) == 1
-    assert "base: data.colour: unknown key, expected one of data_dir, data_files, image" in capsys.readouterr().err
+    assert "- data.colour: unknown key, expected one of data_dir, data_files, image" in capsys.readouterr().err
 
 
 def test_a_recipe_without_data(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(world, sources=["fine-1"], data={})
     assert main(["plan", recipe]) == 1
-    assert "base: data.path: missing, expected imagefolder, csv" in capsys.readouterr().out
+    assert "- data.path: missing, expected imagefolder, csv" in capsys.readouterr().out
     assert main(["merge", recipe, "--output", str(world / "merged")]) == 1
-    assert "base: data.path: missing, expected imagefolder, csv" in capsys.readouterr().err
+    assert "- data.path: missing, expected imagefolder, csv" in capsys.readouterr().err
 
 
 def test_a_recipe_with_one_model_has_nothing_to_merge(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

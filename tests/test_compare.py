@@ -19,6 +19,7 @@ import torch
 import yaml
 from datasets import Dataset, DatasetDict
 from datasets import Image as ImageFeature
+from filelock import FileLock
 from matplotlib.collections import LineCollection
 from PIL import Image
 from scipy.stats import ttest_1samp
@@ -187,6 +188,15 @@ def test_a_killed_comparison_goes_on_where_it_was(recipe: Recipe, world: Path, t
     assert scores(after) == scores(compare(recipe, tmp_path / "whole", seeds=[0, 1], methods=FAST))
 
 
+def test_a_folder_that_another_process_writes_to_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    output = tmp_path / "comparison"
+    output.mkdir()
+    with FileLock(output / ".lock"), pytest.raises(ConfigError, match=f"another process is at work .*'{output}'"):
+        compare(recipe, output, seeds=[0], methods=["base"])
+    compare(recipe, output, seeds=[0], methods=["base"])
+    assert not (output / ".lock").exists() and (output / "comparison.json").exists()
+
+
 def test_a_seed_begins_at_the_base_whatever_was_run_before(recipe: Recipe, tmp_path: Path) -> None:
     alone = scores(compare(recipe, tmp_path / "alone", seeds=[1], methods=["base"]))
     both = scores(compare(recipe, tmp_path / "both", seeds=[0, 1], sizes=[6, None], methods=["base"]))
@@ -255,7 +265,7 @@ def test_a_seed_draws_the_labels_and_the_order_and_all_methods_get_them(
 
 
 def test_more_labels_than_there_are_is_an_error(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"got {TRAIN} labels, fewer than the 25 to compare with"):
+    with pytest.raises(DataError, match=f"sizes: got 25, but the split 'train' has {TRAIN} samples; expected no more"):
         compare(recipe, tmp_path / "out", sizes=[25])
 
 
@@ -543,7 +553,7 @@ def test_a_budget_that_methods_cannot_split_is_refused(name: str, world: Path, t
 
 
 def test_all_numbers_of_labels_are_checked_before_any_run(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"got {TRAIN} labels, fewer than the 25"):
+    with pytest.raises(DataError, match=f"got 25, but the split 'train' has {TRAIN} samples"):
         compare(recipe, tmp_path / "out", seeds=[0], sizes=[6, 25])
     assert not (tmp_path / "out").exists()
 

@@ -226,7 +226,7 @@ def test_all_problems_of_a_recipe_are_in_one_error(tmp_path: Path) -> None:
     assert problems["data"] == "got 'imagefolder', expected dict"
     assert problems["preset"] == "got 'papers', expected one of 'default', 'paper'"
     assert problems["sources"] == "expected a list of at least one reference"
-    assert problems["treshold"].startswith("unknown key, expected one of accepted_bases, accumulate_gradients, ")
+    assert problems["treshold"].startswith("unknown key, did you mean threshold")
     assert "threshold" in problems["treshold"] and "config" not in problems["treshold"].split(", ")
 
 

@@ -6,11 +6,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import LevitConfig, LevitForImageClassification, PreTrainedModel, default_data_collator
+from transformers import (
+    LevitConfig,
+    LevitForImageClassification,
+    PreTrainedModel,
+    default_data_collator,
+)
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError, NonFiniteError
-from grasp_hf.finetune import adapted, finetune_
+from grasp_hf.finetune import adapted, finetune_, training_arguments
 from tests.models import KINDS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 
@@ -214,3 +219,36 @@ def test_checkpointing_leaves_no_hook_behind(tmp_path: Path) -> None:
     model = tiny_model("vit")
     low_rank(model, tmp_path, {"r": 2}, gradient_checkpointing=True)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("samples", "published", "normalizes", "asked", "drops"),
+    [
+        (17, False, False, {}, False),
+        (17, False, True, {}, True),  # the last batch would be a single sample
+        (18, False, True, {}, False),
+        (1, False, True, {}, False),
+        (18, False, False, {"dataloader_drop_last": True}, True),
+        (7, False, False, {"dataloader_drop_last": True}, False),  # there is no full batch
+        (18, True, False, {}, True),
+        (18, True, False, {"per_device_train_batch_size": 32}, False),
+    ],
+)
+def test_a_last_batch_is_dropped_where_it_must_be_and_another_is_left(
+    samples: int, published: bool, normalizes: bool, asked: dict[str, Any], drops: bool, tmp_path: Path
+) -> None:
+    config = (GraspConfig.paper if published else GraspConfig)(batch_size=8, training_arguments=asked)
+    found = training_arguments(
+        config, epochs=1, seed=0, directory=tmp_path, samples=samples, evaluates=False, normalizes_batches=normalizes
+    )
+    assert found.dataloader_drop_last is drops
+
+
+def test_halves_of_the_labels_that_end_in_a_single_sample_are_learned() -> None:
+    model = tiny_model("resnet")
+    images = torch.randn(18, 3, 4, 4, generator=torch.Generator().manual_seed(1))  # 1 x 1 in the last stage
+    data = [{"pixel_values": image, "labels": index % 3} for index, image in enumerate(images)]
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model.train()(pixel_values=images[:1])
+    merger = GraspMerger(model, GraspConfig(**{**NO_TUNING, "initial_epochs": 2}, batch_size=8))
+    merger.merge([], train_dataset=data)

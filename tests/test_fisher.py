@@ -8,12 +8,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.batches import Batch, keeping_model_columns, sample_batches
 from grasp_hf.errors import DataError, NonFiniteError
-from grasp_hf.fisher import fisher_
+from grasp_hf.fisher import _with_drawn_labels, fisher_
 from grasp_hf.gate import halves
 from grasp_hf.mapped import MappedTensors
 from grasp_hf.matching import movable_tensors, partition
@@ -160,7 +160,7 @@ def test_only_what_is_taken_counts(tmp_path: Path) -> None:
             if take:
                 mean.scratch.fisher.take()
             if forget:
-                mean.scratch.fisher.forget()
+                mean.scratch.forget_fisher()
         mean.measure(source, 0.5, batches)
         found = mean.share(name)
         assert found is not None
@@ -323,3 +323,19 @@ def test_a_model_without_classes_has_no_fisher_average(tmp_path: Path) -> None:
     report = merger.merge([str(tmp_path / "1"), str(tmp_path / "2")], train_dataset=data)
     assert [set(step.options) for step in report.steps] == [{"blend", "average"}] * 2
     assert report.steps[0].accepted
+
+
+def test_labels_of_an_encoder_decoder_are_drawn_for_the_prefix_that_they_are_learned_with() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 12, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    sizes |= {"decoder_start_token_id": 0, "pad_token_id": 0}
+    model = T5ForConditionalGeneration(T5Config(**sizes)).eval()
+    perturbed(model, 1, scale=0.5)
+    tokens = torch.randint(1, 12, (2, 4, 6), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": tokens[0], "labels": tokens[1]}
+    with torch.no_grad():
+        drawn = _with_drawn_labels(model, batch)
+        assert not torch.equal(drawn["labels"], batch["labels"])
+        assert torch.equal(model(**drawn).logits, model(**batch).logits)
+        given = _with_drawn_labels(model, {**batch, "decoder_input_ids": tokens[0]})
+    assert torch.equal(given["decoder_input_ids"], tokens[0])

@@ -270,7 +270,10 @@ def test_the_better_start_of_a_training_is_taken(
     assert line.trained == (both_by_halves if held_out is None else [(labels, 7)] * (3 if wins else 2))
     against = f"; fine-tuning alone against the merge, on 4 samples of {report.judged_by}: loss {loss:.3f} -> 0.040 ("
     assert against in report.line()
-    assert report.line().startswith(f"fine-tuned without any source, and all sources taken back{against}") == wins
+    assert (
+        report.line().startswith(f"fine-tuned without the sources of this merge, which were taken back{against}")
+        == wins
+    )
 
 
 def test_a_single_label_judges_what_it_taught_and_the_report_says_so() -> None:
@@ -355,7 +358,7 @@ def test_sources_that_only_make_a_worse_start_are_taken_back(method: Any, evalua
     assert gain is not None and gain.samples == (24 if evaluates else 32) and gain.half_interval
     assert gain.loss == pytest.approx(merged - report.final.alone)
     assert report.conclusions()[1].startswith(
-        "at the end fine-tuned without any source, and all sources taken back; fine-tuning alone against the merge, on "
+        "at the end fine-tuned without the sources of this merge, which were taken back; fine-tuning alone against the merge, on "
         f"{gain.samples} samples of {report.final.judged_by}: loss {report.final.alone:.3f} -> {merged:.3f} ({gain}"
     )
     assert (step.decision, step.reason, step.moved) == ("rejected", ALONE, 0)
@@ -469,7 +472,7 @@ def test_labels_that_the_model_has_learned_do_not_judge(tmp_path: Path, caplog: 
     config = GraspConfig(finetune_epochs=1, final_epochs=0, order="given", **LEARNING)
     merger = GraspMerger.from_pretrained(base, config=config)
     report = merger.merge([noise, noise], train_dataset=tiny_data("resnet", 12))
-    assert "transfers are not judged" in caplog.text
+    assert "neither transfers nor what it is fine-tuned later are judged" in caplog.text
     assert [(bool(step.before), step.judged_by) for step in report.steps] == [
         (True, "two halves of the labels"),
         (False, ""),
@@ -490,7 +493,7 @@ def test_labels_judge_what_is_appended_to_a_merge_that_has_learned_none(
     again.merge([good])
     again.save_pretrained(tmp_path / "again")
     config = GraspConfig(final_epochs=0, order="given", **LEARNING)
-    assert "transfers are not judged" not in caplog.text
+    assert "neither transfers nor what it is fine-tuned later are judged" not in caplog.text
     for name, judged_by in {
         "average": "two halves of the labels",
         "again": "two halves of the labels",
@@ -499,7 +502,7 @@ def test_labels_judge_what_is_appended_to_a_merge_that_has_learned_none(
         merger = GraspMerger.from_pretrained(str(tmp_path / name), config=config)
         step = merger.merge([noise], train_dataset=tiny_data("resnet", 60)).steps[-1]
         assert (step.judged_by, step.accepted) == (judged_by, not judged_by), name
-    assert caplog.text.count("transfers are not judged") == 1
+    assert caplog.text.count("neither transfers nor what it is fine-tuned later are judged") == 1
 
 
 def test_a_control_has_as_many_steps_as_the_merge_or_is_refused() -> None:

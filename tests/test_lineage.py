@@ -20,7 +20,7 @@ from transformers import AutoModelForImageClassification
 from grasp_hf import GraspConfig, GraspMerger, MergeReport, merge_pretrained
 from grasp_hf.cli import main
 from grasp_hf.errors import ConfigError, IncompatibleSourceError, PushError
-from grasp_hf.lineage import reproduce
+from grasp_hf.lineage import append_recipe, reproduce
 from grasp_hf.step import Step
 from tests.hub_server import HubServer
 from tests.models import NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
@@ -431,6 +431,15 @@ def test_a_ranked_merge_is_reproduced_in_the_order_that_was_found(
     assert "reproduced: all" in capsys.readouterr().out
 
 
+def test_what_is_appended_is_ordered_as_the_sources_were(world: Path) -> None:
+    write_recipe(world, sources=["org/line-1", "org/line-2"], order="rank", top=2, finetune_epochs=0)
+    assert main(["merge", "recipe.yaml", "--output", "merged"]) == 0
+    recipe = append_recipe("merged", ["org/line-3"])
+    assert (recipe.config.order, recipe.config.top, recipe.sources) == ("rank", 2, ["org/line-3"])
+    other = append_recipe("merged", ["org/line-3"], ["order=given", "top=null"])
+    assert (other.config.order, other.config.top) == ("given", None)
+
+
 def test_a_merge_that_was_appended_to_in_place_says_why_it_cannot_be_replayed(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -475,7 +484,8 @@ def test_data_from_python(world: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["reproduce", "merged"]) == 1
     assert "its data was given from Python, and its record names none" in capsys.readouterr().err
     assert main(["append", "merged", "org/line-2", "--output", "longer"]) == 1
-    assert "data.path: missing" in capsys.readouterr().err and not any((world / "longer").glob("*"))
+    assert "the data of 'merged' was given from Python" in capsys.readouterr().err
+    assert not any((world / "longer").glob("*"))
     other = ["data.path=imagefolder", "data.data_dir=images"]
     assert main(["reproduce", "merged", *other]) == 1
     assert "not reproduced: " in capsys.readouterr().out, "as many samples, but other ones"

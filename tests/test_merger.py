@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +26,7 @@ from transformers import (
 from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
 from grasp_hf.errors import ConfigError, DataError, GraspError, NonFiniteError, OutputExistsError
 from grasp_hf.matching import movable_tensors
+from grasp_hf.step import Step
 from tests.hub_server import HubServer
 from tests.models import (
     KINDS,
@@ -102,7 +103,8 @@ def test_a_blend_moves_weights_and_statistics_by_the_coefficients_of_the_report(
     for name, start in before.items():
         if start.is_floating_point():
             keep, take = mixes[name.rpartition(".")[0]]
-            share = take if isinstance(after[name], torch.nn.Parameter) else take / (keep + take)
+            total = keep + take  # a statistic goes no farther than the source
+            share = take if isinstance(after[name], torch.nn.Parameter) or total <= 1 else take / total
             expected = start + share * (ends[name] - start)  # the base is the target as it was
             torch.testing.assert_close(after[name].detach(), expected.detach(), atol=1e-6, rtol=0)
 
@@ -298,6 +300,42 @@ def test_batches_without_labels_are_refused_before_training() -> None:
         merger.merge([], train_dataset=tiny_data("bert", 8).remove_columns("labels"))
 
 
+def test_what_is_no_data_set_of_the_model_is_refused_in_words(tmp_path: Path) -> None:
+    good, texts = tiny_data("bert", 8), Dataset.from_dict({"text": ["red", "blue"], "labels": [0, 1]})
+    named = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "labels": ["bird", "cat"]})
+    refused: dict[str, dict[str, Any]] = {
+        "train_dataset is the text 'train.csv'": {"train_dataset": "train.csv"},
+        "train_dataset holds the splits train, test; expected one of them": {
+            "train_dataset": DatasetDict(train=good, test=good)
+        },
+        "train_dataset: no batch .* with the columns text, labels: .*; expected input_ids": {"train_dataset": texts},
+        "train_dataset: no batch .*labels as numbers": {"train_dataset": named},
+        "eval_dataset: BertForSequenceClassification returned no loss": {
+            "train_dataset": good,
+            "eval_dataset": good.remove_columns("labels"),
+        },
+    }
+    base = saved(tiny_model("bert"), tmp_path / "base")
+    for message, arguments in refused.items():
+        with pytest.raises(DataError, match=message):
+            GraspMerger.from_pretrained(base).merge([], **arguments)
+
+
+def test_arguments_in_the_wrong_place_are_refused_in_words(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    base: Any = saved(model, tmp_path / "base")
+    with pytest.raises(ConfigError, match="final_epochs: it belongs in the configuration: config=GraspConfig"):
+        GraspMerger.from_pretrained(base, final_epochs=3)
+    config: Any = {"final_epochs": 3}
+    with pytest.raises(ConfigError, match="config: got a dict, expected a GraspConfig"):
+        GraspMerger.from_pretrained(base, config=config)
+    base = model
+    with pytest.raises(ConfigError, match="got a BertForSequenceClassification, .*GraspMerger.model. takes a model"):
+        GraspMerger.from_pretrained(base)
+    with pytest.raises(ConfigError, match="sources: got a BertForSequenceClassification, expected references"):
+        GraspMerger(model).merge([base], train_dataset=tiny_data("bert", 8))
+
+
 def test_a_transfer_that_changes_nothing_measurable_is_accepted(tmp_path: Path) -> None:
     """The gate turns away what is worse, not what is equal: a source that equals the target."""
     target = perturbed(tiny_model("vit"), 1)
@@ -433,7 +471,7 @@ def test_only_an_average_without_fine_tuning_can_do_without_data(tmp_path: Path)
     source = saved(tiny_model("vit"), tmp_path / "source")
     orders = [GraspConfig(**{**STILL, "order": order}) for order in ("loss", "rank")]
     for config in (GraspConfig(**BLEND), GraspConfig(**{**STILL, "final_epochs": 1}), *orders):
-        with pytest.raises(DataError, match="train_dataset is a NoneType"):
+        with pytest.raises(DataError, match="train_dataset is missing; expected labelled samples: only an average"):
             GraspMerger(tiny_model("vit"), config).merge([source])
 
 
@@ -511,3 +549,64 @@ def test_a_model_spread_by_a_device_map_is_refused_with_advice(tmp_path: Path) -
     )
     with pytest.raises(ConfigError, match="spread over several devices by a device_map; load it without one"):
         GraspMerger(spread)
+
+
+def test_a_record_tells_of_no_fine_tuning_that_an_interrupt_took_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, data = saved(perturbed(tiny_model("vit"), 1), tmp_path / "source"), data_for("vit")
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(**{**STILL, "final_epochs": 2}, method="average"))
+    judgement, finetune, ended = Step.judgement, Step.finetune, []
+
+    def finetuned(step: Step, *args: Any, **kwargs: Any) -> Any:
+        found = finetune(step, *args, **kwargs)
+        ended.append(found)
+        return found
+
+    def interrupted(step: Step, samples: Any) -> Any:
+        if ended and ended[-1]:
+            raise KeyboardInterrupt
+        return judgement(step, samples)
+
+    monkeypatch.setattr(Step, "finetune", finetuned)
+    monkeypatch.setattr(Step, "judgement", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merger.merge([source], **data)
+    assert len(ended) == 3 and merger.report.final is None and not merger.report.finetuned
+    assert [step.accepted for step in merger.report.steps] == [True]
+
+
+def test_a_second_merge_tells_nothing_of_the_end_of_the_first(tmp_path: Path) -> None:
+    sources = [saved(perturbed(tiny_model("vit"), n), tmp_path / str(n)) for n in (1, 2)]
+    config = {**STILL, "method": "average", "gate": False}
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(**{**config, "final_epochs": 1, "order": "loss"}))
+    first = merger.merge(sources[:1], **data_for("vit"))
+    assert first.final and first.ranking
+    twin = merger.with_config(GraspConfig(**config), anew=True)
+    assert twin.report.final is None and not twin.report.ranking and not twin.report.steps
+    second = merger.with_config(GraspConfig(**config)).merge(sources[1:], **data_for("vit"))
+    assert len(second.steps) == 2 and second.final is None and not second.ranking
+
+
+def test_a_mean_in_half_precision_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sources = [saved(perturbed(tiny_model("vit"), n), tmp_path / str(n)) for n in (1, 2)]
+    warning = "the target is in bfloat16, which rounds the mean after every source"
+    for dtype, names, warned in (
+        (None, sources, False),
+        ("bfloat16", sources[:1], False),
+        ("bfloat16", sources, True),
+    ):
+        caplog.clear()
+        model = tiny_model("vit") if dtype is None else tiny_model("vit").bfloat16()
+        GraspMerger(model, GraspConfig(method="average", **STILL)).merge(names)
+        assert (warning in caplog.text) is warned
+
+
+def test_fine_tuning_alone_needs_labels_and_leaves_the_model(tmp_path: Path) -> None:
+    target = perturbed(tiny_model("vit"), 1)
+    before = state_of(target)
+    with pytest.raises(DataError, match="train_dataset"):
+        GraspMerger(target, GraspConfig(method="average", **STILL)).finetuned_alone(
+            1, tiny_data("vit", 8), train_dataset=None
+        )
+    assert_unchanged(target, before)

@@ -10,6 +10,7 @@ import yaml
 
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError
 from grasp_hf.cli import main
+from grasp_hf.errors import SourceNotFoundError
 from grasp_hf.matching import movable_tensors
 from grasp_hf.rank import ranking_table
 from tests.models import LABELS, NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
@@ -88,8 +89,10 @@ def test_sources_with_problems_come_last_and_stop_nobody(tmp_path: Path) -> None
         < table.index(f"- '{other}' cannot be merged")
         < table.index("- './nowhere' is neither")
     )
-    with pytest.raises(IncompatibleSourceError, match="(?s)cannot be ranked:.*another architecture.*nowhere"):
+    with pytest.raises(IncompatibleSourceError, match="(?s)nothing was merged.*another architecture.*nowhere"):
         merger.merge([other, "./nowhere", good], train_dataset=tiny_data("vit", 12))
+    with pytest.raises(SourceNotFoundError, match="nothing was merged.*\n- './nowhere' is neither"):
+        merger.merge(["./nowhere", good], train_dataset=tiny_data("vit", 12))
 
 
 def test_a_source_with_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:

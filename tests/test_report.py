@@ -6,7 +6,8 @@ from pathlib import Path
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.evidence import Change
-from grasp_hf.report import DOUBT, ChangeReport, FinetuneReport, MergeReport, StepReport, UnitReport
+from grasp_hf.report import DOUBT, ChangeReport, FinetuneReport, MergeReport, StepReport, UnitReport, unit_reports
+from grasp_hf.transfer import Mix
 from tests.models import perturbed, saved, tiny_data, tiny_model
 from tests.reports import report_of
 from tests.reports import step as step_of
@@ -56,3 +57,28 @@ def test_a_line_says_why_the_lowest_loss_is_not_taken() -> None:
     clear, noisy = (step_of(options=options, taken=taken).line() for taken in options)
     assert "calibrated: 0.500 blend or 0.510 average (average, as the difference is within the noise)" in noisy
     assert "calibrated: 0.500 blend or 0.510 average" in clear and "within the noise" not in clear
+
+
+def test_a_source_that_brings_nothing_is_not_merged_where_what_was_there_is_rescaled() -> None:
+    mixes = {"a": Mix(0.5, 0.0), "b": Mix(0.9, 0.0004), "c": Mix(1.0, 0.0), "d": Mix(0.9, 0.001)}
+    units = unit_reports(dict.fromkeys(mixes, 1), mixes, dict.fromkeys(mixes, 0.1), True)
+    assert [unit.decision for unit in units] == ["rescaled", "rescaled", "kept", "moved"]
+    one = StepReport("org/a", "sha", "full", units=units[:3])
+    assert one.changed and not one.moved and one.decision == "nothing taken, what was merged before rescaled"
+    assert MergeReport("org/base", steps=[one]).conclusions() == ["0 of 1 sources merged"]
+    one.undo("worse")
+    assert not one.changed and [unit.decision for unit in one.units] == ["undone", "undone", "kept"]
+    taken_back = unit_reports(dict.fromkeys(mixes, 1), mixes, dict.fromkeys(mixes, 0.1), False)
+    assert [unit.decision for unit in taken_back] == ["undone", "undone", "kept", "undone"]
+    table = StepReport("org/a", "sha", "full", units=taken_back).unit_table().splitlines()
+    assert [cell.strip() for cell in table[3].split("|")[4:6]] == ["0.000", "0.900"]
+
+
+def test_a_report_tells_how_heads_were_matched_and_by_whom_sources_were_judged() -> None:
+    first = step_of("org/a", notes=["the head stays: no label in common"])
+    later = step_of("org/b")
+    first.judged_by = "two halves of the labels"
+    report = report_of(first, later, later)
+    assert "org/a: the head stays: no label in common" in report.conclusions()
+    assert report.judged_by == "two halves of the labels, later on evaluation data"
+    assert report_of().judged_by == ""

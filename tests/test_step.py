@@ -215,3 +215,40 @@ def test_few_judges_are_named_once_in_a_merge_with_what_they_cannot_show(
     assert warnings_of(caplog) == [], "nothing is decided by them"
     merger_of(world, method="average").merge(sources, train_dataset=tiny_data("resnet", 100, seed=1))
     assert warnings_of(caplog) == []
+
+
+def test_labels_that_were_learned_judge_no_further_fine_tuning(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    merger = merger_of(world, final_epochs=2, training_arguments={"learning_rate": 0.01})
+    first = merger.merge([str(world / "1")], train_dataset=LABELS).final
+    assert first is not None and first.judged_by == "two halves of the labels" and merger.report.finetuned
+    before = merger.judge(HELD_OUT).losses
+    report = merger.merge([str(world / "expert-1")], train_dataset=LABELS)
+    assert report.final is not None and (report.final.share, report.final.judged_by) == (1.0, "")
+    assert report.final.alone is None and report.steps[1].moved and not report.steps[1].judged_by
+    assert not torch.equal(merger.judge(HELD_OUT).losses, before)
+    assert "neither transfers nor what it is fine-tuned later are judged" in caplog.text
+    judged = merger.merge([str(world / "2")], train_dataset=LABELS, eval_dataset=HELD_OUT)
+    assert judged.final is not None and judged.final.judged_by == judged.steps[2].judged_by == "evaluation data"
+
+
+def test_a_fine_tuning_that_was_taken_back_has_taught_nothing(world: Path) -> None:
+    def wrong(sample: dict[str, Any]) -> dict[str, Any]:
+        return {"labels": (sample["labels"] + 1) % 3}
+
+    judges, rate = HELD_OUT.map(wrong), {"learning_rate": 0.02}
+    knowing = merger_of(world, gate=False, initial_epochs=15, training_arguments=rate)
+    knowing.merge([], train_dataset=LABELS.map(wrong))
+    before = {name: tensor.clone() for name, tensor in knowing.model.state_dict().items()}
+    merger = GraspMerger(knowing.model, GraspConfig(**{**CONFIG, "initial_epochs": 4}, training_arguments=rate))
+    merger.merge([], train_dataset=LABELS, eval_dataset=judges)
+    assert all(torch.equal(before[name], tensor) for name, tensor in merger.model.state_dict().items())
+    assert not merger.report.finetuned
+    step = merger.merge([str(world / "1")], train_dataset=LABELS, eval_dataset=judges).steps[0]
+    assert step.judged_by == "two halves of the labels and evaluation data"
+
+
+def test_without_the_gate_fine_tuning_keeps_no_weights_to_go_back_to(world: Path) -> None:
+    merger = merger_of(world, gate=False)
+    with merger.scratch_files(), merger.step(LABELS, None, None) as step:
+        assert step.finetune(1, seed=0) is not None
+        assert not [*step.scratch.directory.glob("line*")] and step.learned
