@@ -32,7 +32,7 @@ def verdict(change: Change, floor: float, *after: Judgement) -> tuple[bool, str]
         after: The model with it, in each of the ways that it was judged in.
     """
     if change.harms:
-        return False, "harms by more than its standard error"
+        return False, "the calibrated loss rises by more than its standard error"
     if not all(judgement.calibrated_loss <= floor for judgement in after):
         return False, "worse than before the first source"
     if change.samples > 1 and change.mean < -change.half_interval:

@@ -488,7 +488,7 @@ def named_errors(ref: SourceRef, token: str | None = None) -> Iterator[None]:
     except HFValidationError as error:
         raise SourceNotFoundError(f"'{ref}' is not a Hub id: {error}") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        folder = "" if "@" in str(ref) else f"; no folder of that name is in '{Path.cwd()}' either"
+        folder = "" if "@" in str(ref) else "; there is no folder of that name either"
         raise DownloadError(
             f"'{ref}' could not be downloaded, and no complete copy is cached: {_short(error)}{folder}"
         ) from error

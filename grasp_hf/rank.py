@@ -73,7 +73,7 @@ class RankedSource:
             "source": self.reference if self.sha else Path(self.reference).name,
             "kind": self.kind or "–",
             **(
-                {"loss": shown(self.loss)}
+                {"calibrated loss": shown(self.loss)}
                 if self.loss is not None
                 else {
                     "gain": "–" if self.gain is None else f"{self.gain:+.4g}",

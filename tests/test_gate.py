@@ -23,7 +23,7 @@ from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 HELPS, NOISE = "lowers the loss", "within the noise: kept"
 ALONE = "fine-tuning without any source is better"
-HARMS, WORSE = "harms by more than its standard error", "worse than before the first source"
+HARMS, WORSE = "the calibrated loss rises by more than its standard error", "worse than before the first source"
 Losses = Callable[[float, Sequence[float]], Sequence[float]]  # of a model with one weight, on samples
 
 
