@@ -195,12 +195,12 @@ class GraspMerger:
             )
         if config is not None and not isinstance(config, GraspConfig):
             raise ConfigError(f"config: got a {type(config).__name__}, expected a GraspConfig: GraspConfig(**…)")
-        for name in model_kwargs:
-            if name in GraspConfig.__dataclass_fields__:
-                raise ConfigError(f"{name}: it belongs in the configuration: config=GraspConfig({name}=…)")
         for name, advice in REFUSED_ARGUMENTS.items():
             if model_kwargs.pop(name, None):
                 raise ConfigError(f"{name}: leave it out; {advice}")
+        for name in model_kwargs:
+            if name in GraspConfig.__dataclass_fields__:
+                raise ConfigError(f"{name}: it belongs in the configuration: config=GraspConfig({name}=…)")
         ref = SourceRef.parse(model_id)
         ref = replace(ref, revision=ref.revision or revision, subfolder=ref.subfolder or subfolder)
         base = hub.locate(ref, token=token, trusted=(config or GraspConfig()).trust_remote_code)

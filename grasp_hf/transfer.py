@@ -71,14 +71,13 @@ def interpolate_(tensor: Tensor, start: Tensor, end: Tensor, coefficient: float)
 def mix_(tensor: Tensor, start: Tensor, end: Tensor, base: Tensor | None, mix: Mix) -> None:
     """Change `tensor` in place to the mix of `start` (the target), `end` (the source) and `base`.
 
-    Statistics, which are no parameters, have a mean but no direction: where the sum is above 1 comes the point of the line
-    between the two that has the same proportions, and counts, which are no floats, are always the larger part's. `base`
-    may be `None` where the mix has a sum of 1.
+    Statistics, which are no parameters, have a mean but no direction: of those comes the point of the line between the
+    two that has the same proportions. `base` may be `None` where the mix has a sum of 1.
     """
     total = mix.keep + mix.take
     if base is None or math.isclose(total, 1.0, abs_tol=1e-9):
         interpolate_(tensor, start, end, mix.take)
-    elif not tensor.is_floating_point() or (total > 1 and not isinstance(tensor, nn.Parameter)):
+    elif not isinstance(tensor, nn.Parameter):
         interpolate_(tensor, start, end, mix.take / total if total else 0.0)
     else:
         dtype = torch.promote_types(tensor.dtype, torch.float32)

@@ -25,8 +25,8 @@ from PIL import Image
 from scipy.stats import ttest_1samp
 from transformers import Trainer, ViTImageProcessorPil
 
+from grasp_hf import cli, contenders, fairness
 from grasp_hf import comparison as module
-from grasp_hf import contenders, fairness
 from grasp_hf.cli import main
 from grasp_hf.comparison import compare
 from grasp_hf.config import GraspConfig, Recipe
@@ -812,7 +812,7 @@ def test_overrides_may_stand_behind_an_option_with_several_values(
         found.update(arguments, batch_size=recipe.config.batch_size, final_epochs=recipe.config.final_epochs)
         return Comparison([], {})
 
-    monkeypatch.setattr(module, "compare", noting)
+    monkeypatch.setattr(cli, "compare", noting)
     assert main(["compare", str(world / "recipe.yaml"), "--output", str(tmp_path / "out"), *options]) == 0
     expected = {"seeds": [4, 5], "sizes": [6, None], "methods": ["base"]}
     assert found == {**expected, "batch_size": 2, "final_epochs": 3}

@@ -101,8 +101,9 @@ def test_of_partly_shared_classes_only_the_shared_rows_move(config: dict[str, An
             rows[f"classifier.{part}"]
             for rows in (tensors, dict(before.named_parameters()), dict(fine.named_parameters()))
         )
-        assert torch.equal(now[1], was[1])
+        torch.testing.assert_close(now[1], was[1], atol=1e-7, rtol=1e-6)  # a blend of equal rows is rounded
         if config["method"] != "blend":
+            assert torch.equal(now[1], was[1])
             assert torch.equal(now[[0, 2]], theirs[[2, 1]])
     moved = {unit.name: unit.coefficient for unit in step.units}["classifier"]
     assert moved >= 0
