@@ -146,12 +146,12 @@ class GraspConfig:
         batch_size: Samples per batch, in measuring and (unless `training_arguments` says otherwise) in fine-tuning.
         coefficient_lr: First step size of Adam on the coefficients of `blend`; it falls to 0. Adam moves a coefficient by at
             most about one step per batch, so `num_batches * coefficient_lr / 2` bounds how far one source can pull.
-        gate: Undo a transfer that harms by more than its standard error on the samples that judge it, or ends above the loss before
-            the first source, and keep of each fine-tuning only what lowers the loss of samples that it did not see (see
-            `grasp_hf.gate`). Judges are the evaluation data and, as long as the model was not fine-tuned on them, the
-            labels; each half of those judges coefficients that the other labels taught `blend`. What goes in is the
-            mean of all accepted sources, that of `average`, unless the learned coefficients (their mean), or a mean
-            weighted by Fisher information (arXiv:2111.09832), are ahead of it by more than a standard error.
+        gate: Undo a transfer that harms by more than its standard error on the samples that judge it, or ends above the
+            loss before the first source, and keep of each fine-tuning only what lowers the loss of samples that it did
+            not see (see `grasp_hf.gate`). Judges are the evaluation data and, as long as the model was not fine-tuned
+            on them, the labels; each half of those judges coefficients that the other labels taught `blend`. What goes
+            in is the mean of all accepted sources, that of `average`, unless the learned coefficients (their mean), or
+            a mean weighted by Fisher information (arXiv:2111.09832), are ahead of it by more than a standard error.
         initial_epochs: Epochs of fine-tuning before the first source.
         finetune_epochs: Epochs of fine-tuning after each source.
         final_epochs: Epochs of fine-tuning after the last source. `num_train_epochs` in `training_arguments` replaces

@@ -113,12 +113,9 @@ def _accuracy(start: str, config: GraspConfig, sources: list[str], data: TaskDat
 
 
 def _table(scores: list[Score], data: TaskData) -> str:
+    measure = f"accuracy on {len(data.test)} test images, ± standard error"
     rows = [
-        {
-            "": name,
-            f"accuracy on {len(data.test)} test images, ± standard error": f"{accuracy:.3f} ± {_standard_error(accuracy, data):.3f}",
-        }
-        for name, accuracy in scores
+        {"": name, measure: f"{accuracy:.3f} ± {_standard_error(accuracy, data):.3f}"} for name, accuracy in scores
     ]
     return markdown_table(rows)
 

@@ -37,9 +37,8 @@ def append_recipe(
     """
     values, record, _ = _recorded(merged, token)
     values |= {"base_model": merged, "sources": list(sources)}
-    values |= {
-        key: record.config[key] for key in ("order", "top") if key in record.config
-    }  # they are pinned for a replay
+    # What is saved pins the order that was found, so that it can be replayed.
+    values |= {key: record.config[key] for key in ("order", "top") if key in record.config}
     for text in overrides:
         override_(values, text)
     recipe = Recipe.from_dict(values, folder=Path.cwd(), name=f"the record of '{merged}'")

@@ -207,7 +207,7 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     base, sources = rows[0], rows[1:]
     weights = 4 * (base.parameters or base.num_bytes // 4)  # the target is float32
     largest = sorted((row.bytes_to_download for row in sources), reverse=True)
-    ordering = sum(largest) if config.order != "given" else 0
+    ordering = sum(largest) if config.order != "given" and len(sources) > 1 else 0
     download = base.bytes_to_download + ordering + sum(largest[: config.top])
     disk = sum(largest[: 2 if config.prefetch else 1]) + base.bytes_to_download
     temporary = 0
