@@ -629,8 +629,9 @@ class GraspMerger:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             columns = getattr(dataset, "column_names", None)
             held = f" with the columns {', '.join(columns)}" if isinstance(columns, list) else ""
+            what = str(error).strip().split("\n")[0] or type(error).__name__
             raise DataError(
-                f"{name}: no batch can be made of its samples{held}: {str(error).splitlines()[0]}; expected "
+                f"{name}: no batch can be made of its samples{held}: {what}; expected "
                 f"{self.model.main_input_name}, as the model's tokenizer or processor makes them, and labels as numbers"
             ) from error
         if name == "eval_dataset" and not labelled_terms(self.model, batch):  # others may have some
