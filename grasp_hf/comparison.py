@@ -126,7 +126,7 @@ def _held(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (output / LOCK).unlink()
+        (output / LOCK).unlink(missing_ok=True)
         lock.release()
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -60,13 +60,18 @@ def _type_problem(value: Any, hint: Any) -> str | None:
     return f"expected {names}{advice}"
 
 
-def _problems(cls: type, values: dict[str, Any]) -> list[str]:
-    """List every unknown key and every value of a wrong type among `values` for the dataclass `cls`."""
+def _problems(cls: type, values: dict[str, Any], beside: Collection[str] = ()) -> list[str]:
+    """List every unknown key and every value of a wrong type among `values` for the dataclass `cls`.
+
+    Keys `beside` those of the class may be meant by an unknown one, too.
+    """
     hints = typing.get_type_hints(cls)
     found = []
     for key, value in values.items():
         if key not in hints:
-            found.append(f"{key}: unknown key{_meant(key, hints) or f', expected one of {_listed(hints)}'}")
+            known = {*hints, *beside}
+            advice = _meant(key, known) or f", expected one of {', '.join(sorted(known))}"
+            found.append(f"{key}: unknown key{advice}")
         elif problem := _type_problem(value, hints[key]):
             found.append(f"{key}: got {value!r}, {problem}")
     return found
@@ -76,10 +81,6 @@ def _meant(key: Any, known: Collection[str]) -> str:
     """Return the question whether the known key most like `key` was meant; empty where none is like it."""
     close = difflib.get_close_matches(str(key), known, n=1)
     return f", did you mean {close[0]}" if close else ""
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
 
 
 def _plain(value: Any) -> Any:
@@ -356,12 +357,8 @@ class Recipe:
         recipe_values = {key: value for key, value in values.items() if key in own}
         settings = {key: value for key, value in values.items() if key not in own}
         problems = _problems(cls, recipe_values)
-        config_problems = _problems(GraspConfig, settings)
-        known = own | {f.name for f in dataclasses.fields(GraspConfig)}
-        for problem in config_problems:
-            key, unknown, _ = problem.partition(": unknown key")
-            expected = _meant(key, known) or f", expected one of {_listed(known)}"
-            problems.append(f"{key}{unknown}{expected}" if unknown else problem)
+        config_problems = _problems(GraspConfig, settings, beside=own)
+        problems += config_problems
         if not values.get("sources"):
             problems.append("sources: expected a list of at least one reference")
         elif values.get("base_model") is None and isinstance(values["sources"], list) and len(values["sources"]) == 1:

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hub
-from .batches import Collator, batch_loss, check_dataset, keeping_model_columns, labelled_terms
+from .batches import Collator, check_dataset, keeping_model_columns
 from .card import declared_license
 from .config import GraspConfig
 from .continuation import Continuation
 from .digests import described
-from .errors import ConfigError, DataError, GraspError, IncompatibleSourceError, PushError
+from .errors import ConfigError, GraspError, IncompatibleSourceError, PushError
 from .evidence import Judgement
 from .gradients import checkpointing, preserved_state
 from .loading import LoadedSource, load_processing_class, load_source, load_target
@@ -266,31 +266,9 @@ class GraspMerger:
         Raises:
             GraspError: With the number and name of the source that it happened at.
         """
-        if isinstance(sources, str):
-            raise ConfigError(f"sources: got '{sources}', expected a list of references")
-        for source in sources:
-            if not isinstance(source, str | Path):
-                raise ConfigError(
-                    f"sources: got a {type(source).__name__}, expected references: Hub ids, or folders of saved models"
-                )
+        self._check_merge(sources, train_dataset, eval_dataset)
         sources, config, earlier = [str(source) for source in sources], self.config, len(self.report.steps)
         arguments = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
-        if eval_dataset is None and config.training_arguments.get("eval_strategy", "no") != "no":
-            raise ConfigError("training_arguments.eval_strategy: expected none without evaluation data")
-        if sources:
-            self._check_units()
-            if eval_dataset is None and train_dataset is not None and config.gate:
-                if self.report.finetuned or config.finetunes_between:
-                    logger.warning(
-                        "no evaluation data, and the model is fine-tuned on labels before they could judge a source: "
-                        "neither transfers nor what it is fine-tuned later are judged"
-                    )
-            if len(sources) > 1 and config.method != "copy" and self.model.dtype in (torch.float16, torch.bfloat16):
-                logger.warning(
-                    "the target is in %s, which rounds the mean after every source, so that later ones lose weight; load it "
-                    "in float32 (the default), and convert the merged model",
-                    str(self.model.dtype).removeprefix("torch."),
-                )
         with self.scratch_files():
             with self.step(**arguments) as step:
                 step.check_finetuning(config.total_epochs(len(sources)))
@@ -325,6 +303,34 @@ class GraspMerger:
                         merged.undo("fine-tuning without any source is better")
                     logger.info("at the end: %s", final.line())
         return self.report
+
+    def _check_merge(self, sources: Sequence[str], train_dataset: Any, eval_dataset: Any) -> None:
+        """Raise where a merge makes no sense, and warn where it is worth less than it seems."""
+        config = self.config
+        if isinstance(sources, str):
+            raise ConfigError(f"sources: got '{sources}', expected a list of references")
+        for source in sources:
+            if not isinstance(source, str | Path):
+                raise ConfigError(
+                    f"sources: got a {type(source).__name__}, expected references: Hub ids, or folders of saved models"
+                )
+        if eval_dataset is None and config.training_arguments.get("eval_strategy", "no") != "no":
+            raise ConfigError("training_arguments.eval_strategy: expected none without evaluation data")
+        if not sources:
+            return
+        self._check_units()
+        learns_first = self.report.finetuned or config.finetunes_between
+        if eval_dataset is None and train_dataset is not None and config.gate and learns_first:
+            logger.warning(
+                "no evaluation data, and the model is fine-tuned on labels before they could judge a source: neither "
+                "transfers nor what it is fine-tuned later are judged"
+            )
+        if len(sources) > 1 and config.method != "copy" and self.model.dtype in (torch.float16, torch.bfloat16):
+            logger.warning(
+                "the target is in %s, which rounds the mean after every source, so that later ones lose weight; load it "
+                "in float32 (the default), and convert the merged model",
+                str(self.model.dtype).removeprefix("torch."),
+            )
 
     def finetuned_alone(
         self,
@@ -603,7 +609,7 @@ class GraspMerger:
             try:
                 for name, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
                     if dataset is not None and not any(dataset is known for known in self._checked):
-                        self._check_loss(step, dataset, name)
+                        step.check_loss(dataset, name)
                 self._checked = train_dataset, eval_dataset
                 yield step
             except BaseException as error:
@@ -621,27 +627,6 @@ class GraspMerger:
         if data_collator is not None and self.config.training_arguments.get("remove_unused_columns") is False:
             return data_collator
         return keeping_model_columns(self.model, data_collator)
-
-    def _check_loss(self, step: Step, dataset: Any, name: str) -> None:
-        """Raise where the model makes no finite loss of a batch; the Trainer would, but in its own words and later."""
-        try:
-            batch = next(step.batches(dataset, self.config.seed))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            columns = getattr(dataset, "column_names", None)
-            held = f" with the columns {', '.join(columns)}" if isinstance(columns, list) else ""
-            what = str(error).strip().split("\n")[0] or type(error).__name__
-            raise DataError(
-                f"{name}: no batch can be made of its samples{held}: {what}; expected "
-                f"{self.model.main_input_name}, as the model's tokenizer or processor makes them, and labels as numbers"
-            ) from error
-        if name == "eval_dataset" and not labelled_terms(self.model, batch):  # others may have some
-            return
-        try:
-            with torch.no_grad(), preserved_state(self.model):
-                self.model.eval()
-                batch_loss(self.model, batch)
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from error
 
     def evaluate(self, dataset: Any, *, data_collator: Collator | None = None) -> Evaluation:
         """Return the mean `loss` over `dataset`, and the `accuracy` in [0, 1] of a classifier; changes nothing."""

@@ -9,6 +9,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Subset
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .alignment import mean_defined
-from .batches import Batch, Collator, sample_batches
+from .batches import Batch, Collator, batch_loss, labelled_terms, sample_batches
 from .config import GraspConfig
 from .errors import DataError
 from .evidence import EVIDENCE, LEAST_SAMPLES, Judgement, change, joined, judge, resolution
@@ -281,6 +282,30 @@ class Step:
         elif "fisher" in options:
             self.scratch.fisher.take()
         return option
+
+    def check_loss(self, dataset: Any, name: str) -> None:
+        """Raise where the model makes no finite loss of a batch; the Trainer would, but in its own words and later.
+
+        `name` is that of the data set, for the message.
+        """
+        try:
+            batch = next(self.batches(dataset, self.config.seed))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            columns = getattr(dataset, "column_names", None)
+            held = f" with the columns {', '.join(columns)}" if isinstance(columns, list) else ""
+            what = str(error).strip().split("\n")[0] or type(error).__name__
+            raise DataError(
+                f"{name}: no batch can be made of its samples{held}: {what}; expected "
+                f"{self.model.main_input_name}, as the model's tokenizer or processor makes them, and labels as numbers"
+            ) from error
+        if name == "eval_dataset" and not labelled_terms(self.model, batch):  # others may have some
+            return
+        try:
+            with torch.no_grad(), preserved_state(self.model):
+                self.model.eval()
+                batch_loss(self.model, batch)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
 
     def check_finetuning(self, epochs: float) -> None:
         """Raise where the Trainer will not fine-tune, so that it is known before the first source is merged."""

@@ -107,6 +107,12 @@ def test_a_plan_without_problems(world: Path, capsys: pytest.CaptureFixture[str]
     assert "download: 0.00 GB, 0 s at 50 MB/s\n" in output.out
 
 
+def test_no_bar_is_drawn_where_nobody_watches(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))  # where no data set has been prepared yet
+    done = run("plan", str(world / "recipe.yaml"))
+    assert done.returncode == 0 and done.stderr == ""
+
+
 def test_a_plan_says_what_is_named_twice(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(world, sources=["fine-1", "fine-2", "fine-1", "base"])
     assert main(["plan", recipe]) == 0

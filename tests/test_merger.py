@@ -26,7 +26,6 @@ from transformers import (
 from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
 from grasp_hf.errors import ConfigError, DataError, GraspError, NonFiniteError, OutputExistsError
 from grasp_hf.matching import movable_tensors
-from grasp_hf.step import Step
 from tests.hub_server import HubServer
 from tests.models import (
     KINDS,
@@ -550,28 +549,32 @@ def test_a_model_spread_by_a_device_map_is_refused_with_advice(tmp_path: Path) -
         GraspMerger(spread)
 
 
-def test_a_record_tells_of_no_fine_tuning_that_an_interrupt_took_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, data = saved(perturbed(tiny_model("vit"), 1), tmp_path / "source"), data_for("vit")
-    merger = GraspMerger(tiny_model("vit"), GraspConfig(**{**STILL, "final_epochs": 2}, method="average"))
-    judgement, finetune, ended = Step.judgement, Step.finetune, []
+class Interrupting:
+    """Samples of which reading one too many is a Ctrl-C."""
 
-    def finetuned(step: Step, *args: Any, **kwargs: Any) -> Any:
-        found = finetune(step, *args, **kwargs)
-        ended.append(found)
-        return found
+    def __init__(self, samples: Dataset, most: float) -> None:
+        self.samples, self.left = samples, most
 
-    def interrupted(step: Step, samples: Any) -> Any:
-        if ended and ended[-1]:
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
             raise KeyboardInterrupt
-        return judgement(step, samples)
+        return self.samples[index]
 
-    monkeypatch.setattr(Step, "finetune", finetuned)
-    monkeypatch.setattr(Step, "judgement", interrupted)
+
+def test_a_record_tells_of_no_fine_tuning_that_an_interrupt_took_back(tmp_path: Path) -> None:
+    source, whole = saved(perturbed(tiny_model("vit"), 1), tmp_path / "source"), 1e9
+    config = GraspConfig(**{**STILL, "final_epochs": 2}, method="average")
+    reads = Interrupting(tiny_data("vit", 12, seed=2), whole)
+    assert GraspMerger(tiny_model("vit"), config).merge([source], **{**data_for("vit"), "eval_dataset": reads}).final
+    merger = GraspMerger(tiny_model("vit"), config)
+    stopped = Interrupting(reads.samples, whole - reads.left - 1)  # at the last sample of the last evaluation
     with pytest.raises(KeyboardInterrupt):
-        merger.merge([source], **data)
-    assert len(ended) == 3 and merger.report.final is None and not merger.report.finetuned
+        merger.merge([source], **{**data_for("vit"), "eval_dataset": stopped})
+    assert merger.report.final is None and not merger.report.finetuned
     assert [step.accepted for step in merger.report.steps] == [True]
 
 
