@@ -57,11 +57,17 @@ def load_adapter_config(source: Source) -> PeftConfig:
 
 
 def adapter_problems(
-    config: PeftConfig, adapter: Source, base: Source | None, accepted_bases: Collection[str] = ()
+    config: PeftConfig,
+    adapter: Source,
+    base: Source | None,
+    accepted_bases: Collection[str] = (),
+    *,
+    token: str | None = None,
 ) -> list[str]:
     """List what an adapter's config alone says against applying it to `base`.
 
-    `accepted_bases` are names (`org/name` or `org/name@revision`) that the user declares to be the same model as `base`.
+    `accepted_bases` are names (`org/name` or `org/name@revision`) that the user declares to be the same model as `base`;
+    `token` lets the Hub be asked about it.
     """
     problems = []
     kind = PeftType(config.peft_type)
@@ -80,7 +86,7 @@ def adapter_problems(
             f"it is an adapter of '{named}', expected an adapter of '{base.ref.name}'; if they are the same, accept it "
             f"by name: accepted_bases=['{named}']"
         )
-    elif config.revision and base.sha and not _is_commit(named, config.revision, base):
+    elif config.revision and base.sha and not _is_commit(named, config.revision, base, token):
         revised = f"{named}@{config.revision}"
         problems.append(
             f"it is an adapter of '{named}' at revision '{config.revision}', expected '{base.ref}'; if they are the same, "
@@ -106,9 +112,11 @@ def _is_folder(name: str, adapter: Source, base: Source) -> bool:
     return bool(name) and any(path.is_dir() and path.samefile(base.folder) for path in paths)
 
 
-def _is_commit(name: str, revision: str, base: Source) -> bool:
+def _is_commit(name: str, revision: str, base: Source, token: str | None) -> bool:
     """Whether `revision` (a branch, a tag, a sha) is the commit that `base` was taken from."""
-    return revision in (base.sha, base.ref.revision) or hub.commit_of(SourceRef(name, revision)) == base.sha
+    if revision in (base.sha, base.ref.revision):
+        return True
+    return hub.commit_of(SourceRef(name, revision), token=token) == base.sha
 
 
 def saved_classes(adapter: Source, class_tensors: Collection[str]) -> int | None:

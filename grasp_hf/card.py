@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
-from .licenses import strictest
+from .licenses import license_of, strictest
 from .loading import task_of
 from .report import MergeReport, markdown_table
 from .sources import SourceRef
@@ -129,10 +129,9 @@ def declared_license(folder: Path) -> str | None:
     """Return the licence that the card in `folder` declares; `None` where there is no card or no licence in it."""
     card = folder / "README.md"
     try:
-        found = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+        return license_of(ModelCard.load(card, ignore_metadata_errors=True).data) if card.is_file() else None
     except (ValueError, OSError, YAMLError):
         return None
-    return ", ".join(map(str, found)) if isinstance(found, list) else found
 
 
 def trained_on_test(folder: Path, dataset: str) -> str | None:

@@ -16,7 +16,7 @@ import datasets
 from safetensors import SafetensorError
 
 from .comparison import compare
-from .config import Recipe
+from .config import GraspConfig, Recipe
 from .contenders import METHODS
 from .errors import ConfigError, GraspError, OutputExistsError, PushError
 from .evidence import Judgement, change
@@ -69,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides = [text for text in options.overrides if "=" in text]
         if options.command != "append" and (wrong := options.sources):
             parser.error(f"expected key=value, got: {' '.join(wrong)}")
+    if options.command in ("merge", "append") and not options.push_to_hub:
+        for name in ("private", "create_pr"):
+            if getattr(options, name):
+                parser.error(f"--{name.replace('_', '-')}: expected --push-to-hub beside it")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
@@ -177,6 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     push = command("push", "Upload a merge that was saved in a folder, as one commit.")
     push.add_argument("folder", help="folder of a merge")
     push.add_argument("push_to_hub", metavar="org/name", help="repository")
+    push.add_argument(
+        "--trust-remote-code", action="store_true", help="let Python code run that was saved with the merge"
+    )
     for sub in (merge, append):
         sub.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the merged model to this repository")
     for sub in (merge, append, push):
@@ -284,7 +291,9 @@ def _append(options: argparse.Namespace) -> int:
 
 def _push_folder(options: argparse.Namespace) -> int:
     check_repo_id(options.push_to_hub)
-    merger = GraspMerger.from_pretrained(options.folder, dtype="auto")
+    trusted = [str(Path(options.folder).expanduser())] if options.trust_remote_code else []
+    config = GraspConfig(trust_remote_code=trusted)
+    merger = GraspMerger.from_pretrained(options.folder, config=config, dtype="auto")
     if not merger.report.continues:
         raise ConfigError(f"'{options.folder}' is not a merge by grasp_hf; push another model with its push_to_hub")
     _push(merger, options, Path(options.folder))

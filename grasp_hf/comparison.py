@@ -179,14 +179,22 @@ def _setting(
         "digests": digests,
         "models": models,
         "variants": variants,
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in packages} | {"code": _code_digest()},
     }
+
+
+def _code_digest() -> str:
+    """Return what tells this state of the package from others of the same version."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _continued(output: Path, setting: dict[str, Any], methods: Collection[str]) -> Comparison:
     """Return what an earlier run of the same comparison has left in `output`; of `methods`, what could not be run, goes."""
     if not (output / RESULTS).exists():
-        if any(path.name != LOCK for path in output.iterdir()):
+        if any(not path.name.startswith(".") for path in output.iterdir()):
             raise ConfigError(f"'{output}' holds something else; name a new folder for the comparison")
         return Comparison([], setting)
     earlier = Comparison.load(output)

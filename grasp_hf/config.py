@@ -261,6 +261,14 @@ class GraspConfig:
         asked = self.training_arguments
         return epochs > 0 and (asked.get("num_train_epochs", epochs) > 0 or asked.get("max_steps", 0) > 0)
 
+    def for_part(self, share: float) -> "GraspConfig":
+        """Return the configuration for training on this share of the labels in as many passes over them."""
+        steps = self.training_arguments.get("max_steps", 0)
+        if steps <= 0 or share == 1:
+            return self
+        fewer = {"max_steps": math.ceil(steps * share)}
+        return dataclasses.replace(self, training_arguments=self.training_arguments | fewer)
+
     @classmethod
     def paper(cls, **overrides: Any) -> "GraspConfig":
         """Return the procedure of arXiv:2606.14900 (GRASP) as its code runs it, for comparison.
@@ -293,6 +301,16 @@ def override_(values: dict[str, Any], text: str) -> None:
     if not equals or not last:
         raise ConfigError(f"override '{text}': expected key=value or section.key=value")
     section[last] = parsed
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{twice[0]}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +346,7 @@ class Recipe:
         """
         path = Path(path)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
         except OSError as error:
             raise ConfigError(f"recipe '{path}' cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
@@ -371,7 +389,9 @@ class Recipe:
                 problems += str(error).split("\n- ")[1:]
         if problems or config is None:
             raise ConfigError(f"{name} has problems:\n- " + "\n- ".join(problems))
-        return cls(**recipe_values, config=config, folder=folder)
+        recipe = cls(**recipe_values, config=config, folder=folder)
+        trusted = [recipe.locate(reference) for reference in config.trust_remote_code]
+        return dataclasses.replace(recipe, config=dataclasses.replace(config, trust_remote_code=trusted))
 
     def locate(self, reference: str) -> str:
         """Return `reference` as a path where it names something in the recipe's folder, else unchanged."""

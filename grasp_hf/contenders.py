@@ -323,7 +323,7 @@ METHODS = {
     "loop-all": Method("published loop, everything copied", "control", partial(published, threshold=-1.0), "1", False),
     "ensemble": Method("ensemble of all", "existing", ensemble, "1; K to use", False),
     "fusion": Method("Multi-Source fusion", "existing", fusion, "4 K; K to use", False, "K"),
-    "pearl": Method("PEARL, with gradients", "existing", pearl, sources="K"),
+    "pearl": Method("PEARL, with gradients", "existing", pearl),
     "greedy-soup": _rival("greedy soup", greedy_soup_, "K"),
     "task-arithmetic": _rival("task arithmetic", task_arithmetic_),
     "ties": _rival("TIES", ties_, "K"),

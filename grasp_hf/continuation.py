@@ -24,7 +24,7 @@ class Continuation:
 
     def __init__(self, record: MergeReport, merged: Source, token: str | None) -> None:
         self._record, self._token = record, token
-        self._name = f"{merged.ref.name}@{merged.sha}" if merged.sha else str(merged.ref)
+        self._name = str(replace(merged.ref, revision=merged.sha) if merged.sha else merged.ref)
         self._base: Source | None = None
         self._began: MergeReport | None = None
         # A folder may hold what was appended to a published version, and could not be pushed.

@@ -111,6 +111,8 @@ def load_splits(section: DataSection) -> DatasetDict:
     """
     try:
         if (Path(section.path) / "dataset_dict.json").exists() or (Path(section.path) / "state.json").exists():
+            if unused := [key for key in ("name", "revision", *FILES) if getattr(section, key) is not None]:
+                raise ValueError(f"it was saved by save_to_disk, where data.{unused[0]} means nothing; leave it out")
             loaded = load_from_disk(section.path)
         else:
             names = ("name", "revision", *FILES)

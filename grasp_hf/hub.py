@@ -1,13 +1,13 @@
 """What the Hub holds: a reference becomes one commit, with the size and the checksum of every file of it."""
 
 import hashlib
-import json
 import logging
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -30,11 +30,14 @@ from huggingface_hub.utils import _http, get_session
 from huggingface_hub.utils import tqdm as hub_tqdm
 
 from .errors import DownloadError, SourceNotFoundError
-from .sources import ADAPTER_WEIGHTS, Source, SourceRef
+from .files import write_whole
+from .licenses import license_of
+from .sources import ADAPTER_WEIGHTS, FULL_WEIGHTS, INDEX, Source, SourceRef, shards_of
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "README.md", "grasp_config.yaml")
+TOKENIZERS = ("*.txt", "*.model", "*.spm", "*.tiktoken", "bpe.codes")  # but for those in JSON
+CONFIG_FILES = ("*.json", *TOKENIZERS, "*.jinja", "README.md", "grasp_config.yaml")
 CHAT_TEMPLATES = "additional_chat_templates"
 NOT_NEEDED = ("trainer_state.json", "*results.json")
 SAFETENSORS = ("model.safetensors", "model-*.safetensors")
@@ -84,6 +87,7 @@ class Listing:
         license: What its card declares.
         gated: Whether conditions stand before its files.
         trusted: Whether its Python files are wanted.
+        shards: Names of the weight files, where an index says which they are.
     """
 
     ref: SourceRef
@@ -93,6 +97,7 @@ class Listing:
     license: str | None = None
     gated: bool = False
     trusted: bool = False
+    shards: tuple[str, ...] = ()
 
     def select(self, patterns: Sequence[str]) -> list[str]:
         """Return the files in the reference's folder that match one of `patterns`."""
@@ -136,12 +141,18 @@ class Listing:
         return templates + self.select([*CONFIG_FILES, "*.py"] if self.trusted else CONFIG_FILES)
 
     @property
+    def main_weights(self) -> str | None:
+        """Path of the file that holds the weights, of the best format, or of the index of those that do."""
+        expected = ADAPTER_WEIGHTS if "adapter_config.json" in self.names else FULL_WEIGHTS
+        return next((path for name in expected if (path := self.folder + name) in self.files), None)
+
+    @property
     def weights(self) -> list[str]:
         """Paths of the weight files, of one format only."""
-        if "adapter_config.json" in self.names:
-            return next((found for name in ADAPTER_WEIGHTS if (found := self.select([name]))), [])
-        whole_first = (SAFETENSORS[:1], SAFETENSORS[1:], PICKLED[:1], PICKLED[1:])
-        return next((found for patterns in whole_first if (found := self.select(patterns))), [])
+        main = self.main_weights
+        if main is None or not main.endswith(INDEX):
+            return [main] if main else []
+        return [self.folder + name for name in self.shards]
 
     @property
     def num_bytes(self) -> int:
@@ -169,8 +180,33 @@ def resolve(ref: SourceRef, *, token: str | None = None, trusted: Collection[str
         files[file.rfilename] = RemoteFile(file.size or 0, sha256, file.blob_id or "")
     if info.id != ref.name and "/" in ref.name:
         logger.warning("'%s' is called '%s' now", ref.name, info.id)
-    licence = info.card_data.get("license") if info.card_data else None
+    licence = license_of(info.card_data) if info.card_data else None
     return Listing(ref, info.id, str(info.sha), files, licence, bool(info.gated), ref.is_among(trusted))
+
+
+def resolve_model(ref: SourceRef, *, token: str | None = None, trusted: Collection[str] = ()) -> Listing | None:
+    """Return what `resolve` does, of what is a model or an adapter, and with the weight files that an index names.
+
+    The index is not kept.
+
+    Raises:
+        SourceNotFoundError: Also where it is no model, or one that lacks weight files.
+        DownloadError: The index did not arrive.
+    """
+    listing = resolve(ref, token=token, trusted=trusted)
+    if listing is None:
+        return None
+    listing.inspect()
+    main = listing.main_weights
+    if main is None or not main.endswith(INDEX):
+        return listing
+    with tempfile.TemporaryDirectory(prefix="grasp_hf-") as folder:
+        names = shards_of(fetch(listing, main, token=token, cache_dir=Path(folder)), listing.ref)
+    if missing := [name for name in names if listing.folder + name not in listing.files]:
+        raise SourceNotFoundError(
+            f"'{listing.ref}' is not complete: {Path(main).name} names {', '.join(missing)}, which the repository lacks"
+        )
+    return replace(listing, shards=tuple(names))
 
 
 def _info(ref: SourceRef, token: str | None) -> ModelInfo:
@@ -190,11 +226,13 @@ def locate(reference: str | SourceRef, *, token: str | None = None, trusted: Col
     """
     ref = SourceRef.parse(reference) if isinstance(reference, str) else reference
     if ref.is_local:
-        return replace(Source.inspect(ref, Path(ref.name)), trusted=ref.is_among(trusted))
-    listing = resolve(ref, token=token, trusted=trusted)
+        source = Source.inspect(ref, Path(ref.name))
+        if missing := source.missing_weights:
+            raise SourceNotFoundError(f"'{ref}' is not complete: {', '.join(missing)} missing; copy it again")
+        return _told(replace(source, trusted=ref.is_among(trusted)))
+    listing = resolve_model(ref, token=token, trusted=trusted)
     if listing is None:
         return cached_source(ref, token, trusted)
-    listing.inspect()
     source = fetch_source(listing, token=token)
     _remember(listing)
     return source
@@ -205,10 +243,15 @@ def fetch_source(listing: Listing, weights: Sequence[str] | None = None, **optio
     folder = Path()
     for path in [*listing.configuration, *(listing.weights if weights is None else weights)]:
         folder = fetch(listing, path, **options).parent
-    source = replace(Source.inspect(listing.ref, folder, listing.sha), gated=listing.gated, trusted=listing.trusted)
-    if any(path.suffix == ".bin" for path in source.weight_files):
+    source = Source.inspect(listing.ref, folder, listing.sha)
+    return _told(replace(source, gated=listing.gated, trusted=listing.trusted))
+
+
+def _told(source: Source) -> Source:
+    """Return `source` after a warning where its weights are pickled."""
+    if any(name.endswith(".bin") for name in source.weight_names):
         logger.warning(
-            "%s has no safetensors weights; its pickled weights are read with weights_only=True", listing.ref
+            "%s has no safetensors weights; its pickled weights are read with weights_only=True", source.ref
         )
     return source
 
@@ -303,10 +346,12 @@ def _stoppable(stop: threading.Event) -> type[hub_tqdm]:
 def _remember(listing: Listing) -> None:
     """Note in the user's cache what the revision named, as every download by its name does; needed without a network."""
     revision = listing.ref.revision or "main"
-    if revision != listing.sha:
-        refs = Path(constants.HF_HUB_CACHE, listing.cache_name, "refs")
-        (refs / revision).parent.mkdir(parents=True, exist_ok=True)
-        (refs / revision).write_text(listing.sha)
+    path = Path(constants.HF_HUB_CACHE, listing.cache_name, "refs", revision)
+    with suppress(OSError):  # of a cache that others keep
+        if revision == listing.sha or (path.is_file() and path.read_text() == listing.sha):
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, listing.sha)
 
 
 def _linked(found: Path, listing: Listing, path: str, cache_dir: Path) -> Path:
@@ -388,10 +433,11 @@ def _short(error: Exception) -> str:
 
 
 def cached_source(ref: SourceRef, token: str | None = None, trusted: Collection[str] = ()) -> Source:
-    """Return a model that the user's cache holds whole, without asking the Hub."""
-    names = [*CONFIG_FILES, "*.py", *SAFETENSORS, *PICKLED, *ADAPTER_WEIGHTS]
-    patterns = [f"{ref.subfolder}/{name}" for name in names] if ref.subfolder else names
-    ignored = None if ref.subfolder else ["*/*"]
+    """Return a model that the user's cache holds whole, without asking the Hub; its card need not be there."""
+    names = [*CONFIG_FILES, SAFETENSORS[0], ADAPTER_WEIGHTS[0], *(["*.py"] if ref.is_among(trusted) else [])]
+    inside = f"{ref.subfolder}/" if ref.subfolder else ""
+    patterns = [inside + name for name in names if name != "README.md"]
+    ignored = [inside + name for name in NOT_NEEDED] + ([] if inside else ["*/*"])
     with named_errors(ref, token):
         folder = snapshot_download(
             ref.name,
@@ -406,7 +452,7 @@ def cached_source(ref: SourceRef, token: str | None = None, trusted: Collection[
         raise DownloadError(
             f"'{ref}' could not be downloaded, and no complete copy is cached; run it again when the Hub can be reached"
         ) from error
-    if missing := _missing_shards(source):
+    if missing := source.missing_weights:
         raise DownloadError(
             f"'{ref}' is not complete in the cache: {', '.join(missing)} missing; run it again when the Hub can be reached"
         )
@@ -419,17 +465,7 @@ def cached_source(ref: SourceRef, token: str | None = None, trusted: Collection[
             raise DownloadError(
                 f"'{ref}': {path.name} is damaged in the cache; run it again when the Hub can be reached"
             )
-    return source
-
-
-def _missing_shards(source: Source) -> list[str]:
-    """Return the weight files that an index names and that are not there."""
-    files = {path.name for path in source.weight_files}
-    for index in source.folder.glob("*.index.json"):
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if named & files:
-            return sorted(named - files)
-    return []
+    return _told(source)
 
 
 def look_up(
@@ -445,7 +481,7 @@ def look_up(
     ref = SourceRef.parse(reference)
     if ref.is_local:
         return locate(ref, trusted=trusted), None
-    listing = resolve(ref, token=token, trusted=trusted)
+    listing = resolve_model(ref, token=token, trusted=trusted)
     if listing is None:
         return cached_source(ref, token, trusted), None
     source, folder = listing.inspect(), Path()
@@ -462,13 +498,15 @@ def cached_bytes(listing: Listing) -> int:
 
 
 def commit_of(ref: SourceRef, *, token: str | None = None) -> str | None:
-    """Return the sha that a reference to the Hub names now; `None` where the Hub cannot be asked.
+    """Return the sha that a reference to the Hub names now, or in the cache where the Hub cannot be asked.
 
     Raises:
         SourceNotFoundError: No such repository or revision, or no access to it.
     """
-    listing = resolve(ref, token=token)
-    return listing.sha if listing else None
+    if listing := resolve(ref, token=token):
+        return listing.sha
+    found = try_to_load_from_cache(ref.name, "config.json", revision=ref.revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 @contextmanager

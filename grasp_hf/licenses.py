@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 OTHER = "other"  # what the Hub's metadata takes for a licence that is not in its list
 UNCLEAR = (OTHER, "unknown", "cc")  # `cc` names a family from public domain to no derivatives
@@ -114,6 +114,12 @@ LIMITS = {
     Strictness.USE_RESTRICTED: "restricts what the merge may be used for, and wants its terms passed on",
     Strictness.NON_COMMERCIAL: "allows no commercial use of the merge",
 }
+
+
+def license_of(metadata: Any) -> str | None:
+    """Return the licence in the metadata of a card, several of them as one text; `None` where it names none."""
+    found = metadata.get("license")
+    return ", ".join(map(str, found)) if isinstance(found, list) else found and str(found)
 
 
 def strictest(licenses: Mapping[str, str | None]) -> tuple[str | None, list[str]]:

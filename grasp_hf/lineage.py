@@ -100,6 +100,11 @@ def reproduce(merged: str, overrides: Sequence[str] = (), *, token: str | None =
             f"'{merged}' cannot be reproduced: its data was given from Python, and its record names none; name the same "
             "data with data.path=..."
         )
+    if (dtypes := located.float_dtypes()) and "F32" not in dtypes:
+        raise ConfigError(
+            f"'{merged}' cannot be reproduced: its weights are {', '.join(sorted(dtypes))}, so it was made from Python with "
+            "a dtype of its own, which the record does not name; a recipe's are F32"
+        )
     merger, sources, data = prepare(recipe, token=token)
     if merger.report.continued_steps != record.continued_steps:
         raise ConfigError(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -24,6 +24,7 @@ from .adapters import adapter_problems, apply_adapter_, load_adapter_config, sav
 from .checkpoint import file_tensors, runtime_tensors
 from .errors import IncompatibleSourceError, NonFiniteError
 from .headers import header_tensors
+from .hub import TOKENIZERS
 from .mapped import MappedTensors
 from .matching import head_tensors, movable_tensors, shortened, tensor_problems
 from .pull import ShardedSource
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 TASKS: dict[str, Any] = pipelines.SUPPORTED_TASKS
 UNREADABLE = (ValueError, RuntimeError, OSError, EOFError, UnpicklingError, SafetensorError)
-PROCESSING_FILES = ("tokenizer*.json", "vocab*", "*.model", "preprocessor_config.json", "processor_config.json")
+PROCESSING_FILES = ("tokenizer*.json", "vocab*", *TOKENIZERS[1:], "preprocessor_config.json", "processor_config.json")
 # Settings that change what the same weights mean, and that no shape tells.
 WITHOUT_SHAPE = (
     "num_hidden_layers",  # an ALBERT shares them
@@ -158,7 +159,10 @@ def _custom_class(config: PretrainedConfig, autos: Sequence[Any]) -> type[PreTra
     for auto, reference in named.items():
         wanted = auto in {found.__name__ for found in autos} if autos else None
         if wanted or (wanted is None and reference.rpartition(".")[2] in (config.architectures or [])):
-            return get_class_from_dynamic_module(reference, config._name_or_path)
+            found: Any = get_class_from_dynamic_module(reference, config._name_or_path)
+            found.register_for_auto_class(auto)  # its code is saved with it
+            type(config).register_for_auto_class()
+            return cast(type[PreTrainedModel], found)
     return None
 
 
@@ -323,6 +327,7 @@ def load_source(
     processing_class: Any = None,
     accepted_bases: Collection[str] = (),
     check_finite: bool = True,
+    token: str | None = None,
 ) -> LoadedSource:
     """Load one source as the target would hold it, and check that it fits.
 
@@ -334,6 +339,7 @@ def load_source(
         processing_class: The target's tokenizer; its tokens are matched with the source's by their strings.
         accepted_bases: Names of models that the user declares to be the same as `base`.
         check_finite: Read every weight once to see that it is finite.
+        token: Hub token that the base was loaded with.
 
     Raises:
         IncompatibleSourceError: It does not fit; all of its problems are listed.
@@ -345,7 +351,7 @@ def load_source(
         source.gather()
     with quiet_transformers():
         if source.kind == "adapter":
-            read = _read_adapter(source, target, base, directory, accepted_bases)
+            read = _read_adapter(source, target, base, directory, accepted_bases, token)
         else:
             read = _read_full(source, target, directory)
     found = _compared(source, read, target, processing_class)
@@ -427,13 +433,17 @@ def compare(source: Source, read: Read, target: PreTrainedModel, processing_clas
 def match_vocabularies(
     source: Source, tensors: Mapping[str, Tensor], target: PreTrainedModel, processing_class: Any
 ) -> RowMatches:
-    """Match the tokens of `source`, which holds `tensors`, with the target's, where the target's tokenizer is known.
+    """Match the tokens of `source`, which holds `tensors`, with the target's; by number where its tokenizer is not known.
 
     An adapter has the vocabulary of its base model.
     """
     expected = vocabulary(processing_class)
-    if expected is None or source.kind == "adapter" or not token_tensors(target):
+    if source.kind == "adapter" or not token_tensors(target):
         return RowMatches()
+    if expected is None:
+        return RowMatches(
+            notes=["vocabulary: tokens matched by their numbers, for the target's tokenizer is not known"]
+        )
     return match_tokens(target, expected, tensors, vocabulary(load_processing_class(source)))
 
 
@@ -502,10 +512,15 @@ def _checkpoint_dtype(source: Source) -> torch.dtype:
 
 
 def _read_adapter(
-    source: Source, target: PreTrainedModel, base: Source | None, directory: Path, accepted_bases: Collection[str]
+    source: Source,
+    target: PreTrainedModel,
+    base: Source | None,
+    directory: Path,
+    accepted_bases: Collection[str],
+    token: str | None,
 ) -> Read:
     config = load_adapter_config(source)
-    if problems := adapter_problems(config, source, base, accepted_bases):
+    if problems := adapter_problems(config, source, base, accepted_bases, token=token):
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(problems))
     assert base is not None  # else it were among the problems
     kwargs: dict[str, Any] = {}
@@ -561,10 +576,13 @@ def load_processing_class(source: Source) -> Any:
     # Without these, transformers makes up a tokenizer that knows no word.
     if not any(path for pattern in PROCESSING_FILES for path in source.folder.glob(pattern)):
         return None
+    problem: Exception | None = None
     for auto in (AutoProcessor, AutoTokenizer):  # a processor of sounds needs more files than its tokenizer
         try:
             with quiet_transformers():
                 return auto.from_pretrained(source.folder, trust_remote_code=False)
-        except (ValueError, OSError, KeyError, ImportError):
-            continue
+        except (ValueError, OSError, KeyError, ImportError) as error:
+            problem = error
+    said = str(problem).strip().split("\n")[0]
+    logger.warning("%s: its tokenizer or processor cannot be loaded, and is left out: %s", source.ref, said)
     return None

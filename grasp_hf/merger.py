@@ -7,7 +7,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
 from dataclasses import asdict, replace
@@ -52,6 +52,7 @@ REFUSED_ARGUMENTS = {
     "cache_dir": "set HF_HOME or HF_HUB_CACHE",
     "local_files_only": "set HF_HUB_OFFLINE=1",
     "force_download": "a file whose checksum is wrong is downloaded again anyway",
+    "ignore_mismatched_sizes": "a head of another size is drawn anyway, and anything else is an error",
 }
 PACKAGES = ("grasp_hf", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
@@ -91,7 +92,10 @@ def merge_pretrained(
     merger = GraspMerger.from_pretrained(base_model, config=config, **from_pretrained_kwargs)
     if not merger.report.continues:
         merger.report.starts_from_source = starts_from_source
-    merger.merge(sources, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator)
+    token = from_pretrained_kwargs.get("token")
+    merger.merge(
+        sources, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator, token=token
+    )
     return merger.model
 
 
@@ -145,6 +149,7 @@ class GraspMerger:
         self._published: tuple[str, str] | None = None  # the repository and commit that the model is of
         self._descriptions: list[tuple[Any, dict[str, Any] | None]] = []  # of data sets, while scratch files are kept
         self._scratch: Scratch | None = None
+        self._token: str | None = None  # that the base was loaded with
         self._checked: tuple[Any, Any] = None, None  # the data sets that made a finite loss
         if self._accelerator.num_processes > 1:
             raise GraspError("grasp_hf runs in one process for now; start it without a launcher")
@@ -202,7 +207,12 @@ class GraspMerger:
             if name in GraspConfig.__dataclass_fields__:
                 raise ConfigError(f"{name}: it belongs in the configuration: config=GraspConfig({name}=…)")
         ref = SourceRef.parse(model_id)
-        ref = replace(ref, revision=ref.revision or revision, subfolder=ref.subfolder or subfolder)
+        if ref.is_local and revision:
+            raise ConfigError(f"revision: '{model_id}' is a folder, which has no revisions; leave out '{revision}'")
+        if ref.is_local and subfolder:
+            ref = SourceRef.parse(str(Path(ref.name, subfolder)))
+        else:
+            ref = replace(ref, revision=ref.revision or revision, subfolder=ref.subfolder or subfolder)
         base = hub.locate(ref, token=token, trusted=(config or GraspConfig()).trust_remote_code)
         seed = (config or GraspConfig()).seed
         needs_head = not (config or GraspConfig()).needs_data
@@ -210,6 +220,7 @@ class GraspMerger:
             base, task=task, dtype=dtype, seed=seed, new_head=new_head, needs_head=needs_head, **model_kwargs
         )
         merger = cls(model, config, processing_class=load_processing_class(base), base=base)
+        merger._token = token
         if not new_head and (record := read_record(base.folder)):
             merger._continued = Continuation(record, base, token)
             merger._published = merger._continued.published
@@ -281,7 +292,8 @@ class GraspMerger:
                 self.report.ranking = []
                 if config.order != "given" and len(sources) > 1:
                     sources = self._ordered(sources, token, **arguments)
-            with self.puller(token, train_dataset, eval_dataset) as puller:
+            commits = {row["reference"]: row["sha"] for row in self.report.ranking if row["sha"]}
+            with self.puller(token, train_dataset, eval_dataset, commits=commits) as puller:
                 for number, source in enumerate(sources, start=1):
                     try:
                         with puller.pull(source, *sources[number : number + 1]) as located:
@@ -459,14 +471,17 @@ class GraspMerger:
             overwrite_(movable_tensors(self.model), step.scratch.start)
             step.scratch.judged, step.learned = None, self.report.finetuned
 
-    def puller(self, token: str | None, *datasets: Any) -> Puller:
-        """Return what brings sources; for a merge with `datasets`, in shards where each weight is read only once."""
+    def puller(self, token: str | None, *datasets: Any, commits: Mapping[str, str] | None = None) -> Puller:
+        """Return what brings sources; for a merge with `datasets`, in shards where each weight is read only once.
+
+        `commits` are those that some of the sources were judged at.
+        """
         undo_bytes = None
         if datasets and self.config.method == "average":  # with data, every step keeps what it takes to undo it
             kept = any(dataset is not None for dataset in datasets)
             undo_bytes = 0 if kept else sum(tensor.nbytes for tensor in movable_tensors(self.model).values())
         prefetch, trusted = self.config.prefetch, self.config.trust_remote_code
-        return Puller(token=token, prefetch=prefetch, trusted=trusted, undo_bytes=undo_bytes)
+        return Puller(token=token, prefetch=prefetch, trusted=trusted, undo_bytes=undo_bytes, commits=commits or {})
 
     def load(self, located: Source, scratch: Scratch, *, check_finite: bool = True) -> LoadedSource:
         """Read a source as the model would hold it."""
@@ -478,6 +493,7 @@ class GraspMerger:
             processing_class=self.processing_class,
             accepted_bases=self.config.accepted_bases,
             check_finite=check_finite,
+            token=self._token,
         )
 
     def merge_source(

@@ -13,7 +13,7 @@ from .errors import NonFiniteError
 from .gradients import gradient_pass, preserved_state
 from .matching import Unit, head_tensors, movable_tensors, partition
 from .transfer import overwrite_
-from .trial import Trial, all_sources, difference, weight_names_of, wide_dtype
+from .trial import Trial, all_sources, difference, each_source, weight_names_of, wide_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,10 @@ def pearl_(
         NonFiniteError: A loss, a gradient or a weight became NaN or infinite.
     """
     tensors, first = movable_tensors(trial.model), trial.room("first")
-    with all_sources(trial) as sources:
-        number = len(sources)
-        overwrite_(tensors, sources[0])
+    number = 0
+    for number, values in enumerate(each_source(trial), start=1):
+        if number == 1:
+            overwrite_(tensors, values)
     overwrite_(first, tensors)  # from the model, whose dtype the source may not have
     adapted = []
     lora = {"r": rank, "lora_alpha": rank, **_adapted_modules(trial.model)}

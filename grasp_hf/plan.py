@@ -352,7 +352,9 @@ def _plan_adapter(planned: PlannedSource, adapter: Source, target: _Target | Non
     planned.adapter_of = config.base_model_name_or_path
     if target is None:
         return
-    planned.problems += adapter_problems(config, adapter, target.adapters_base, target.accepted_bases)
+    planned.problems += adapter_problems(
+        config, adapter, target.adapters_base, target.accepted_bases, token=target.token
+    )
     if target.has_labels and saves_head(config, target.model):
         labels = adapter_labels(adapter, target.adapters_base)
         model = _without_weights(target, load_config(target.adapters_base))

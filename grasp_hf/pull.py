@@ -3,13 +3,13 @@
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TypeVar
 
 from huggingface_hub import constants
@@ -74,6 +74,7 @@ class Puller:
         trusted: References whose own Python code may run.
         undo_bytes: Yield a `ShardedSource` where a source is in shards and that needs less disk, with this many bytes
             that its user keeps elsewhere because a later shard may fail. Left out, every source is here as a whole.
+        commits: The commit to take of a reference, where that was looked up before: a branch may have moved meanwhile.
     """
 
     def __init__(
@@ -83,9 +84,10 @@ class Puller:
         prefetch: bool = True,
         trusted: Collection[str] = (),
         undo_bytes: int | None = None,
+        commits: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._token, self._prefetch, self._trusted = token, prefetch, trusted
-        self._undo_bytes = undo_bytes
+        self._undo_bytes, self._commits = undo_bytes, commits
         self._held = ExitStack()
         self._directory: Path | None = None
         self._count = 0
@@ -176,16 +178,18 @@ class Puller:
     def _bring(self, reference: str) -> Brought:
         """Return the source, and the folder to be removed when it has been used."""
         ref = SourceRef.parse(reference)
-        listing = None if ref.is_local else hub.resolve(ref, token=self._token, trusted=self._trusted)
-        if listing is None:
-            source = (
-                hub.locate(ref, trusted=self._trusted)
-                if ref.is_local
-                else hub.cached_source(ref, trusted=self._trusted)
-            )
+        if ref.is_local:
+            source = hub.locate(ref, trusted=self._trusted)
             read_ahead(source)
             return source, None
-        listing.inspect()
+        at = replace(ref, revision=self._commits.get(reference, ref.revision))
+        trusted = [str(at)] if ref.is_among(self._trusted) else []
+        listing = hub.resolve_model(at, token=self._token, trusted=trusted)
+        if listing is None:
+            source = replace(hub.cached_source(at, trusted=trusted), ref=ref)
+            read_ahead(source)
+            return source, None
+        listing = replace(listing, ref=ref)
         with hub.named_errors(ref):
             own = self._new_folder()
         sharded = self._needs_less_disk_in_shards(listing)

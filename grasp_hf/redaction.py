@@ -16,9 +16,18 @@ def without_secrets(value: Any) -> Any:
         return [without_secrets(item) for item in value]
     if not isinstance(value, str) or "://" not in value:
         return value
-    parts = urlsplit(value)
-    query = "&".join(pair for pair in parts.query.split("&") if not SECRET.search(pair.partition("=")[0]))
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
+    return "::".join(map(_public, value.split("::")))  # data sets chain URLs: a file in an archive at an address
+
+
+def _public(url: str) -> str:
+    if "://" not in url:
+        return url
+    parts = urlsplit(url)
+    query, fragment = (
+        "&".join(pair for pair in part.split("&") if not SECRET.search(pair.partition("=")[0]))
+        for part in (parts.query, parts.fragment)
+    )
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query, fragment=fragment))
 
 
 def names_of_paths(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from .errors import ConfigError
+from .files import write_whole
 from .redaction import names_of_paths
 from .transfer import Mix
 
@@ -314,8 +315,8 @@ class StepReport:
         parts = [f"{row['source']} ({row['kind']}): {decision}", f"coefficient {row['coefficient']}"]
         if self.before:
             loss = f"loss {row['loss before']} -> {row['transferred']}"
-            doubt = self.change.doubt if self.change else ""
-            parts.append(f"{loss} ({self.change} calibrated{doubt}) on {self.judged_by}")
+            moved = f" ({self.change} calibrated{self.change.doubt})" if self.change else ""
+            parts.append(f"{loss}{moved} on {self.judged_by}")
         if len(self.options) > 1:
             options = " or ".join(f"{shown(loss)} {name}" for name, loss in self.options.items())
             noise = self.options[self.taken] > min(self.options.values())
@@ -401,9 +402,13 @@ class MergeReport:
     def without_paths(self) -> "MergeReport":
         """Return a copy that names local folders by their last part, for others to read."""
         base = self.base if self.base_sha else Path(self.base).name
+        continues = self.continues if self.continues and "@" in self.continues else Path(self.continues or "").name
         steps = [replace(step, source=step.name) for step in self.steps]
-        named = {key: names_of_paths(getattr(self, key)) for key in ("ranking", "config", "recipe", "continues")}
-        return replace(self, base=base, steps=steps, **named)
+        ranking = [
+            row if row.get("sha") else {**row, "reference": Path(str(row["reference"])).name} for row in self.ranking
+        ]
+        named = {key: names_of_paths(getattr(self, key)) for key in ("config", "recipe")}
+        return replace(self, base=base, continues=continues or None, steps=steps, ranking=ranking, **named)
 
     def configuration(self) -> str:
         """Return the last run as a recipe in YAML, every Hub reference pinned to its commit, with a record of the run.
@@ -458,7 +463,7 @@ class MergeReport:
 
     def to_json(self, path: Path) -> None:
         """Write everything to `path`."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def from_json(cls, path: Path) -> "MergeReport":

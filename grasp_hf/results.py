@@ -13,6 +13,7 @@ from scipy.special import stdtrit
 from .contenders import METHODS
 from .errors import ConfigError
 from .figures import DPI, comparison_figure
+from .files import write_whole
 from .report import Evaluation, markdown_table
 
 RESULTS = "comparison.json"
@@ -114,9 +115,7 @@ class Comparison:
     def save(self, directory: Path) -> None:
         """Write the results as JSON and the tables as Markdown to `directory`."""
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / f".{RESULTS}"
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        temporary.rename(directory / RESULTS)
+        write_whole(directory / RESULTS, json.dumps(asdict(self), indent=1) + "\n")
         (directory / TABLE).write_text(f"{self}\n")
 
     def save_figures(self, directory: Path) -> None:

@@ -15,22 +15,33 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .card import model_card
-from .errors import OutputExistsError
+from .errors import ConfigError, OutputExistsError
 from .figures import save_figures
+from .files import write_whole
 from .loading import quiet_transformers
 from .report import MergeReport
 
 REPORT_FILE = "grasp_report.json"
 CONFIG_FILE = "grasp_config.yaml"
+UNFINISHED = (
+    '{"unfinished": "this merge was not saved to its end"}\n'  # the record, as long as weights and it may differ
+)
 
 
 def read_record(folder: Path) -> MergeReport | None:
     """Return the record of the merge in `folder`; `None` where it holds another model.
 
     Raises:
-        ConfigError: It holds a record that cannot be read.
+        ConfigError: It holds a record that cannot be read, or a merge that was not saved to its end.
     """
-    return MergeReport.from_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None
+    path = folder / REPORT_FILE
+    if not path.is_file():
+        return None
+    if path.read_bytes() == UNFINISHED.encode():
+        raise ConfigError(
+            f"the merge in '{folder}' was not saved to its end; merge again, into the same folder if you like"
+        )
+    return MergeReport.from_json(path)
 
 
 def check_output(directory: Path) -> None:
@@ -61,10 +72,11 @@ def save_merge(
     *,
     model_id: str | None = None,
 ) -> None:
-    """Write the model, its tokenizer or processor, the card, the configuration and the report to `directory`."""
-    save_record(directory, model, processing_class, report, model_id=model_id)
-    with quiet_transformers():
-        model.save_pretrained(directory)
+    """Write the model, its tokenizer or processor, the card, the configuration and, at last, the report to `directory`.
+
+    As long as that is not done, `read_record` says so.
+    """
+    save_record(directory, model, processing_class, report, model_id=model_id, weights=True)
     for path in directory.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes them for the owner alone
 
@@ -76,27 +88,31 @@ def save_record(
     report: MergeReport,
     *,
     model_id: str | None = None,
+    weights: bool = False,
 ) -> None:
-    """Write all but the weights to `directory`: configurations, tokenizer or processor, card and report."""
-    # What is wrong with them is wrong before anything is written.
+    """Write all but the weights to `directory`, or with them: configurations, tokenizer or processor, card and report."""
+    # What is wrong with them is wrong before anything of an earlier merge is replaced.
     configuration = report.configuration()
     directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / REPORT_FILE).exists():
+        write_whole(directory / REPORT_FILE, UNFINISHED)
     figures = save_figures(report.without_paths(), directory)
     card = model_card(
         model,
         report.without_paths(),
-        model_id or directory.name,
+        model_id or directory.resolve().name,
         figures,
         with_pipeline=processing_class is not None,
         gated=report.gated,
     )
-    report.to_json(directory / REPORT_FILE)
+    write_whole(directory / REPORT_FILE, UNFINISHED)
     (directory / CONFIG_FILE).write_text(configuration, encoding="utf-8")
     card.save(directory / "README.md")
     with quiet_transformers():
-        model.save_pretrained(directory, state_dict={})
+        model.save_pretrained(directory, state_dict=None if weights else {})
     if processing_class is not None:
         processing_class.save_pretrained(directory)
+    report.to_json(directory / REPORT_FILE)
 
 
 def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:

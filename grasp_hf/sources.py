@@ -1,5 +1,6 @@
 """What a user names as a source, and what is found there: a full model or an adapter."""
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import IncompatibleSourceError, SourceNotFoundError
 
-FULL_WEIGHTS = (
+INDEX = ".index.json"
+FULL_WEIGHTS = (  # in the order in which transformers looks for them
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -132,13 +134,25 @@ class Source:
         return cls(ref, folder, sha, kind)
 
     @property
-    def weight_files(self) -> list[Path]:
-        """The files that hold the weights, safetensors where there are any."""
-        stems = ("adapter_model", "adapter_model") if self.kind == "adapter" else ("model", "pytorch_model")
-        for stem, ending in zip(stems, ("safetensors", "bin"), strict=True):
-            if files := [*self.folder.glob(f"{stem}.{ending}"), *sorted(self.folder.glob(f"{stem}-*.{ending}"))]:
-                return files
+    def weight_names(self) -> list[str]:
+        """The names of the files that hold the weights, safetensors where there are any; an index says which are shards.
+
+        Not all of them need be here, see `missing_weights`.
+        """
+        for name in ADAPTER_WEIGHTS if self.kind == "adapter" else FULL_WEIGHTS:
+            if (self.folder / name).is_file():
+                return shards_of(self.folder / name, self.ref) if name.endswith(INDEX) else [name]
         return []
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files of `weight_names` that are here."""
+        return [path for name in self.weight_names if (path := self.folder / name).is_file()]
+
+    @property
+    def missing_weights(self) -> list[str]:
+        """The names of the shards that are not here."""
+        return [name for name in self.weight_names if not (self.folder / name).is_file()]
 
     @property
     def num_bytes(self) -> int:
@@ -177,3 +191,19 @@ class Source:
                 "the model that it was made from, or dequantize it and save it first"
             )
         return {name for name in found if name in FLOATING}
+
+
+def shards_of(index: Path, ref: SourceRef) -> list[str]:
+    """Return the names of the weight files that an index lists; others beside them may be left from an earlier version.
+
+    Raises:
+        IncompatibleSourceError: It is no index, or names files outside of its folder.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{index.name} cannot be read as an index of weight files ({type(error).__name__}: {error})"
+        raise IncompatibleSourceError(f"'{ref}': {problem}; save the model again") from error
+    if outside := [name for name in names if Path(name).name != name]:
+        raise IncompatibleSourceError(f"'{ref}': {index.name} names '{outside[0]}', expected files in its own folder")
+    return names

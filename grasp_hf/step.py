@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from .alignment import mean_defined
 from .batches import Batch, Collator, batch_loss, labelled_terms, sample_batches
 from .config import GraspConfig
-from .errors import DataError
+from .errors import DataError, NonFiniteError
 from .evidence import EVIDENCE, LEAST_SAMPLES, Judgement, change, joined, judge, resolution
 from .gate import finetune_on_line_, halves, plainest, verdict
 from .gradients import preserved_state
@@ -258,22 +258,26 @@ class Step:
 
     def _chosen(self, options: Mapping[str, Option], mixed: "_Mixed", before: Judgement, report: StepReport) -> Option:
         """Return the option that the samples speak for, and leave it in the model unless the gate takes it back."""
-        found = {}
+        report.judged_by, report.before = self.judged_by, before.evaluation()
+        found, whole = {}, {}
         for name, option in options.items():
-            parts = []
-            for mixes, samples in zip(option.judged, self.judges, strict=True):
-                mixed.put(mixes, option.share)
-                parts.append(self.judgement(samples))
-            found[name] = joined(*parts)
+            try:
+                found[name], whole[name] = self._judged(option, mixed)
+            except NonFiniteError:
+                if not self.config.gate:
+                    raise
+        if not found:
+            report.accepted, report.reason = False, "the loss is NaN or infinite"
+            self.scratch.judged = before
+            mixed.undo()
+            return next(iter(options.values()))
         report.options = {name: after.calibrated_loss for name, after in found.items()}
         report.taken = plainest(found, "average")
         option, after = options[report.taken], found[report.taken]
         moved = change(before, after)
-        report.judged_by, report.change = self.judged_by, moved.report()
-        report.before, report.after_transfer = before.evaluation(), after.evaluation()
+        report.change, report.after_transfer = moved.report(), after.evaluation()
         mixed.put(option.mixes, option.share)
-        whole = all(mixes is option.mixes for mixes in option.judged)
-        self.scratch.judged = after if whole else self._joined(self.judges)
+        self.scratch.judged = whole[report.taken]
         if self.config.gate and any(mix.moves for mix in option.mixes.values()):
             report.accepted, report.reason = verdict(moved, self.scratch.floor, after, self.scratch.judged)
         if not report.accepted:
@@ -282,6 +286,22 @@ class Step:
         elif "fisher" in options:
             self.scratch.fisher.take()
         return option
+
+    def _judged(self, option: Option, mixed: "_Mixed") -> tuple[Judgement, Judgement]:
+        """Return the losses of what no label has taught, and of what goes in, on the judges; the model holds it then.
+
+        Raises:
+            NonFiniteError: One is NaN or infinite.
+        """
+        parts = []
+        for mixes, samples in zip(option.judged, self.judges, strict=True):
+            mixed.put(mixes, option.share)
+            parts.append(self.judgement(samples))
+        after = joined(*parts)
+        if all(mixes is option.mixes for mixes in option.judged):
+            return after, after
+        mixed.put(option.mixes, option.share)
+        return after, self._joined(self.judges)
 
     def check_loss(self, dataset: Any, name: str) -> None:
         """Raise where the model makes no finite loss of a batch; the Trainer would, but in its own words and later.
@@ -337,7 +357,7 @@ class Step:
                 samples,
                 self.held_out,
                 self.collator,
-                self.config,
+                self.config.for_part(len(samples) / len(self.train)),
                 epochs=epochs,
                 seed=seed,
                 directory=self.scratch.directory,

@@ -53,7 +53,7 @@ TRAIN, TEST, BATCH, EPOCHS = 24, 102, 4, 2
 FAST = ["base", "average", OURS]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a base, a full fine-tune and an adapter of it, images, and a recipe of all."""
     folder = tmp_path_factory.mktemp("compare")
@@ -81,12 +81,12 @@ def write_recipe(world: Path, to: Path, **values: Any) -> Recipe:
     return Recipe.from_yaml(to / "recipe.yaml")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def recipe(world: Path) -> Recipe:
     return Recipe.from_yaml(world / "recipe.yaml")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def everything(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Everything:
     """Compare all methods once; also return the folder, and how many steps Trainer made for each row."""
     folder = tmp_path_factory.mktemp("everything") / "comparison"

@@ -216,7 +216,7 @@ def test_labels_that_are_no_classes_are_an_error(tmp_path: Path) -> None:
         fisher_(room, model, batches, room, seed=0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model and three sources that have learned something."""
     folder = tmp_path_factory.mktemp("world")

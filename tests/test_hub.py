@@ -1,5 +1,6 @@
 """Models of the Hub: which commit, which files, whose token, and what is pushed back."""
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,24 +10,25 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, AutoTokenizer
 
-from grasp_hf import GraspConfig, GraspMerger, Recipe
-from grasp_hf.errors import DownloadError, GraspError, IncompatibleSourceError, SourceNotFoundError
-from grasp_hf.hub import locate, look_up
+from grasp_hf import GraspConfig, GraspMerger, Recipe, merge_pretrained
+from grasp_hf.errors import ConfigError, DownloadError, GraspError, IncompatibleSourceError, SourceNotFoundError
+from grasp_hf.hub import commit_of, locate, look_up
 from grasp_hf.licenses import strictest
 from grasp_hf.matching import movable_tensors
 from grasp_hf.plan import plan, plan_table
+from grasp_hf.sources import SourceRef
 from tests.hub_server import HubServer
-from tests.models import MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
+from tests.models import MEASURE_ONLY, NO_TUNING, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
 
 TOKEN = "hf_alice"
 LORA: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}
 COPY_ALL = GraspConfig(**{**vars(MEASURE_ONLY), "method": "copy", "threshold": -1.0, "gate": False})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shas(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Publish a base, two versions of a fine-tune, an adapter, and repositories in which something is missing."""
     root = tmp_path_factory.mktemp("models")
@@ -287,6 +289,14 @@ def test_a_push_comes_back_equal(private: bool | None, hub: HubServer, shas: dic
         assert f"@{sha}" in card.text
 
 
+def pushed_texts(hub: HubServer, repo_id: str) -> dict[str, bytes]:
+    """Return the text files of a merge on the Hub."""
+    tree = hub.repos[repo_id].commits[hub.repos[repo_id].resolve("main")]
+    texts = {name: (hub.root / entry.key).read_bytes() for name, entry in tree.items() if entry.sha256 is None}
+    assert {"README.md", "config.json", "grasp_config.yaml", "grasp_report.json"} <= set(texts)
+    return texts
+
+
 def test_what_is_pushed_names_no_folder_of_this_machine(hub: HubServer, shas: dict[str, str], tmp_path: Path) -> None:
     local = saved(perturbed(tiny_model("vit"), seed=9), tmp_path / "here")
     base = saved(tiny_model("vit"), tmp_path / "base")
@@ -294,9 +304,7 @@ def test_what_is_pushed_names_no_folder_of_this_machine(hub: HubServer, shas: di
     merger.merge([local, "org/hub-fine@v1"], train_dataset=tiny_data("vit", 8))
     merger.push_to_hub("org/hub-local", token=TOKEN)
     assert ModelCard.load("org/hub-local").data.base_model == ["org/hub-fine"]
-    tree = hub.repos["org/hub-local"].commits[hub.repos["org/hub-local"].resolve("main")]
-    texts = {name: (hub.root / entry.key).read_bytes() for name, entry in tree.items() if entry.sha256 is None}
-    assert {"README.md", "config.json", "grasp_config.yaml", "grasp_report.json"} <= set(texts)
+    texts = pushed_texts(hub, "org/hub-local")
     assert [name for name, text in texts.items() if str(tmp_path).encode() in text] == []
 
 
@@ -341,3 +349,160 @@ def test_the_token_is_written_nowhere(
     assert [path.name for path in files if TOKEN.encode() in path.read_bytes()] == []
     tree = hub.repos["org/hub-silent"].commits[hub.repos["org/hub-silent"].resolve("main")]
     assert [name for name, entry in tree.items() if TOKEN.encode() in (hub.root / entry.key).read_bytes()] == []
+
+
+@pytest.mark.parametrize("subfolder", ["", "inner"])
+def test_the_index_of_a_repository_says_which_files_are_the_model(
+    subfolder: str, hub: HubServer, cache: Path, tmp_path: Path
+) -> None:
+    name = f"org/hub-shards{subfolder}"
+    folder = tmp_path / "model" / subfolder
+    perturbed(tiny_model("vit"), seed=3).save_pretrained(folder, max_shard_size="8KB")
+    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    save_file({"classifier.bias": torch.zeros(3)}, folder / "model-00001-of-00099.safetensors")
+    hub.add_repo(name, tmp_path / "model")
+    source = locate(f"{name}/{subfolder}".rstrip("/"))
+    assert [path.name for path in source.weight_files] == shards
+    assert sorted(path.name for path in source.folder.glob("*.safetensors")) == shards
+    assert look_up(f"{name}/{subfolder}".rstrip("/"))[1].weights == [  # type: ignore[union-attr]
+        f"{subfolder}/{shard}".lstrip("/") for shard in shards
+    ]
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(method="average", **NO_TUNING))
+    merger.merge([f"{name}/{subfolder}".rstrip("/")])
+    theirs = movable_tensors(perturbed(tiny_model("vit"), seed=3))
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in movable_tensors(merger.model).items())
+
+
+def test_a_repository_that_lacks_a_shard(hub: HubServer, cache: Path, tmp_path: Path) -> None:
+    tiny_model("vit").save_pretrained(tmp_path / "model", max_shard_size="8KB")
+    lost = sorted((tmp_path / "model").glob("model-*.safetensors"))[1]
+    lost.unlink()
+    hub.add_repo("org/hub-lost-shard", tmp_path / "model")
+    with pytest.raises(
+        SourceNotFoundError, match=f"'org/hub-lost-shard' is not complete: .* names {lost.name}, which"
+    ):
+        locate("org/hub-lost-shard")
+
+
+def test_private_models_are_merged_in_one_call_with_a_token(hub: HubServer, tmp_path: Path) -> None:
+    folder = saved(perturbed(tiny_model("vit"), seed=4), tmp_path / "model")
+    for name in ("base", "source"):
+        hub.add_repo(f"org/hub-own-{name}", folder, private=True)
+    config = GraspConfig(method="average", **NO_TUNING)
+    model = merge_pretrained("org/hub-own-base", ["org/hub-own-source"], config=config, token=TOKEN)
+    assert torch.equal(
+        model.get_parameter("classifier.weight"),
+        perturbed(tiny_model("vit"), seed=4).get_parameter("classifier.weight"),
+    )
+
+
+def test_an_adapter_of_a_revision_of_a_private_base(hub: HubServer, tmp_path: Path) -> None:
+    hub.add_repo("org/hub-own-vit", saved(tiny_model("vit"), tmp_path / "base"), tag="v1", private=True)
+    adapter = saved_adapter(tiny_model("vit"), "org/hub-own-vit", tmp_path / "lora", **LORA)
+    config = Path(adapter, "adapter_config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"revision": "main"}))
+    merger = GraspMerger.from_pretrained("org/hub-own-vit@v1", token=TOKEN, config=COPY_ALL)
+    assert merger.merge([adapter], train_dataset=tiny_data("vit", 8)).steps[0].moved > 0
+    recipe = Recipe(
+        sources=[adapter], base_model="org/hub-own-vit@v1", config=GraspConfig(method="average", **NO_TUNING)
+    )
+    assert [row.problems for row in plan(recipe, token=TOKEN)] == [[], []]
+
+
+def test_a_branch_that_moves_after_the_ranking_changes_nothing(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2):
+        hub.add_repo(
+            f"org/hub-moving-{number}", saved(perturbed(tiny_model("vit"), seed=number), tmp_path / f"{number}")
+        )
+    later = saved(perturbed(tiny_model("vit"), seed=9), tmp_path / "later")
+    shas = {number: hub.repos[f"org/hub-moving-{number}"].resolve("main") for number in (1, 2)}
+    ordered = GraspMerger._ordered
+
+    def moved(self: GraspMerger, *args: Any, **kwargs: Any) -> list[str]:
+        found = ordered(self, *args, **kwargs)
+        hub.add_repo("org/hub-moving-2", later)
+        return found
+
+    monkeypatch.setattr(GraspMerger, "_ordered", moved)
+    config = GraspConfig(**{**vars(COPY_ALL), "order": "loss"})
+    merger = GraspMerger(tiny_model("vit"), config)
+    sources = [f"org/hub-moving-{number}" for number in (1, 2)]
+    report = merger.merge(sources, train_dataset=tiny_data("vit", 8))
+    assert {(step.source, step.sha) for step in report.steps} == set(zip(sources, shas.values(), strict=True))
+    assert {row["sha"] for row in report.ranking} == {*shas.values()}
+
+
+def test_without_a_network_a_card_is_not_missed(
+    hub: HubServer, shas: dict[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huggingface_hub.snapshot_download("org/hub-both", allow_patterns=["*.safetensors", "*.json"], cache_dir=cache)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert locate("org/hub-both").sha == shas["both"]
+    assert commit_of(SourceRef("org/hub-both", "main")) == shas["both"]
+
+
+def test_a_cache_that_others_keep_is_not_written_to(
+    hub: HubServer, shas: dict[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locate("org/hub-base")
+
+    def refused(*args: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("grasp_hf.hub.write_whole", refused)
+    assert locate("org/hub-base").sha == shas["base"]  # the reference is there already
+    (cache / "models--org--hub-base" / "refs" / "main").unlink()
+    assert look_up("org/hub-base")[0].sha == shas["base"]
+
+
+def test_a_card_with_several_licences(hub: HubServer, tmp_path: Path, cache: Path) -> None:
+    folder = copied(saved(tiny_model("vit"), tmp_path / "model"), tmp_path / "licences")
+    (folder / "README.md").write_text("---\nlicense: [mit, apache-2.0]\n---\n")
+    hub.add_repo("org/hub-licences", folder)
+    config = GraspConfig(method="average", **NO_TUNING)
+    recipe = Recipe(sources=["org/hub-licences"], base_model="org/hub-licences", config=config)
+    rows = plan(recipe)
+    assert [row.license for row in rows] == ["mit, apache-2.0"] * 2
+    assert "licence of the merge: other" in plan_table(rows, recipe)
+
+
+def test_a_merge_in_a_subfolder_is_continued_by_its_whole_name(hub: HubServer, tmp_path: Path) -> None:
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(method="average", **NO_TUNING))
+    merger.merge([saved(perturbed(tiny_model("vit"), seed=1), tmp_path / "one")])
+    merger.save_pretrained(tmp_path / "repo" / "sub")
+    sha = hub.add_repo("org/hub-nested", tmp_path / "repo")
+    again = GraspMerger.from_pretrained("org/hub-nested", subfolder="sub", config=merger.config)
+    assert again.report.continues == f"org/hub-nested/sub@{sha}"
+
+
+def test_of_a_folder_a_subfolder_is_read_and_a_revision_is_refused(tmp_path: Path) -> None:
+    saved(tiny_model("vit"), tmp_path / "model")
+    saved(perturbed(tiny_model("vit"), seed=1), tmp_path / "model" / "inner")
+    merger = GraspMerger.from_pretrained(str(tmp_path / "model"), subfolder="inner")
+    assert torch.equal(
+        merger.model.get_parameter("classifier.weight"),
+        perturbed(tiny_model("vit"), seed=1).get_parameter("classifier.weight"),
+    )
+    with pytest.raises(ConfigError, match="^revision: .* is a folder, which has no revisions; leave out 'v1'"):
+        GraspMerger.from_pretrained(str(tmp_path / "model"), revision="v1")
+
+
+def test_what_is_continued_from_a_folder_is_pushed_without_its_path(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clients").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        saved(perturbed(tiny_model("vit"), seed=number), Path("clients", f"{number}"))
+    config = GraspConfig(**{**vars(COPY_ALL), "order": "loss"})
+    merger = GraspMerger(tiny_model("vit"), config)
+    merger.merge(["clients/1", "clients/2"], train_dataset=tiny_data("vit", 8))
+    merger.save_pretrained("clients/merged")
+    again = GraspMerger.from_pretrained("clients/merged", config=config)
+    again.merge(["clients/1", "clients/2"], train_dataset=tiny_data("vit", 8))
+    assert again.report.continues == "clients/merged" and len(again.report.ranking) == 2
+    again.push_to_hub("org/hub-from-folder", token=TOKEN)
+    texts = pushed_texts(hub, "org/hub-from-folder")
+    assert [name for name, text in texts.items() if b"clients" in text] == []

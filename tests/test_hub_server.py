@@ -26,7 +26,7 @@ SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 BLOB = f"GET /lfs/{SHA256}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("server")
     (folder / "model.safetensors").write_bytes(WEIGHTS)
@@ -43,7 +43,7 @@ def other(folder: Path, tmp_path: Path) -> Iterator[HubServer]:
         yield other
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def api(hub: HubServer, folder: Path) -> HfApi:
     hub.add_repo("org/server-model", folder, tag="v1")
     hub.add_token("hf_reader", "alice", role="read")

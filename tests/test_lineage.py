@@ -41,7 +41,7 @@ QUICK = {**SMALL, "initial_epochs": 1}
 DATA = {"path": "imagefolder", "data_dir": "images"}
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def shas(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Publish a base, three fine-tunes and an adapter of it."""
     root = tmp_path_factory.mktemp("models")

@@ -29,7 +29,7 @@ from tests.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_a
 LORA: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return a base and a fine-tune of it for each kind of model."""
     root = tmp_path_factory.mktemp("models")

@@ -41,7 +41,7 @@ INFO = "GET /api/models/org/pull-1"
 SIX = [f"org/pull-{number}" for number in range(1, 7)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folders(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Publish six fine-tunes of one base and an adapter, and return the folders that were published."""
     root = tmp_path_factory.mktemp("models")
@@ -728,7 +728,7 @@ def larger_model(seed: int, labels: list[str] = LABELS) -> PreTrainedModel:
     return perturbed(ViTForImageClassification(ViTConfig(**size, intermediate_size=256, **names)), seed)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def parts(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Publish fine-tunes in shards, the last with its classes in another order, and return what was published."""
     found = {}

@@ -43,7 +43,7 @@ class OwnModel(PreTrainedModel):
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def own(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Publish three models with their code, filled with 0, 1 and 2, and return their ids."""
     names: dict[str, Any] = {}

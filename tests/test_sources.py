@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from grasp_hf.errors import IncompatibleSourceError, SourceNotFoundError
+from grasp_hf.hub import locate
 from grasp_hf.sources import Source, SourceRef
 from tests.models import copied, saved, saved_adapter, tiny_model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
     return saved(tiny_model("vit"), tmp_path_factory.mktemp("models") / "vit")
 
@@ -136,3 +137,48 @@ def test_a_truncated_file(vit: str, tmp_path: Path) -> None:
         (folder / "model.safetensors").write_bytes(content[:size])
         with pytest.raises(IncompatibleSourceError, match=r"cut': model.safetensors cannot be read as safetensors: "):
             inspected(folder).dtypes()
+
+
+def in_shards(folder: Path) -> list[str]:
+    """Save a model in shards, and beside them one that an index of an earlier version named; return those of now."""
+    tiny_model("vit").save_pretrained(folder, max_shard_size="8KB")
+    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    (folder / "model-00001-of-00099.safetensors").write_bytes((folder / shards[0]).read_bytes())
+    return shards
+
+
+def test_the_index_says_which_files_are_the_model(tmp_path: Path) -> None:
+    shards = in_shards(tmp_path)
+    assert [path.name for path in inspected(tmp_path).weight_files] == shards
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert [path.name for path in inspected(tmp_path).weight_files] == ["model.safetensors"], "as transformers does"
+
+
+def test_shards_of_another_name(tmp_path: Path) -> None:
+    shards = in_shards(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    (tmp_path / shards[0]).rename(tmp_path / "first.safetensors")
+    index.write_text(index.read_text().replace(shards[0], "first.safetensors"))
+    assert [path.name for path in inspected(tmp_path).weight_files] == ["first.safetensors", *shards[1:]]
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+    shards = in_shards(tmp_path)
+    (tmp_path / shards[1]).unlink()
+    with pytest.raises(SourceNotFoundError, match=f"is not complete: {shards[1]} missing"):
+        locate(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as an index of weight files"),
+        ("[]", "cannot be read as an index of weight files"),
+        ('{"weight_map": {"a": "../secret.safetensors"}}', "names '../secret.safetensors', expected files in its own"),
+    ],
+)
+def test_an_index_that_is_none(content: str, message: str, tmp_path: Path) -> None:
+    in_shards(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(IncompatibleSourceError, match=f"model.safetensors.index.json {message}"):
+        locate(str(tmp_path))

@@ -26,7 +26,7 @@ LABELS = tiny_data("resnet", 21, seed=1)
 HELD_OUT = tiny_data("resnet", 6, seed=2)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model, two sources near it, two that have learned the labels, and one that has begun to."""
     folder = tmp_path_factory.mktemp("world")

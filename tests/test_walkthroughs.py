@@ -26,7 +26,7 @@ RECIPES = sorted(path for path in ROOT.glob("recipes/**/*.yaml") if path.parent.
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """A folder with the demo in it, as its recipes expect it, and what the demo said."""
     folder = tmp_path_factory.mktemp("clone")
