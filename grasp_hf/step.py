@@ -166,7 +166,12 @@ class Step:
         every_unit = partition(self.model, self.config.unit)
         units = units_within(every_unit, loaded.candidates)
         report.notes, report.other_units = loaded.notes, len(every_unit) - len(units)
-        options = self._options(loaded, units, shares(units), report.name, seed)
+        try:
+            options = self._options(loaded, units, shares(units), report.name, seed)
+        except NonFiniteError:  # with the source in it: before, the loss was finite
+            if before is None or not self.config.gate:
+                raise
+            options = {}
         if not self.can_fail:  # no copy of the weights is kept, so a step must not stop between here and its record
             held.enter_context(interrupts_held())
         mixed = _Mixed(self, loaded, units)
@@ -175,7 +180,8 @@ class Step:
             (option,) = options.values()
             mixed.put(option.mixes)
         else:
-            option = self._chosen(options, mixed, before, report)
+            nothing = Option({unit.name: Mix.on_line(0.0) for unit in units}, [], {unit.name: None for unit in units})
+            option = self._chosen(options, mixed, before, report) or nothing
         tensors = movable_tensors(self.model)
         sizes = {unit.name: sum(tensors[name].numel() for name in unit.tensors) for unit in units}
         report.units = unit_reports(sizes, option.mixes, option.scores, report.accepted)
@@ -256,21 +262,23 @@ class Step:
             seed=seed,
         )
 
-    def _chosen(self, options: Mapping[str, Option], mixed: "_Mixed", before: Judgement, report: StepReport) -> Option:
-        """Return the option that the samples speak for, and leave it in the model unless the gate takes it back."""
+    def _chosen(
+        self, options: Mapping[str, Option], mixed: "_Mixed", before: Judgement, report: StepReport
+    ) -> Option | None:
+        """Return the option that the samples speak for, and leave it in the model unless the gate takes it back.
+
+        `None` where no option has a finite loss.
+        """
         report.judged_by, report.before = self.judged_by, before.evaluation()
         found, whole = {}, {}
         for name, option in options.items():
-            try:
-                found[name], whole[name] = self._judged(option, mixed)
-            except NonFiniteError:
-                if not self.config.gate:
-                    raise
+            if losses := self._judged(option, mixed):
+                found[name], whole[name] = losses
         if not found:
             report.accepted, report.reason = False, "the loss is NaN or infinite"
             self.scratch.judged = before
             mixed.undo()
-            return next(iter(options.values()))
+            return None
         report.options = {name: after.calibrated_loss for name, after in found.items()}
         report.taken = plainest(found, "average")
         option, after = options[report.taken], found[report.taken]
@@ -287,21 +295,23 @@ class Step:
             self.scratch.fisher.take()
         return option
 
-    def _judged(self, option: Option, mixed: "_Mixed") -> tuple[Judgement, Judgement]:
-        """Return the losses of what no label has taught, and of what goes in, on the judges; the model holds it then.
+    def _judged(self, option: Option, mixed: "_Mixed") -> tuple[Judgement, Judgement] | None:
+        """Return the losses on the judges of what they have not taught, and of what goes in, which the model holds then.
 
-        Raises:
-            NonFiniteError: One is NaN or infinite.
+        `None` where one is NaN or infinite, unless there is no gate to take the source back.
         """
-        parts = []
-        for mixes, samples in zip(option.judged, self.judges, strict=True):
+        parts: list[Judgement] = []
+        places = [*zip(option.judged, self.judges, strict=True)]
+        whole = all(mixes is option.mixes for mixes in option.judged)
+        for mixes, samples in places if whole else [*places, *((option.mixes, samples) for samples in self.judges)]:
             mixed.put(mixes, option.share)
-            parts.append(self.judgement(samples))
-        after = joined(*parts)
-        if all(mixes is option.mixes for mixes in option.judged):
-            return after, after
-        mixed.put(option.mixes, option.share)
-        return after, self._joined(self.judges)
+            try:
+                parts.append(self.judgement(samples))
+            except NonFiniteError:
+                if not self.config.gate:
+                    raise
+                return None
+        return joined(*parts[: len(places)]), joined(*parts[-len(places) :])
 
     def check_loss(self, dataset: Any, name: str) -> None:
         """Raise where the model makes no finite loss of a batch; the Trainer would, but in its own words and later.

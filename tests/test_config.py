@@ -333,3 +333,27 @@ def test_a_split_of_another_name() -> None:
 def test_a_length_that_is_none(value: object) -> None:
     with pytest.raises(ConfigError, match=r"data.max_length: "):
         DataSection.from_recipe(Recipe(sources=["a"], data={"path": "csv", "max_length": value}))
+
+
+@pytest.mark.parametrize(
+    "text", ["sources: [a]\nsources: [b]\n", "sources: [a]\ndata: {path: csv, text: a, text: b}\n"]
+)
+def test_a_key_that_stands_twice(text: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="is not valid YAML: the key '(sources|text)' stands twice"):
+        Recipe.from_yaml(tmp_path / "recipe.yaml")
+
+
+def test_keys_that_are_merged_may_be_replaced(tmp_path: Path) -> None:
+    text = "base_model: org/base\nsources: [a]\ndata: &d {path: csv, text: a}\nrecord: {<<: *d, text: b}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml").record == {"path": "csv", "text": "b"}
+
+
+def test_a_folder_whose_code_may_run_is_looked_up_in_the_recipe_s_folder(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    text = "base_model: org/base\nsources: [own]\ntrust_remote_code: [own, org/other]\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = Recipe.from_yaml(tmp_path / "recipe.yaml")
+    assert recipe.config.trust_remote_code == [recipe.locate("own"), "org/other"]
+    assert recipe.locate("own") == str((tmp_path / "own").resolve())

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -402,3 +402,24 @@ def test_what_a_url_gives_away_is_neither_in_the_record_nor_in_the_card(tmp_path
     for name in ("README.md", "grasp_config.yaml", "grasp_report.json"):
         assert "sig=abc" not in (tmp_path / "merged" / name).read_text(), name
     assert "/train.csv" in (tmp_path / "merged" / "grasp_config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("url", "public"),
+    [
+        ("zip://x.csv::https://user:pw@host/f.zip", "zip://x.csv::https://host/f.zip"),
+        ("https://host/f.csv#access_token=abc&page=2", "https://host/f.csv#page=2"),
+        ("hf://datasets/org/name@main/f.csv", "hf://datasets/org/name@main/f.csv"),
+    ],
+)
+def test_secrets_in_addresses_that_are_chained_or_end_in_a_fragment(url: str, public: str) -> None:
+    assert without_secrets(url) == public
+
+
+@pytest.mark.parametrize("key", ["name", "revision", "data_files", "data_dir"])
+def test_what_means_nothing_in_a_saved_data_set(key: str, tmp_path: Path) -> None:
+    DatasetDict(train=Dataset.from_dict({"text": ["a"], "label": [0]})).save_to_disk(tmp_path / "saved")
+    section = DataSection(path=str(tmp_path / "saved"))
+    assert len(load_splits(section)["train"]) == 1
+    with pytest.raises(DataError, match=f"saved by save_to_disk, where data.{key} means nothing; leave it out"):
+        load_splits(DataSection(**cast(Any, {"path": section.path, key: "x"})))

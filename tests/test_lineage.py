@@ -563,3 +563,11 @@ def test_a_folder_is_not_taken_for_a_model_of_its_name_on_the_hub(hub: HubServer
     appended = GraspMerger.from_pretrained("org/line-named", config=AVERAGE)
     with pytest.raises(IncompatibleSourceError, match="it was the folder 'line-name', which is not here"):
         appended.merge([adapter])
+
+
+def test_a_merge_of_another_dtype_says_why_it_cannot_be_replayed(tmp_path: Path) -> None:
+    merger = GraspMerger.from_pretrained("org/line-base", config=AVERAGE, dtype=torch.bfloat16)
+    merger.merge(["org/line-1"])
+    merger.save_pretrained(tmp_path / "merged")
+    with pytest.raises(ConfigError, match="cannot be reproduced: its weights are BF16, so it was made from Python"):
+        reproduce(str(tmp_path / "merged"))

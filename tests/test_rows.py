@@ -271,7 +271,25 @@ def test_a_target_without_a_tokenizer_asks_for_none(tmp_path: Path) -> None:
         path.unlink()
     config = BertConfig(**{**SMALL, "vocab_size": len(WORDS)}, id2label=dict(enumerate(LABELS)))
     merger = GraspMerger(BertForSequenceClassification(config), GraspConfig(**COPY_ALL))
-    assert merger.merge([str(source)], train_dataset=words_data()).steps[0].moved > 0
+    step = merger.merge([str(source)], train_dataset=words_data()).steps[0]
+    assert step.moved > 0
+    assert step.notes == ["vocabulary: tokens matched by their numbers, for the target's tokenizer is not known"]
+
+
+def test_classes_without_names_are_matched_by_their_numbers_and_the_report_says_so(tmp_path: Path) -> None:
+    labels = [f"LABEL_{number}" for number in range(3)]
+    source = saved(tiny_model("vit", seed=1, labels=labels), tmp_path / "source")
+    merger = GraspMerger(tiny_model("vit", labels=labels), GraspConfig(method="average", **NO_TUNING))
+    assert merger.merge([source]).steps[0].notes == ["head: classes matched by their numbers, for they have no names"]
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = Path(text_model(tmp_path / "base", WORDS, seed=0))
+    for path in base.glob("tokenizer*"):
+        path.write_text("{")
+    merger = GraspMerger.from_pretrained(str(base))
+    assert merger.processing_class is None
+    assert f"{base}: its tokenizer or processor cannot be loaded, and is left out: " in caplog.text
 
 
 def test_the_tokens_of_a_speech_model_are_matched_by_their_strings(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator
 
 import grasp_hf.step
-from grasp_hf import GraspConfig, GraspMerger
+from grasp_hf import GraspConfig, GraspMerger, MergeReport
 from grasp_hf.batches import keeping_model_columns, sample_batches
+from grasp_hf.errors import NonFiniteError
 from grasp_hf.gate import halves
 from grasp_hf.loading import LoadedSource
 from grasp_hf.matching import movable_tensors, partition
@@ -252,3 +253,36 @@ def test_without_the_gate_fine_tuning_keeps_no_weights_to_go_back_to(world: Path
     with merger.scratch_files(), merger.step(LABELS, None, None) as step:
         assert step.finetune(1, seed=0) is not None
         assert not [*step.scratch.directory.glob("line*")] and step.learned
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_source_with_which_no_loss_is_finite_is_rejected(evaluates: bool, world: Path, tmp_path: Path) -> None:
+    source = perturbed(tiny_model("resnet"), 1, scale=0.3)
+    source.get_parameter("classifier.1.weight").data.fill_(3e38)  # finite, unlike the logits
+    data: dict[str, Any] = {"train_dataset": LABELS, "eval_dataset": HELD_OUT if evaluates else None}
+    sources = [saved(source, tmp_path / "huge"), str(world / "expert-1")]
+    merger = merger_of(world)
+    before = {name: tensor.clone() for name, tensor in merger.model.state_dict().items()}
+    step = merger.merge(sources[:1], **data).steps[0]
+    assert (step.accepted, step.reason, step.moved) == (False, "the loss is NaN or infinite", 0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in merger.model.state_dict().items())
+    assert "rejected (the loss is NaN or infinite)" in step.line() and "None" not in step.line()
+    merger.merge(sources[1:], **data)
+    assert merger.report.steps[1].accepted and merger.report.steps[1].moved
+    merger.save_pretrained(tmp_path / "merged")
+    assert MergeReport.from_json(tmp_path / "merged" / "grasp_report.json") == merger.report
+    with pytest.raises(NonFiniteError, match="while merging source 1/1"):
+        merger_of(world, gate=False).merge(sources[:1], **data)
+
+
+def test_halves_of_the_labels_make_as_many_passes_over_them(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, int]] = []
+
+    def counted(model: Any, samples: Any, held_out: Any, collator: Any, config: GraspConfig, **rest: Any) -> None:
+        made.append((len(samples), config.training_arguments["max_steps"]))
+
+    monkeypatch.setattr("grasp_hf.finetune.finetune_", counted)
+    merger = merger_of(world, training_arguments={"max_steps": 21})
+    with merger.scratch_files(), merger.step(LABELS, None, None) as step:
+        step.finetune(1, seed=0)
+    assert sorted(made) == [(10, 10), (11, 11), (21, 21)]
