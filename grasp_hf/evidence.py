@@ -24,7 +24,7 @@ from .report import ChangeReport
 SCALES = tuple(2 ** (half / 2) for half in range(-6, 9))  # of the logits, from 1/8 to 16
 NORMAL_95 = 1.96
 ROUNDING = 1e-6  # a mean of no more than this part of its standard error is none
-EVIDENCE = 512  # labels that a choice is made by, at most
+EVIDENCE = 512  # labels that choose among sources and judge them, at most; fine-tuning is judged by all
 LEAST_SAMPLES = 100  # with fewer, a difference of 14 points drowns in noise
 
 

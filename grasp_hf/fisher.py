@@ -29,7 +29,9 @@ def fisher_(
 
     Labels are drawn from the model's own predictions as the definition says (true labels would favour a model that fits
     them worse). Gradients of single terms are then independent with mean 0, so the square of a whole batch's summed
-    gradient estimates the sum of their squares, without a pass per sample. What has no gradient has a Fisher of 0.
+    gradient estimates the sum of their squares, without a pass per sample. That is right in the mean but noisier than a
+    sum over single samples: so few squares tell little of a single element, and two equal models do not get equal
+    weights there. What has no gradient has a Fisher of 0.
 
     Args:
         room: One tensor per name, of its shape.

@@ -330,6 +330,30 @@ def test_the_best_other_row_is_named_with_its_lead_on_ours(kept: Path) -> None:
     ]
 
 
+def test_ours_without_the_gate_is_compared_with_what_has_none_either(kept: Path) -> None:
+    assert comparing.ungated({"sotu": [ERA]}) == "ours without the gate: nothing yet"
+    folder = comparing.comparison_folder("sotu", ERA, 64, kept)
+    known = Comparison.load(folder)
+    known.results += losses(f"variant:{comparing.UNGATED}", [1.75, 1.25]) + losses("ties-line", [0.0, 0.0])
+    known.save(folder)
+    comparing.save("sotu", kept)
+    assert cells(comparing.ungated({"sotu": [ERA]})) == [
+        ["ours without the gate, against", "kind", "better / worse", "by loss"],
+        ["TIES", "existing", "1 / 1 (p = 1.000)", "1 / 1 (p = 1.000)"],
+        ["source (mean of all)", "control", "2 / 0 (p = 0.500)", "2 / 0 (p = 0.500)"],
+    ]
+
+
+def test_a_table_of_what_was_merged_shows_the_end_where_there_was_no_fine_tuning(kept: Path) -> None:
+    folder = comparing.comparison_folder("sotu", ERA, 64, kept)
+    known = Comparison.load(folder)
+    known.results += [Result("dare", 64, seed, {"loss": 4.0}, {"loss": 1.0}, 1.0) for seed in (0, 1)]
+    known.save(folder)
+    comparing.save("sotu", kept)
+    rows = {row[0]: row[2] for row in cells(comparing.tables("sotu", [ERA], merged=True)[0])}
+    assert rows["DARE"] == "4.000 (-2.500 ± 0.000)" and rows["TIES"] == "1.500 (+0.000 ± 6.353)"
+
+
 def test_only_a_run_that_is_through_takes_the_place_of_the_recorded_one(kept: Path) -> None:
     folder, path = comparing.comparison_folder("sotu", ERA, 64, kept), kept.parent / "sotu.json"
     before = json.loads(path.read_text())

@@ -5,9 +5,10 @@ Run it with `python -m tests.benchmarks.compare sentiment emoji sotu` after `pyt
 sources, and everything random in a method; the sources are those of all other domains. Fine-tuning has as many steps for
 every method. A stopped run goes on where it was. Sources that are trained on another machine are others to the bit (a GPT-2
 by 0.01 nats), so there every run begins anew; once it is through, it takes the place of the one of that name in the record.
-All rows of a run are of the same models; runs may be of other ones, and the record says of which. The results stand in
-`tests/benchmarks/results/<benchmark>.json`; `--table` prints the tables of what is there already. `--untouched` takes
-targets that no rule of the default was chosen by.
+All rows of a run are of the same models (but for one of ours, see the README); runs may be of other ones, and the record
+says of which. The results stand in `tests/benchmarks/results/<benchmark>.json`; `--table` prints the tables of what is
+there already, with `--merged` as it was before fine-tuning. `--untouched` takes targets that no rule of the default was
+chosen by.
 """
 
 import argparse
@@ -52,9 +53,10 @@ TARGETS = {
 UNTOUCHED = {"sentiment": ("uci_yelp", "tweets"), "emoji": ("twemoji",), "sotu": ("1989-2004",)}
 DOMAINS_OF = {"sentiment": tuple(DOMAINS), "emoji": tuple(STYLES), "sotu": tuple(ERAS)}
 KIND = {"sentiment": "lora", "emoji": "dinov2", "sotu": "gpt2"}
+UNGATED = "without the gate"
 VARIANTS: dict[str, dict[str, Any]] = {
     "running average": {"method": "average"},
-    "without the gate": {"gate": False},
+    UNGATED: {"gate": False},
 }
 
 
@@ -143,8 +145,11 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     path.write_text(f"{head}\n" + ",\n".join(map(json.dumps, record["results"])) + "\n]}\n")
 
 
-def comparisons(benchmark: str, targets: Collection[str]) -> dict[str, Comparison]:
-    """Return the results by number of labels; targets count as seeds, sources as one mean."""
+def comparisons(benchmark: str, targets: Collection[str], *, merged: bool = False) -> dict[str, Comparison]:
+    """Return the results by number of labels; targets count as seeds, sources as one mean.
+
+    With `merged` they are those of the models before fine-tuning, where a method has one.
+    """
     rows = json.loads((RESULTS / f"{benchmark}.json").read_text())["results"]
     rows = [row for row in rows if row["target"] in targets]
     found = {}
@@ -159,7 +164,15 @@ def comparisons(benchmark: str, targets: Collection[str]) -> dict[str, Compariso
             mean = {key: fmean(final[key] for final in alone) for key in alone[0]}
             results.append(Result("source:(mean of all)", 0, number, {}, mean, 0.0))
             results += [
-                Result(row["method"], 0, number, row["merged"], row["final"], row["seconds"], row["problem"])
+                Result(
+                    row["method"],
+                    0,
+                    number,
+                    row["merged"],
+                    (merged and row["merged"]) or row["final"],
+                    row["seconds"],
+                    row["problem"],
+                )
                 for row in run
                 if not row["method"].startswith("source:")
             ]
@@ -167,12 +180,12 @@ def comparisons(benchmark: str, targets: Collection[str]) -> dict[str, Compariso
     return found
 
 
-def tables(benchmark: str, targets: Collection[str]) -> list[str]:
+def tables(benchmark: str, targets: Collection[str], *, merged: bool = False) -> list[str]:
     """Return a table by the benchmark's measure and, where that is not the loss, one by loss: a line per method.
 
-    It gives the mean over runs by number of labels, and by how much that is better than ours.
+    It gives the mean over runs by number of labels, and by how much that is better than ours; `merged` as `comparisons`.
     """
-    found = comparisons(benchmark, targets)
+    found = comparisons(benchmark, targets, merged=merged)
     if not found:
         return [f"{benchmark}: nothing yet"]
     losses = {labels: by_loss(comparison) for labels, comparison in found.items()}
@@ -242,12 +255,34 @@ def overall(targets: dict[str, Collection[str]]) -> str:
         row = {"all benchmarks": title_of(method), "kind": kind_of(method)}
         for column, found in columns.items():
             rank, differences = found[method]
-            better, worse = (sum(sign * value < 0 for value in differences) for sign in (1, -1))
             row[column] = f"{rank:.1f}"
-            row[f"ours better / worse{column.removeprefix('mean rank')}"] = (
-                f"{better} / {worse} (p = {binomtest(better, better + worse).pvalue:.3f})" if better + worse else "–"
-            )
+            row[f"ours better / worse{column.removeprefix('mean rank')}"] = _sign_test(differences)
         row["time, of ours"] = f"{seconds[method] / seconds[OURS]:.2f}" if seconds[method] else "–"
+        rows.append(row)
+    return markdown_table(rows)
+
+
+def _sign_test(differences: Collection[float]) -> str:
+    """Return in how many runs a method is behind and ahead of ours, and how likely chance is that unequal."""
+    behind, ahead = (sum(sign * value < 0 for value in differences) for sign in (1, -1))
+    return f"{behind} / {ahead} (p = {binomtest(behind, behind + ahead).pvalue:.3f})" if behind + ahead else "–"
+
+
+def ungated(targets: dict[str, Collection[str]]) -> str:
+    """Return a line per method without our gate: in how many runs ours without it is better and worse than that."""
+    own = [comparison for benchmark in targets for comparison in comparisons(benchmark, targets[benchmark]).values()]
+    columns = {"better / worse": ranked(own), "by loss": ranked([by_loss(one) for one in own])} if own else {}
+    reference = f"variant:{UNGATED}"
+    if not columns or any(reference not in found for found in columns.values()):
+        return "ours without the gate: nothing yet"
+    rows = []
+    for method, _ in sorted(columns["better / worse"].items(), key=lambda item: item[1][0]):
+        if kind_of(method) == "ours" or method.endswith("-line"):
+            continue
+        row = {"ours without the gate, against": title_of(method), "kind": kind_of(method)}
+        for column, found in columns.items():
+            pairs = zip(found[method][1], found[reference][1], strict=True)
+            row[column] = _sign_test([one - other for one, other in pairs])
         rows.append(row)
     return markdown_table(rows)
 
@@ -292,6 +327,7 @@ def main() -> None:
     parser.add_argument("--untouched", action="store_true", help="run and show the targets of `UNTOUCHED` instead")
     parser.add_argument("--variants", action="store_true", help="also run variants of ours")
     parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--merged", action="store_true", help="show the scores before fine-tuning")
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.basicConfig(format="%(message)s")
@@ -313,8 +349,9 @@ def main() -> None:
                     for target in targets[benchmark]:
                         run(benchmark, target, size, seed, args.cache, args.variants)
                         save(benchmark, args.cache)
-        print("", *tables(benchmark, targets[benchmark]), sep="\n\n")
-    print("", leaders(targets), overall(targets), sep="\n\n")
+        print("", *tables(benchmark, targets[benchmark], merged=args.merged), sep="\n\n")
+    if not args.merged:
+        print("", leaders(targets), overall(targets), ungated(targets), sep="\n\n")
 
 
 if __name__ == "__main__":
