@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from grasp_hf import GraspConfig, GraspMerger, Recipe
+from grasp_hf.cli import main
 from grasp_hf.errors import IncompatibleSourceError
 from grasp_hf.plan import plan
 from tests.hub_server import HubServer
 from tests.models import NO_TUNING
 
-CODE = """
-import torch
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import SequenceClassifierOutput
+CONFIGURATION = """
+from transformers import PretrainedConfig
 
 
 class OwnConfig(PretrainedConfig):
@@ -25,6 +24,13 @@ class OwnConfig(PretrainedConfig):
     def __init__(self, width=4, **kwargs):
         self.width = width
         super().__init__(**kwargs)
+"""
+MODEL = """
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from .configuration_own import OwnConfig
 
 
 class OwnModel(PreTrainedModel):
@@ -47,16 +53,20 @@ class OwnModel(PreTrainedModel):
 def own(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Publish three models with their code, filled with 0, 1 and 2, and return their ids."""
     names: dict[str, Any] = {}
-    exec(CODE, names)
+    exec(CONFIGURATION + MODEL.replace("from .configuration_own import OwnConfig", ""), names)
     made = []
     for index in range(3):
         folder = tmp_path_factory.mktemp("own") / "model"
         model = names["OwnModel"](names["OwnConfig"]())
         for parameter in model.parameters():
             parameter.data.fill_(index)
-        model.config.auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnModel"}
+        model.config.auto_map = {
+            "AutoConfig": "configuration_own.OwnConfig",
+            "AutoModelForSequenceClassification": "modeling_own.OwnModel",
+        }
         model.save_pretrained(folder)
-        (folder / "own.py").write_text(CODE)
+        (folder / "configuration_own.py").write_text(CONFIGURATION)
+        (folder / "modeling_own.py").write_text(MODEL)
         hub.add_repo(f"org/own-{index}", folder)
         made.append(f"org/own-{index}")
     return made
@@ -100,3 +110,19 @@ def test_one_trusted_source_does_not_make_another_one_trusted(own: list[str]) ->
     with pytest.raises(IncompatibleSourceError, match="'org/own-2' needs Python code"):
         merger.merge(own[1:])
     assert [step.source for step in merger.report.steps] == ["org/own-1"]
+
+
+def test_a_saved_merge_with_its_code_is_pushed_by_the_command_line_where_it_is_trusted(
+    own: list[str], hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    merger = GraspMerger.from_pretrained(
+        own[0], config=GraspConfig(method="average", **NO_TUNING, trust_remote_code=own)
+    )
+    merger.merge(own[1:])
+    merger.save_pretrained(tmp_path / "merged")
+    assert main(["push", str(tmp_path / "merged"), "org/own-merged"]) == 1
+    assert "needs Python code" in capsys.readouterr().err
+    assert main(["push", str(tmp_path / "merged"), "org/own-merged", "--trust-remote-code"]) == 0
+    again = GraspMerger.from_pretrained("org/own-merged", config=GraspConfig(trust_remote_code=["org/own-merged"]))
+    assert torch.equal(again.model.get_parameter("body.weight"), torch.full((4, 4), 1.5))
