@@ -33,6 +33,7 @@ from .errors import DownloadError, SourceNotFoundError
 from .files import write_whole
 from .licenses import license_of
 from .sources import ADAPTER_WEIGHTS, FULL_WEIGHTS, INDEX, Source, SourceRef, shards_of
+from .workspace import workspace
 
 logger = logging.getLogger(__name__)
 
@@ -200,8 +201,8 @@ def resolve_model(ref: SourceRef, *, token: str | None = None, trusted: Collecti
     main = listing.main_weights
     if main is None or not main.endswith(INDEX):
         return listing
-    with tempfile.TemporaryDirectory(prefix="grasp_hf-") as folder:
-        names = shards_of(fetch(listing, main, token=token, cache_dir=Path(folder)), listing.ref)
+    with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as folder:
+        names = shards_of(fetch(listing, main, token=token, cache_dir=folder), listing.ref)
     if missing := [name for name in names if listing.folder + name not in listing.files]:
         raise SourceNotFoundError(
             f"'{listing.ref}' is not complete: {Path(main).name} names {', '.join(missing)}, which the repository lacks"

@@ -1,6 +1,7 @@
 """The record of a merge: what every source was worth, unit by unit, as data and as tables."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -402,13 +403,15 @@ class MergeReport:
     def without_paths(self) -> "MergeReport":
         """Return a copy that names local folders by their last part, for others to read."""
         base = self.base if self.base_sha else Path(self.base).name
-        continues = self.continues if self.continues and "@" in self.continues else Path(self.continues or "").name
+        continues = self.continues
+        if continues and not re.fullmatch(r".+@[0-9a-f]{40}", continues):
+            continues = Path(continues).name
         steps = [replace(step, source=step.name) for step in self.steps]
         ranking = [
             row if row.get("sha") else {**row, "reference": Path(str(row["reference"])).name} for row in self.ranking
         ]
         named = {key: names_of_paths(getattr(self, key)) for key in ("config", "recipe")}
-        return replace(self, base=base, continues=continues or None, steps=steps, ranking=ranking, **named)
+        return replace(self, base=base, continues=continues, steps=steps, ranking=ranking, **named)
 
     def configuration(self) -> str:
         """Return the last run as a recipe in YAML, every Hub reference pinned to its commit, with a record of the run.

@@ -135,9 +135,7 @@ def match_head(
     match = match_labels(expected, labels or ())
     if match.is_identity:
         unnamed = len(expected) > 1 and expected == [f"LABEL_{number}" for number in range(len(expected))]
-        if (
-            unnamed and "Classification" in type(target).__name__
-        ):  # other heads have no classes, only the default names
+        if unnamed and "Classification" in type(target).__name__:  # the default names of others mean nothing
             return RowMatches(notes=["head: classes matched by their numbers, for they have no names"])
         return RowMatches()
     got = f"got {shortened(labels or ['classes without names'], 12)}, expected {shortened(expected, 12)}"

@@ -23,9 +23,8 @@ from .report import MergeReport
 
 REPORT_FILE = "grasp_report.json"
 CONFIG_FILE = "grasp_config.yaml"
-UNFINISHED = (
-    '{"unfinished": "this merge was not saved to its end"}\n'  # the record, as long as weights and it may differ
-)
+# The record as long as the weights may be those of another merge.
+UNFINISHED = '{"unfinished": "this merge was not saved to its end"}\n'
 
 
 def read_record(folder: Path) -> MergeReport | None:

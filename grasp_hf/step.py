@@ -270,22 +270,26 @@ class Step:
         `None` where no option has a finite loss.
         """
         report.judged_by, report.before = self.judged_by, before.evaluation()
-        found, whole = {}, {}
+        found: dict[str, Judgement] = {}
+        whole: Judgement | None = None
         for name, option in options.items():
-            if losses := self._judged(option, mixed):
-                found[name], whole[name] = losses
-        if not found:
+            if losses := self._judged(option, option.judged, mixed):
+                found[name] = losses
+        report.options = {name: after.calibrated_loss for name, after in found.items()}
+        while found and whole is None:  # of what goes in, the halves of the labels have judged parts only
+            report.taken = plainest(found, "average")
+            option, after = options[report.taken], found.pop(report.taken)
+            goes_in = [option.mixes] * len(option.judged)
+            whole = after if option.judged == goes_in else self._judged(option, goes_in, mixed)
+        if whole is None:
             report.accepted, report.reason = False, "the loss is NaN or infinite"
             self.scratch.judged = before
             mixed.undo()
             return None
-        report.options = {name: after.calibrated_loss for name, after in found.items()}
-        report.taken = plainest(found, "average")
-        option, after = options[report.taken], found[report.taken]
         moved = change(before, after)
         report.change, report.after_transfer = moved.report(), after.evaluation()
         mixed.put(option.mixes, option.share)
-        self.scratch.judged = whole[report.taken]
+        self.scratch.judged = whole
         if self.config.gate and any(mix.moves for mix in option.mixes.values()):
             report.accepted, report.reason = verdict(moved, self.scratch.floor, after, self.scratch.judged)
         if not report.accepted:
@@ -295,15 +299,13 @@ class Step:
             self.scratch.fisher.take()
         return option
 
-    def _judged(self, option: Option, mixed: "_Mixed") -> tuple[Judgement, Judgement] | None:
-        """Return the losses on the judges of what they have not taught, and of what goes in, which the model holds then.
+    def _judged(self, option: Option, judged: Sequence[Mixes], mixed: "_Mixed") -> Judgement | None:
+        """Return the losses of mixes of an option, each on one of the judges.
 
         `None` where one is NaN or infinite, unless there is no gate to take the source back.
         """
-        parts: list[Judgement] = []
-        places = [*zip(option.judged, self.judges, strict=True)]
-        whole = all(mixes is option.mixes for mixes in option.judged)
-        for mixes, samples in places if whole else [*places, *((option.mixes, samples) for samples in self.judges)]:
+        parts = []
+        for mixes, samples in zip(judged, self.judges, strict=True):
             mixed.put(mixes, option.share)
             try:
                 parts.append(self.judgement(samples))
@@ -311,7 +313,7 @@ class Step:
                 if not self.config.gate:
                     raise
                 return None
-        return joined(*parts[: len(places)]), joined(*parts[-len(places) :])
+        return joined(*parts)
 
     def check_loss(self, dataset: Any, name: str) -> None:
         """Raise where the model makes no finite loss of a batch; the Trainer would, but in its own words and later.
