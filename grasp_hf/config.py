@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import math
 import typing
 from collections.abc import Collection, Sequence
@@ -19,6 +20,10 @@ from . import mergekit
 from .errors import ConfigError
 
 METRICS = ("loss", "accuracy", "eval_loss", "eval_accuracy")  # that can choose the best epoch
+OWN_ARGUMENTS = {  # of the Trainer, that a merge sets itself
+    "output_dir": "checkpoints lie in the temporary directory (TMPDIR), and are removed",
+    "push_to_hub": "push the merge, with push_to_hub() or --push-to-hub",
+}
 PAPER = {
     "method": "copy",
     "unit": "parameter",
@@ -84,11 +89,17 @@ def _meant(key: Any, known: Collection[str]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return numpy scalars and enumerations in `value` as what YAML and JSON can hold."""
+    """Return numpy scalars, enumerations, sets and paths in `value` as what YAML and JSON can hold."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(_plain, value), key=str)
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, Path):
+        return str(value)
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -105,6 +116,9 @@ def training_argument_problems(values: dict[str, Any]) -> list[str]:
             found.append(
                 f"training_arguments.{key}: expected none, as the record and the card would show it; set HF_TOKEN"
             )
+        elif key in OWN_ARGUMENTS or key.startswith("hub_"):
+            advice = OWN_ARGUMENTS.get(key, OWN_ARGUMENTS["push_to_hub"])
+            found.append(f"training_arguments.{key}: expected none; {advice}")
         elif key == "metric_for_best_model" and value not in METRICS:
             found.append(f"training_arguments.{key}: got {value!r}, expected {' or '.join(METRICS[:2])}")
         elif set(get_args(hints[key]) or (hints[key],)) <= {int, float, bool, type(None)}:
@@ -206,8 +220,17 @@ class GraspConfig:
             problems += training_argument_problems(self.training_arguments)
         if isinstance(self.lora, dict):
             problems += lora_problems(self.lora)
+        problems += [problem for name in ("training_arguments", "lora") if (problem := self._unwritable(name))]
         if problems:
             raise ConfigError("the configuration has problems:\n- " + "\n- ".join(problems))
+
+    def _unwritable(self, name: str) -> str | None:
+        """Say which value the record of a merge could not hold."""
+        try:
+            json.dumps(getattr(self, name))
+        except (TypeError, ValueError) as error:
+            return f"{name}: a value of it cannot be written to the record of a merge: {error}"
+        return None
 
     def _range_problems(self) -> list[str]:
         checks = {

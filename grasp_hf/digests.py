@@ -20,8 +20,13 @@ def described(dataset: Any) -> dict[str, Any] | None:
 
 def digest(hashes: set[str], dataset: Any) -> str:
     """Return a hash of all samples, with `contents` as known, and of their labels in order."""
-    labels = dataset.with_format(None)["labels"][:] if "labels" in dataset.column_names else []
-    return hashlib.sha256(repr((sorted(hashes), list(labels))).encode()).hexdigest()[:16]
+    labels = [
+        label
+        for column in ("labels", "label")
+        if column in dataset.column_names
+        for label in dataset.with_format(None)[column][:]
+    ]
+    return hashlib.sha256(repr((sorted(hashes), labels)).encode()).hexdigest()[:16]
 
 
 def contents(dataset: Any) -> set[str]:

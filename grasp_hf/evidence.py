@@ -135,18 +135,25 @@ def joined(*parts: Judgement) -> Judgement:
 
 
 @contextmanager
-def repeatable() -> Iterator[None]:
-    """Let what is random in samples and batches (masked tokens, augmentations) be the same in each such block."""
+def preserved_randomness() -> Iterator[None]:
+    """Give Python, NumPy and torch their random states back at the end."""
     python, array = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
-            random.seed(0)
-            np.random.seed(0)
-            torch.default_generator.manual_seed(0)
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(array)
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Let what is random in samples and batches (masked tokens, augmentations) be the same in each such block."""
+    with preserved_randomness():
+        random.seed(0)
+        np.random.seed(0)
+        torch.default_generator.manual_seed(0)
+        yield
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +44,10 @@ def save_figures(report: MergeReport, directory: Path) -> list[str]:
         return []
     figures = {ALIGNMENT_FILE: alignment_figure(report), PROGRESS_FILE: progress_figure(report)}
     drawn = {name: figure for name, figure in figures.items() if figure is not None}
-    for name, figure in drawn.items():
-        figure.savefig(directory / name, dpi=DPI, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ ")  # of names in writings that the font lacks
+        for name, figure in drawn.items():
+            figure.savefig(directory / name, dpi=DPI, metadata={"Software": None})
     return list(drawn)
 
 
@@ -152,7 +155,7 @@ def comparison_figure(
     for group, colour in colours.items():
         axes.scatter([], [], s=44, color=colour, label=group)
     axes.scatter([], [], s=34, facecolors="white", edgecolors="0.45", label="as merged")
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [_literal(row[0]) for row in rows], fontsize=8)
     intervals = " with its 95 % interval" if any(row[4] is not None for row in rows) else ""
     axes.set_xlabel(f"test {measure}, each run and the mean{intervals}")
     axes.grid(axis="x", color="0.9")
@@ -181,6 +184,11 @@ def _layer(name: str) -> str:
     """Return the part of a unit's name that says its layer: up to the first number, else the first part."""
     numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", name)
     return numbered[0] if numbered else name.partition(".")[0]
+
+
+def _literal(name: str) -> str:
+    """Return a name as a label that shows it: matplotlib takes what stands between two dollars for a formula."""
+    return name.replace("$", r"\$")
 
 
 def _short(name: str) -> str:
@@ -327,4 +335,4 @@ def _label(axes: "Axes", axis: str, labels: Sequence[str], *, most: int, rotatio
     every = math.ceil(len(labels) / max(most, 1))
     places = range(0, len(labels), every)
     setter = axes.set_xticks if axis == "x" else axes.set_yticks
-    setter(list(places), [labels[place] for place in places], rotation=rotation, fontsize=8)
+    setter(list(places), [_literal(labels[place]) for place in places], rotation=rotation, fontsize=8)

@@ -1,6 +1,8 @@
 """Fine-tuning between sources: one run of `transformers.Trainer`, whose best weights really come back."""
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +18,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from .batches import Collator
+from .batches import Batch, Collator, is_class_ids
 from .config import GraspConfig
 from .errors import ConfigError, GraspError, NonFiniteError
+from .evidence import preserved_randomness
 from .gradients import preserved_state
 from .loading import quiet_transformers
 from .matching import head_tensors, movable_tensors
@@ -80,7 +83,6 @@ def check_finetuning(
     """
     with (
         preserved_state(model),
-        torch.random.fork_rng(),
         _ready(model, train_dataset, eval_dataset, collator, config, 1, config.seed, directory) as trainer,
         _refusals_named(),
     ):
@@ -108,20 +110,42 @@ def _ready(
         evaluates=eval_dataset is not None,
         normalizes_batches=any(isinstance(module, _BatchNorm) for module in model.modules()),
     )
+    with (
+        preserved_randomness(),
+        _only_weights_changed(model),
+        quiet_transformers(),
+        checkpoints_in_runtime_names(model),
+        adapted(model, config.lora, seed) as trained,
+    ):
+        with _refusals_named():
+            trainer = _trainer(trained, train_dataset, eval_dataset, collator, arguments, published=config.published)
+        yield trainer
+
+
+@contextmanager
+def _only_weights_changed(model: PreTrainedModel) -> Iterator[None]:
+    """Take back what the Trainer and PEFT leave on a model beside its weights.
+
+    The Trainer sets `use_cache` in its configuration, and leaves an autocast wrapper (which would cast later gradient
+    passes) and, where it is interrupted, its hooks; PEFT says that tied weights are no more, and leaves hooks where
+    activations are checkpointed.
+    """
     forward = vars(model).get("forward")
+    configs = [(config, dict(vars(config))) for config in (model.config, model.config.get_text_config())]
+    hooks = {module: dict(module._forward_hooks) for module in model.modules()}
     try:
-        with quiet_transformers(), checkpoints_in_runtime_names(model), adapted(model, config.lora, seed) as trained:
-            with _refusals_named():
-                trainer = _trainer(
-                    trained, train_dataset, eval_dataset, collator, arguments, published=config.published
-                )
-            yield trainer
+        yield
     finally:
-        # The Trainer leaves its autocast wrapper on the model, which would cast later gradient passes.
         vars(model).pop("_original_forward", None)
         vars(model).pop("forward", None)
         if forward is not None:
             vars(model)["forward"] = forward
+        for config, values in configs:
+            vars(config).clear()
+            vars(config).update(values)
+        for module, own_hooks in hooks.items():
+            module._forward_hooks.clear()
+            module._forward_hooks.update(own_hooks)
 
 
 @contextmanager
@@ -139,8 +163,8 @@ def _refusals_named() -> Iterator[None]:
 def adapted(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int) -> Iterator[PreTrainedModel | PeftModel]:
     """Yield what is to be trained: `model`, or a LoRA adapter on it that becomes part of its weights at the end.
 
-    The head is trained whole. `model` has its own modules and parameters again after the block, whatever happens; where
-    the block raises, the training is lost.
+    The head is trained whole, but not where it holds tied weights. `model` has its own modules and parameters again after
+    the block, whatever happens; where the block raises, the training is lost.
 
     Args:
         model: Changed in place.
@@ -148,18 +172,25 @@ def adapted(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int) -> I
         seed: Seed of the adapter's first weights.
 
     Raises:
-        ConfigError: The adapter does not fit the model.
+        ConfigError: The adapter does not fit the model, or would train a copy of tied weights, of which nothing stays.
     """
     if lora is None:
         yield model
         return
     children = {module: dict(module._modules) for module in model.modules()}
-    hooks = {module: dict(module._forward_hooks) for module in model.modules()}
     tensors = movable_tensors(model)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    tied = {name for name, p in model.named_parameters(remove_duplicate=False) if holders[id(p)] > 1}
     defaults: dict[str, Any] = {"target_modules": "all-linear"}
-    if head := set() if model.can_generate() else {name.partition(".")[0] for name in head_tensors(model)}:
-        defaults |= {"modules_to_save": sorted(head), "exclude_modules": rf"({'|'.join(sorted(head))})(\..*)?"}
+    head = set() if model.can_generate() else {name.partition(".")[0] for name in head_tensors(model)}
+    if any(name.partition(".")[0] in head for name in tied):
+        head = set()
+    excluded = head | {name.rpartition(".")[0] for name in tied if "target_modules" not in lora}
+    if head:
+        defaults["modules_to_save"] = sorted(head)
+    if excluded:
+        defaults["exclude_modules"] = rf"({'|'.join(map(re.escape, sorted(excluded)))})(\..*)?"
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -167,6 +198,11 @@ def adapted(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int) -> I
                 adapter = get_peft_model(model, LoraConfig(**(defaults | lora)))
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"lora: cannot be applied to a {type(model).__name__}: {error}") from error
+        if lost := sorted(tied - dict(model.named_parameters(remove_duplicate=False)).keys()):
+            raise ConfigError(
+                f"lora: it would train a copy of {lost[0].rpartition('.')[0]}, whose weights are tied to others, and nothing "
+                "of that would stay; leave it out of target_modules and modules_to_save"
+            )
         yield adapter
         merged = movable_tensors(adapter.merge_and_unload())
         for name, tensor in tensors.items():
@@ -176,9 +212,6 @@ def adapted(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int) -> I
         vars(model).pop("peft_config", None)
         for module, own in children.items():
             module._modules.update(own)
-        for module, own_hooks in hooks.items():  # PEFT leaves some where activations are checkpointed
-            module._forward_hooks.clear()
-            module._forward_hooks.update(own_hooks)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
 
@@ -198,7 +231,7 @@ def _trainer(
             "every parameter is frozen; set initial_epochs=0 and finetune_epochs=0, or requires_grad_(True)"
         )
     by_accuracy = arguments.metric_for_best_model in ("accuracy", "eval_accuracy")
-    if by_accuracy and eval_dataset is not None and model.can_generate():
+    if by_accuracy and eval_dataset is not None and not _has_classes(model, collator([eval_dataset[0]])):
         raise ConfigError(
             f"a {type(model).__name__} has no accuracy to choose the best epoch by; set metric_for_best_model: loss in "
             "training_arguments"
@@ -212,7 +245,7 @@ def _trainer(
         compute_metrics=_accuracy if by_accuracy else None,
         preprocess_logits_for_metrics=_predictions if by_accuracy else None,
         optimizers=_published_optimizer(model, arguments, len(train_dataset)) if published else (None, None),
-        callbacks=[_Progress()],
+        callbacks=[_Progress(), _Statistics()],
     )
     trainer.remove_callback(PrinterCallback)
     if not model.can_generate():
@@ -220,6 +253,14 @@ def _trainer(
         # most do not, and their gradients would be gradient_accumulation_steps times too large.
         trainer.model_accepts_loss_kwargs = False
     return trainer
+
+
+def _has_classes(model: PreTrainedModel | PeftModel, batch: Batch) -> bool:
+    """Whether a model gives one of several classes to each sample, so that there is an accuracy."""
+    labels = batch.get("labels")
+    return (
+        not model.can_generate() and (model.config.num_labels or 0) > 1 and labels is not None and is_class_ids(labels)
+    )
 
 
 def training_arguments(
@@ -319,6 +360,22 @@ class _WholeEvaluationTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.args.dataloader_drop_last = drops
+
+
+class _Statistics(TrainerCallback):
+    """Brings back the statistics of the best epoch too: the checkpoint of an adapter has none."""
+
+    def __init__(self) -> None:
+        self._saved: dict[int, list[Tensor]] = {}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved = {step: values for step, values in self._saved.items() if step == state.best_global_step}
+        self._saved[state.global_step] = [buffer.clone() for buffer in kwargs["model"].buffers()]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.load_best_model_at_end and state.best_global_step in self._saved:
+            for buffer, value in zip(kwargs["model"].buffers(), self._saved[state.best_global_step], strict=True):
+                buffer.copy_(value)
 
 
 class _Progress(TrainerCallback):

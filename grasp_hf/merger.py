@@ -41,7 +41,7 @@ from .saving import check_output, read_record, save_merge, save_record, saved_sh
 from .scratch import Scratch
 from .sources import Source, SourceRef
 from .step import Step, losses_of
-from .transfer import overwrite_, placed
+from .transfer import interrupts_held, overwrite_, placed
 from .workspace import workspace
 
 logger = logging.getLogger(__name__)
@@ -326,8 +326,9 @@ class GraspMerger:
                 raise ConfigError(
                     f"sources: got a {type(source).__name__}, expected references: Hub ids, or folders of saved models"
                 )
-        if eval_dataset is None and config.training_arguments.get("eval_strategy", "no") != "no":
-            raise ConfigError("training_arguments.eval_strategy: expected none without evaluation data")
+        for name, off in {"eval_strategy": "no", "eval_on_start": False}.items():
+            if eval_dataset is None and config.training_arguments.get(name, off) != off:
+                raise ConfigError(f"training_arguments.{name}: expected none without evaluation data")
         if not sources:
             return
         self._check_units()
@@ -629,7 +630,8 @@ class GraspMerger:
                 self._checked = train_dataset, eval_dataset
                 yield step
             except BaseException as error:
-                overwrite_(movable_tensors(self.model), step.scratch.start)
+                with interrupts_held():  # a second one, of somebody who cannot wait
+                    overwrite_(movable_tensors(self.model), step.scratch.start)
                 step.scratch.judged = None
                 # A caught exception would keep the source, or the optimizer, alive through the frames that it names.
                 traceback.clear_frames(error.__traceback__)

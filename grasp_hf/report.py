@@ -23,7 +23,10 @@ DOUBT = "within the noise: kept"  # the reason where the samples cannot tell whe
 def markdown_table(rows: Sequence[dict[str, str]]) -> str:
     """Return rows as a Markdown table with aligned columns, which also reads well in a terminal."""
     columns = list(rows[0])
-    lines = [columns, *([row[column] for column in columns] for row in rows)]
+    lines = [
+        [cell.replace("|", "\\|") for cell in line]
+        for line in [columns, *([row[column] for column in columns] for row in rows)]
+    ]
     widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
     texts = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines

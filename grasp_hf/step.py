@@ -322,7 +322,7 @@ class Step:
         """
         try:
             batch = next(self.batches(dataset, self.config.seed))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             columns = getattr(dataset, "column_names", None)
             held = f" with the columns {', '.join(columns)}" if isinstance(columns, list) else ""
             what = str(error).strip().split("\n")[0] or type(error).__name__

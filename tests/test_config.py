@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from grasp_hf import GraspConfig, Recipe
@@ -357,3 +358,18 @@ def test_a_folder_whose_code_may_run_is_looked_up_in_the_recipe_s_folder(tmp_pat
     recipe = Recipe.from_yaml(tmp_path / "recipe.yaml")
     assert recipe.config.trust_remote_code == [recipe.locate("own"), "org/other"]
     assert recipe.locate("own") == str((tmp_path / "own").resolve())
+
+
+@pytest.mark.parametrize("key", ["output_dir", "push_to_hub", "hub_model_id"])
+def test_where_checkpoints_go_is_not_the_user_s(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"training_arguments.{key}: expected none; "):
+        GraspConfig(training_arguments={key: "mine"})
+
+
+def test_what_python_has_and_records_have_not_becomes_plain() -> None:
+    arguments = {"run_name": Path("logs"), "lr_scheduler_kwargs": {"betas": (0.9, np.float32(0.5))}}
+    config = GraspConfig(training_arguments=arguments, lora={"target_modules": {"value", "query"}})
+    assert config.lora == {"target_modules": ["query", "value"]}
+    assert config.training_arguments == {"run_name": "logs", "lr_scheduler_kwargs": {"betas": [0.9, 0.5]}}
+    with pytest.raises(ConfigError, match="training_arguments: a value of it cannot be written to the record"):
+        GraspConfig(training_arguments={"lr_scheduler_kwargs": {"betas": object()}})

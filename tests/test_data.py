@@ -19,6 +19,7 @@ from grasp_hf.data import (
     with_label_ids,
     with_tokens,
 )
+from grasp_hf.digests import described
 from grasp_hf.errors import DataError
 from grasp_hf.prepare import prepare
 from grasp_hf.redaction import without_secrets
@@ -423,3 +424,10 @@ def test_what_means_nothing_in_a_saved_data_set(key: str, tmp_path: Path) -> Non
     assert len(load_splits(section)["train"]) == 1
     with pytest.raises(DataError, match=f"saved by save_to_disk, where data.{key} means nothing; leave it out"):
         load_splits(DataSection(**cast(Any, {"path": section.path, key: "x"})))
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_a_description_knows_the_labels_whatever_their_column_is_called(column: str) -> None:
+    described_as = [described(Dataset.from_dict({"text": ["a", "b"], column: labels})) for labels in ([0, 1], [1, 0])]
+    assert described_as[0] != described_as[1]
+    assert described_as[0] == described(Dataset.from_dict({"text": ["a", "b"], column: [0, 1]}))

@@ -1,6 +1,7 @@
 """The figures of a merge: what they draw, and that they can be read."""
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,16 @@ def test_the_figures_of_a_real_merge(tmp_path: Path) -> None:
     assert re.findall(r"!\[.+\]\((.+)\)", card.text) == figures == ["alignment.png", "progress.png"]
     card.save(tmp_path / "README.md")
     assert ModelCard.load(tmp_path / "README.md").data.to_dict() == card.data.to_dict()
+
+
+@pytest.mark.parametrize("name", ["/me/a$\\foo$", "/me/a$x$b", "/me/模型", "/me/my|model*x*"])
+def test_names_are_drawn_and_listed_as_they_are(name: str, tmp_path: Path) -> None:
+    report = report_of(step(name, sha=None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(save_figures(report, tmp_path)) == 2
+    figure = alignment_figure(report)
+    assert figure is not None and ticks(figure.axes[0].yaxis) == [name.removeprefix("/me/").replace("$", r"\$")]
+    columns = re.split(r"(?<!\\)\|", report.table().splitlines()[-1])[1:-1]
+    assert columns[0].strip() == name.removeprefix("/me/").replace("|", r"\|")
+    assert len(columns) == len(re.split(r"\|", report.table().splitlines()[0])[1:-1])

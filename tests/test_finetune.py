@@ -1,12 +1,17 @@
 """Fine-tuning by the Trainer: the best weights come back, nothing is left on the model."""
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors import safe_open
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     LevitConfig,
     LevitForImageClassification,
     PreTrainedModel,
@@ -15,7 +20,7 @@ from transformers import (
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError, NonFiniteError
-from grasp_hf.finetune import adapted, finetune_, training_arguments
+from grasp_hf.finetune import adapted, check_finetuning, finetune_, training_arguments
 from tests.models import KINDS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 
@@ -203,13 +208,13 @@ def test_the_statistics_of_a_trained_head_stay_with_it(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_sizes": [16, 16, 16], "num_attention_heads": [1, 1, 1], "depths": [1, 1, 1]}
     model = LevitForImageClassification(LevitConfig(image_size=64, key_dim=[8, 8, 8], **sizes))
-    modules, hooks = dict(model.named_modules()), [len(m._forward_hooks) for m in model.modules()]
+    modules = dict(model.named_modules())
     with adapted(model, {"r": 2}, seed=0) as trained:
         trained.train()
         for _ in range(3):
             trained(pixel_values=torch.randn(4, 3, 64, 64) + 1)
         inside = trained.eval()(pixel_values=torch.ones(2, 3, 64, 64)).logits
-    assert dict(model.named_modules()) == modules and [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert dict(model.named_modules()) == modules
     torch.testing.assert_close(
         model.eval()(pixel_values=torch.ones(2, 3, 64, 64)).logits, inside, atol=1e-4, rtol=1e-4
     )
@@ -252,3 +257,130 @@ def test_halves_of_the_labels_that_end_in_a_single_sample_are_learned() -> None:
         model.train()(pixel_values=images[:1])
     merger = GraspMerger(model, GraspConfig(**{**NO_TUNING, "initial_epochs": 2}, batch_size=8))
     merger.merge([], train_dataset=data)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_the_configuration_stays(kind: str, lora: dict[str, Any] | None, tmp_path: Path) -> None:
+    """The Trainer switches the cache of generated tokens off in it, and PEFT says that weights are not tied any more."""
+    model = tiny_model(kind)
+    before = model.config.to_dict()
+    data = tiny_data(kind, 16, seed=1)
+    config = GraspConfig(batch_size=8, lora=lora)
+    check_finetuning(model, data, None, default_data_collator, config, tmp_path)
+    assert model.config.to_dict() == before
+    finetune_(model, data, None, default_data_collator, config, epochs=1, seed=3, directory=tmp_path)
+    assert model.config.to_dict() == before
+
+
+def masked_data(samples: int) -> Dataset:
+    tokens = tiny_data("bert", samples).remove_columns("labels")
+    return tokens.add_column("labels", [[int(token) for token in row] for row in tokens["input_ids"]]).with_format(
+        "torch"
+    )
+
+
+def test_of_tied_weights_an_adapter_trains_no_copy(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertForMaskedLM(BertConfig(vocab_size=50, max_position_embeddings=16, intermediate_size=32, **sizes))
+    data = masked_data(16)
+    with adapted(model, {"r": 2}, seed=0) as trained:
+        optimizer = torch.optim.Adam([p for p in trained.parameters() if p.requires_grad], lr=0.01)
+        start = float(trained.eval()(**data[:]).loss)
+        for _ in range(5):
+            loss = trained(**data[:]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        inside = trained(**data[:])
+    assert float(inside.loss) < start
+    torch.testing.assert_close(model.eval()(**data[:]).logits, inside.logits, atol=1e-4, rtol=1e-4)
+    config = GraspConfig(batch_size=8, lora={"r": 2})
+    finetune_(model, data, None, default_data_collator, config, epochs=1, seed=3, directory=tmp_path)
+    model.eval().save_pretrained(tmp_path / "saved")
+    again = BertForMaskedLM.from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(again(**data[:]).logits, model(**data[:]).logits)
+
+
+@pytest.mark.parametrize(
+    "lora", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["c_attn", "lm_head"]}, {"target_modules": ["wte"]}]
+)
+def test_an_adapter_of_tied_weights_is_refused(lora: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    modules, before = dict(model.named_modules()), {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(
+        ConfigError, match=r"lora: it would train a copy of (lm_head|transformer.wte), whose weights are"
+    ):
+        low_rank(model, tmp_path, lora)
+    assert dict(model.named_modules()) == modules
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_best_epochs_statistics_come_back_with_an_adapter(tmp_path: Path) -> None:
+    model = tiny_model("resnet")
+    states: list[tuple[float, dict[str, torch.Tensor]]] = []
+
+    def remember(module: PreTrainedModel, inputs: Any, output: Any) -> None:
+        if not module.training:
+            states.append((float(output.loss), {k: v.clone() for k, v in module.named_buffers()}))
+
+    def wrong(sample: dict[str, Any]) -> dict[str, Any]:
+        return {"labels": (sample["labels"] + 1) % 3}
+
+    with model.register_forward_hook(remember):
+        finetune_(
+            model,
+            tiny_data("resnet", 24, seed=1),
+            tiny_data("resnet", 12, seed=2).map(wrong),
+            default_data_collator,
+            GraspConfig(
+                batch_size=8,
+                lora={"r": 2, "target_modules": ["convolution"]},
+                training_arguments={"learning_rate": 1e-2, "per_device_eval_batch_size": 12},
+            ),
+            epochs=4,
+            seed=3,
+            directory=tmp_path,
+        )
+    losses = [loss for loss, _ in states]
+    best = losses.index(min(losses))
+    assert len(states) == 4 and best < 3, "the test means something only if the last epoch is not the best"
+    found = [values for name, values in states[best][1].items() if name.endswith("running_mean")]
+    now = [values for name, values in model.named_buffers() if name.endswith("running_mean")]
+    assert len(found) == len(now) > 0 and all(torch.equal(one, other) for one, other in zip(found, now, strict=True))
+
+
+def test_what_has_no_classes_has_no_accuracy_to_choose_by(tmp_path: Path) -> None:
+    several = tiny_data("bert", 12).map(lambda sample: {"labels": [1.0, 0.0, 1.0]})
+    numbers = tiny_data("bert", 12).map(lambda sample: {"labels": 0.5})
+    config = GraspConfig(batch_size=8, training_arguments={"metric_for_best_model": "accuracy"})
+    for data, classes in ((several, 3), (numbers, 1)):
+        model = tiny_model("bert", labels=["a", "b", "c"][:classes])
+        with pytest.raises(
+            ConfigError, match="has no accuracy to choose the best epoch by; set metric_for_best_model"
+        ):
+            check_finetuning(model, data, data, default_data_collator, config, tmp_path)
+
+
+def test_an_interrupt_leaves_no_noise_on_the_embeddings(tmp_path: Path) -> None:
+    def stopped(samples: list[Any]) -> Any:
+        raise KeyboardInterrupt
+
+    model = tiny_model("bert")
+    config = GraspConfig(batch_size=8, training_arguments={"neftune_noise_alpha": 5.0})
+    with pytest.raises(KeyboardInterrupt):
+        finetune_(model, tiny_data("bert", 16), None, stopped, config, epochs=1, seed=3, directory=tmp_path)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been_trained(tmp_path: Path) -> None:
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    model = tiny_model("bert")
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = drawn()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    tuned(model, tmp_path, epochs=1)
+    assert drawn() == expected

@@ -1,6 +1,7 @@
 """The loop: what moves, what stays, what is undone, what is left on disk."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,9 @@ def test_a_masked_language_model_is_judged_by_the_same_masks_each_time(length: i
 
 def test_evaluation_that_was_asked_for_needs_data() -> None:
     config = GraspConfig(training_arguments={"eval_strategy": "epoch"})
+    early = GraspConfig(training_arguments={"eval_on_start": True})
+    with pytest.raises(ConfigError, match="training_arguments.eval_on_start: expected none without evaluation data"):
+        GraspMerger(tiny_model("vit"), early).merge([], train_dataset=tiny_data("vit", 8))
     with pytest.raises(ConfigError, match="training_arguments.eval_strategy: expected none without evaluation data"):
         GraspMerger(tiny_model("vit"), config).merge(["org/nowhere"], train_dataset=tiny_data("vit", 4))
 
@@ -612,3 +616,23 @@ def test_fine_tuning_alone_needs_labels_and_leaves_the_model(tmp_path: Path) -> 
             1, tiny_data("vit", 8), train_dataset=None
         )
     assert_unchanged(target, before)
+
+
+def test_a_second_interrupt_waits_until_everything_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merger = GraspMerger(tiny_model("vit"), GraspConfig(num_batches=1, batch_size=8, **NO_TUNING))
+    before = {name: tensor.clone() for name, tensor in merger.model.state_dict().items()}
+
+    def interrupted(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+
+    def again(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            signal.raise_signal(signal.SIGINT)
+            tensor.data.copy_(values[name])
+
+    monkeypatch.setattr("grasp_hf.step.verdict", interrupted)
+    monkeypatch.setattr("grasp_hf.merger.overwrite_", again)
+    source = saved(perturbed(tiny_model("vit"), seed=1), tmp_path / "source")
+    with pytest.raises(KeyboardInterrupt):
+        merger.merge([source], train_dataset=tiny_data("vit", 12))
+    assert all(torch.equal(before[name], tensor) for name, tensor in merger.model.state_dict().items())

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 import grasp_hf.step
 from grasp_hf import GraspConfig, GraspMerger, MergeReport
 from grasp_hf.batches import keeping_model_columns, sample_batches
-from grasp_hf.errors import NonFiniteError
+from grasp_hf.errors import DataError, NonFiniteError
 from grasp_hf.gate import halves
 from grasp_hf.loading import LoadedSource
 from grasp_hf.matching import movable_tensors, partition
@@ -286,3 +286,9 @@ def test_halves_of_the_labels_make_as_many_passes_over_them(world: Path, monkeyp
     with merger.scratch_files(), merger.step(LABELS, None, None) as step:
         step.finetune(1, seed=0)
     assert sorted(made) == [(10, 10), (11, 11), (21, 21)]
+
+
+def test_samples_of_unequal_length_make_no_batch_and_are_named() -> None:
+    samples = [{"input_ids": torch.arange(length), "labels": 0} for length in (3, 5, 4, 6)]
+    with pytest.raises(DataError, match="^train_dataset: no batch can be made of its samples: .*equal size"):
+        GraspMerger(tiny_model("bert"), GraspConfig(**CONFIG)).merge([], train_dataset=samples)
