@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 
 from .config import GraspConfig
-from .errors import DataError, NonFiniteError
+from .errors import DataError, NonFiniteLossError
 
 IGNORED = -100  # the label that transformers leaves out of a loss
 Batch = dict[str, Any]
@@ -76,7 +76,7 @@ def batch_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Any]:
 
     Raises:
         DataError: The batch holds no labels, or the model returns no loss.
-        NonFiniteError: The loss is NaN or infinite.
+        NonFiniteLossError: The loss is NaN or infinite.
     """
     if not {model.main_input_name, "inputs_embeds"} & set(batch):
         raise DataError(
@@ -99,7 +99,7 @@ def batch_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Any]:
             "with labels (a column 'label' or 'labels')"
         )
     if not torch.isfinite(output["loss"]):
-        raise NonFiniteError(
+        raise NonFiniteLossError(
             f"the loss is {output['loss'].item()} on a batch of the data set; expected a finite number"
         )
     return output["loss"], output

@@ -21,6 +21,10 @@ class NonFiniteError(GraspError, ValueError):
     """A weight, a loss or a gradient is NaN or infinite."""
 
 
+class NonFiniteLossError(NonFiniteError):
+    """The loss of a batch is NaN or infinite; what made it so can be taken back."""
+
+
 class DiskFullError(GraspError, OSError):
     """The temporary directory has no room for the files of a step; the model is as it was before the step."""
 

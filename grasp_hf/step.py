@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from .alignment import mean_defined
 from .batches import Batch, Collator, batch_loss, labelled_terms, sample_batches
 from .config import GraspConfig
-from .errors import DataError, NonFiniteError
+from .errors import DataError, NonFiniteLossError
 from .evidence import EVIDENCE, LEAST_SAMPLES, Judgement, change, joined, judge, resolution
 from .gate import finetune_on_line_, halves, plainest, verdict
 from .gradients import preserved_state
@@ -168,7 +168,7 @@ class Step:
         report.notes, report.other_units = loaded.notes, len(every_unit) - len(units)
         try:
             options = self._options(loaded, units, shares(units), report.name, seed)
-        except NonFiniteError:  # with the source in it: before, the loss was finite
+        except NonFiniteLossError:  # with the source in it: before, the loss was finite
             if before is None or not self.config.gate:
                 raise
             options = {}
@@ -309,7 +309,7 @@ class Step:
             mixed.put(mixes, option.share)
             try:
                 parts.append(self.judgement(samples))
-            except NonFiniteError:
+            except NonFiniteLossError:
                 if not self.config.gate:
                     raise
                 return None
