@@ -633,6 +633,10 @@ def test_a_second_interrupt_waits_until_everything_is_back(tmp_path: Path, monke
     monkeypatch.setattr("grasp_hf.step.verdict", interrupted)
     monkeypatch.setattr("grasp_hf.merger.overwrite_", again)
     source = saved(perturbed(tiny_model("vit"), seed=1), tmp_path / "source")
-    with pytest.raises(KeyboardInterrupt):
-        merger.merge([source], train_dataset=tiny_data("vit", 12))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            merger.merge([source], train_dataset=tiny_data("vit", 12))
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert all(torch.equal(before[name], tensor) for name, tensor in merger.model.state_dict().items())
