@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .batches import IGNORED, Batch, Collator, batch_loss, is_class_ids, labelled_terms, predicts_next
 from .errors import DataError
+from .gradients import preserved_randomness
 from .report import ChangeReport
 
 SCALES = tuple(2 ** (half / 2) for half in range(-6, 9))  # of the logits, from 1/8 to 16
@@ -132,18 +133,6 @@ def joined(*parts: Judgement) -> Judgement:
         torch.cat([part.calibrated for part in parts]),
         sum(correct) if len(correct) == len(parts) else None,
     )
-
-
-@contextmanager
-def preserved_randomness() -> Iterator[None]:
-    """Give Python, NumPy and torch their random states back at the end."""
-    python, array = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)
 
 
 @contextmanager

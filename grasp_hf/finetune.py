@@ -21,8 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from .batches import Batch, Collator, is_class_ids
 from .config import GraspConfig
 from .errors import ConfigError, GraspError, NonFiniteError
-from .evidence import preserved_randomness
-from .gradients import preserved_state
+from .gradients import preserved_randomness, preserved_state
 from .loading import quiet_transformers
 from .matching import head_tensors, movable_tensors
 

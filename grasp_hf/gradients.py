@@ -1,9 +1,11 @@
-"""Gradient passes over a model that leave nothing behind: no gradient, no hook, no changed mode."""
+"""Gradient passes over a model that leave nothing behind: no gradient, no hook, no changed mode or random state."""
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -32,6 +34,18 @@ def preserved_state(model: torch.nn.Module) -> Iterator[None]:
             parameter.grad = None
         if len(devices) == 1:
             model.to(devices.pop())
+
+
+@contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Give Python, NumPy and torch their random states back at the end."""
+    python, array = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from huggingface_hub.utils import tqdm as hub_tqdm
 from .errors import DownloadError, SourceNotFoundError
 from .files import write_whole
 from .licenses import license_of
-from .sources import ADAPTER_WEIGHTS, FULL_WEIGHTS, INDEX, Source, SourceRef, shards_of
+from .sources import ADAPTER_WEIGHTS, FULL_WEIGHTS, INDEX, Source, SourceRef, main_weights, shards_of
 from .workspace import workspace
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,6 @@ TOKENIZERS = ("*.txt", "*.model", "*.spm", "*.tiktoken", "bpe.codes")  # but for
 CONFIG_FILES = ("*.json", *TOKENIZERS, "*.jinja", "README.md", "grasp_config.yaml")
 CHAT_TEMPLATES = "additional_chat_templates"
 NOT_NEEDED = ("trainer_state.json", "*results.json")
-SAFETENSORS = ("model.safetensors", "model-*.safetensors")
-PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin")
 TIMEOUT = 30.0  # seconds
 ATTEMPTS = 4
 PAUSES = (1.0, 2.0, 4.0)  # seconds between them
@@ -143,9 +141,9 @@ class Listing:
 
     @property
     def main_weights(self) -> str | None:
-        """Path of the file that holds the weights, of the best format, or of the index of those that do."""
-        expected = ADAPTER_WEIGHTS if "adapter_config.json" in self.names else FULL_WEIGHTS
-        return next((path for name in expected if (path := self.folder + name) in self.files), None)
+        """Path of the file that holds the weights, or of the index of those that do."""
+        name = main_weights(self.names)
+        return self.folder + name if name else None
 
     @property
     def weights(self) -> list[str]:
@@ -435,7 +433,7 @@ def _short(error: Exception) -> str:
 
 def cached_source(ref: SourceRef, token: str | None = None, trusted: Collection[str] = ()) -> Source:
     """Return a model that the user's cache holds whole, without asking the Hub; its card need not be there."""
-    names = [*CONFIG_FILES, SAFETENSORS[0], ADAPTER_WEIGHTS[0], *(["*.py"] if ref.is_among(trusted) else [])]
+    names = [*CONFIG_FILES, FULL_WEIGHTS[0], ADAPTER_WEIGHTS[0], *(["*.py"] if ref.is_among(trusted) else [])]
     inside = f"{ref.subfolder}/" if ref.subfolder else ""
     patterns = [inside + name for name in names if name != "README.md"]
     ignored = [inside + name for name in NOT_NEEDED] + ([] if inside else ["*/*"])

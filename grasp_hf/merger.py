@@ -482,7 +482,7 @@ class GraspMerger:
             kept = any(dataset is not None for dataset in datasets)
             undo_bytes = 0 if kept else sum(tensor.nbytes for tensor in movable_tensors(self.model).values())
         prefetch, trusted = self.config.prefetch, self.config.trust_remote_code
-        return Puller(token=token, prefetch=prefetch, trusted=trusted, undo_bytes=undo_bytes, commits=commits or {})
+        return Puller(token=token, prefetch=prefetch, trusted=trusted, undo_bytes=undo_bytes, commits=commits)
 
     def load(self, located: Source, scratch: Scratch, *, check_finite: bool = True) -> LoadedSource:
         """Read a source as the model would hold it."""

@@ -79,10 +79,9 @@ def pearl_(
         NonFiniteError: A loss, a gradient or a weight became NaN or infinite.
     """
     tensors, first = movable_tensors(trial.model), trial.room("first")
-    number = 0
-    for number, values in enumerate(each_source(trial), start=1):
-        if number == 1:
-            overwrite_(tensors, values)
+    sources = each_source(trial)
+    overwrite_(tensors, next(sources))
+    number = 1 + sum(1 for _ in sources)
     overwrite_(first, tensors)  # from the model, whose dtype the source may not have
     adapted = []
     lora = {"r": rank, "lora_alpha": rank, **_adapted_modules(trial.model)}

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import TypeVar
 
 from huggingface_hub import constants
@@ -84,10 +84,10 @@ class Puller:
         prefetch: bool = True,
         trusted: Collection[str] = (),
         undo_bytes: int | None = None,
-        commits: Mapping[str, str] = MappingProxyType({}),
+        commits: Mapping[str, str] | None = None,
     ) -> None:
         self._token, self._prefetch, self._trusted = token, prefetch, trusted
-        self._undo_bytes, self._commits = undo_bytes, commits
+        self._undo_bytes, self._commits = undo_bytes, commits or {}
         self._held = ExitStack()
         self._directory: Path | None = None
         self._count = 0

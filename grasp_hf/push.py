@@ -19,18 +19,17 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .errors import PushError, SourceNotFoundError
-from .hub import PICKLED, SAFETENSORS, Listing, RemoteFile, resolve, retried, time_limit
-from .sources import ADAPTER_WEIGHTS, SourceRef
+from .hub import Listing, RemoteFile, resolve, retried, time_limit
+from .sources import ADAPTER_WEIGHTS, FULL_WEIGHTS, SourceRef
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 120.0  # seconds for one answer; a commit of many large files takes its time
 # Files that would be loaded instead of those of the merge, or with them.
 REPLACED = (
-    *SAFETENSORS,
-    *PICKLED,
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
+    *FULL_WEIGHTS,
+    "model-*.safetensors",
+    "pytorch_model-*.bin",
     "adapter_config.json",
     *ADAPTER_WEIGHTS,
 )

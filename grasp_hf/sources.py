@@ -126,8 +126,8 @@ class Source:
                 f"'{ref}' holds no config.json and no adapter_config.json, so it is neither a model nor an adapter; "
                 f"found: {', '.join(files) or 'no files'}{advice}"
             )
-        expected = ADAPTER_WEIGHTS if kind == "adapter" else FULL_WEIGHTS
-        if not set(expected) & set(files):
+        if main_weights(files) is None:
+            expected = ADAPTER_WEIGHTS if kind == "adapter" else FULL_WEIGHTS
             raise SourceNotFoundError(
                 f"'{ref}' holds no weights: expected one of {', '.join(expected)}; found: {', '.join(files)}{advice}"
             )
@@ -139,10 +139,10 @@ class Source:
 
         Not all of them need be here, see `missing_weights`.
         """
-        for name in ADAPTER_WEIGHTS if self.kind == "adapter" else FULL_WEIGHTS:
-            if (self.folder / name).is_file():
-                return shards_of(self.folder / name, self.ref) if name.endswith(INDEX) else [name]
-        return []
+        main = main_weights({path.name for path in self.folder.iterdir() if path.is_file()})
+        if main is None:
+            return []
+        return shards_of(self.folder / main, self.ref) if main.endswith(INDEX) else [main]
 
     @property
     def weight_files(self) -> list[Path]:
@@ -191,6 +191,12 @@ class Source:
                 "the model that it was made from, or dequantize it and save it first"
             )
         return {name for name in found if name in FLOATING}
+
+
+def main_weights(files: Collection[str]) -> str | None:
+    """Return which of the files of a model or an adapter holds the weights, or is the index of those that do."""
+    expected = ADAPTER_WEIGHTS if "adapter_config.json" in files else FULL_WEIGHTS
+    return next((name for name in expected if name in files), None)
 
 
 def shards_of(index: Path, ref: SourceRef) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -443,17 +444,15 @@ def test_without_a_network_a_card_is_not_missed(
     assert commit_of(SourceRef("org/hub-both", "main")) == shas["both"]
 
 
-def test_a_cache_that_others_keep_is_not_written_to(
-    hub: HubServer, shas: dict[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_others_keep_is_not_written_to(hub: HubServer, shas: dict[str, str], cache: Path) -> None:
     locate("org/hub-base")
 
-    def refused(*args: Any) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("grasp_hf.hub.write_whole", refused)
-    assert locate("org/hub-base").sha == shas["base"]  # the reference is there already
-    (cache / "models--org--hub-base" / "refs" / "main").unlink()
+    refs = cache / "models--org--hub-base" / "refs"
+    written = (refs / "main").stat().st_mtime_ns
+    assert locate("org/hub-base").sha == shas["base"]
+    assert (refs / "main").stat().st_mtime_ns == written, "it says so already"
+    shutil.rmtree(refs)
+    refs.write_text("")  # so that nothing can be written below it, not even by root
     assert look_up("org/hub-base")[0].sha == shas["base"]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+import grasp_hf.finetune
 import grasp_hf.step
 from grasp_hf import GraspConfig, GraspMerger, MergeReport
 from grasp_hf.batches import keeping_model_columns, sample_batches
@@ -277,9 +278,11 @@ def test_a_source_with_which_no_loss_is_finite_is_rejected(evaluates: bool, worl
 
 def test_halves_of_the_labels_make_as_many_passes_over_them(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[int, int]] = []
+    train = grasp_hf.finetune.finetune_
 
     def counted(model: Any, samples: Any, held_out: Any, collator: Any, config: GraspConfig, **rest: Any) -> None:
         made.append((len(samples), config.training_arguments["max_steps"]))
+        train(model, samples, held_out, collator, config, **rest)
 
     monkeypatch.setattr("grasp_hf.finetune.finetune_", counted)
     merger = merger_of(world, training_arguments={"max_steps": 21})
