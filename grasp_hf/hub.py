@@ -37,8 +37,8 @@ from .workspace import workspace
 
 logger = logging.getLogger(__name__)
 
-TOKENIZERS = ("*.txt", "*.model", "*.spm", "*.tiktoken", "bpe.codes")  # but for those in JSON
-CONFIG_FILES = ("*.json", *TOKENIZERS, "*.jinja", "README.md", "grasp_config.yaml")
+TOKENIZERS = ("*.model", "*.spm", "*.tiktoken", "bpe.codes")  # those that are neither JSON nor text
+CONFIG_FILES = ("*.json", "*.txt", *TOKENIZERS, "*.jinja", "README.md", "grasp_config.yaml")
 CHAT_TEMPLATES = "additional_chat_templates"
 NOT_NEEDED = ("trainer_state.json", "*results.json")
 TIMEOUT = 30.0  # seconds

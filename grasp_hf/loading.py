@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 TASKS: dict[str, Any] = pipelines.SUPPORTED_TASKS
 UNREADABLE = (ValueError, RuntimeError, OSError, EOFError, UnpicklingError, SafetensorError)
-PROCESSING_FILES = ("tokenizer*.json", "vocab*", *TOKENIZERS[1:], "preprocessor_config.json", "processor_config.json")
+PROCESSING_FILES = ("tokenizer*.json", "vocab*", *TOKENIZERS, "preprocessor_config.json", "processor_config.json")
 # Settings that change what the same weights mean, and that no shape tells.
 WITHOUT_SHAPE = (
     "num_hidden_layers",  # an ALBERT shares them
