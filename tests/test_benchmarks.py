@@ -408,7 +408,7 @@ def test_settings_that_were_not_run_again_stay_if_the_models_are_the_same(tmp_pa
         record = json.loads(path.read_text())
         assert {row["setting"]: row["loss"] for row in record["results"]} == expected
         variants = {"no gate": {"gate": False}} if models == 1 else {}
-        assert record["settings"] == {f"sotu-{ERA}-64": {"models": models, "variants": variants}}
+        assert record["settings"] == {f"sotu-{ERA}-64-0": {"models": models, "variants": variants}}
 
 
 def test_settings_have_a_table_for_each_benchmark_and_number_of_labels() -> None:

@@ -114,7 +114,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def save(rows: list[dict[str, Any]], setting: dict[str, Any], path: Path = FILE) -> None:
     """Put the rows of one set of labels into the results file; of those that it has, other settings of the same models stay."""
-    record, name = json.loads(path.read_text()), "{benchmark}-{target}-{labels}".format(**rows[0])
+    record, name = json.loads(path.read_text()), "{benchmark}-{target}-{labels}-{seed}".format(**rows[0])
     same, earlier = ["benchmark", "target", "labels", "seed"], record["settings"].get(name)
     if earlier and earlier["models"] == setting["models"]:
         same.append("setting")
