@@ -2,6 +2,7 @@
 
 import math
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,23 +100,27 @@ def _ready(
     seed: int,
     directory: Path,
 ) -> Iterator[Trainer]:
-    """Yield a Trainer that trains `model`, whose adapter, if it is to have one, becomes part of the weights at the end."""
-    arguments = training_arguments(
-        config,
-        epochs=epochs,
-        seed=seed,
-        directory=directory,
-        samples=len(train_dataset),
-        evaluates=eval_dataset is not None,
-        normalizes_batches=any(isinstance(module, _BatchNorm) for module in model.modules()),
-    )
+    """Yield a Trainer that trains `model`, whose adapter, if it is to have one, becomes part of the weights at the end.
+
+    Its checkpoints are removed after the block.
+    """
     with (
+        tempfile.TemporaryDirectory(prefix="training-", dir=directory, ignore_cleanup_errors=True) as folder,
         preserved_randomness(),
         _only_weights_changed(model),
         quiet_transformers(),
         checkpoints_in_runtime_names(model),
         adapted(model, config.lora, seed) as trained,
     ):
+        arguments = training_arguments(
+            config,
+            epochs=epochs,
+            seed=seed,
+            directory=Path(folder),
+            samples=len(train_dataset),
+            evaluates=eval_dataset is not None,
+            normalizes_batches=any(isinstance(module, _BatchNorm) for module in model.modules()),
+        )
         with _refusals_named():
             trainer = _trainer(trained, train_dataset, eval_dataset, collator, arguments, published=config.published)
         yield trainer
@@ -282,7 +287,7 @@ def training_arguments(
         "save_only_model": True,
     }
     values: dict[str, Any] = {
-        "output_dir": str(directory / "training"),
+        "output_dir": str(directory),
         "num_train_epochs": epochs,
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": config.batch_size,

@@ -471,6 +471,7 @@ class GraspMerger:
             yield step
             overwrite_(movable_tensors(self.model), step.scratch.start)
             step.scratch.judged, step.learned = None, self.report.finetuned
+            step.scratch.make_room()
 
     def puller(self, token: str | None, *datasets: Any, commits: Mapping[str, str] | None = None) -> Puller:
         """Return what brings sources; for a merge with `datasets`, in shards where each weight is read only once.
@@ -490,7 +491,7 @@ class GraspMerger:
             located,
             self.model,
             base=self._continued.base() if self._continued and located.kind == "adapter" else self.base,
-            directory=scratch.directory,
+            directory=scratch.source,
             processing_class=self.processing_class,
             accepted_bases=self.config.accepted_bases,
             check_finite=check_finite,

@@ -1,5 +1,6 @@
 """What a merge would do, and all that stands in its way, before any weight is read."""
 
+import math
 import re
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -210,13 +211,8 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     ordering = sum(largest) if config.order != "given" and len(sources) > 1 else 0
     download = base.bytes_to_download + ordering + sum(largest[: config.top])
     disk = sum(largest[: 2 if config.prefetch else 1]) + base.bytes_to_download
-    temporary = 0
-    if config.needs_data:
-        gradients = (config.method == "copy" or config.order == "rank") + config.accumulate_gradients
-        line = 2 * (
-            config.gate and (config.learns or _trains(config))
-        )  # Fisher information, then both ends of the line
-        temporary = weights * (2 + gradients + line + (config.learns or config.compares_alone))
+    adapters = any(row.kind == "adapter" for row in sources)
+    temporary = weights * (_temporary_copies(config, adapters) if config.needs_data else 0)
     factor, how = _memory_factor(config)
     seconds = download / DOWNLOAD_RATE
     twice = f"; of that {_gigabytes(ordering)} to find the order, where sources are not kept" if ordering else ""
@@ -225,6 +221,18 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
         f"disk at most: {_gigabytes(disk)} of models, {_gigabytes(temporary)} of temporary files",
         f"memory: about {_gigabytes(factor * weights)} and activations ({how})",
     ]
+
+
+def _temporary_copies(config: GraspConfig, adapters: bool) -> int:
+    """Return how many copies of the target the temporary files of a merge with data hold at most."""
+    kept = 1 + (config.learns or config.compares_alone)  # as it was before the step, and before the merge
+    both = 2 if config.gate else 0  # Fisher information, or both ends of the line
+    gradients = 1 + config.accumulate_gradients if config.method == "copy" else 0
+    transfer = adapters + gradients + (both if config.learns or config.finetunes_between else 0)
+    ranking = adapters + 1 + (both if _trains(config) else 0) if config.order == "rank" else 0
+    longest = max(config.initial_epochs, config.finetune_epochs, config.final_epochs)
+    training = both + min(2, math.ceil(longest)) if _trains(config) else 0  # the best epoch, and the next one
+    return kept + max(transfer, ranking, training)
 
 
 def _trains(config: GraspConfig) -> bool:

@@ -1,6 +1,7 @@
 """The files that a merge works with, and what it knows of its target between two steps."""
 
 import math
+import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -57,15 +58,29 @@ class Scratch:
         """The Fisher information of the sources in the mean."""
         return RunningFisher(*({name: _ranging(tensor) for name, tensor in room.items()} for room in self.line))
 
-    def forget_fisher(self) -> None:
-        """Forget it before a fine-tuning, which changes the model by other means, and takes the same files."""
-        vars(self).pop("fisher", None)
+    def make_room(self) -> None:
+        """Forget the Fisher information, and remove what only the next source needs.
+
+        A fine-tuning changes the model by other means than a mean, takes the same files, and has more of its own.
+        """
+        for name in ("fisher", "gradients", "source_gradients"):
+            vars(self).pop(name, None)
+        for name in ("gradients", "source-gradients"):
+            (self.directory / name).unlink(missing_ok=True)
+        shutil.rmtree(self.directory / "source", ignore_errors=True)
 
     @cached_property
     def line(self) -> tuple[MappedTensors, MappedTensors]:
         """Room for the target's tensors before a fine-tuning and after it."""
         before, after = (MappedTensors(self.directory / f"line-{k}", self._like) for k in range(2))
         return before, after
+
+    @property
+    def source(self) -> Path:
+        """The folder for what a source needs beside its own files; that of an earlier source is replaced."""
+        folder = self.directory / "source"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     @cached_property
     def source_gradients(self) -> MappedTensors:

@@ -376,7 +376,7 @@ class Step:
             )
 
         self.scratch.judged, self.scratch.floor = None, math.inf
-        self.scratch.forget_fisher()
+        self.scratch.make_room()
         if not self.config.gate or (self.learned and self.held_out is None):
             train(self.train, seed)
             self.learned = True

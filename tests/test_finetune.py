@@ -72,7 +72,7 @@ def test_names_on_disk_are_the_originals_again_after_fine_tuning(tmp_path: Path)
     model = tiny_model("vit")
     model.save_pretrained(tmp_path / "before")
     model = type(model).from_pretrained(tmp_path / "before")
-    tuned(model, tmp_path / "work", epochs=1)
+    tuned(model, tmp_path, epochs=1)
     model.save_pretrained(tmp_path / "after")
     with (
         safe_open(tmp_path / "before/model.safetensors", "pt") as a,
@@ -106,8 +106,8 @@ def test_accumulated_micro_batches_have_the_gradient_of_the_whole_batch(tmp_path
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
     common: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "max_grad_norm": 0.0}
-    tuned(whole, tmp_path / "a", samples=8, **common)
-    tuned(parts, tmp_path / "b", samples=8, per_device_train_batch_size=2, gradient_accumulation_steps=4, **common)
+    tuned(whole, tmp_path, samples=8, **common)
+    tuned(parts, tmp_path, samples=8, per_device_train_batch_size=2, gradient_accumulation_steps=4, **common)
     for (name, value), other in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
         torch.testing.assert_close(value, other[1], atol=1e-6, rtol=0, msg=name)
 

@@ -160,7 +160,7 @@ def test_only_what_is_taken_counts(tmp_path: Path) -> None:
             if take:
                 mean.scratch.fisher.take()
             if forget:
-                mean.scratch.forget_fisher()
+                mean.scratch.make_room()
         mean.measure(source, 0.5, batches)
         found = mean.share(name)
         assert found is not None

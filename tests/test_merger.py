@@ -640,3 +640,39 @@ def test_a_second_interrupt_waits_until_everything_is_back(tmp_path: Path, monke
     finally:
         signal.signal(signal.SIGINT, handler)
     assert all(torch.equal(before[name], tensor) for name, tensor in merger.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"order": "rank"},
+        {"method": "copy", "accumulate_gradients": True, "order": "given"},
+        {"order": "given", "finetune_epochs": 2, "training_arguments": {"save_only_model": False}},
+    ],
+    ids=lambda config: "-".join(map(str, config)),
+)
+def test_fine_tuning_finds_only_the_files_that_it_needs(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every batch sees what is there: one checkpoint at most, and of sources and gradients nothing while it is trained."""
+    base = saved(tiny_model("bert"), tmp_path / "base")
+    names = {"target_modules": "all-linear"}
+    sources = [saved_adapter(tiny_model("bert"), base, tmp_path / f"a{n}", seed=n, **names) for n in (1, 2)]
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    seen: list[set[str]] = []
+
+    def collator(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        seen.append({path.name.partition("-")[0] if path.is_dir() else path.name for path in temporary.glob("*/*")})
+        assert len([*temporary.glob("*/training-*/checkpoint-*")]) < 2
+        return {key: torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in samples[0]}
+
+    config = {"num_batches": 1, "batch_size": 8, "final_epochs": 3, **config}
+    merger = GraspMerger.from_pretrained(base, config=GraspConfig(**config))
+    merger.merge(sources, data_collator=collator, **data_for("bert"))
+    training = [files for files in seen if "training" in files]
+    files = set().union(*seen)
+    assert training and "source" in files and {"rank": "gradients", "given": "source"}[config["order"]] in files
+    assert all(not files & {"source", "gradients", "source-gradients"} for files in training), training
+    assert not [*temporary.iterdir()]

@@ -56,7 +56,7 @@ import sys, torch
 from grasp_hf import GraspConfig, GraspMerger
 torch.manual_seed(0)
 data = [{"input_ids": torch.randint(0, 8192, (8,)), "labels": index % 3} for index in range(4)]
-config = GraspConfig(batch_size=2, order=sys.argv[3], final_epochs=1, prefetch=sys.argv[2] == "yes")
+config = GraspConfig(batch_size=2, order=sys.argv[3], prefetch=sys.argv[2] == "yes")
 merger = GraspMerger.from_pretrained("me/model-0", config=config)
 merger.merge([f"me/model-{index}" for index in range(1, int(sys.argv[1]) + 1)], train_dataset=data, eval_dataset=data)
 """
@@ -79,7 +79,7 @@ from grasp_hf import Recipe
 from grasp_hf.plan import plan
 recipe = Recipe.from_dict({
     "base_model": "me/model-0", "method": "average", "order": "given", "final_epochs": 0,
-    "sources": [f"me/model-{1 + index % 20}" for index in range(int(sys.argv[1]))],
+    "sources": [f"me/model-{1 + index}" for index in range(int(sys.argv[1]))],
 })
 began = time.perf_counter()
 rows = plan(recipe)
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, HubServer(Path(name, "hub"), {TOKEN: "me"}, xet=args.xet) as hub:
-        bench, count = Bench(hub, Path(name), args.xet), max(max(args.sources), 20 if args.plan else 0) + 1
+        bench, count = Bench(hub, Path(name), args.xet), max(*args.sources, args.plan or 0) + 1
         models = Path(name, "models")
         (size,) = bench.publish(models, count, "model", {}, "1GB")
         print(f"sources of {size / 1e6:.1f} MB, {'Xet' if args.xet else 'without Xet'}; in sizes of one source")
