@@ -40,9 +40,14 @@ def check_dataset(dataset: Any, name: str) -> None:
 
 
 def keeping_model_columns(model: PreTrainedModel, collator: Collator | None) -> Collator:
-    """Return `collator` (or the default one) behind a filter that keeps only what `model.forward` takes, and labels."""
-    columns = [*inspect.signature(model.forward).parameters, "label", "label_ids", "labels"]
-    return RemoveColumnsCollator(collator or default_data_collator, columns)
+    """Return `collator` (or the default one) behind a filter that keeps only what `model.forward` takes, and labels.
+
+    A `forward` that does not name its inputs takes all.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if model.main_input_name not in parameters:
+        return collator or default_data_collator
+    return RemoveColumnsCollator(collator or default_data_collator, [*parameters, "label", "label_ids", "labels"])
 
 
 def sample_batches(

@@ -52,8 +52,7 @@ Started from {{ base }}.{{ included }}
 
 {{ table }}
 
-The scores are means over units; every unit's score, coefficient and decision are in `grasp_report.json`. Losses are
-on {{ judged_by }} of the target task: before the transfer and after it.
+The scores are means over units; every unit's score, coefficient and decision are in `grasp_report.json`.{{ losses }}
 
 {{ conclusions }}
 {{ figures }}
@@ -181,8 +180,12 @@ def usage(model: PreTrainedModel, model_id: str, *, with_pipeline: bool = True) 
     task, cls, trust = task_of(type(model)), type(model).__name__, ""
     if not hasattr(transformers, cls):  # the model's own code
         autos = getattr(model.config, "auto_map", None) or {}
-        cls = next((name for name in autos if name.startswith("AutoModel")), "AutoModel")
+        own, cls = cls, next((name for name in autos if name.startswith("AutoModel")), "")
         trust = ", trust_remote_code=True"
+        if not cls:
+            return (
+                f"Its class is not a part of transformers, so import it first: `{own}.from_pretrained('{model_id}')`."
+            )
     load = f'from transformers import {cls}\n\nmodel = {cls}.from_pretrained("{model_id}"{trust})'
     blocks = [f"```python\n{load}\n```"]
     if with_pipeline and task in PIPELINES:
@@ -198,8 +201,8 @@ def licence_section(report: MergeReport, gated: Collection[str] = ()) -> str:
     declared, warnings = strictest(licenses)
     warnings += [f"`{name}` is gated: what was accepted to get its files may hold for the merge too" for name in gated]
     rows = [{"model": name, "licence": license or "–"} for name, license in licenses.items()]
-    says = f"This merge declares `{declared}`." if declared else "This merge declares no licence."
-    note = f"{says} It was chosen from what the cards of its parents declare, and is no legal advice."
+    says = f"This merge declares `{declared}`, chosen from" if declared else "This merge declares no licence, after"
+    note = f"{says} what the cards of its parents declare; that is no legal advice."
     return "\n\n".join(
         [note, markdown_table(rows), *(["\n".join(f"- {text}" for text in warnings)] if warnings else [])]
     )
@@ -207,14 +210,16 @@ def licence_section(report: MergeReport, gated: Collection[str] = ()) -> str:
 
 def _evaluation_rows(report: MergeReport, task: str | None) -> list[EvalResult]:
     """Return the last held-out loss and accuracy as rows of the card's metadata."""
-    last = report.final.after if report.final else {}
+    last, kind = report.final.after if report.final else {}, "held-out"
     if not report.final and report.steps and report.steps[-1].judged_by == "evaluation data":
         last = report.steps[-1].after
+    if report.test:  # which chose nothing
+        last, kind = report.test, "test"
     return [
         EvalResult(
             task_type=task or "other",
-            dataset_type="held-out",
-            dataset_name="held-out data of the target task",
+            dataset_type=kind,
+            dataset_name=f"{kind} data of the target task",
             metric_type=name,
             metric_value=round(value, 4),
         )
@@ -273,7 +278,7 @@ def model_card(
         with_pipeline: Whether a tokenizer or processor is saved with the model, which a pipeline needs.
         gated: Names of the parents whose files are behind conditions.
     """
-    method = str(report.config.get("method"))
+    method, judged = str(report.config.get("method")), report.judged_by
     images = "\n\n".join(f"![{CAPTIONS.get(name, name)}]({name})" for name in figures)
     return ModelCard.from_template(
         _metadata(model, report, model_id),
@@ -287,7 +292,7 @@ def model_card(
         base=_linked(_base_name(report), report.base_sha),
         included=_included(report),
         table=report.table(),
-        judged_by=report.judged_by or "no data",
+        losses=f" Losses are\non {judged} of the target task: before the transfer and after it." if judged else "",
         conclusions="\n".join(f"- {text}" for text in report.conclusions()),
         figures=f"\n{images}\n" if images else "",
         licence=licence_section(report, gated),

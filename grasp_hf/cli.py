@@ -4,12 +4,14 @@ import argparse
 import gc
 import json
 import logging
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import datasets
@@ -18,7 +20,7 @@ from safetensors import SafetensorError
 from .comparison import compare
 from .config import GraspConfig, Recipe
 from .contenders import METHODS
-from .errors import ConfigError, GraspError, OutputExistsError, PushError
+from .errors import ConfigError, GraspError, OutputExistsError, PushError, StaleMergeError
 from .evidence import Judgement, change
 from .lineage import append_recipe, reproduce
 from .merger import GraspMerger
@@ -28,6 +30,7 @@ from .push import Destination, check_repo_id, create_repo
 from .rank import ranking_table
 from .report import ControlReport
 from .saving import check_output
+from .transfer import interrupts_held
 
 EXAMPLES = {
     "plan": "example:\n  grasp-hf plan recipes/digits/full.yaml",
@@ -65,8 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command not in WITHOUT_OVERRIDES:
         options.overrides += _taken_by_options(parser, options) + rest
-        options.sources = [text for text in options.overrides if "=" not in text]
-        options.overrides = [text for text in options.overrides if "=" in text]
+        is_folder = [options.command == "append" and Path(text).is_dir() for text in options.overrides]
+        given = [*zip(options.overrides, is_folder, strict=True)]
+        options.sources = [text for text, folder in given if folder or "=" not in text]
+        options.overrides = [text for text, folder in given if "=" in text and not folder]
         if options.command != "append" and (wrong := options.sources):
             parser.error(f"expected key=value, got: {' '.join(wrong)}")
     if options.command in ("merge", "append") and not options.push_to_hub:
@@ -112,7 +117,15 @@ def _taken_by_options(parser: argparse.ArgumentParser, options: argparse.Namespa
 
 
 def run() -> None:
-    """Run the command line and leave: the entry point of `grasp-hf`."""
+    """Run the command line and leave: the entry point of `grasp-hf`.
+
+    Who stops a job (a scheduler, a container) sends SIGTERM: what was merged before is saved, as after Ctrl-C.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
     code = main()
     gc.freeze()  # otherwise Python's last collection walks all objects of torch and transformers, for a second
     sys.exit(code)
@@ -207,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo", "Make a small world of real handwritten digits, merge its models, and compare with controls."
     )
     demo.add_argument("--output", type=Path, default=Path("grasp-demo"), help="folder for it (default: grasp-demo)")
-    demo.add_argument("--seed", type=int, default=0, help="seed of the world and of the merge (default: 0)")
+    demo.add_argument("--seed", type=_natural, default=0, help="seed of the world and of the merge (default: 0)")
     return parser
 
 
@@ -306,6 +319,12 @@ def _reproduce(options: argparse.Namespace) -> int:
     return int(bool(replay.differences))
 
 
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got '{text}'")
+    return int(text)
+
+
 def _seed(text: str) -> int | str:
     if "=" not in text and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected numbers, got '{text}'")
@@ -335,10 +354,9 @@ def _merge_sources(merger: GraspMerger, sources: list[str], data: TaskData, opti
             merged = merger.judge(judges, data_collator=data.collator)
             gain = change(alone, merged).report()
             merger.report.control = ControlReport(judged_by, alone.evaluation(), merged.evaluation(), gain)
-        print(f"\n{merger.report}\n")
         if data.test is not None:
-            scores = merger.evaluate(data.test, data_collator=data.collator)
-            print("test: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+            merger.report.test = merger.evaluate(data.test, data_collator=data.collator)
+        print(f"\n{merger.report}\n")
     except BaseException:
         if (done := len(merger.report.steps) - before) and (kept := _keep(merger, options)):
             print(f"saved what was merged before: {done} of {len(sources)} sources, {kept}")
@@ -358,7 +376,8 @@ def _keep(merger: GraspMerger, options: argparse.Namespace) -> Path | None:
     other = next(path for n in count(1) if not (path := Path(name if n == 1 else f"{name}-{n}")).exists())
     for folder in (options.output, other) if options.output else (other,):
         try:
-            merger.save_pretrained(folder)
+            with interrupts_held():
+                merger.save_pretrained(folder)
             return folder
         except (GraspError, OSError, SafetensorError) as error:
             print(f"the merged model could not be saved in '{folder}': {error}", file=sys.stderr)
@@ -383,10 +402,14 @@ def _push(merger: GraspMerger, options: argparse.Namespace, kept: Path | None) -
         url = merger.push_to_hub(repo_id, private=options.private or None, create_pr=options.create_pr)
     except BaseException as error:
         kept = kept or _keep(merger, options)
-        again = f"'{kept}': `grasp-hf push {kept} {repo_id}` goes on"
-        where = f"the merged model is in the folder {again}" if kept else "the merged model could not be saved either"
+        again = f": `grasp-hf push {kept} {repo_id}` goes on" * (not isinstance(error, StaleMergeError))
+        where = (
+            f"the merged model is in the folder '{kept}'{again}"
+            if kept
+            else "the merged model could not be saved either"
+        )
         if isinstance(error, PushError):
-            raise PushError(f"{error}; {where}") from error
+            raise type(error)(f"{error}; {where}") from error
         print(f"not pushed; {where}")
         raise
     print(f"pushed: {url}")

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from . import hub
 from .config import Recipe
 from .contenders import METHODS, Arena, Method, source_alone
-from .errors import ConfigError, DataError, GraspError
+from .errors import ConfigError, DataError, GraspError, OutputExistsError
 from .fairness import check_fairness
 from .prepare import TaskData, prepare
 from .redaction import without_secrets
@@ -115,7 +115,10 @@ def compare(
 @contextmanager
 def _held(output: Path) -> Iterator[None]:
     """Keep other processes out of a folder, whose results each would write over those of the other."""
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputExistsError(f"'{output}' cannot be written: {error.strerror}; name another folder") from error
     lock = FileLock(output / LOCK)
     try:
         lock.acquire(timeout=0)

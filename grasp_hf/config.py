@@ -76,6 +76,8 @@ def _problems(cls: type, values: dict[str, Any], beside: Collection[str] = ()) -
         if key not in hints:
             known = {*hints, *beside}
             advice = _meant(key, known) or f", expected one of {', '.join(sorted(known))}"
+            if key in {field.name for field in dataclasses.fields(TrainingArguments)}:
+                advice = f", did you mean training_arguments.{key}"
             found.append(f"{key}: unknown key{advice}")
         elif problem := _type_problem(value, hints[key]):
             found.append(f"{key}: got {value!r}, {problem}")
@@ -217,6 +219,9 @@ class GraspConfig:
             object.__setattr__(self, name, _plain(value))
         problems = _problems(GraspConfig, vars(self)) or self._range_problems()
         if isinstance(self.training_arguments, dict):
+            for key, value in self.training_arguments.items():
+                if value is False and key.endswith("_strategy"):  # YAML reads no as that
+                    self.training_arguments[key] = "no"
             problems += training_argument_problems(self.training_arguments)
         if isinstance(self.lora, dict):
             problems += lora_problems(self.lora)

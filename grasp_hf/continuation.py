@@ -40,6 +40,7 @@ class Continuation:
             ranking=[],
             final=None,
             control=None,
+            test={},
             continues=self._name,
             continued_steps=len(self._record.steps),
         )

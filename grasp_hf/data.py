@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, default_data_collator
 
 from .batches import Collator
 from .config import Recipe
+from .digests import picture
 from .errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,10 @@ class DataSection:
         if "path" not in recipe.data:
             problems.append("data.path: missing, expected imagefolder, csv, json, parquet, a folder or a Hub id")
         problems += [problem for key in recipe.data if (problem := cls._type_problem(key, recipe.data[key]))]
+        if recipe.data.get("path") in _PACKAGED_DATASETS_MODULES and not any(recipe.data.get(key) for key in FILES):
+            problems.append(
+                f"data.{' or data.'.join(FILES)}: missing, expected where the files for '{recipe.data['path']}' are"
+            )
         if problems:
             raise ConfigError("the recipe has problems:\n- " + "\n- ".join(problems))
 
@@ -75,6 +81,11 @@ class DataSection:
     def given(self) -> dict[str, Any]:
         """Return the keys that have a value, as they stand in a recipe."""
         return {key: value for key, value in vars(self).items() if value is not None}
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether it is a folder that `save_to_disk` wrote."""
+        return any((Path(self.path) / file).exists() for file in ("dataset_dict.json", "state.json"))
 
     @property
     def where(self) -> str:
@@ -110,7 +121,7 @@ def load_splits(section: DataSection) -> DatasetDict:
         DataError: It cannot be loaded, has no split `train`, or a split without rows.
     """
     try:
-        if (Path(section.path) / "dataset_dict.json").exists() or (Path(section.path) / "state.json").exists():
+        if section.is_saved:
             if unused := [key for key in ("name", "revision", *FILES) if getattr(section, key) is not None]:
                 raise ValueError(f"it was saved by save_to_disk, where data.{unused[0]} means nothing; leave it out")
             loaded = load_from_disk(section.path)
@@ -154,7 +165,10 @@ def class_names(split: Dataset, column: str) -> list[str] | int:
         )
     values = split.unique(column)
     if any(value is None for value in values):
-        raise DataError(f"column '{column}' holds rows without a label; expected one for each")
+        raise DataError(
+            f"column '{column}' holds rows without a label; expected one for each (of a CSV file, fields like NA, None and "
+            "nan are empty, too)"
+        )
     feature = split.features[column]
     if isinstance(feature, ClassLabel):
         return list(feature.names)
@@ -201,40 +215,63 @@ def _encoded(split: Dataset, split_name: str, column: str, ids: dict[str, int]) 
             f"split '{split_name}' has labels that the model does not know: {', '.join(unknown[:5])}; expected some of "
             f"{', '.join(list(ids)[:12])}"
         )
-    replaced = [name for name in (column, "labels") if name in split.column_names]
-    encoded = split.add_column("class ids", [known[value] for value in values])
-    return encoded.remove_columns(list(dict.fromkeys(replaced))).rename_column("class ids", "labels")
+    replaced = {name for name in (column, "labels") if name in split.column_names}
+    unused = max(split.column_names, key=len) + "+"
+    encoded = split.add_column(unused, [known[value] for value in values])
+    return encoded.remove_columns([*replaced]).rename_column(unused, "labels")
 
 
 def with_images(splits: DatasetDict, column: str, processor: Callable) -> tuple[DatasetDict, Collator]:
     """Return splits of images, which become `pixel_values` when a sample is read, and labels; and their collator."""
 
     def transform(samples: dict[str, list]) -> dict[str, Any]:
-        images = [image.convert("RGB") for image in samples[column]]
+        images = [picture(value) for value in samples[column]]
         return {
             "pixel_values": list(processor(images, return_tensors="pt")["pixel_values"]),
             "labels": samples["labels"],
         }
 
-    if not isinstance(splits["train"].features[column], Image):
-        splits = splits.cast_column(column, Image())
+    # Decoded here, a picture that cannot be read is named.
+    splits = splits.cast_column(column, Image(decode=False))
     return splits.select_columns([column, "labels"]).with_transform(transform), default_data_collator
 
 
 def with_tokens(
-    splits: DatasetDict, section: DataSection, tokenizer: Any, *, generates: bool
+    splits: DatasetDict, section: DataSection, tokenizer: Any, *, generates: bool, positions: int | None = None
 ) -> tuple[DatasetDict, Collator]:
-    """Return tokenized splits and their collator; for a language model the labels are the tokens themselves."""
+    """Return tokenized splits and their collator; for a language model the labels are the tokens themselves.
+
+    Its texts of less than two tokens, of which none is predicted, are left out. `positions` are those that the model has.
+    """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
-    max_length = min(section.max_length, tokenizer.model_max_length)
+    max_length = min(section.max_length, tokenizer.model_max_length, positions or section.max_length)
 
     def tokenize(samples: dict[str, list]) -> dict[str, Any]:
         return tokenizer(samples[section.text], truncation=True, max_length=max_length)
 
-    removed = [name for name in splits["train"].column_names if generates or name != "labels"]
-    splits = splits.map(tokenize, batched=True, remove_columns=removed)
+    tokenized = DatasetDict()
+    for name, split in splits.items():
+        removed = [column for column in split.column_names if generates or column != "labels"]
+        # What `save_to_disk` wrote would else get a file beside it.
+        tokens = split.map(tokenize, batched=True, remove_columns=removed, keep_in_memory=section.is_saved)
+        lengths = [len(ids) for ids in tokens["input_ids"]]
+        if cut := sum(length == max_length for length in lengths):
+            logger.info(
+                "split '%s': %d of %d texts fill all %d tokens; what is longer is cut",
+                name,
+                cut,
+                len(split),
+                max_length,
+            )
+        if generates and (short := [row for row, length in enumerate(lengths) if length < 2]):
+            if len(short) == len(split):
+                raise DataError(f"split '{name}' has no text of two tokens or more; expected some to predict")
+            logger.warning("split '%s': %d texts of less than two tokens are left out", name, len(short))
+            tokens = tokens.select([row for row, length in enumerate(lengths) if length > 1])
+        tokenized[name] = tokens
+    splits = tokenized
     collator = (
         DataCollatorForLanguageModeling(tokenizer, mlm=False) if generates else DataCollatorWithPadding(tokenizer)
     )

@@ -60,6 +60,8 @@ def run_demo(directory: Path, *, seed: int = 0) -> str:
 
 def _build(directory: Path, seed: int) -> None:
     marker = directory / "world.yaml"
+    if directory.exists() and not directory.is_dir():
+        raise OutputExistsError(f"'{directory}' is a file; name a new folder with --output")
     if directory.exists() and any(directory.iterdir()):
         if not marker.exists() or yaml.safe_load(marker.read_text()) != {"seed": seed}:
             raise OutputExistsError(

@@ -41,5 +41,14 @@ class PushError(GraspError, ConnectionError):
     """The Hub did not take the merged model; it is still in memory, or in the folder that it was saved to."""
 
 
+class StaleMergeError(PushError):
+    """The repository has a newer version than the one that was appended to."""
+
+
 class SourceNotFoundError(GraspError, FileNotFoundError):
     """A model, an adapter, a revision or its weights are not where the reference says."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or what kind it is where it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

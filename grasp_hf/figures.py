@@ -1,5 +1,6 @@
 """Figures: what each source brought to each layer, the loss along a merge, and what the methods of a comparison reached."""
 
+import io
 import math
 import re
 import warnings
@@ -38,16 +39,19 @@ def save_figures(report: MergeReport, directory: Path) -> list[str]:
 
     Those of an earlier merge are removed. An average without data measured nothing: its coefficients are all alike.
     """
-    for name in (ALIGNMENT_FILE, PROGRESS_FILE):
-        (directory / name).unlink(missing_ok=True)
-    if not report.start and all(unit.score is None for step in report.steps for unit in step.units):
-        return []
-    figures = {ALIGNMENT_FILE: alignment_figure(report), PROGRESS_FILE: progress_figure(report)}
-    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    figures = {ALIGNMENT_FILE: alignment_figure, PROGRESS_FILE: progress_figure}
+    measured = report.start or any(unit.score is not None for step in report.steps for unit in step.units)
+    drawn = {name: figure for name, draw in figures.items() if measured and (figure := draw(report)) is not None}
+    written = {name: io.BytesIO() for name in drawn}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ ")  # of names in writings that the font lacks
         for name, figure in drawn.items():
-            figure.savefig(directory / name, dpi=DPI, metadata={"Software": None})
+            figure.savefig(written[name], dpi=DPI, metadata={"Software": None})
+    for name in figures:
+        if name in written:
+            (directory / name).write_bytes(written[name].getvalue())
+        else:
+            (directory / name).unlink(missing_ok=True)
     return list(drawn)
 
 
@@ -112,7 +116,7 @@ def progress_figure(report: MergeReport) -> "Figure | None":
     seen = [loss for row in [*losses, [start, *ends]] for loss in row if math.isfinite(loss)]
     if min(seen) > 0 and max(seen) > 20 * min(seen):
         axes.set_yscale("log")
-    axes.set_title(f"Loss along the merge\non {judged}")
+    axes.set_title("Loss along the merge\non " + judged.replace(", later", ",\nlater"))
     axes.set_xlabel("source, in order of merging")
     axes.set_ylabel("mean loss")
     axes.grid(axis="y", color="0.9")

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import is_liger_kernel_available
 
 from .batches import Batch, Collator, is_class_ids
 from .config import GraspConfig
@@ -86,7 +87,12 @@ def check_finetuning(
         _ready(model, train_dataset, eval_dataset, collator, config, 1, config.seed, directory) as trainer,
         _refusals_named(),
     ):
+        trainer.get_train_dataloader()
         trainer.create_optimizer_and_scheduler(num_training_steps=1)
+        if trainer.args.gradient_accumulation_steps < 1:
+            raise ValueError("gradient_accumulation_steps: expected at least 1")
+        if trainer.args.use_liger_kernel and not is_liger_kernel_available():
+            raise ImportError("use_liger_kernel needs the package liger-kernel")
 
 
 @contextmanager
@@ -232,7 +238,7 @@ def _trainer(
     """Return the Trainer for one run; raise `ConfigError` where there is nothing to train or to judge by."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
-            "every parameter is frozen; set initial_epochs=0 and finetune_epochs=0, or requires_grad_(True)"
+            "every parameter is frozen; set initial_epochs, finetune_epochs and final_epochs to 0, or call requires_grad_(True)"
         )
     by_accuracy = arguments.metric_for_best_model in ("accuracy", "eval_accuracy")
     if by_accuracy and eval_dataset is not None and not _has_classes(model, collator([eval_dataset[0]])):

@@ -29,7 +29,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import _http, get_session
 from huggingface_hub.utils import tqdm as hub_tqdm
 
-from .errors import DownloadError, SourceNotFoundError
+from .errors import DownloadError, SourceNotFoundError, first_line
 from .files import write_whole
 from .licenses import license_of
 from .sources import ADAPTER_WEIGHTS, FULL_WEIGHTS, INDEX, Source, SourceRef, main_weights, shards_of
@@ -300,7 +300,7 @@ def fetch(
             raise _Corrupt(f"{path}: its checksum is not the one that the Hub lists")
         return Path(file)
 
-    with named_errors(listing.ref, token), time_limit(TIMEOUT):
+    with named_errors(listing.ref, token, path), time_limit(TIMEOUT):
         found = try_to_load_from_cache(listing.repo_id, path, revision=listing.sha)
         if isinstance(found, str):
             if expected.matches(Path(found)):
@@ -407,7 +407,7 @@ def retried(ask: Callable[[], Answer], doing: str) -> Answer:
         except (HTTPError, HfHubHTTPError, OSError) as error:
             if pause is None or not _passing(error):
                 raise
-            logger.info("%s failed (%s), trying again in %.0f s", doing, _short(error), pause)
+            logger.info("%s failed (%s), trying again in %.0f s", doing, first_line(error), pause)
             time.sleep(pause)
     raise AssertionError("unreachable")
 
@@ -425,10 +425,6 @@ def _passing(error: Exception) -> bool:
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):  # the client has tried for a while
         return False
     return isinstance(error, (HTTPError, ConnectionError, TimeoutError, _Corrupt)) or "onsistency check" in str(error)
-
-
-def _short(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def cached_source(ref: SourceRef, token: str | None = None, trusted: Collection[str] = ()) -> Source:
@@ -509,8 +505,8 @@ def commit_of(ref: SourceRef, *, token: str | None = None) -> str | None:
 
 
 @contextmanager
-def named_errors(ref: SourceRef, token: str | None = None) -> Iterator[None]:
-    """Turn the client's errors into one that says which reference it was and what to do."""
+def named_errors(ref: SourceRef, token: str | None = None, file: str = "") -> Iterator[None]:
+    """Turn the client's errors into one that says which reference and which file of it it was, and what to do."""
     try:
         yield
     except GatedRepoError as error:
@@ -526,8 +522,9 @@ def named_errors(ref: SourceRef, token: str | None = None) -> Iterator[None]:
         raise SourceNotFoundError(f"'{ref}' is not a Hub id: {error}") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         folder = "" if "@" in str(ref) else "; there is no folder of that name either"
+        why = "HF_HUB_OFFLINE is set, unset it" if constants.HF_HUB_OFFLINE else first_line(error)
         raise DownloadError(
-            f"'{ref}' could not be downloaded, and no complete copy is cached: {_short(error)}{folder}"
+            f"'{ref}' could not be downloaded, and no complete copy is cached: {why}{folder}"
         ) from error
     except (HfHubHTTPError, HTTPError, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)
@@ -535,9 +532,10 @@ def named_errors(ref: SourceRef, token: str | None = None) -> Iterator[None]:
             problem = "the Hub refused the token: log in again with `hf auth login`, or pass another one"
             raise SourceNotFoundError(f"'{ref}': {problem}") from error
         if 400 <= status < 500 and status not in BUSY:
-            raise SourceNotFoundError(f"'{ref}': the Hub refused it: {_short(error)}") from error
+            raise SourceNotFoundError(f"'{ref}': the Hub refused it: {first_line(error)}") from error
         advice = "" if isinstance(error, _Corrupt) else "; run it again when the network and the disk allow"
-        raise DownloadError(f"'{ref}' could not be downloaded: {_short(error)}{advice}") from error
+        which = f"{file}: " if file and not isinstance(error, _Corrupt) else ""
+        raise DownloadError(f"'{ref}' could not be downloaded: {which}{first_line(error)}{advice}") from error
 
 
 def _what_it_is(ref: SourceRef, token: str | None) -> str:

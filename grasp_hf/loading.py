@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from .adapters import adapter_problems, apply_adapter_, load_adapter_config, saved_classes
 from .checkpoint import file_tensors, runtime_tensors
-from .errors import IncompatibleSourceError, NonFiniteError
+from .errors import IncompatibleSourceError, NonFiniteError, first_line
 from .headers import header_tensors
 from .hub import TOKENIZERS
 from .mapped import MappedTensors
@@ -583,6 +583,7 @@ def load_processing_class(source: Source) -> Any:
                 return auto.from_pretrained(source.folder, trust_remote_code=False)
         except (ValueError, OSError, KeyError, ImportError) as error:
             problem = error
-    said = str(problem).strip().split("\n")[0]
-    logger.warning("%s: its tokenizer or processor cannot be loaded, and is left out: %s", source.ref, said)
+    if problem:
+        said = first_line(problem)
+        logger.warning("%s: its tokenizer or processor cannot be loaded, and is left out: %s", source.ref, said)
     return None

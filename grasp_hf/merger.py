@@ -132,6 +132,7 @@ class GraspMerger:
                 "the model is spread over several devices by a device_map; load it without one: Accelerate chooses the "
                 "device of each step"
             )
+        _check_config(config)
         self.model = model
         self.config = config or GraspConfig()
         self.processing_class = processing_class
@@ -198,8 +199,7 @@ class GraspMerger:
             raise ConfigError(
                 f"got a {type(model_id).__name__}, expected a Hub id or a folder; GraspMerger(model) takes a model"
             )
-        if config is not None and not isinstance(config, GraspConfig):
-            raise ConfigError(f"config: got a {type(config).__name__}, expected a GraspConfig: GraspConfig(**…)")
+        _check_config(config)
         for name, advice in REFUSED_ARGUMENTS.items():
             if model_kwargs.pop(name, None):
                 raise ConfigError(f"{name}: leave it out; {advice}")
@@ -245,6 +245,7 @@ class GraspMerger:
                 ranking=[],
                 final=None,
                 control=None,
+                test={},
                 steps=[],
                 continued_steps=0,
             )
@@ -277,6 +278,7 @@ class GraspMerger:
         Raises:
             GraspError: With the number and name of the source that it happened at.
         """
+        sources = sources if isinstance(sources, str) else [*sources]
         self._check_merge(sources, train_dataset, eval_dataset)
         sources, config, earlier = [str(source) for source in sources], self.config, len(self.report.steps)
         arguments = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": data_collator}
@@ -544,6 +546,7 @@ class GraspMerger:
                 self.report.data = {"train": self._described(train_dataset), "eval": self._described(eval_dataset)}
                 self._started = True
                 self.report.final = self.report.control = None  # those of an earlier run
+                self.report.test = {}
                 self.report.steps.append(report)
         except BaseException as error:
             error.add_note(f"while merging source '{located.ref}'")
@@ -711,6 +714,12 @@ class GraspMerger:
             self._published = to.repo_id, commit.oid
             tag_version(to, commit.oid)
         return str(commit.pr_url or commit.commit_url)
+
+
+def _check_config(config: Any) -> None:
+    """Raise `ConfigError` where it is something else than a configuration, or none."""
+    if config is not None and not isinstance(config, GraspConfig):
+        raise ConfigError(f"config: got a {type(config).__name__}, expected a GraspConfig: GraspConfig(**…)")
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """From a recipe to a merger and its data, ready to run."""
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,8 +9,10 @@ from transformers import PretrainedConfig, PreTrainedModel, default_data_collato
 from . import hub
 from .batches import Collator
 from .config import Recipe
+from .digests import shared_samples
 from .errors import ConfigError, DataError
 from .loading import load_config, load_processing_class, model_class, task_of
+from .matching import shortened
 from .merger import GraspMerger
 from .redaction import without_secrets
 from .rows import label_names
@@ -17,6 +20,8 @@ from .sources import Source
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+
+logger = logging.getLogger(__name__)
 
 PREPARED = ("image-classification", "text-classification", "text-generation")
 
@@ -67,13 +72,27 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     check_prepared(cls, base)
     processor = required_processing_class(base)
     splits, model_kwargs = labelled_splits(recipe, config, cls)
-    new_head = bool(model_kwargs) and list(model_kwargs["id2label"].values()) != label_names(config)
+    names, known = list(model_kwargs.get("id2label", {}).values()), label_names(config)
+    new_head = bool(names) and names != known
+    if new_head and known != [f"LABEL_{index}" for index in range(len(known))]:
+        logger.warning(
+            "the labels of the data are %s, those of '%s' are %s: it gets a new head",
+            shortened(names),
+            base.ref,
+            shortened(known),
+        )
     if cls.main_input_name == "pixel_values":
         splits, collator = with_images(splits, section.image, processor)
     else:
-        splits, collator = with_tokens(splits, section, processor, generates=cls.can_generate())
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        splits, collator = with_tokens(splits, section, processor, generates=cls.can_generate(), positions=positions)
         if config.pad_token_id is None:
             model_kwargs["pad_token_id"] = processor.pad_token_id
+    if shared := shared_samples(splits):
+        logger.warning(
+            "%s; what judges a merge then knows what it judges, and its numbers flatter: remove them",
+            "; ".join(shared),
+        )
     merger = GraspMerger.from_pretrained(
         start, config=recipe.config, task=recipe.task, token=token, new_head=new_head, **model_kwargs
     )
@@ -108,6 +127,12 @@ def labelled_splits(
     if isinstance(found, int):  # the highest class may be rare
         numbers = [class_names(split, section.label) for split in splits.values()]
         found = max(number for number in numbers if isinstance(number, int))
+        if found != len(label_names(config)) and not any(
+            0 in split.unique(section.label) for split in splits.values()
+        ):
+            raise DataError(
+                f"column '{section.label}' holds class ids up to {found - 1} and never 0; expected ids from 0, or class names"
+            )
     require_column(splits, *inputs)
     names = names_for_model(found, label_names(config))
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}

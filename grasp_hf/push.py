@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import PushError, SourceNotFoundError
+from .errors import PushError, SourceNotFoundError, StaleMergeError
 from .hub import Listing, RemoteFile, resolve, retried, time_limit
 from .sources import ADAPTER_WEIGHTS, FULL_WEIGHTS, SourceRef
 
@@ -113,9 +113,9 @@ def push_files(
             intended[name] = _described(path)
             # A head that holds the same is this version itself, pushed before.
             if continues not in (None, head.sha) and not _holds(head, {name: intended[name]}, []):
-                raise PushError(
+                raise StaleMergeError(
                     f"'{to.repo_id}' has a newer version than the one that this was made from: expected {continues}, got "
-                    f"{head.sha}; append to the new version, or push to another branch or as a pull request"
+                    f"{head.sha}; append to the new version, or push to another branch or as a pull request (--create-pr)"
                 )
             retried(lambda op=operation: _upload(to, op), f"uploading {name}")  # type: ignore[misc]
             if operation.path_or_fileobj == b"":  # uploaded: the client holds on to small files only

@@ -255,7 +255,12 @@ class StepReport:
     @property
     def name(self) -> str:
         """The source for a reader: a Hub id as given, of a local folder its last part."""
-        return self.source if self.sha else Path(self.source).name
+        if self.sha:
+            return self.source
+        *_, folder, name = ["", *Path(self.source).parts]
+        return (
+            f"{folder}/{name}" if name.startswith("checkpoint-") and folder else name
+        )  # as the Trainer names them all
 
     @property
     def moved(self) -> int:
@@ -361,6 +366,7 @@ class MergeReport:
         ranking: The order of the sources by what they promised, where they were ranked.
         final: The fine-tuning after the last source; `None` where there was none.
         control: What the merge gained over fine-tuning alone, where that was asked for.
+        test: Loss (and accuracy) on the test data; empty without it.
         steps: One entry per source.
         config: The configuration of the merge.
         recipe: Task and data of the recipe, where one was used.
@@ -380,6 +386,7 @@ class MergeReport:
     ranking: list[dict[str, Any]] = field(default_factory=list)
     final: FinetuneReport | None = None
     control: ControlReport | None = None
+    test: Evaluation = field(default_factory=dict)
     steps: list[StepReport] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -440,7 +447,11 @@ class MergeReport:
         if not self.steps:
             return "no source merged"
         rows = [step.row() for step in self.steps]
-        columns = dict.fromkeys(column for row in rows for column in row)
+        columns = [
+            column
+            for column in dict.fromkeys(column for row in rows for column in row)
+            if any(row.get(column, "–").strip("– >-") for row in rows)
+        ]
         return markdown_table([{column: row.get(column, "–") for column in columns} for row in rows])
 
     def conclusions(self) -> list[str]:
@@ -461,7 +472,9 @@ class MergeReport:
         ]
         found += [f"{step.name}: {note}" for step in self.steps for note in step.notes]
         found += [f"at the end {self.final.line()}"] if self.final else []
-        return found + ([self.control.line()] if self.control else [])
+        found += [self.control.line()] if self.control else []
+        scores = ", ".join(f"{name} {shown(value)}" for name, value in self.test.items())
+        return found + ([f"test: {scores}"] if scores else [])
 
     def __str__(self) -> str:
         start = f"start: {self.base}, loss {shown(self.start.get('loss'))}"

@@ -134,7 +134,7 @@ def placed(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], start: M
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait until the block is done."""
+    """Let Ctrl-C, and the SIGTERM of who stops a job, wait until the block is done."""
     if threading.current_thread() is not threading.main_thread():  # no other thread is ever interrupted
         yield
         return
@@ -143,10 +143,11 @@ def interrupts_held() -> Iterator[None]:
     def hold(number: int, frame: FrameType | None) -> None:
         waiting.append(number)
 
-    previous = signal.signal(signal.SIGINT, hold)
+    previous = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     if waiting:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(waiting[0])

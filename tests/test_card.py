@@ -109,7 +109,7 @@ def test_the_card_lists_the_licence_of_every_parent_and_what_is_in_the_way() -> 
     report = report_of(step(license="gpl-3.0"), step("org/lora", license="cc-by-nc-4.0"), base_license="mit")
     card = model_card(tiny_model("vit"), report, "org/merged", gated=["org/lora"])
     section = card.text.split("### Licence\n")[1].split("\n### ")[0]
-    assert card.data.to_dict()["license"] == "other" and "This merge declares `other`." in section
+    assert card.data.to_dict()["license"] == "other" and "This merge declares `other`, chosen from" in section
     assert "no legal advice" in section
     rows = [tuple(cell.strip() for cell in row.split("|")[1:3]) for row in section.splitlines() if row.startswith("|")]
     assert rows[2:] == [("org/base", "mit"), ("org/fine", "gpl-3.0"), ("org/lora", "cc-by-nc-4.0")]

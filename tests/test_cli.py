@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
@@ -20,11 +23,24 @@ from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.cli import main
 from grasp_hf.config import Recipe
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, SourceNotFoundError
+from grasp_hf.figures import save_figures
 from grasp_hf.matching import movable_tensors
 from grasp_hf.plan import PlannedSource, cost_lines
 from grasp_hf.prepare import prepare
+from grasp_hf.report import MergeReport
+from grasp_hf.saving import read_record
 from tests.hub_server import HubServer
-from tests.models import LABELS, NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
+from tests.models import (
+    LABELS,
+    NO_TUNING,
+    copied,
+    perturbed,
+    saved,
+    saved_adapter,
+    tiny_data,
+    tiny_model,
+    write_images,
+)
 
 QUICK = {**NO_TUNING, "method": "blend", "finetune_epochs": 1, "num_batches": 2, "batch_size": 4, "gate": False}
 AVERAGE = {"method": "average", "order": "given", "finetune_epochs": 0, "final_epochs": 0, "data": {}}
@@ -80,7 +96,7 @@ def test_the_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None
         (["merge", "recipe.yaml"], "--output"),
         (["blend", "recipe.yaml"], "invalid choice: 'blend'"),
         (["plan", "recipe.yaml", "--outptu", "x"], "unrecognized arguments: --outptu"),
-        (["demo", "--seed", "one"], "invalid int value: 'one'"),
+        (["demo", "--seed", "one"], "expected a number of 0 or more, got 'one'"),
         (["merge", "recipe.yaml", "--output", "x", "--private"], "--private: expected --push-to-hub beside it"),
         (["append", "merged", "org/a", "--output", "x", "--create-pr"], "--create-pr: expected --push-to-hub"),
     ],
@@ -611,3 +627,84 @@ def test_a_merge_in_the_folder_where_it_is_saved(world: Path, monkeypatch: pytes
     merger.merge([str(world / "fine-1")])
     merger.save_pretrained(".")
     assert "\n# here\n" in Path("README.md").read_text()
+
+
+def test_a_stopped_job_saves_what_was_merged(world: Path) -> None:
+    """Schedulers and containers send SIGTERM, and wait."""
+    recipe = write_recipe(world, sources=["fine-1"], final_epochs=10_000)
+    command = [sys.executable, "-c", "from grasp_hf.cli import run; run()", "merge", recipe, "--output", "merged"]
+    with subprocess.Popen(command, cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and any(line.startswith("1/1 fine-1 ") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        printed, errors = process.communicate(timeout=120)
+    assert "saved what was merged before: 1 of 1 sources, merged" in printed, errors
+    assert process.returncode == 130 and errors.endswith("interrupted\n")
+    assert len(MergeReport.from_json(world / "merged" / "grasp_report.json").steps) == 1
+    AutoModelForImageClassification.from_pretrained(world / "merged")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_until_the_result_is_saved(
+    number: signal.Signals, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: Any) -> list[str]:
+        signal.raise_signal(number)
+        return save_figures(*arguments)
+
+    monkeypatch.setattr("grasp_hf.saving.save_figures", interrupted)
+    handlers = {each: signal.signal(each, signal.default_int_handler) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert main(["merge", write_recipe(world, sources=["fine-1"]), "--output", str(world / "merged")]) == 130
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    record = read_record(world / "merged")
+    assert record and len(record.steps) == 1 and (world / "merged" / "progress.png").exists()
+    AutoModelForImageClassification.from_pretrained(world / "merged")
+
+
+def test_the_score_on_the_test_data_is_recorded(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", write_recipe(world, sources=["fine-1"]), "--output", str(world / "merged")]) == 0
+    record = read_record(world / "merged")
+    assert record and record.test.keys() == {"loss", "accuracy"}
+    line = f"test: loss {record.test['loss']:.3f}, accuracy {record.test['accuracy']:.3f}"
+    assert line in capsys.readouterr().out and line in (world / "merged" / "README.md").read_text()
+    rows = ModelCard.load(world / "merged" / "README.md").data.eval_results
+    assert {row.metric_type: row.metric_value for row in rows} == pytest.approx(record.test, abs=1e-4)
+    assert {row.dataset_name for row in rows} == {"test data of the target task"}
+
+
+def test_a_picture_of_the_test_split_that_is_broken_loses_nothing(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = world / "images" / "test" / LABELS[0] / "0.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    assert main(["merge", write_recipe(world, sources=["fine-1"]), "--output", str(world / "merged")]) == 1
+    printed = capsys.readouterr()
+    assert f"error: the picture '{broken}' cannot be read" in printed.err
+    assert "saved what was merged before: 1 of 1 sources" in printed.out
+
+
+def test_samples_in_two_splits_are_told(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = world / "images"
+    shutil.copy(images / "train" / LABELS[0] / "0.png", images / "train" / LABELS[0] / "again.png")
+    shutil.copy(images / "train" / LABELS[0] / "1.png", images / "test" / LABELS[0] / "same.png")
+    assert main(["merge", write_recipe(world, sources=["fine-1"]), "--output", str(world / "merged")]) == 0
+    told = "1 samples of the split 'train' stand there again; 1 samples of the split 'test' also stand in the split 'train'"
+    assert f"{told}; what judges a merge then knows" in capsys.readouterr().err
+
+
+def test_a_source_whose_folder_has_an_equals_sign(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(world, **AVERAGE, sources=["fine-1"], initial_epochs=0)
+    assert main(["merge", recipe, "--output", str(world / "merged")]) == 0
+    source = copied(str(world / "fine-2"), world / "lr=1e-5")
+    assert main(["append", str(world / "merged"), str(source), "--output", str(world / "more")]) == 0
+    record = read_record(world / "more")
+    assert record and [step.name for step in record.steps] == ["fine-1", "lr=1e-5"]
+
+
+def test_a_file_instead_of_the_folder_of_a_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["demo", "--output", str(tmp_path / "file")]) == 1
+    assert f"error: '{tmp_path / 'file'}' is a file; name a new folder with --output" in capsys.readouterr().err

@@ -33,7 +33,7 @@ from grasp_hf.config import GraspConfig, Recipe
 from grasp_hf.contenders import METHODS, Arena, Method
 from grasp_hf.data import with_images as with_pixels
 from grasp_hf.digests import contents
-from grasp_hf.errors import ConfigError, DataError
+from grasp_hf.errors import ConfigError, DataError, OutputExistsError
 from grasp_hf.figures import comparison_figure
 from grasp_hf.matching import movable_tensors
 from grasp_hf.results import OURS, Comparison, Result, half_interval, interval
@@ -169,6 +169,12 @@ def test_what_is_written(everything: Everything) -> None:
     assert text == f"{comparison}\n" and all(method.title in text for method in METHODS.values())
     with Image.open(folder / f"comparison-{TRAIN}.png") as figure:
         assert figure.width > 500 and figure.height > 500 and len(figure.convert("L").getcolors() or []) > 20
+
+
+def test_a_file_instead_of_the_folder_of_results(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputExistsError, match="file' cannot be written: File exists; name another folder"):
+        compare(recipe, tmp_path / "file", seeds=[0], methods=["base"])
 
 
 def test_a_killed_comparison_goes_on_where_it_was(recipe: Recipe, world: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from grasp_hf import GraspConfig, Recipe
 from grasp_hf.data import DataSection
@@ -373,3 +374,15 @@ def test_what_python_has_and_records_have_not_becomes_plain() -> None:
     assert config.training_arguments == {"run_name": "logs", "lr_scheduler_kwargs": {"betas": [0.9, 0.5]}}
     with pytest.raises(ConfigError, match="training_arguments: a value of it cannot be written to the record"):
         GraspConfig(training_arguments={"lr_scheduler_kwargs": {"betas": object()}})
+
+
+def test_a_trainer_argument_in_the_wrong_place_is_told_where_it_belongs() -> None:
+    with pytest.raises(
+        ConfigError, match="- learning_rate: unknown key, did you mean training_arguments.learning_rate"
+    ):
+        Recipe.from_dict({"sources": ["a"], "learning_rate": 1e-5})
+
+
+def test_yaml_reads_no_as_false() -> None:
+    config = GraspConfig(training_arguments=yaml.safe_load("{eval_strategy: no, save_strategy: no}"))
+    assert config.training_arguments == {"eval_strategy": "no", "save_strategy": "no"}

@@ -4,9 +4,11 @@ import math
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from PIL import Image
 from transformers import AutoTokenizer, PreTrainedModel
 
 from grasp_hf import GraspConfig, Recipe
@@ -16,11 +18,12 @@ from grasp_hf.data import (
     load_splits,
     names_for_model,
     require_column,
+    with_images,
     with_label_ids,
     with_tokens,
 )
-from grasp_hf.digests import described
-from grasp_hf.errors import DataError
+from grasp_hf.digests import described, picture
+from grasp_hf.errors import ConfigError, DataError
 from grasp_hf.prepare import prepare
 from grasp_hf.redaction import without_secrets
 from grasp_hf.rows import label_names
@@ -201,7 +204,7 @@ def test_tokens_of_a_sentence(tmp_path: Path) -> None:
     splits = DatasetDict(
         train=Dataset.from_dict({"text": ["red small blue", "large"], "labels": [1, 0], "id": [8, 9]})
     )
-    part = section(tmp_path, {"path": "csv", "max_length": 2})
+    part = section(tmp_path, {"path": "csv", "data_files": "x.csv", "max_length": 2})
     encoded, collator = with_tokens(splits, part, tiny_tokenizer(), generates=False)
     assert encoded["train"]["input_ids"][:] == [[3, 6], [7]]
     assert encoded["train"]["labels"][:] == [1, 0]
@@ -212,10 +215,74 @@ def test_tokens_of_a_sentence(tmp_path: Path) -> None:
 
 
 def test_tokens_of_a_language_model(tmp_path: Path) -> None:
-    splits = DatasetDict(train=Dataset.from_dict({"text": ["red small blue", "large"], "labels": [1, 0]}))
-    encoded, collator = with_tokens(splits, section(tmp_path, {"path": "csv"}), tiny_tokenizer(), generates=True)
+    splits = DatasetDict(train=Dataset.from_dict({"text": ["red small blue", "large red"], "labels": [1, 0]}))
+    part = section(tmp_path, {"path": "csv", "data_files": "x.csv"})
+    encoded, collator = with_tokens(splits, part, tiny_tokenizer(), generates=True)
     batch = collator([encoded["train"][i] for i in (0, 1)])
-    assert batch["labels"].tolist() == [[3, 6, 5], [7, -100, -100]]
+    assert batch["labels"].tolist() == [[3, 6, 5], [7, 3, -100]]
+
+
+def test_texts_that_have_nothing_to_predict(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    part = section(tmp_path, {"path": "csv", "data_files": "x.csv"})
+    splits = DatasetDict(train=Dataset.from_dict({"text": ["", "red small", "large", "blue red"]}))
+    encoded, _ = with_tokens(splits, part, tiny_tokenizer(), generates=True)
+    assert encoded["train"]["input_ids"][:] == [[3, 6], [5, 3]]
+    assert "split 'train': 2 texts of less than two tokens are left out" in caplog.text
+    splits["validation"] = Dataset.from_dict({"text": ["", "red"]})
+    with pytest.raises(DataError, match="split 'validation' has no text of two tokens or more"):
+        with_tokens(splits, part, tiny_tokenizer(), generates=True)
+
+
+def test_texts_are_cut_where_the_model_has_no_more_positions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "grasp_hf")
+    part = section(tmp_path, {"path": "csv", "data_files": "x.csv"})
+    splits = DatasetDict(
+        train=Dataset.from_dict({"text": ["red small blue", "large"], "labels": [1, 0], "id": [1, 2]}),
+        test=Dataset.from_dict({"labels": [1], "text": ["red"]}),
+    )
+    encoded, _ = with_tokens(splits, part, tiny_tokenizer(), generates=False, positions=2)
+    assert encoded["train"]["input_ids"][:] == [[3, 6], [7]] and encoded["test"]["input_ids"][:] == [[3]]
+    assert "split 'train': 1 of 2 texts fill all 2 tokens; what is longer is cut" in caplog.text
+
+
+def test_a_saved_data_set_gets_no_files_beside_it(tmp_path: Path) -> None:
+    splits = DatasetDict(train=Dataset.from_dict({"text": ["red small", "large"], "label": ["a", "b"]}))
+    splits.save_to_disk(tmp_path / "saved")
+    before = sorted(tmp_path.rglob("*"))
+    part = section(tmp_path, {"path": "saved"})
+    labelled = with_label_ids(load_splits(part), "label", ["a", "b"])
+    encoded, _ = with_tokens(labelled, part, tiny_tokenizer(), generates=False)
+    assert encoded["train"][1]["input_ids"] == [7] and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["csv", "imagefolder"])
+def test_a_kind_of_files_needs_to_know_where_they_are(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"data.data_dir or data.data_files: missing.*'{kind}'"):
+        section(tmp_path, {"path": kind})
+
+
+def test_pictures_of_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
+    levels = np.array([[0, 255], [256 * 100, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "grey.png")
+    kept = picture({"path": str(tmp_path / "grey.png"), "bytes": None})
+    assert kept.mode == "RGB" and np.asarray(kept)[..., 0].tolist() == [[0, 0], [100, 255]]
+    Image.fromarray(levels / np.float32(65535)).save(tmp_path / "float.tiff")
+    with pytest.raises(DataError, match="float.tiff' cannot be read: its pixels are of type F"):
+        picture({"path": str(tmp_path / "float.tiff"), "bytes": None})
+
+
+@pytest.mark.parametrize("left", [0, 30])
+def test_a_picture_that_cannot_be_read_is_named(left: int, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", {"train": 2})
+    broken = next(folder.rglob("*.png"))
+    broken.write_bytes(broken.read_bytes()[:left])
+    splits = load_splits(section(tmp_path, {"path": "imagefolder", "data_dir": "images"}))
+    names = splits["train"].features["label"].names
+    encoded, _ = with_images(
+        with_label_ids(splits, "label", names), "image", lambda images, **_: {"pixel_values": images}
+    )
+    with pytest.raises(DataError, match=f"the picture '.*{broken.name}' cannot be read"):
+        encoded["train"][:]
 
 
 def test_a_row_without_text() -> None:
@@ -344,6 +411,21 @@ def test_a_class_id_that_only_the_test_split_holds(tmp_path: Path) -> None:
 def test_class_ids_need_enough_outputs(tmp_path: Path) -> None:
     model = prepared_base(tmp_path, LABELS, {"text": ROWS["text"], "label": [0, 1, 3]})
     assert label_names(model.config) == ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]
+
+
+def test_class_ids_begin_at_nought(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of ids from 1 each would be matched with another class; but the first class may be rare, where the model has it."""
+    for folder, last in ((tmp_path / "a", 3), (tmp_path / "b", 2)):
+        rows: dict[str, list] = {"text": ROWS["text"], "label": [1, 2, last]}
+        if last == 3:
+            with pytest.raises(
+                DataError, match="column 'label' holds class ids up to 3 and never 0; expected ids from 0"
+            ):
+                prepared_base(folder, LABELS, rows)
+        else:
+            assert label_names(prepared_base(folder, LABELS, rows).config) == LABELS and not caplog.text
+    prepared_base(tmp_path / "c", LABELS, {"text": ROWS["text"], "label": [0, 1, 1]})
+    assert "the labels of the data are LABEL_0, LABEL_1, those of" in caplog.text and "a new head" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert", "gpt2"])

@@ -122,6 +122,28 @@ def test_frozen_models_are_not_fine_tuned() -> None:
         GraspMerger(model, GraspConfig(initial_epochs=1)).merge([], train_dataset=tiny_data("vit", 8))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("dataloader_num_workers", -1, "num_workers"),
+        ("gradient_accumulation_steps", 0, "gradient_accumulation_steps: expected at least 1"),
+        ("use_liger_kernel", True, "use_liger_kernel needs the package liger-kernel"),
+    ],
+)
+def test_what_stops_a_training_is_known_before_the_first_source(name: str, value: Any, problem: str) -> None:
+    merger = GraspMerger(tiny_model("bert"), GraspConfig(final_epochs=1, training_arguments={name: value}))
+    with pytest.raises(ConfigError, match=f"training_arguments: .*{problem}"):
+        merger.merge(["org/nowhere"], train_dataset=tiny_data("bert", 8))
+
+
+def test_a_generator_of_sources_and_a_configuration_of_another_type(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="config: got a dict, expected a GraspConfig"):
+        GraspMerger(tiny_model("vit"), {"method": "average"})  # type: ignore[arg-type]
+    sources = (saved(perturbed(tiny_model("vit"), seed), tmp_path / str(seed)) for seed in (1, 2))
+    report = GraspMerger(tiny_model("vit"), GraspConfig(method="average", **NO_TUNING)).merge(sources)  # type: ignore[arg-type]
+    assert [step.name for step in report.steps] == ["1", "2"]
+
+
 def test_accuracy_cannot_choose_the_epoch_of_a_language_model() -> None:
     merger = GraspMerger(tiny_model("gpt2"), GraspConfig.paper())
     with pytest.raises(ConfigError, match="GPT2LMHeadModel has no accuracy .* metric_for_best_model: loss"):

@@ -248,7 +248,10 @@ def test_without_a_network_the_cache_serves(
     assert locate("org/hub-fine").sha == shas["v2"]
     for reference in ("org/hub-base", "org/hub-lora"):  # only its configuration is here, nothing of it is
         for find in (locate, look_up):
-            with pytest.raises(DownloadError, match=f"'{reference}' could not be downloaded, and no complete copy is"):
+            with pytest.raises(
+                DownloadError,
+                match=f"'{reference}' could not be downloaded, and no complete copy is cached(: HF_HUB_OFFLINE is set, unset it|; run it again)",
+            ):
                 find(reference)
     assert look_up("org/hub-fine")[0].sha == shas["v2"]
     assert hub.requests[since:] == []

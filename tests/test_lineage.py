@@ -360,7 +360,10 @@ def test_an_append_that_cannot_be_pushed_is_kept(
     assert main([*append, "org/line-lost"]) == 0
 
 
-def test_an_append_to_a_version_that_is_not_the_last_overwrites_nothing(hub: HubServer, tmp_path: Path) -> None:
+def test_an_append_to_a_version_that_is_not_the_last_overwrites_nothing(
+    hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     config = GraspConfig(method="average", **NO_TUNING)
     first = GraspMerger.from_pretrained("org/line-base", config=config)
     first.merge(["org/line-1"])
@@ -376,6 +379,9 @@ def test_an_append_to_a_version_that_is_not_the_last_overwrites_nothing(hub: Hub
     ours.save_pretrained(tmp_path / "kept")
     with pytest.raises(PushError, match="^'org/line-both' has a newer version "):
         GraspMerger.from_pretrained(str(tmp_path / "kept")).push_to_hub("org/line-both", token=TOKEN)
+    assert main(["push", str(tmp_path / "kept"), "org/line-both"]) == 1
+    printed = capsys.readouterr().err
+    assert "pull request (--create-pr); the merged model is in the folder " in printed and "goes on" not in printed
     assert repo.resolve("main") == head and not [path for method, path in hub.requests[since:] if method == "PUT"]
     assert repo.tags.keys() == {"v1", "v2"}
     ours.push_to_hub("org/line-both", token=TOKEN, create_pr=True)

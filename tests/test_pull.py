@@ -173,12 +173,12 @@ def test_a_server_that_ignores_where_to_go_on(
 
 
 LASTING: dict[str, tuple[str, str, dict[str, Any], str]] = {
-    "cut": (WEIGHTS, "cut", {"after": 100}, "could not be downloaded: peer closed connection"),
+    "cut": (WEIGHTS, "cut", {"after": 100}, "could not be downloaded: model.safetensors: peer closed connection"),
     "reset": (WEIGHTS, "reset", {"after": 3 * CHUNK}, "could not be downloaded: .*; run it again"),
     "corrupt": (WEIGHTS, "corrupt", {"at": 20_000}, "could not be downloaded: model.safetensors: its checksum is not"),
     "corrupt configuration": ("GET .*/config.json", "corrupt", {"at": 100}, "downloaded: config.json: its checksum"),
     "short": (WEIGHTS, "short", {"after": 3 * CHUNK}, "Consistency check failed: file should be of size 25812"),
-    "429": (WEIGHTS, "status", {"status": 429}, "could not be downloaded: .*429"),
+    "429": (WEIGHTS, "status", {"status": 429}, "could not be downloaded: model.safetensors: .*429"),
     "500": (WEIGHTS, "status", {"status": 500}, "could not be downloaded: .*500"),
     "503": (WEIGHTS, "status", {"status": 503}, "could not be downloaded: .*503"),
     "HEAD lost": (HEAD, "drop", {}, "could not be downloaded"),
@@ -284,7 +284,9 @@ def test_a_full_disk_is_one_clear_error(hub: HubServer, folders: dict[str, Path]
     before, since = files_in(home), len(hub.exchanges)
     output, errors = subprocess_of(FULL_DISK, home).communicate(timeout=60)
     error, left, size = output.splitlines()
-    assert error.startswith("'org/pull-1' could not be downloaded: [Errno 27] File too large"), errors
+    assert error.startswith("'org/pull-1' could not be downloaded: model.safetensors: [Errno 27] File too large"), (
+        errors
+    )
     assert error.endswith("run it again when the network and the disk allow")
     assert (left, int(size)) == ("['.lock']", (folders[SIX[0]] / "model.safetensors").stat().st_size)
     assert len([done for done in hub.exchanges[since:] if "/lfs/" in done.path]) == 2, "it is not tried in vain"

@@ -291,6 +291,22 @@ def test_halves_of_the_labels_make_as_many_passes_over_them(world: Path, monkeyp
     assert sorted(made) == [(10, 10), (11, 11), (21, 21)]
 
 
+def test_a_batch_that_the_model_cannot_take_is_named_and_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("bert")
+    merger = GraspMerger(model, GraspConfig(num_batches=1, batch_size=4, **NO_TUNING))
+    longer = [{"input_ids": torch.ones(600, dtype=torch.long), "labels": 0} for _ in range(4)]
+    expected = r"^train_dataset: the BertForSequenceClassification cannot take a batch of input_ids \(4, 600\), labels"
+    with pytest.raises(DataError, match=expected):
+        merger.merge([], train_dataset=longer)
+    columns = [{"input_ids": torch.ones(3, dtype=torch.long), "labels": 1.0} for _ in range(4)]  # of pandas, say
+    with pytest.raises(
+        DataError, match="^train_dataset: the BertFor.* cannot take a batch of input_ids .4, 3., labels"
+    ):
+        merger.merge([], train_dataset=columns)
+    assert model.config.problem_type is None
+    merger.merge([], train_dataset=tiny_data("bert", 8))
+
+
 def test_samples_of_unequal_length_make_no_batch_and_are_named() -> None:
     samples = [{"input_ids": torch.arange(length), "labels": 0} for length in (3, 5, 4, 6)]
     with pytest.raises(DataError, match="^train_dataset: no batch can be made of its samples: .*equal size"):
