@@ -391,6 +391,8 @@ def _control(merger: GraspMerger, sources: list[str], data: TaskData) -> tuple[J
         raise ConfigError(
             "--control: expected data with the splits 'train' and 'test' (or 'validation') to compare on"
         )
+    if not merger.config.total_epochs(len(sources)):
+        raise ConfigError("--control: expected epochs of fine-tuning, which it compares with; set final_epochs")
     print("control: fine-tuning alone")
     return merger.finetuned_alone(len(sources), judges, **data.merge_arguments()), name
 

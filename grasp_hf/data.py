@@ -12,8 +12,8 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorWithPaddin
 
 from .batches import Collator
 from .config import Recipe
-from .digests import picture
 from .errors import ConfigError, DataError
+from .pictures import picture
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
 from dataclasses import asdict, replace
@@ -253,7 +253,7 @@ class GraspMerger:
 
     def merge(
         self,
-        sources: Sequence[str],
+        sources: Iterable[str],
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,

@@ -520,6 +520,9 @@ def test_a_control_needs_samples_to_judge_by(world: Path, capsys: pytest.Capture
     recipe = write_recipe(world, sources=["fine-1"], data=data)
     assert main(["merge", recipe, "--output", str(world / "merged"), "--control"]) == 1
     assert "--control: expected data with the splits 'train' and 'test'" in capsys.readouterr().err
+    untuned = write_recipe(world, sources=["fine-1"], finetune_epochs=0)
+    assert main(["merge", untuned, "--output", str(world / "merged"), "--control"]) == 1
+    assert "--control: expected epochs of fine-tuning" in capsys.readouterr().err
     assert not (world / "merged").exists()
 
 

@@ -22,8 +22,9 @@ from grasp_hf.data import (
     with_label_ids,
     with_tokens,
 )
-from grasp_hf.digests import described, picture
+from grasp_hf.digests import described
 from grasp_hf.errors import ConfigError, DataError
+from grasp_hf.pictures import picture
 from grasp_hf.prepare import prepare
 from grasp_hf.redaction import without_secrets
 from grasp_hf.rows import label_names

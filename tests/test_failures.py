@@ -140,7 +140,7 @@ def test_a_generator_of_sources_and_a_configuration_of_another_type(tmp_path: Pa
     with pytest.raises(ConfigError, match="config: got a dict, expected a GraspConfig"):
         GraspMerger(tiny_model("vit"), {"method": "average"})  # type: ignore[arg-type]
     sources = (saved(perturbed(tiny_model("vit"), seed), tmp_path / str(seed)) for seed in (1, 2))
-    report = GraspMerger(tiny_model("vit"), GraspConfig(method="average", **NO_TUNING)).merge(sources)  # type: ignore[arg-type]
+    report = GraspMerger(tiny_model("vit"), GraspConfig(method="average", **NO_TUNING)).merge(sources)
     assert [step.name for step in report.steps] == ["1", "2"]
 
 
