@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import datasets
@@ -68,10 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command not in WITHOUT_OVERRIDES:
         options.overrides += _taken_by_options(parser, options) + rest
-        is_folder = [options.command == "append" and Path(text).is_dir() for text in options.overrides]
-        given = [*zip(options.overrides, is_folder, strict=True)]
-        options.sources = [text for text, folder in given if folder or "=" not in text]
-        options.overrides = [text for text, folder in given if "=" in text and not folder]
+        folders = [text for text in options.overrides if options.command == "append" and Path(text).is_dir()]
+        options.sources = [text for text in options.overrides if "=" not in text or text in folders]
+        options.overrides = [text for text in options.overrides if text not in options.sources]
         if options.command != "append" and (wrong := options.sources):
             parser.error(f"expected key=value, got: {' '.join(wrong)}")
     if options.command in ("merge", "append") and not options.push_to_hub:
@@ -121,11 +119,7 @@ def run() -> None:
 
     Who stops a job (a scheduler, a container) sends SIGTERM: what was merged before is saved, as after Ctrl-C.
     """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = main()
     gc.freeze()  # otherwise Python's last collection walks all objects of torch and transformers, for a second
     sys.exit(code)
@@ -321,14 +315,12 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 def _natural(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got '{text}'")
+        raise argparse.ArgumentTypeError(f"expected numbers, got '{text}'")
     return int(text)
 
 
 def _seed(text: str) -> int | str:
-    if "=" not in text and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected numbers, got '{text}'")
-    return text if "=" in text else int(text)
+    return text if "=" in text else _natural(text)
 
 
 def _size(text: str) -> int | str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
-from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FILE_BUILDERS
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, default_data_collator
 
 from .batches import Collator
@@ -64,7 +64,7 @@ class DataSection:
         if "path" not in recipe.data:
             problems.append("data.path: missing, expected imagefolder, csv, json, parquet, a folder or a Hub id")
         problems += [problem for key in recipe.data if (problem := cls._type_problem(key, recipe.data[key]))]
-        if recipe.data.get("path") in _PACKAGED_DATASETS_MODULES and not any(recipe.data.get(key) for key in FILES):
+        if recipe.data.get("path") in FILE_BUILDERS and not any(recipe.data.get(key) for key in FILES):
             problems.append(
                 f"data.{' or data.'.join(FILES)}: missing, expected where the files for '{recipe.data['path']}' are"
             )

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FILE_BUILDERS
-
 from . import hub
 from .adapters import load_adapter_config
 from .card import trained_on_test
 from .config import Recipe
+from .data import FILE_BUILDERS
 from .digests import contents, digest
 from .errors import DataError
 from .evidence import LEAST_SAMPLES, resolution

@@ -493,7 +493,7 @@ class GraspMerger:
             located,
             self.model,
             base=self._continued.base() if self._continued and located.kind == "adapter" else self.base,
-            directory=scratch.source,
+            directory=scratch.source_folder(),
             processing_class=self.processing_class,
             accepted_bases=self.config.accepted_bases,
             check_finite=check_finite,

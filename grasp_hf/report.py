@@ -254,13 +254,14 @@ class StepReport:
 
     @property
     def name(self) -> str:
-        """The source for a reader: a Hub id as given, of a local folder its last part."""
+        """The source for a reader: a Hub id as given, of a local folder its last part.
+
+        Of a checkpoint of the Trainer the last two, for all of them have the same names.
+        """
         if self.sha:
             return self.source
-        *_, folder, name = ["", *Path(self.source).parts]
-        return (
-            f"{folder}/{name}" if name.startswith("checkpoint-") and folder else name
-        )  # as the Trainer names them all
+        path = Path(self.source)
+        return str(Path(path.parent.name, path.name)) if path.name.startswith("checkpoint-") else path.name
 
     @property
     def moved(self) -> int:
@@ -450,7 +451,7 @@ class MergeReport:
         columns = [
             column
             for column in dict.fromkeys(column for row in rows for column in row)
-            if any(row.get(column, "–").strip("– >-") for row in rows)
+            if any(row.get(column, "–").strip("– →") for row in rows)
         ]
         return markdown_table([{column: row.get(column, "–") for column in columns} for row in rows])
 

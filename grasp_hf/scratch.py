@@ -36,6 +36,7 @@ class Scratch:
         self.floor = math.inf
         self.warned = False
         self._like = like
+        self._source_folder = directory / "source"
         self._parameters = {name: t for name, t in like.items() if isinstance(t, torch.nn.Parameter)}
 
     @cached_property
@@ -67,7 +68,7 @@ class Scratch:
             vars(self).pop(name, None)
         for name in ("gradients", "source-gradients"):
             (self.directory / name).unlink(missing_ok=True)
-        shutil.rmtree(self.directory / "source", ignore_errors=True)
+        shutil.rmtree(self._source_folder, ignore_errors=True)
 
     @cached_property
     def line(self) -> tuple[MappedTensors, MappedTensors]:
@@ -75,12 +76,11 @@ class Scratch:
         before, after = (MappedTensors(self.directory / f"line-{k}", self._like) for k in range(2))
         return before, after
 
-    @property
-    def source(self) -> Path:
-        """The folder for what a source needs beside its own files; that of an earlier source is replaced."""
-        folder = self.directory / "source"
-        folder.mkdir(exist_ok=True)
-        return folder
+    def source_folder(self) -> Path:
+        """Make an empty folder for what the next source needs beside its own files; there is one at a time."""
+        shutil.rmtree(self._source_folder, ignore_errors=True)
+        self._source_folder.mkdir(exist_ok=True)
+        return self._source_folder
 
     @cached_property
     def source_gradients(self) -> MappedTensors:

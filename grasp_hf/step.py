@@ -327,28 +327,30 @@ class Step:
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             columns = getattr(dataset, "column_names", None)
             held = f" with the columns {', '.join(columns)}" if isinstance(columns, list) else ""
-            what = first_line(error)
             raise DataError(
-                f"{name}: no batch can be made of its samples{held}: {what}; expected "
+                f"{name}: no batch can be made of its samples{held}: {first_line(error)}; expected "
                 f"{self.model.main_input_name}, as the model's tokenizer or processor makes them, and labels as numbers"
             ) from error
         if name == "eval_dataset" and not labelled_terms(self.model, batch):  # others may have some
             return
-        kind = self.model.config.problem_type  # which the first batch decides on, where nobody did
+        kind = self.model.config.problem_type
         try:
             with torch.no_grad(), preserved_state(self.model):
                 self.model.eval()
                 batch_loss(self.model, batch)
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
+        except NonFiniteLossError:
+            raise
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            self.model.config.problem_type = kind
             shapes = ", ".join(
                 f"{key} {tuple(value.shape)}" for key, value in batch.items() if hasattr(value, "shape")
             )
             raise DataError(
                 f"{name}: the {type(self.model).__name__} cannot take a batch of {shapes}: {first_line(error)}"
             ) from error
+        finally:
+            self.model.config.problem_type = kind  # the model decides on it by the first labels that it sees
 
     def check_finetuning(self, epochs: float) -> None:
         """Raise where the Trainer will not fine-tune, so that it is known before the first source is merged."""

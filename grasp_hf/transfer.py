@@ -149,5 +149,5 @@ def interrupts_held() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if waiting:
-        signal.raise_signal(waiting[0])
+    for received in waiting:  # of which one may be ignored, the others not
+        signal.raise_signal(received)

@@ -82,3 +82,22 @@ def test_a_report_tells_how_heads_were_matched_and_by_whom_sources_were_judged()
     assert "org/a: the head stays: no label in common" in report.conclusions()
     assert report.judged_by == "two halves of the labels, later on evaluation data"
     assert report_of().judged_by == ""
+
+
+def test_checkpoints_of_two_trainings_have_two_names() -> None:
+    names = [
+        StepReport(source, None, "full").name for source in ("/runs/a/checkpoint-5", "/runs/b/checkpoint-5", "/x/c")
+    ]
+    assert names == ["a/checkpoint-5", "b/checkpoint-5", "c"]
+    report = MergeReport("org/base", steps=[StepReport("/runs/a/checkpoint-5", None, "full")]).without_paths()
+    assert report.steps[0].name == "a/checkpoint-5" == report.without_paths().steps[0].name
+    assert StepReport("checkpoint-5", None, "full").name == "checkpoint-5"
+
+
+def test_a_table_has_no_columns_without_a_value() -> None:
+    measured, unmeasured = step_of("org/a"), StepReport("org/b", "sha", "full")
+    assert {"loss before", "change (calibrated)"} <= {*measured.row()}
+    columns = [cell.strip() for cell in report_of(unmeasured).table().splitlines()[0].strip("|").split("|")]
+    assert "decision" in columns and not {"loss before", "transferred", "accuracy"} & {*columns}
+    columns = [cell.strip() for cell in report_of(measured, unmeasured).table().splitlines()[0].strip("|").split("|")]
+    assert "loss before" in columns

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import BertForSequenceClassification
 
 import grasp_hf.finetune
 import grasp_hf.step
@@ -305,6 +306,24 @@ def test_a_batch_that_the_model_cannot_take_is_named_and_leaves_the_model_as_it_
         merger.merge([], train_dataset=columns)
     assert model.config.problem_type is None
     merger.merge([], train_dataset=tiny_data("bert", 8))
+    model.state_dict()["classifier.weight"].fill_(math.inf)
+    with pytest.raises(NonFiniteError, match="^the loss is nan on a batch"):
+        merger.merge([], train_dataset=tiny_data("bert", 8))
+    model.config.return_dict = False
+    with pytest.raises(DataError, match="BertForSequenceClassification cannot take a batch .*: 'tuple' object has no"):
+        merger.merge([], train_dataset=tiny_data("bert", 8))
+
+
+def test_a_forward_that_does_not_name_its_inputs_takes_all() -> None:
+    class Wrapped(BertForSequenceClassification):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    sample = {"input_ids": torch.arange(3), "labels": 1, "row": 7}
+    config: Any = tiny_model("bert").config
+    models = Wrapped(config), BertForSequenceClassification(config)
+    wrapped, plain = (keeping_model_columns(model, None) for model in models)
+    assert {*wrapped([sample])} == {"input_ids", "labels", "row"} and {*plain([sample])} == {"input_ids", "labels"}
 
 
 def test_samples_of_unequal_length_make_no_batch_and_are_named() -> None:
