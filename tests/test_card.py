@@ -14,8 +14,10 @@ from grasp_hf.card import (
     model_card,
     parent_licenses,
     trained_on_test,
+    usage,
 )
 from grasp_hf.licenses import LICENSES, SUCCESSORS, Strictness, strictest
+from grasp_hf.report import StepReport
 
 from .models import LABELS, saved, tiny_model
 from .reports import report_of, step
@@ -250,3 +252,20 @@ def test_a_card_that_says_that_the_test_split_was_trained_on(text: str, says_so:
     assert trained_on_test(tmp_path, "org/animals") == (text.splitlines()[-1] if says_so else None)
     assert trained_on_test(tmp_path, "animals") == (text.splitlines()[-1] if says_so else None)
     assert trained_on_test(tmp_path, "animal") is None
+
+
+def test_a_card_says_nothing_of_losses_that_were_not_measured() -> None:
+    measured, unmeasured = (
+        model_card(tiny_model("vit"), report_of(one), "x").text for one in (step(), StepReport("org/a", "sha", "full"))
+    )
+    assert "Losses are\non evaluation data of the target task" in measured
+    assert "Losses are" not in unmeasured and "`grasp_report.json`." in unmeasured
+    assert "This merge declares no licence, after what the cards of its parents declare" in unmeasured
+
+
+def test_a_class_of_ones_own_is_to_be_imported() -> None:
+    class Own(type(tiny_model("vit"))):  # type: ignore[misc]
+        pass
+
+    text = usage(Own(tiny_model("vit").config), "org/merged")
+    assert text.startswith("Its class is not a part of transformers") and "`Own.from_pretrained('org/merged')`" in text
