@@ -398,17 +398,27 @@ def test_a_setting_is_compared_with_the_default_of_the_same_run() -> None:
     )
 
 
-def test_settings_that_were_not_run_again_stay_if_the_models_are_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("models", "loss", "stays"),
+    [
+        pytest.param(1, 2.0, True, id="same"),
+        pytest.param(2, 2.0, False, id="other models"),
+        pytest.param(1, 1.0, False, id="other version"),
+    ],
+)
+def test_settings_that_were_not_run_again_stay_beside_the_same_default(
+    tmp_path: Path, models: int, loss: float, stays: bool
+) -> None:
     path, run = tmp_path / "settings.json", {"benchmark": "sotu", "target": ERA, "labels": 64, "seed": 0}
     path.write_text(json.dumps({"settings": {}, "results": []}))
     first = [{**run, "setting": "default", "loss": 2.0}, {**run, "setting": "no gate", "loss": 3.0}]
     settings.save(first, {"models": 1, "variants": {"no gate": {"gate": False}}}, path)
-    for models, expected in ((1, {"default": 1.0, "no gate": 3.0}), (2, {"default": 1.0})):
-        settings.save([{**run, "setting": "default", "loss": 1.0}], {"models": models, "variants": {}}, path)
-        record = json.loads(path.read_text())
-        assert {row["setting"]: row["loss"] for row in record["results"]} == expected
-        variants = {"no gate": {"gate": False}} if models == 1 else {}
-        assert record["settings"] == {f"sotu-{ERA}-64-0": {"models": models, "variants": variants}}
+    settings.save([{**run, "setting": "default", "loss": loss}], {"models": models, "variants": {}}, path)
+    record = json.loads(path.read_text())
+    kept = {"no gate": 3.0} if stays else {}
+    assert {row["setting"]: row["loss"] for row in record["results"]} == {"default": loss} | kept
+    variants = {"no gate": {"gate": False}} if stays else {}
+    assert record["settings"] == {f"sotu-{ERA}-64-0": {"models": models, "variants": variants}}
 
 
 def test_settings_have_a_table_for_each_benchmark_and_number_of_labels() -> None:

@@ -113,10 +113,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def save(rows: list[dict[str, Any]], setting: dict[str, Any], path: Path = FILE) -> None:
-    """Put the rows of one set of labels into the results file; of those that it has, other settings of the same models stay."""
+    """Put the rows of one set of labels into the results file.
+
+    Of those that it has, other settings stay if the models are the same and the default ends with the same loss, thus
+    is not that of another version.
+    """
     record, name = json.loads(path.read_text()), "{benchmark}-{target}-{labels}-{seed}".format(**rows[0])
     same, earlier = ["benchmark", "target", "labels", "seed"], record["settings"].get(name)
-    if earlier and earlier["models"] == setting["models"]:
+    (default,) = (new for new in rows if new["setting"] == DEFAULT)
+    as_before = any(all(old[key] == default[key] for key in (*same, "setting", "loss")) for old in record["results"])
+    if earlier and earlier["models"] == setting["models"] and as_before:
         same.append("setting")
         setting = {**setting, "variants": earlier["variants"] | setting["variants"]}
     new = {tuple(row[key] for key in same) for row in rows}
