@@ -595,8 +595,8 @@ class HubHandler(BaseHTTPRequestHandler):
             place = self.fault.at % size - self.exchange.sent
             if self.kind == "corrupt" and 0 <= place < len(piece):
                 piece = piece[:place] + bytes([piece[place] ^ 0xFF]) + piece[place + 1 :]
+            self.exchange.sent += len(piece)  # first, so that a client that has it finds it counted
             self.wfile.write(piece)
-            self.exchange.sent += len(piece)
             if self.kind == "slow":
                 time.sleep(len(piece) / self.fault.bytes_per_second)
         if limit < size:
