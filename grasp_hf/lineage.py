@@ -1,5 +1,6 @@
 """The life of a merge after it was made: sources appended to it, and its record replayed."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,14 @@ from .config import Recipe, override_
 from .digests import described
 from .errors import ConfigError
 from .prepare import prepare
+from .redaction import without_secrets
 from .report import MergeReport
 from .saving import CONFIG_FILE, read_record, saved_state
 from .sources import Source
+
+logger = logging.getLogger(__name__)
+
+SHOWN_FIRST = ("data", "training_arguments", "accepted_bases")  # what a record decides beyond weights and numbers
 
 
 def append_recipe(
@@ -24,7 +30,8 @@ def append_recipe(
 ) -> Recipe:
     """Return the recipe that appends `sources` to a merge, with the data and the settings of its last run.
 
-    The new sources are ordered as those were. Relative paths are looked up in the working directory.
+    The new sources are ordered as those were. Relative paths are looked up in the working directory. The record is a
+    stranger's data: Python code of a model runs only if `overrides` name it in `trust_remote_code`.
 
     Args:
         merged: Hub id or folder of a merge by this package.
@@ -39,9 +46,7 @@ def append_recipe(
     values |= {"base_model": merged, "sources": list(sources)}
     # What is saved pins the order that was found, so that it can be replayed.
     values |= {key: record.config[key] for key in ("order", "top") if key in record.config}
-    for text in overrides:
-        override_(values, text)
-    recipe = Recipe.from_dict(values, folder=Path.cwd(), name=f"the record of '{merged}'")
+    recipe = _recorded_recipe(merged, values, overrides)
     if recipe.config.needs_data and not recipe.data:
         raise ConfigError(
             f"the data of '{merged}' was given from Python, and its record names none; name it with data.path=..."
@@ -75,7 +80,8 @@ class Replay:
 def reproduce(merged: str, overrides: Sequence[str] = (), *, token: str | None = None) -> Replay:
     """Make the last run of a merge again, from its recorded revisions, data and seeds, and compare the weights.
 
-    Equal bits are expected on the same platform with the same versions and number of threads.
+    Equal bits are expected on the same platform with the same versions and number of threads. The record is a
+    stranger's data: Python code of a model runs only if `overrides` name it in `trust_remote_code`.
 
     Args:
         merged: Hub id or folder of a merge by this package.
@@ -87,9 +93,7 @@ def reproduce(merged: str, overrides: Sequence[str] = (), *, token: str | None =
             data that was given from Python; or the data is another one.
     """
     values, record, located = _recorded(merged, token)
-    for text in overrides:
-        override_(values, text)
-    recipe = Recipe.from_dict(values, folder=Path.cwd(), name=f"the record of '{merged}'")
+    recipe = _recorded_recipe(merged, values, overrides)
     named = [*([recipe.base_model] if recipe.base_model else []), *recipe.sources]
     if lost := [name for name in named if "@" not in name and not Path(name).is_dir()]:
         raise ConfigError(
@@ -143,6 +147,38 @@ def _recorded(merged: str, token: str | None) -> tuple[dict[str, Any], MergeRepo
     path = located.folder / CONFIG_FILE
     if record is None or not path.is_file():
         raise ConfigError(f"'{merged}' is not a merge by grasp_hf: it holds no {CONFIG_FILE} or no record beside it")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{merged}': its {CONFIG_FILE} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"'{merged}': its {CONFIG_FILE} holds {type(values).__name__}, expected the keys of a recipe"
+        )
     values.pop("record", None)
     return values, record, located
+
+
+def _recorded_recipe(merged: str, values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
+    """Return the recipe that a record holds, changed by the user's `overrides`, and log what the record decides in it.
+
+    Only the user lets code run: the record's own `trust_remote_code` is dropped.
+    """
+    recorded = values.pop("trust_remote_code", None)
+    for text in overrides:
+        override_(values, text)
+    recipe = Recipe.from_dict(values, folder=Path.cwd(), name=f"the record of '{merged}'")
+    names = [str(name) for name in recorded] if isinstance(recorded, list) else []
+    untrusted = [name for name in names if name not in recipe.config.trust_remote_code]
+    if untrusted:
+        logger.warning(
+            "the record of '%s' was made with Python code of %r. That code does not run here unless you name it: read it, "
+            "then add trust_remote_code=%r",
+            merged,
+            untrusted,
+            untrusted,
+        )
+    for key in SHOWN_FIRST:
+        if values.get(key):
+            logger.info("from the record of '%s': %s: %r", merged, key, without_secrets(values[key]))
+    return recipe

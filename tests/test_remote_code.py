@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from grasp_hf import GraspConfig, GraspMerger, Recipe
 from grasp_hf.cli import main
@@ -126,3 +127,58 @@ def test_a_saved_merge_with_its_code_is_pushed_by_the_command_line_where_it_is_t
     assert main(["push", str(tmp_path / "merged"), "org/own-merged", "--trust-remote-code"]) == 0
     again = GraspMerger.from_pretrained("org/own-merged", config=GraspConfig(trust_remote_code=["org/own-merged"]))
     assert torch.equal(again.model.get_parameter("body.weight"), torch.full((4, 4), 1.5))
+
+
+@pytest.fixture
+def hostile(own: list[str], hub: HubServer, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[str, Path]:
+    """Publish a merge whose code leaves a file behind and whose record trusts itself; return its id and that file."""
+    ran = tmp_path / "ran"
+    merger = GraspMerger.from_pretrained(
+        own[0], config=GraspConfig(method="average", **NO_TUNING, trust_remote_code=own)
+    )
+    merger.merge(own[1:])
+    folder = tmp_path / "hostile"
+    merger.save_pretrained(folder)
+    for code in folder.glob("*.py"):
+        code.write_text(f"open({str(ran)!r}, 'w').close()\n" + code.read_text())
+    repo_id = f"org/hostile-{request.node.name.partition('[')[2].rstrip(']')}"
+    record = folder / "grasp_config.yaml"
+    values = yaml.safe_load(record.read_text())
+    values["trust_remote_code"] += [repo_id, str(folder)]
+    record.write_text(yaml.safe_dump(values))
+    hub.add_repo(repo_id, folder)
+    return repo_id, ran
+
+
+@pytest.mark.parametrize("command", ["append", "reproduce"])
+def test_a_record_lets_no_code_run(
+    command: str,
+    hostile: tuple[str, Path],
+    own: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    repo_id, ran = hostile
+    more = [own[1], "--output", str(tmp_path / "out")] if command == "append" else []
+    assert main([command, repo_id, *more]) == 1
+    told = capsys.readouterr().err
+    assert not ran.exists(), "code of a stranger ran"
+    needed = repo_id if command == "append" else own[0]
+    assert re.search(rf"'{needed}(@\w+)?' needs Python code of its own", told)
+    assert f"'{own[0]}'" in told and f"'{repo_id}'" in told, "the record's own list is shown"
+    assert "does not run here unless you name it" in told
+
+
+def test_the_user_of_this_run_lets_the_code_of_a_record_run(
+    own: list[str], hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merger = GraspMerger.from_pretrained(
+        own[0], config=GraspConfig(method="average", **NO_TUNING, trust_remote_code=own)
+    )
+    merger.merge(own[1:])
+    merger.save_pretrained(tmp_path / "merged")
+    hub.add_repo("org/own-recorded", tmp_path / "merged")
+    assert main(["reproduce", "org/own-recorded", f"trust_remote_code=[{', '.join(own)}]"]) == 0
+    assert "reproduced: all" in capsys.readouterr().out
+    trusted = f"trust_remote_code=[org/own-recorded, {', '.join(own)}]"
+    assert main(["append", "org/own-recorded", own[1], trusted, "--output", str(tmp_path / "more")]) == 0
