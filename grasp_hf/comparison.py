@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -182,15 +183,21 @@ def _setting(
         "digests": digests,
         "models": models,
         "variants": variants,
-        "versions": {name: version(name) for name in packages} | {"code": _code_digest()},
+        "versions": {name: version(name) for name in packages} | {"code": code_digest()},
     }
 
 
-def _code_digest() -> str:
-    """Return what tells this state of the package from others of the same version."""
+def code_digest(package: Path | None = None) -> str:
+    """Return a digest of every file of the package, in every folder, which tells states of one version apart.
+
+    The digest covers names and contents. It leaves out what Python compiles.
+    """
+    package = package or Path(str(files("grasp_hf")))
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    for path in sorted(package.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(f"{path.relative_to(package).as_posix()}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

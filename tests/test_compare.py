@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -28,7 +29,7 @@ from transformers import Trainer, ViTImageProcessorPil
 from grasp_hf import cli, contenders, fairness
 from grasp_hf import comparison as module
 from grasp_hf.cli import main
-from grasp_hf.comparison import compare
+from grasp_hf.comparison import code_digest, compare
 from grasp_hf.config import GraspConfig, Recipe
 from grasp_hf.contenders import METHODS, Arena, Method
 from grasp_hf.data import with_images as with_pixels
@@ -853,3 +854,25 @@ def test_the_command_names_the_problems_of_all_sources_first(
 def test_a_result_keeps_all_that_it_knows() -> None:
     result = Result("base", 64, 0, {}, {"loss": 1.0}, 2.5, "no")
     assert Result(**asdict(result)) == result
+
+
+def test_the_digest_covers_every_file_of_every_folder(tmp_path: Path) -> None:
+    package = Path(module.__file__).parent
+    copy = tmp_path / "grasp_hf"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    assert code_digest(copy) == code_digest()
+    for name in ("new_room/__init__.py", "new_room/deeper/notes.txt"):
+        before = code_digest(copy)
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text("")
+        assert code_digest(copy) != before, f"{name} is not covered"
+        with_it = code_digest(copy)
+        (copy / name).write_text("text")
+        assert code_digest(copy) != with_it
+    (copy / "__pycache__").mkdir()
+    before = code_digest(copy)
+    (copy / "__pycache__" / "run.cpython-311.pyc").write_bytes(b"compiled")
+    assert code_digest(copy) == before
+    moved = code_digest(copy)
+    (copy / "new_room" / "deeper" / "notes.txt").rename(copy / "new_room" / "notes.txt")
+    assert code_digest(copy) != moved
