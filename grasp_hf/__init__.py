@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .config import GraspConfig, Recipe
+from .config.grasp import GraspConfig
+from .config.recipe import Recipe
 from .errors import GraspError, IncompatibleSourceError
 from .measure import gradient_alignment
 from .merger import GraspMerger, merge_pretrained

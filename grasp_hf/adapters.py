@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from . import hub
 from .errors import IncompatibleSourceError
-from .mapped import MappedTensors
-from .sources import Source, SourceRef
+from .hub.download import commit_of
+from .hub.reference import Source, SourceRef
+from .tensors.mapped import MappedTensors
 
 PREFIX = "base_model.model."
 
@@ -116,7 +116,7 @@ def _is_commit(name: str, revision: str, base: Source, token: str | None) -> boo
     """Whether `revision` (a branch, a tag, a sha) is the commit that `base` was taken from."""
     if revision in (base.sha, base.ref.revision):
         return True
-    return hub.commit_of(SourceRef(name, revision), token=token) == base.sha
+    return commit_of(SourceRef(name, revision), token=token) == base.sha
 
 
 def saved_classes(adapter: Source, class_tensors: Collection[str]) -> int | None:

@@ -1,60 +1,10 @@
 """Scores and coefficients from inner products. Pure tensor mathematics: knows nothing of models or files."""
 
-import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-PUBLISHED_EPSILON = 1e-8
 LARGEST = 2.0  # coefficient
-CPU_PIECE = 2**17  # elements; pieces of this size stay in a core's cache
-DEVICE_PIECE = 2**24
-VANISHING = 1e-30  # below this a sum of float32 squares may have lost some of them
-
-
-def inner_products(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
-    """Return `<a, b>`, `<a, a>` and `<b, b>` over all elements, float64, shape `(3,)`, on the CPU.
-
-    With `minus`, `b - minus` takes the place of `b`. All of one device; dtypes may differ. Computed in float32, piece by
-    piece, so that no copy of the whole is made; the sums of pieces are added in float64. Where squares vanish in float32
-    or overflow, a piece is computed in float64.
-    """
-    piece = CPU_PIECE if a.device.type == "cpu" else DEVICE_PIECE
-    flat = [t.detach().flatten().split(piece) for t in (a, b, *(() if minus is None else (minus,)))]
-    products = torch.stack([_products(*pieces, dtype=torch.float32) for pieces in zip(*flat, strict=True)])
-    products = products.to("cpu", torch.float64)
-    unsafe = (products[:, 1:] < VANISHING).any(1) | ~products.isfinite().all(1)
-    for index in unsafe.nonzero().flatten().tolist():
-        if flat[0][index].any():  # an embedding has a gradient for few of its tokens
-            products[index] = _products(*(pieces[index].cpu() for pieces in flat), dtype=torch.float64)
-    return products.sum(0)
-
-
-def _products(a: Tensor, b: Tensor, minus: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
-    a, b = a.to(dtype), b.to(dtype)
-    if minus is not None:
-        b = b - minus.to(dtype)
-    return torch.stack([torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)])
-
-
-def cosine(dot: float, square_a: float, square_b: float, *, epsilon: float = 0.0) -> float | None:
-    """Return `dot / (|a| |b| + epsilon)` from the inner product and the two squared norms.
-
-    Without `epsilon` the cosine of a zero vector is undefined, which is `None`, and that of equal vectors is exactly
-    as large as rounding allows, however short they are. With `epsilon` it is the score of arXiv:2606.14900, which
-    falls towards 0 for short gradients.
-    """
-    norms = math.sqrt(square_a) * math.sqrt(square_b)
-    if epsilon == 0.0 and norms == 0.0:
-        return None
-    return dot / (norms + epsilon)
-
-
-def mean_defined(scores: list[float | None]) -> float | None:
-    """Return the mean of the scores that are defined; `None` where none is."""
-    defined = [score for score in scores if score is not None]
-    return sum(defined) / len(defined) if defined else None
 
 
 class CoefficientDescent:

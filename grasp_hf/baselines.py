@@ -25,9 +25,10 @@ from torch import Tensor
 from .errors import NonFiniteError
 from .fisher import LEAST_FISHER, fisher_
 from .gradients import preserved_state
-from .matching import movable_tensors
 from .measure import mean_gradient
-from .transfer import interpolate_, overwrite_, placed
+from .tensors.mixing import interpolate_
+from .tensors.placing import overwrite_, placed
+from .tensors.units import movable_tensors
 from .trial import (
     Trial,
     all_sources,

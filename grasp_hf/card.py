@@ -11,10 +11,10 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
-from .licenses import license_of, strictest
+from .hub.licenses import license_of, strictest
+from .hub.reference import SourceRef
 from .loading import task_of
 from .report import MergeReport, markdown_table
-from .sources import SourceRef
 
 SENTENCE_END = re.compile(r"(?<=[.;!?])\s+")
 TRAINED_ON_TEST = re.compile(

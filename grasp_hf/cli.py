@@ -17,19 +17,20 @@ import datasets
 from safetensors import SafetensorError
 
 from .comparison import compare
-from .config import GraspConfig, Recipe
+from .config.grasp import GraspConfig
+from .config.recipe import Recipe
 from .contenders import METHODS
 from .errors import ConfigError, GraspError, OutputExistsError, PushError, StaleMergeError
 from .evidence import Judgement, change
+from .files import interrupts_held
+from .hub.push import Destination, check_repo_id, create_repo
 from .lineage import append_recipe, reproduce
 from .merger import GraspMerger
 from .plan import plan, plan_table, problem_list
 from .prepare import TaskData, prepare
-from .push import Destination, check_repo_id, create_repo
 from .rank import ranking_table
 from .report import ControlReport
 from .saving import check_output
-from .transfer import interrupts_held
 
 EXAMPLES = {
     "plan": "example:\n  grasp-hf plan recipes/digits/full.yaml",

@@ -19,16 +19,16 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from filelock import FileLock, Timeout
 
-from . import hub
-from .config import Recipe
+from .config.recipe import Recipe
 from .contenders import METHODS, Arena, Method, source_alone
 from .errors import ConfigError, DataError, GraspError, OutputExistsError
 from .fairness import check_fairness
+from .files import LOCK, workspace
+from .hub.download import look_up
 from .prepare import TaskData, prepare
 from .redaction import without_secrets
 from .report import Evaluation
 from .results import OURS, RESULTS, Comparison, Result, kind_of, title_of
-from .workspace import LOCK, workspace
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def _chosen(methods: Sequence[str] | None) -> dict[str, Method]:
 
 
 def _identity(reference: str, recipe: Recipe) -> str:
-    located, _ = hub.look_up(reference, trusted=recipe.config.trust_remote_code)
+    located, _ = look_up(reference, trusted=recipe.config.trust_remote_code)
     if located.sha:
         return located.sha
     digest = hashlib.sha256()

@@ -22,20 +22,20 @@ from .baselines import (
     ties_,
 )
 from .batches import Batch, Collator
-from .config import GraspConfig
+from .config.grasp import GraspConfig
 from .ensembles import ensemble_evaluation, logit_fusion
 from .errors import ConfigError
 from .evidence import EVIDENCE, judge
 from .finetune import finetune_
-from .mapped import MappedTensors
-from .matching import movable_tensors
 from .merger import GraspMerger
 from .mixtures import mixture_, pearl_
 from .prepare import TaskData
 from .report import Evaluation
 from .scratch import Scratch
 from .step import Step
-from .transfer import overwrite_
+from .tensors.mapped import MappedTensors
+from .tensors.placing import overwrite_
+from .tensors.units import movable_tensors
 from .trial import Trial, wide_like
 
 COMMON = ("batch_size", "lora", "training_arguments", "seed", "accepted_bases", "trust_remote_code", "prefetch")

@@ -4,10 +4,10 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
-from . import hub
 from .errors import GraspError, IncompatibleSourceError, SourceNotFoundError
+from .hub.download import locate
+from .hub.reference import Source
 from .report import MergeReport
-from .sources import Source
 
 
 class Continuation:
@@ -62,7 +62,7 @@ class Continuation:
             try:
                 if "@" not in reference and not Path(reference).is_dir():  # nor is it a model of that name on the Hub
                     raise SourceNotFoundError(f"it was the folder '{reference}', which is not here")
-                self._base = hub.locate(reference, token=self._token)
+                self._base = locate(reference, token=self._token)
             except GraspError as error:
                 raise IncompatibleSourceError(
                     f"an adapter needs the model that the merge started from, which is not to be had: {error}"

@@ -11,7 +11,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FILE_BUILDER
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, default_data_collator
 
 from .batches import Collator
-from .config import Recipe
+from .config.recipe import Recipe
 from .errors import ConfigError, DataError
 from .pictures import picture
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 import yaml
 
-from . import hub
-from .config import GraspConfig, Recipe
+from .config.grasp import GraspConfig
+from .config.recipe import Recipe
 from .digits import build_world
 from .errors import OutputExistsError
+from .hub.download import locate
 from .merger import GraspMerger
 from .prepare import TaskData, prepare
 from .report import markdown_table
@@ -84,7 +85,7 @@ def _sources_alone(base: str, sources: list[str], data: TaskData) -> list[Score]
     alone = GraspConfig(method="average", order="given", gate=False, final_epochs=0)
     for source in sources:
         accuracy = _accuracy(base, alone, [source], data)
-        name = f"source {Path(source).name} ({hub.locate(source).kind})"
+        name = f"source {Path(source).name} ({locate(source).kind})"
         logger.info("%s: %.3f of the test images right", name, accuracy)
         scores.append((name, accuracy))
     return scores
@@ -98,7 +99,7 @@ def _fine_tuning_alone(recipe: Recipe, sources: list[str], data: TaskData) -> li
     losses = {
         source: GraspMerger.from_pretrained(source).evaluate(data.validation, data_collator=data.collator)["loss"]
         for source in sources
-        if hub.locate(source).kind == "full"
+        if locate(source).kind == "full"
     }
     best = min(losses, key=losses.__getitem__)
     logger.info("\nfine-tuning alone, %g epochs", epochs)

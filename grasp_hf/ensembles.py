@@ -14,9 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .batches import IGNORED, Collator, batch_loss, class_terms
-from .matching import movable_tensors
 from .report import Evaluation
-from .transfer import overwrite_, placed
+from .tensors.placing import overwrite_, placed
+from .tensors.units import movable_tensors
 from .trial import Trial, each_source
 
 

@@ -1,5 +1,7 @@
 """What can go wrong, named. Every error of this package is a `GraspError`; a user's mistake is also a `ValueError`."""
 
+from collections.abc import Sequence
+
 
 class GraspError(Exception):
     """Base of every error that this package raises."""
@@ -52,3 +54,8 @@ class SourceNotFoundError(GraspError, FileNotFoundError):
 def first_line(error: Exception) -> str:
     """Return the first line of what an error says, or what kind it is where it says nothing."""
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def shortened(names: Sequence[str], limit: int = 5) -> str:
+    """Return the first `limit` names, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -3,20 +3,19 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import hub
 from .adapters import load_adapter_config
 from .card import trained_on_test
-from .config import Recipe
+from .config.recipe import Recipe
 from .data import FILE_BUILDERS
 from .digests import contents, digest
-from .errors import DataError
+from .errors import DataError, shortened
 from .evidence import LEAST_SAMPLES, resolution
+from .hub.download import look_up
+from .hub.reference import Source
 from .loading import adapter_labels, is_headless, load_config, saves_head
-from .matching import shortened
 from .merger import GraspMerger
 from .prepare import TaskData
 from .rows import label_names
-from .sources import Source
 
 LEAST_VALIDATION = 50  # fewer than of the test split: it judges by the loss, in pairs of the same sample
 LEAST_TEXTS = 30  # of a language model; with fewer, 1.96 standard errors are no 95 % (Student's t is 2.05 and more)
@@ -61,7 +60,7 @@ def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], 
         )
     dataset = hub_dataset(recipe)
     for source in sources:
-        located, _ = hub.look_up(source, trusted=recipe.config.trust_remote_code)
+        located, _ = look_up(source, trusted=recipe.config.trust_remote_code)
         labels, expected = own_labels(located, merger), label_names(merger.model.config)
         if labels is not None and set(labels) != set(expected):
             raise DataError(

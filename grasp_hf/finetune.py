@@ -21,11 +21,11 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import is_liger_kernel_available
 
 from .batches import Batch, Collator, is_class_ids
-from .config import GraspConfig
+from .config.grasp import GraspConfig
 from .errors import ConfigError, GraspError, NonFiniteError
 from .gradients import preserved_randomness, preserved_state
 from .loading import quiet_transformers
-from .matching import head_tensors, movable_tensors
+from .tensors.units import head_tensors, movable_tensors
 
 
 def finetune_(

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from .batches import IGNORED, Batch, batch_loss, class_terms, labelled_terms, predicts_next
 from .errors import NonFiniteError
 from .gradients import gradient_pass, preserved_state
-from .matching import Unit, movable_tensors
-from .transfer import Mix, in_rows, placed
+from .tensors.mixing import Mix, in_rows
+from .tensors.placing import placed
+from .tensors.units import Unit, movable_tensors
 
 ROWS = 1024  # of logits that labels are drawn for at once
 LEAST_FISHER = 1e-30  # far below any Fisher that counts, far above the smallest float32

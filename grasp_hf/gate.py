@@ -9,7 +9,8 @@ from torch.utils.data import Subset
 
 from .evidence import Change, Judgement, change, joined
 from .report import DOUBT, FinetuneReport
-from .transfer import interpolate_, overwrite_
+from .tensors.mixing import interpolate_
+from .tensors.placing import overwrite_
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 

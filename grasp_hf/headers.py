@@ -10,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import IncompatibleSourceError
-from .hub import Listing, named_errors, retried
-from .sources import Source
+from .hub.client import named_errors, retried
+from .hub.listing import Listing
+from .hub.reference import Source
 
 DTYPES = {
     "F64": torch.float64,

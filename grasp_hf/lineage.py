@@ -9,16 +9,16 @@ from typing import Any
 import torch
 import yaml
 
-from . import hub
 from .checkpoint import file_tensors
-from .config import Recipe, override_
+from .config.recipe import Recipe, override_
 from .digests import described
 from .errors import ConfigError
+from .hub.download import locate
+from .hub.reference import Source
 from .prepare import prepare
 from .redaction import without_secrets
 from .report import MergeReport
 from .saving import CONFIG_FILE, read_record, saved_state
-from .sources import Source
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _differences(model: Any, published: dict[str, torch.Tensor]) -> dict[str, fl
 
 
 def _recorded(merged: str, token: str | None) -> tuple[dict[str, Any], MergeReport, Source]:
-    located = hub.locate(merged, token=token)
+    located = locate(merged, token=token)
     record = read_record(located.folder)
     path = located.folder / CONFIG_FILE
     if record is None or not path.is_file():

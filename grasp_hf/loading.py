@@ -7,14 +7,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, cast
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel, pipelines
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -22,19 +21,19 @@ from transformers.utils import logging as transformers_logging
 
 from .adapters import adapter_problems, apply_adapter_, load_adapter_config, saved_classes
 from .checkpoint import file_tensors, runtime_tensors
-from .errors import IncompatibleSourceError, NonFiniteError, first_line
+from .errors import IncompatibleSourceError, NonFiniteError, first_line, shortened
 from .headers import header_tensors
-from .hub import TOKENIZERS
-from .mapped import MappedTensors
-from .matching import head_tensors, movable_tensors, shortened, tensor_problems
-from .pull import ShardedSource
+from .hub.listing import TOKENIZERS
+from .hub.pull import ShardedSource
+from .hub.reference import UNREADABLE, Source
+from .matching import tensor_problems
 from .rows import RowMatch, RowMatches, class_tensors, label_names, match_head, match_tokens, token_tensors, vocabulary
-from .sources import Source
+from .tensors.mapped import MappedTensors
+from .tensors.units import head_tensors, movable_tensors
 
 logger = logging.getLogger(__name__)
 
 TASKS: dict[str, Any] = pipelines.SUPPORTED_TASKS
-UNREADABLE = (ValueError, RuntimeError, OSError, EOFError, UnpicklingError, SafetensorError)
 PROCESSING_FILES = ("tokenizer*.json", "vocab*", *TOKENIZERS, "preprocessor_config.json", "processor_config.json")
 # Settings that change what the same weights mean, and that no shape tells.
 WITHOUT_SHAPE = (

@@ -1,89 +1,11 @@
 """Which tensors of two models belong together, in which units they move, and what stands in the way."""
 
-import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-NUMBERED = re.compile(r".*?\.\d+(?=\.|$)")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Tensors that are decided together.
-
-    Attributes:
-        name: The module's or the parameter's name in `named_modules()` or `named_parameters()`.
-        tensors: Names of the parameters and persistent buffers that move together.
-    """
-
-    name: str
-    tensors: tuple[str, ...]
-
-
-def movable_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and persistent buffer of `model` by its runtime name; tied weights appear once.
-
-    Runtime names are what `named_parameters()` says; names in a checkpoint file can differ (transformers renames on
-    load). Non-persistent buffers, such as position ids, are no part of a checkpoint and never move.
-    """
-    tensors: dict[str, Tensor] = dict(model.named_parameters())
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
-            if name.removeprefix(f"{prefix}.") not in module._non_persistent_buffers_set:
-                tensors[name] = buffer
-    return tensors
-
-
-def partition(model: torch.nn.Module, unit: str) -> list[Unit]:
-    """Divide the movable tensors of `model` into units.
-
-    `unit` is one of
-
-    - `"layer"`: all tensors of one transformer block or stage, that is below the first number in a name
-      (`bert.encoder.layer.3`); outside of those, as `"module"`;
-    - `"module"`: all tensors that a module owns itself (those of the model's own are one unit each);
-    - `"tensor"`: one parameter each, but a module with statistics stays whole;
-    - `"parameter"`: one parameter each, statistics in no unit.
-    """
-    parameters = dict(model.named_parameters())
-    groups: dict[str, list[str]] = {}
-    for name in movable_tensors(model):
-        module = name.rpartition(".")[0]
-        numbered = NUMBERED.match(module) if unit == "layer" else None
-        groups.setdefault(numbered[0] if numbered else module, []).append(name)
-    units = []
-    for group, names in groups.items():
-        has_statistics = any(name not in parameters for name in names)
-        if group and (unit in ("layer", "module") or (unit == "tensor" and has_statistics)):
-            units.append(Unit(group, tuple(names)))
-        else:
-            units += [Unit(name, (name,)) for name in names if name in parameters or unit != "parameter"]
-    return units
-
-
-def units_within(units: Sequence[Unit], candidates: Collection[str]) -> list[Unit]:
-    """Return the units cut down to the tensors that may move, without those that have none."""
-    cut = [Unit(unit.name, tuple(name for name in unit.tensors if name in candidates)) for unit in units]
-    return [unit for unit in cut if unit.tensors]
-
-
-def head_tensors(model: PreTrainedModel) -> set[str]:
-    """Return the names of the tensors of the head that a task puts on top; empty where there is no telling.
-
-    The head is what stands outside the base model, or, in a classifier that is its own base model (CLIP, SigLIP), its
-    last child.
-    """
-    names = list(movable_tensors(model))
-    if model.base_model is not model:
-        return {name for name in names if not name.startswith(f"{model.base_model_prefix}.")}
-    children = list(dict.fromkeys(name.partition(".")[0] for name in names))
-    if model.can_generate() or len(children) < 2:
-        return set()
-    return {name for name in names if name.startswith(f"{children[-1]}.")}
+from .errors import shortened
 
 
 def tie_problems(target: PreTrainedModel, source: PreTrainedModel) -> list[str]:
@@ -113,8 +35,3 @@ def tensor_problems(
         if name in source and name not in ignored and source[name].shape != tensor.shape
     ]
     return problems
-
-
-def shortened(names: Sequence[str], limit: int = 5) -> str:
-    """Return the first `limit` names, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,8 +1,7 @@
 """What the user's data says of a source: the cosine of gradients, or the coefficients that lower the loss."""
 
-import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,50 +10,18 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .alignment import PUBLISHED_EPSILON, CoefficientDescent, cosine, inner_products, mean_defined
+from .alignment import CoefficientDescent
 from .batches import Batch, Collator, check_dataset, keeping_model_columns, labelled_terms, sample_batches
-from .config import GraspConfig
-from .errors import IncompatibleSourceError, NonFiniteError
+from .config.grasp import GraspConfig
+from .errors import IncompatibleSourceError
+from .files import workspace
 from .gradients import gradient_pass, preserved_state
-from .matching import Unit, movable_tensors, partition, tensor_problems, tie_problems
+from .matching import tensor_problems, tie_problems
 from .scratch import Scratch
-from .transfer import Mix, mix_, overwrite_, placed, weigh_
-from .workspace import workspace
-
-Scores = dict[str, float | None]
-
-
-class UnitProducts:
-    """Inner products `<a, b>`, `<a, a>` and `<b, b>` summed over the tensors of each unit."""
-
-    def __init__(self, units: Sequence[Unit]) -> None:
-        self._unit_of = {name: unit.name for unit in units for name in unit.tensors}
-        self._products: dict[str, dict[str, Tensor]] = {unit.name: {} for unit in units}
-
-    def __contains__(self, tensor: str) -> bool:
-        return tensor in self._unit_of
-
-    def add(self, tensor: str, a: Tensor, b: Tensor, minus: Tensor | None = None) -> None:
-        """Take in the vectors of one tensor: `a`, and `b` or `b - minus`."""
-        self._products[self._unit_of[tensor]][tensor] = inner_products(a, b, minus)
-
-    def sums(self) -> dict[str, tuple[float, float, float] | None]:
-        """Return the three sums per unit; `None` for a unit of which no tensor was taken in.
-
-        Raises:
-            NonFiniteError: A product is NaN or infinite, so a gradient is.
-        """
-        found: dict[str, tuple[float, float, float] | None] = {}
-        for unit, products in self._products.items():
-            if not products:
-                found[unit] = None
-                continue
-            rows = torch.stack(list(products.values())).tolist()
-            for tensor, row in zip(products, rows, strict=True):
-                if not all(map(math.isfinite, row)):
-                    raise NonFiniteError(f"the gradient of {tensor} is NaN or infinite; expected finite numbers")
-            found[unit] = (sum(r[0] for r in rows), sum(r[1] for r in rows), sum(r[2] for r in rows))
-        return found
+from .tensors.mixing import Mix, blend_
+from .tensors.placing import overwrite_, placed
+from .tensors.products import PUBLISHED_EPSILON, Scores, UnitProducts, cosine, mean_defined
+from .tensors.units import Unit, movable_tensors, partition
 
 
 def unit_cosines(
@@ -262,29 +229,6 @@ def _cosines(
     if config.accumulate_gradients:
         return summed_cosines(target, source_values, units, batches, scratch=scratch)
     return unit_cosines(target, source_values, units, batches, scratch=scratch, seed=seed, published=config.published)
-
-
-def blend_(
-    tensors: Mapping[str, Tensor],
-    start: Mapping[str, Tensor],
-    source_values: Mapping[str, Tensor],
-    units: Sequence[Unit],
-    mixes: Mapping[str, Mix],
-    base: Mapping[str, Tensor] | None = None,
-    share: Callable[[str], Iterable[Tensor] | None] | None = None,
-) -> None:
-    """Change the tensors of `units` in place to what each unit's mix makes of `start` and the source.
-
-    Where `share` returns how much of the source each element of a tensor takes, that goes before the mix.
-    """
-    for unit in units:
-        for name in unit.tensors:
-            shares = share(name) if share else None
-            if shares is not None:
-                weigh_(tensors[name], start[name], source_values[name], shares)
-            else:
-                origin = None if base is None else base[name]
-                mix_(tensors[name], start[name], source_values[name], origin, mixes[unit.name])
 
 
 def gradient_alignment(

@@ -21,28 +21,28 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import hub
 from .batches import Collator, check_dataset, keeping_model_columns
 from .card import declared_license
-from .config import GraspConfig
+from .config.grasp import GraspConfig
 from .continuation import Continuation
 from .digests import described
 from .errors import ConfigError, GraspError, IncompatibleSourceError, PushError
 from .evidence import Judgement
+from .files import interrupts_held, workspace
 from .gradients import checkpointing, preserved_state
+from .hub.download import locate
+from .hub.pull import Puller, ShardedSource
+from .hub.push import Destination, create_repo, push_files, tag_version
+from .hub.reference import Source, SourceRef
 from .loading import LoadedSource, load_processing_class, load_source, load_target
-from .matching import Unit, movable_tensors, partition
 from .measure import mean_gradient
-from .pull import Puller, ShardedSource
-from .push import Destination, create_repo, push_files, tag_version
 from .rank import RankedSource, judge_sources, rank_sources, ranking_table
 from .report import Evaluation, MergeReport, StepReport
 from .saving import check_output, read_record, save_merge, save_record, saved_shards
 from .scratch import Scratch
-from .sources import Source, SourceRef
 from .step import Step, losses_of
-from .transfer import interrupts_held, overwrite_, placed
-from .workspace import workspace
+from .tensors.placing import overwrite_, placed
+from .tensors.units import Unit, movable_tensors, partition
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ class GraspMerger:
             ref = SourceRef.parse(str(Path(ref.name, subfolder)))
         else:
             ref = replace(ref, revision=ref.revision or revision, subfolder=ref.subfolder or subfolder)
-        base = hub.locate(ref, token=token, trusted=(config or GraspConfig()).trust_remote_code)
+        base = locate(ref, token=token, trusted=(config or GraspConfig()).trust_remote_code)
         seed = (config or GraspConfig()).seed
         needs_head = not (config or GraspConfig()).needs_data
         model = load_target(

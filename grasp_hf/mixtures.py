@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .alignment import inner_products
 from .errors import NonFiniteError
 from .gradients import gradient_pass, preserved_state
-from .matching import Unit, head_tensors, movable_tensors, partition
-from .transfer import overwrite_
+from .tensors.placing import overwrite_
+from .tensors.products import inner_products
+from .tensors.units import Unit, head_tensors, movable_tensors, partition
 from .trial import Trial, all_sources, difference, each_source, weight_names_of, wide_dtype
 
 logger = logging.getLogger(__name__)

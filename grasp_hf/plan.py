@@ -13,14 +13,17 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from . import hub
 from .adapters import adapter_problems, load_adapter_config
 from .card import declared_license
 from .checkpoint import runtime_tensors
-from .config import GraspConfig, Recipe
-from .errors import GraspError
+from .config.grasp import GraspConfig
+from .config.recipe import Recipe
+from .errors import GraspError, shortened
 from .headers import header_tensors
-from .licenses import strictest
+from .hub.download import cached_bytes, look_up
+from .hub.licenses import strictest
+from .hub.listing import Listing
+from .hub.reference import Source
 from .loading import (
     Read,
     adapter_labels,
@@ -34,12 +37,12 @@ from .loading import (
     model_class,
     saves_head,
 )
-from .matching import head_tensors, movable_tensors, partition, shortened, tie_problems
+from .matching import tie_problems
 from .prepare import check_prepared, labelled_splits, required_processing_class
 from .report import markdown_table
 from .rows import label_names, match_head
 from .saving import read_record
-from .sources import Source
+from .tensors.units import head_tensors, movable_tensors, partition
 
 LOOK_UPS = 8  # at a time
 DOWNLOAD_RATE = 50e6  # bytes per second; an assumption, for a feeling of the time
@@ -118,7 +121,7 @@ class _Found:
     """One reference after the Hub was asked: its configuration files are here, and the headers of its weights."""
 
     source: Source
-    listing: hub.Listing | None
+    listing: Listing | None
     headers: dict[str, Tensor] | None  # None where the weights are pickled
 
 
@@ -158,10 +161,10 @@ def plan(recipe: Recipe, *, token: str | None = None) -> list[PlannedSource]:
 def _find(planned: PlannedSource, token: str | None, trusted: Collection[str]) -> _Found | None:
     """Ask the Hub, or look into the folder, and note what that says; `None` where there is nothing to go on."""
     try:
-        source, listing = hub.look_up(planned.reference, token=token, trusted=trusted)
+        source, listing = look_up(planned.reference, token=token, trusted=trusted)
         planned.kind, planned.sha = source.kind, source.sha
         planned.num_bytes = listing.num_bytes if listing else source.num_bytes
-        planned.cached_bytes = hub.cached_bytes(listing) if listing else planned.num_bytes
+        planned.cached_bytes = cached_bytes(listing) if listing else planned.num_bytes
         planned.license = listing.license if listing else declared_license(source.folder)
         planned.gated = listing.gated if listing else False
         headers = header_tensors(source, listing, token=token)
@@ -299,7 +302,7 @@ class _Target:
     def adapters_base(self) -> Source:
         """The model whose adapters can be merged: of a continued merge, the one that it started from."""
         record = read_record(self.base.folder)
-        return hub.look_up(record.base_reference, token=self.token)[0] if record else self.base
+        return look_up(record.base_reference, token=self.token)[0] if record else self.base
 
 
 def _without_weights(target: _Target, config: PretrainedConfig) -> PreTrainedModel:

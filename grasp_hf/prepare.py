@@ -6,17 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig, PreTrainedModel, default_data_collator
 
-from . import hub
 from .batches import Collator
-from .config import Recipe
+from .config.recipe import Recipe
 from .digests import shared_samples
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, shortened
+from .hub.download import locate
+from .hub.reference import Source
 from .loading import load_config, load_processing_class, model_class, task_of
-from .matching import shortened
 from .merger import GraspMerger
 from .redaction import without_secrets
 from .rows import label_names
-from .sources import Source
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -66,7 +65,7 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     from .data import DataSection, with_images, with_tokens  # datasets, which a merge without data never imports
 
     section = DataSection.from_recipe(recipe)
-    base = hub.locate(start, token=token, trusted=recipe.config.trust_remote_code)
+    base = locate(start, token=token, trusted=recipe.config.trust_remote_code)
     config = load_config(base)
     cls = model_class(config, recipe.task, str(base.ref))
     check_prepared(cls, base)

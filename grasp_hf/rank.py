@@ -10,15 +10,14 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .alignment import cosine
 from .errors import GraspError, NonFiniteError
 from .evidence import Judgement
+from .hub.pull import Puller
+from .hub.reference import Source
 from .loading import LoadedSource
-from .matching import Unit, units_within
-from .measure import UnitProducts
-from .pull import Puller
 from .report import markdown_table, shown
-from .sources import Source
+from .tensors.products import UnitProducts, cosine
+from .tensors.units import Unit, units_within
 
 
 @dataclass

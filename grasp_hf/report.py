@@ -12,7 +12,7 @@ import yaml
 from .errors import ConfigError
 from .files import write_whole
 from .redaction import names_of_paths
-from .transfer import Mix
+from .tensors.mixing import Mix
 
 Evaluation = dict[str, float]
 Decision = Literal["moved", "rescaled", "kept", "undefined", "undone"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .evidence import Judgement
 from .fisher import RunningFisher
-from .mapped import MappedTensors
+from .tensors.mapped import MappedTensors
 
 
 class Scratch:

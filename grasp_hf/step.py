@@ -16,19 +16,21 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .alignment import mean_defined
 from .batches import Batch, Collator, batch_loss, labelled_terms, sample_batches
-from .config import GraspConfig
+from .config.grasp import GraspConfig
 from .errors import DataError, NonFiniteLossError, first_line
 from .evidence import EVIDENCE, LEAST_SAMPLES, Judgement, change, joined, judge, resolution
+from .files import interrupts_held
 from .gate import finetune_on_line_, halves, plainest, verdict
 from .gradients import preserved_state
 from .loading import LoadedSource
-from .matching import Unit, movable_tensors, partition, units_within
-from .measure import Scores, blend_, measure_source
+from .measure import measure_source
 from .report import FinetuneReport, StepReport, unit_reports
 from .scratch import Scratch
-from .transfer import Mix, interrupts_held, overwrite_
+from .tensors.mixing import Mix, blend_
+from .tensors.placing import overwrite_
+from .tensors.products import Scores, mean_defined
+from .tensors.units import Unit, movable_tensors, partition, units_within
 
 logger = logging.getLogger(__name__)
 

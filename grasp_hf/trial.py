@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .batches import Batch
 from .errors import ConfigError, IncompatibleSourceError, NonFiniteError
-from .matching import movable_tensors
+from .tensors.units import movable_tensors
 
 
 class FineTune(Protocol):

@@ -53,4 +53,4 @@ def hub() -> HubServer:
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try again at once where the package would wait for the Hub."""
-    monkeypatch.setattr("grasp_hf.hub.PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("grasp_hf.hub.client.PAUSES", (0.01, 0.01, 0.01))

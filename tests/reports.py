@@ -3,7 +3,7 @@
 from typing import Any
 
 from grasp_hf.report import MergeReport, StepReport, unit_reports
-from grasp_hf.transfer import Mix
+from grasp_hf.tensors.mixing import Mix
 
 SHA = "a" * 40
 ALL = {"query": 0.5, "dense": 0.1, "classifier": None}

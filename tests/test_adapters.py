@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification
 
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError
 from grasp_hf.adapters import apply_adapter_
-from grasp_hf.mapped import MappedTensors
-from grasp_hf.matching import movable_tensors
-from grasp_hf.sources import Source, SourceRef
+from grasp_hf.hub.reference import Source, SourceRef
+from grasp_hf.tensors.mapped import MappedTensors
+from grasp_hf.tensors.units import movable_tensors
 from tests.models import NO_TUNING, copied, saved, tiny_data, tiny_model
 
 STILL: dict[str, Any] = {**NO_TUNING, "gate": False, "batch_size": 8, "num_batches": 2}

@@ -17,8 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, d
 
 from grasp_hf.comparison import model_identities
 from grasp_hf.evidence import SCALES
-from grasp_hf.matching import Unit
 from grasp_hf.results import OURS, Comparison, Result
+from grasp_hf.tensors.units import Unit
 from tests.benchmarks import compare as comparing
 from tests.benchmarks import emoji, settings, sotu
 from tests.benchmarks.packages import complete, fetch

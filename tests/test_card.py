@@ -16,7 +16,7 @@ from grasp_hf.card import (
     trained_on_test,
     usage,
 )
-from grasp_hf.licenses import LICENSES, SUCCESSORS, Strictness, strictest
+from grasp_hf.hub.licenses import LICENSES, SUCCESSORS, Strictness, strictest
 from grasp_hf.report import StepReport
 
 from .models import LABELS, saved, tiny_model

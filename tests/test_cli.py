@@ -22,12 +22,12 @@ from transformers import AutoModelForImageClassification
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.cli import main
-from grasp_hf.config import Recipe
+from grasp_hf.config.recipe import Recipe
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, SourceNotFoundError
-from grasp_hf.matching import movable_tensors
 from grasp_hf.plan import PlannedSource, cost_lines
 from grasp_hf.prepare import prepare
 from grasp_hf.saving import read_record
+from grasp_hf.tensors.units import movable_tensors
 from tests.hub_server import HubServer
 from tests.models import (
     LABELS,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-import grasp_hf.measure
 import grasp_hf.merger
+import grasp_hf.tensors.mixing
 from grasp_hf import GraspConfig, GraspMerger, gradient_alignment
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, OutputExistsError
 from grasp_hf.loading import LoadedSource
@@ -171,7 +171,7 @@ def test_an_interrupted_average_is_whole_after_the_source_that_it_was_at(
     """No copy of the weights is kept for an average without data: Ctrl-C waits for the end of the source."""
     sources = [saved(perturbed(tiny_model("vit"), seed), tmp_path / str(seed)) for seed in (1, 2, 3)]
     config = GraspConfig(method="average", **NO_TUNING)
-    original, calls = grasp_hf.measure.mix_, []
+    original, calls = grasp_hf.tensors.mixing.mix_, []
 
     def interrupted(*args: Any) -> None:
         calls.append(args)
@@ -181,7 +181,7 @@ def test_an_interrupted_average_is_whole_after_the_source_that_it_was_at(
 
     expected = GraspMerger(tiny_model("vit"), config)
     expected.merge(sources[:2])
-    monkeypatch.setattr(grasp_hf.measure, "mix_", interrupted)
+    monkeypatch.setattr(grasp_hf.tensors.mixing, "mix_", interrupted)
     merger = GraspMerger(tiny_model("vit"), config)
     with pytest.raises(KeyboardInterrupt):
         merger.merge(sources)

@@ -13,7 +13,7 @@ from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.card import model_card
 from grasp_hf.figures import alignment_figure, progress_figure, save_figures
 from grasp_hf.report import ChangeReport, ControlReport, FinetuneReport, StepReport, unit_reports
-from grasp_hf.transfer import Mix
+from grasp_hf.tensors.mixing import Mix
 
 from .models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 from .reports import ALL, SHA, report_of, step

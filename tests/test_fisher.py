@@ -15,11 +15,10 @@ from grasp_hf.batches import Batch, keeping_model_columns, sample_batches
 from grasp_hf.errors import DataError, NonFiniteError
 from grasp_hf.fisher import _with_drawn_labels, fisher_
 from grasp_hf.gate import halves
-from grasp_hf.mapped import MappedTensors
-from grasp_hf.matching import movable_tensors, partition
-from grasp_hf.measure import blend_
 from grasp_hf.scratch import Scratch
-from grasp_hf.transfer import Mix
+from grasp_hf.tensors.mapped import MappedTensors
+from grasp_hf.tensors.mixing import Mix, blend_
+from grasp_hf.tensors.units import movable_tensors, partition
 from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 Tensors = dict[str, Tensor]

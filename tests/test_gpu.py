@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.comparison import compare
-from grasp_hf.config import Recipe
+from grasp_hf.config.recipe import Recipe
 from grasp_hf.contenders import METHODS
-from grasp_hf.matching import movable_tensors
+from grasp_hf.tensors.units import movable_tensors
 from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model, write_images
 
 pytestmark = [

@@ -16,11 +16,11 @@ from transformers import AutoModelForImageClassification, AutoTokenizer
 
 from grasp_hf import GraspConfig, GraspMerger, Recipe, merge_pretrained
 from grasp_hf.errors import ConfigError, DownloadError, GraspError, IncompatibleSourceError, SourceNotFoundError
-from grasp_hf.hub import commit_of, locate, look_up
-from grasp_hf.licenses import strictest
-from grasp_hf.matching import movable_tensors
+from grasp_hf.hub.download import commit_of, locate, look_up
+from grasp_hf.hub.licenses import strictest
+from grasp_hf.hub.reference import SourceRef
 from grasp_hf.plan import plan, plan_table
-from grasp_hf.sources import SourceRef
+from grasp_hf.tensors.units import movable_tensors
 from tests.hub_server import HubServer
 from tests.models import MEASURE_ONLY, NO_TUNING, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
 

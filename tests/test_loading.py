@@ -20,9 +20,9 @@ from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError, merge_pr
 from grasp_hf.checkpoint import runtime_tensors
 from grasp_hf.errors import GraspError, NonFiniteError, SourceNotFoundError
 from grasp_hf.headers import header_tensors
+from grasp_hf.hub.reference import Source, SourceRef
 from grasp_hf.loading import LoadedSource, fresh_tensors, load_source, load_target
-from grasp_hf.matching import movable_tensors
-from grasp_hf.sources import Source, SourceRef
+from grasp_hf.tensors.units import movable_tensors
 from tests.hub_server import HubServer
 from tests.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
 

@@ -9,10 +9,11 @@ import torch
 
 from grasp_hf import GraspConfig, GraspMerger, gradient_alignment
 from grasp_hf.errors import DataError, NonFiniteError
-from grasp_hf.matching import movable_tensors, partition
 from grasp_hf.measure import learned_coefficients
 from grasp_hf.scratch import Scratch
-from grasp_hf.transfer import Mix, overwrite_
+from grasp_hf.tensors.mixing import Mix
+from grasp_hf.tensors.placing import overwrite_
+from grasp_hf.tensors.units import movable_tensors, partition
 from tests.models import KINDS, LABELS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 CONFIG = GraspConfig(num_batches=3, batch_size=8)

@@ -24,11 +24,11 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import DownloadError, IncompatibleSourceError, NonFiniteError, SourceNotFoundError
-from grasp_hf.hub import _remove_partial, locate, resolve
-from grasp_hf.matching import movable_tensors
-from grasp_hf.measure import blend_
-from grasp_hf.pull import Puller, ShardedSource
-from grasp_hf.sources import Source, SourceRef
+from grasp_hf.hub.download import _remove_partial, locate, resolve
+from grasp_hf.hub.pull import Puller, ShardedSource
+from grasp_hf.hub.reference import Source, SourceRef
+from grasp_hf.tensors.mixing import blend_
+from grasp_hf.tensors.units import movable_tensors
 from tests.hub_server import HubServer
 from tests.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
 from tests.test_workspace import WITHOUT_TORCH
@@ -262,7 +262,7 @@ FULL_DISK = """
 import os, resource, signal
 from pathlib import Path
 from grasp_hf.errors import DownloadError
-from grasp_hf.pull import Puller
+from grasp_hf.hub.pull import Puller
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -493,7 +493,7 @@ def test_a_connection_that_has_stalled_is_not_waited_for(
     request: pytest.FixtureRequest,
 ) -> None:
     # The client waits six times for a stalled download, a minute in all, before it looks at anything else.
-    monkeypatch.setattr("grasp_hf.pull.PATIENCE", 0.2)
+    monkeypatch.setattr("grasp_hf.hub.pull.PATIENCE", 0.2)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     before, since = files_in(home), len(hub.requests)
     path = f"/lfs/{checksum(hub, SIX[1])}" if what == "weights" else f"/api/models/{SIX[1]}"
@@ -521,8 +521,8 @@ def test_a_connection_that_has_stalled_is_not_waited_for(
 KILLED = """
 import tempfile
 from pathlib import Path
-from grasp_hf.pull import Puller
-from grasp_hf.workspace import workspace
+from grasp_hf.hub.pull import Puller
+from grasp_hf.files import workspace
 
 with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as scratch:
     (scratch / "weights").write_bytes(b"0" * 1000)
@@ -993,7 +993,7 @@ XET = """
 import os, sys
 from pathlib import Path
 from huggingface_hub import HfApi
-from grasp_hf.pull import Puller
+from grasp_hf.hub.pull import Puller
 
 api = HfApi(token="hf_alice")
 for number, folder in enumerate(FOLDERS):

@@ -19,8 +19,9 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import close_session, get_session
 from transformers import PreTrainedModel
 
-from grasp_hf import GraspMerger, push
+from grasp_hf import GraspMerger
 from grasp_hf.errors import PushError
+from grasp_hf.hub import push
 from tests.hub_server import Entry, HubServer, Repo
 from tests.models import perturbed, saved, saved_adapter, tiny_data, tiny_model
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from grasp_hf.errors import IncompatibleSourceError, SourceNotFoundError
-from grasp_hf.hub import locate
-from grasp_hf.sources import Source, SourceRef
+from grasp_hf.hub.download import locate
+from grasp_hf.hub.reference import Source, SourceRef
 from tests.models import copied, saved, saved_adapter, tiny_model
 
 

@@ -17,11 +17,11 @@ from grasp_hf.batches import keeping_model_columns, sample_batches
 from grasp_hf.errors import DataError, NonFiniteError
 from grasp_hf.gate import halves
 from grasp_hf.loading import LoadedSource
-from grasp_hf.matching import movable_tensors, partition
-from grasp_hf.measure import blend_, learned_coefficients
+from grasp_hf.measure import learned_coefficients
 from grasp_hf.scratch import Scratch
 from grasp_hf.step import Step
-from grasp_hf.transfer import Mix
+from grasp_hf.tensors.mixing import Mix, blend_
+from grasp_hf.tensors.units import movable_tensors, partition
 from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 CONFIG: dict[str, Any] = {**NO_TUNING, "method": "blend", "unit": "layer", "batch_size": 4, "num_batches": 3}

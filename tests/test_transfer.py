@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from grasp_hf.alignment import CPU_PIECE, CoefficientDescent, cosine, inner_products, mean_defined
+from grasp_hf.alignment import CoefficientDescent
 from grasp_hf.errors import DiskFullError
-from grasp_hf.mapped import MappedTensors
-from grasp_hf.transfer import PIECE, Mix, in_rows, interpolate_, mix_, overwrite_, placed, weigh_
+from grasp_hf.tensors.mapped import MappedTensors
+from grasp_hf.tensors.mixing import PIECE, Mix, in_rows, interpolate_, mix_, weigh_
+from grasp_hf.tensors.placing import overwrite_, placed
+from grasp_hf.tensors.products import CPU_PIECE, cosine, inner_products, mean_defined
 
 
 def test_placing_moves_pointers_and_is_undone_bit_for_bit() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import grasp_hf
-from grasp_hf.workspace import workspace
+from grasp_hf.files import workspace
 
 WITHOUT_TORCH = f"""
 import sys, types
@@ -25,7 +25,7 @@ package.__path__ = {grasp_hf.__path__!r}
 HOLDER = f"""{WITHOUT_TORCH}
 import multiprocessing
 from pathlib import Path
-from grasp_hf.workspace import workspace
+from grasp_hf.files import workspace
 
 with workspace(Path(sys.argv[1]), "run-") as made:
     (made / "deep").mkdir()

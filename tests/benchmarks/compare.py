@@ -27,7 +27,7 @@ import torch
 from scipy.stats import binomtest, rankdata
 
 from grasp_hf.comparison import compare, model_identities
-from grasp_hf.config import Recipe
+from grasp_hf.config.recipe import Recipe
 from grasp_hf.report import markdown_table
 from grasp_hf.results import OURS, Comparison, Result, interval, kind_of, title_of
 from tests.benchmarks.emoji import STYLES

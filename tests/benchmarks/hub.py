@@ -50,7 +50,7 @@ for index in range(int(sys.argv[2])):
     HfApi().create_repo(f"me/{sys.argv[3]}-{index}")
     HfApi().upload_folder(repo_id=f"me/{sys.argv[3]}-{index}", folder_path=f"{sys.argv[1]}/{sys.argv[3]}-{index}")
 """
-CACHE_BASE = "import sys; from grasp_hf.hub import locate; locate(f'me/{sys.argv[1]}-0')"
+CACHE_BASE = "import sys; from grasp_hf.hub.download import locate; locate(f'me/{sys.argv[1]}-0')"
 MERGE = """
 import sys, torch
 from grasp_hf import GraspConfig, GraspMerger

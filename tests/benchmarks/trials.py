@@ -52,10 +52,10 @@ from transformers import AutoProcessor, PreTrainedModel
 
 from grasp_hf.evidence import SCALES
 from grasp_hf.fisher import RunningFisher
-from grasp_hf.matching import Unit, movable_tensors, partition
-from grasp_hf.measure import blend_
 from grasp_hf.report import markdown_table
 from grasp_hf.results import interval
+from grasp_hf.tensors.mixing import blend_
+from grasp_hf.tensors.units import Unit, movable_tensors, partition
 from tests.benchmarks.compare import write_record
 from tests.benchmarks.packages import cache_folder
 from tests.benchmarks.sources import KINDS, Kind, source_folder

@@ -144,7 +144,7 @@ def strictest(licenses: Mapping[str, str | None]) -> tuple[str | None, list[str]
         holders.setdefault((name or "").strip().lower() or None, []).append(model)
     known = sorted((LICENSES[name] for name in holders if name in LICENSES), key=lambda found: found.place)
     unclear = [name for name in holders if name not in LICENSES]
-    problems = _problems(known, holders)
+    problems = value_problems(known, holders)
     warnings = problems + [_unclear(name, holders[name]) for name in unclear]
     if len(holders) > 1:
         warnings += [
@@ -155,7 +155,7 @@ def strictest(licenses: Mapping[str, str | None]) -> tuple[str | None, list[str]
     return OTHER if unclear or problems else known[-1].name, warnings
 
 
-def _problems(known: list[License], holders: Mapping[str | None, list[str]]) -> list[str]:
+def value_problems(known: list[License], holders: Mapping[str | None, list[str]]) -> list[str]:
     """Return what keeps a single licence from standing for all of `known`, which are in the order of the table."""
     fixed = [found for found in known if found.strictness is Strictness.NO_DERIVATIVES]
     problems = [

@@ -4,12 +4,14 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import IncompatibleSourceError, SourceNotFoundError
+from ..errors import IncompatibleSourceError, SourceNotFoundError
 
+UNREADABLE = (ValueError, RuntimeError, OSError, EOFError, UnpicklingError, SafetensorError)
 INDEX = ".index.json"
 FULL_WEIGHTS = (  # in the order in which transformers looks for them
     "model.safetensors",

@@ -1,16 +1,14 @@
-"""Moving weights into a model and taking them back. Pure tensor work: knows nothing of models or files."""
+"""The arithmetic of a merge: how much of the target and of a source each tensor takes."""
 
 import math
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
-from types import FrameType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .units import Unit
 
 PIECE = 2**20  # elements that are worked on at once
 
@@ -38,13 +36,6 @@ class Mix(NamedTuple):
     def moves(self) -> bool:
         """Whether anything but the target comes out."""
         return self != (1.0, 0.0)
-
-
-@torch.no_grad()
-def overwrite_(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Change `tensors` in place to the numbers of `values`, in their own storage, device and dtype."""
-    for name, value in values.items():
-        tensors[name].data.copy_(value)
 
 
 @torch.no_grad()
@@ -105,49 +96,24 @@ def weigh_(tensor: Tensor, start: Tensor, end: Tensor, shares: Iterable[Tensor])
         place.copy_(torch.lerp(*(each.to(tensor.device, dtype) for each in (*ends, share))))
 
 
-@contextmanager
-def placed(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let `tensors` hold `values` inside the block, and after it what they held before, whatever happens.
+def blend_(
+    tensors: Mapping[str, Tensor],
+    start: Mapping[str, Tensor],
+    source_values: Mapping[str, Tensor],
+    units: Sequence[Unit],
+    mixes: Mapping[str, Mix],
+    base: Mapping[str, Tensor] | None = None,
+    share: Callable[[str], Iterable[Tensor] | None] | None = None,
+) -> None:
+    """Change the tensors of `units` in place to what each unit's mix makes of `start` and the source.
 
-    Where device and dtype agree only pointers move, which costs nothing and is undone bit for bit. A parameter on
-    another device or in another dtype is overwritten, so that there is never room for two, and comes back from `start`,
-    which must hold what it held. Buffers are small; they keep their storage, and what measuring has made of it.
+    Where `share` returns how much of the source each element of a tensor takes, that goes before the mix.
     """
-    kept: dict[str, Tensor] = {}
-    overwritten = []
-    try:
-        for name, value in values.items():
-            tensor = tensors[name]
-            same = value.device == tensor.device and value.dtype == tensor.dtype
-            if same or not isinstance(tensor, nn.Parameter):
-                kept[name] = tensor.data
-                tensor.data = value.detach().to(tensor.device, tensor.dtype)
+    for unit in units:
+        for name in unit.tensors:
+            shares = share(name) if share else None
+            if shares is not None:
+                weigh_(tensors[name], start[name], source_values[name], shares)
             else:
-                overwritten.append(name)
-                overwrite_(tensors, {name: value})
-        yield
-    finally:
-        for name, data in kept.items():
-            tensors[name].data = data
-        overwrite_(tensors, {name: start[name] for name in overwritten})
-
-
-@contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C, and the SIGTERM of who stops a job, wait until the block is done."""
-    if threading.current_thread() is not threading.main_thread():  # no other thread is ever interrupted
-        yield
-        return
-    waiting: list[int] = []
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        waiting.append(number)
-
-    previous = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    for received in waiting:  # of which one may be ignored, the others not
-        signal.raise_signal(received)
+                origin = None if base is None else base[name]
+                mix_(tensors[name], start[name], source_values[name], origin, mixes[unit.name])

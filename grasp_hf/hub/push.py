@@ -18,9 +18,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import PushError, SourceNotFoundError, StaleMergeError
-from .hub import Listing, RemoteFile, resolve, retried, time_limit
-from .sources import ADAPTER_WEIGHTS, FULL_WEIGHTS, SourceRef
+from ..errors import PushError, SourceNotFoundError, StaleMergeError
+from .client import retried, time_limit
+from .download import resolve
+from .listing import Listing, RemoteFile
+from .reference import ADAPTER_WEIGHTS, FULL_WEIGHTS, SourceRef
 
 logger = logging.getLogger(__name__)
 

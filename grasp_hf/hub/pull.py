@@ -14,9 +14,11 @@ from typing import TypeVar
 
 from huggingface_hub import constants
 
-from . import hub
-from .sources import Source, SourceRef
-from .workspace import workspace
+from ..files import workspace
+from .client import Stopped, named_errors
+from .download import cached_bytes, cached_source, fetch, fetch_source, locate, resolve_model
+from .listing import Listing
+from .reference import Source, SourceRef
 
 PATIENCE = 5.0  # seconds that a download has to end when it is not wanted any more
 
@@ -35,7 +37,7 @@ class ShardedSource(Source):
         arriving: The shards, each fetched when it is asked for, or while the one before it is used.
     """
 
-    listing: hub.Listing
+    listing: Listing
     cache: Path
     token: str | None = field(default=None, repr=False)
     arriving: Iterator[Path] = iter(())
@@ -142,16 +144,16 @@ class Puller:
     def _arriving(self, source: ShardedSource, over: threading.Event, follow: Callable[[], None]) -> Iterator[Path]:
         """Yield the shards of a source, of which the first is here, and `follow` when all are."""
 
-        def fetch(path: str) -> Path:
+        def fetch_shard(path: str) -> Path:
             with self._removing(source.cache, over):
-                return hub.fetch(source.listing, path, token=self._token, cache_dir=source.cache, stop=over)
+                return fetch(source.listing, path, token=self._token, cache_dir=source.cache, stop=over)
 
         first, *others = source.listing.weights
         file = source.folder / Path(first).name
         for path in others:
-            coming = self._begin(partial(fetch, path)) if self._prefetch else None
+            coming = self._begin(partial(fetch_shard, path)) if self._prefetch else None
             yield file
-            file = coming.result() if coming else fetch(path)
+            file = coming.result() if coming else fetch_shard(path)
         follow()
         yield file
 
@@ -179,32 +181,32 @@ class Puller:
         """Return the source, and the folder to be removed when it has been used."""
         ref = SourceRef.parse(reference)
         if ref.is_local:
-            source = hub.locate(ref, trusted=self._trusted)
+            source = locate(ref, trusted=self._trusted)
             read_ahead(source)
             return source, None
         at = replace(ref, revision=self._commits.get(reference, ref.revision))
         trusted = [str(at)] if ref.is_among(self._trusted) else []
-        listing = hub.resolve_model(at, token=self._token, trusted=trusted)
+        listing = resolve_model(at, token=self._token, trusted=trusted)
         if listing is None:
-            source = replace(hub.cached_source(at, trusted=trusted), ref=ref)
+            source = replace(cached_source(at, trusted=trusted), ref=ref)
             read_ahead(source)
             return source, None
         listing = replace(listing, ref=ref)
-        with hub.named_errors(ref):
+        with named_errors(ref):
             own = self._new_folder()
         sharded = self._needs_less_disk_in_shards(listing)
         with self._removing(own, self._stop):
             weights = listing.weights[:1] if sharded else None
-            source = hub.fetch_source(listing, weights, token=self._token, cache_dir=own, stop=self._stop)
+            source = fetch_source(listing, weights, token=self._token, cache_dir=own, stop=self._stop)
         if sharded:
             source = ShardedSource(**vars(source), listing=listing, cache=own, token=self._token)
         return source, own
 
-    def _needs_less_disk_in_shards(self, listing: hub.Listing) -> bool:
+    def _needs_less_disk_in_shards(self, listing: Listing) -> bool:
         weights, at_once = listing.weights, 2 if self._prefetch else 1
         if self._undo_bytes is None or not all(path.endswith(".safetensors") for path in weights):
             return False
-        whole = listing.num_bytes - hub.cached_bytes(listing)
+        whole = listing.num_bytes - cached_bytes(listing)
         largest = max((listing.files[path].size for path in weights), default=0)
         return at_once * largest + self._undo_bytes < at_once * whole
 
@@ -214,7 +216,7 @@ class Puller:
         try:
             yield
             if stop.is_set():
-                raise hub.Stopped
+                raise Stopped
         except BaseException:
             # Where the end of the block has not waited, the client may have made its folders once more.
             shutil.rmtree(own.parent if self._stop.is_set() else own, ignore_errors=True)
@@ -222,7 +224,7 @@ class Puller:
 
     def _new_folder(self) -> Path:
         if self._stop.is_set():
-            raise hub.Stopped
+            raise Stopped
         if self._directory is None:
             self._directory = self._held.enter_context(workspace(Path(constants.HF_HOME, "grasp_hf"), "run-"))
         self._count += 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import DiskFullError
+from ..errors import DiskFullError
 
 ALIGNMENT = 64  # bytes
 
