@@ -24,8 +24,7 @@ from torch import Tensor
 
 from .errors import NonFiniteError
 from .fisher import LEAST_FISHER, fisher_
-from .gradients import preserved_state
-from .measure import mean_gradient
+from .models.gradients import mean_gradient, preserved_state
 from .tensors.mixing import interpolate_
 from .tensors.placing import overwrite_, placed
 from .tensors.units import movable_tensors

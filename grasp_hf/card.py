@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from .hub.licenses import license_of, strictest
 from .hub.reference import SourceRef
-from .loading import task_of
+from .models.classes import task_of
 from .report import MergeReport, markdown_table
 
 SENTENCE_END = re.compile(r"(?<=[.;!?])\s+")

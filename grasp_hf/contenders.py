@@ -21,14 +21,14 @@ from .baselines import (
     task_arithmetic_,
     ties_,
 )
-from .batches import Batch, Collator
 from .config.grasp import GraspConfig
 from .ensembles import ensemble_evaluation, logit_fusion
 from .errors import ConfigError
 from .evidence import EVIDENCE, judge
-from .finetune import finetune_
 from .merger import GraspMerger
 from .mixtures import mixture_, pearl_
+from .models.batches import Batch, Collator
+from .models.finetune import finetune_
 from .prepare import TaskData
 from .report import Evaluation
 from .scratch import Scratch

@@ -10,9 +10,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_datase
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FILE_BUILDERS
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, default_data_collator
 
-from .batches import Collator
 from .config.recipe import Recipe
 from .errors import ConfigError, DataError
+from .models.batches import Collator
 from .pictures import picture
 
 logger = logging.getLogger(__name__)

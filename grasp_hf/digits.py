@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
 from .errors import GraspError
-from .loading import quiet_transformers
+from .models.classes import quiet_transformers
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .batches import IGNORED, Collator, batch_loss, class_terms
+from .models.batches import IGNORED, Collator, batch_loss, class_terms
 from .report import Evaluation
 from .tensors.placing import overwrite_, placed
 from .tensors.units import movable_tensors

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .batches import IGNORED, Batch, Collator, batch_loss, is_class_ids, labelled_terms, predicts_next
 from .errors import DataError
-from .gradients import preserved_randomness
+from .models.batches import IGNORED, Batch, Collator, batch_loss, is_class_ids, labelled_terms, predicts_next
+from .models.gradients import preserved_randomness
 from .report import ChangeReport
 
 SCALES = tuple(2 ** (half / 2) for half in range(-6, 9))  # of the logits, from 1/8 to 16

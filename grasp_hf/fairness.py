@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .adapters import load_adapter_config
 from .card import trained_on_test
 from .config.recipe import Recipe
 from .data import FILE_BUILDERS
@@ -12,10 +11,12 @@ from .errors import DataError, shortened
 from .evidence import LEAST_SAMPLES, resolution
 from .hub.download import look_up
 from .hub.reference import Source
-from .loading import adapter_labels, is_headless, load_config, saves_head
 from .merger import GraspMerger
+from .models.classes import is_headless, load_config
 from .prepare import TaskData
-from .rows import label_names
+from .sources.adapters import load_adapter_config
+from .sources.load import adapter_labels, saves_head
+from .sources.rows import label_names
 
 LEAST_VALIDATION = 50  # fewer than of the test split: it judges by the loss, in pairs of the same sample
 LEAST_TEXTS = 30  # of a language model; with fewer, 1.96 standard errors are no 95 % (Student's t is 2.05 and more)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .batches import IGNORED, Batch, batch_loss, class_terms, labelled_terms, predicts_next
 from .errors import NonFiniteError
-from .gradients import gradient_pass, preserved_state
+from .models.batches import IGNORED, Batch, batch_loss, class_terms, labelled_terms, predicts_next
+from .models.gradients import gradient_pass, preserved_state
 from .tensors.mixing import Mix, in_rows
 from .tensors.placing import placed
 from .tensors.units import Unit, movable_tensors

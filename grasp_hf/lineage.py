@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import yaml
 
-from .checkpoint import file_tensors
 from .config.recipe import Recipe, override_
 from .digests import described
 from .errors import ConfigError
@@ -19,6 +18,7 @@ from .prepare import prepare
 from .redaction import without_secrets
 from .report import MergeReport
 from .saving import CONFIG_FILE, read_record, saved_state
+from .sources.checkpoint import file_tensors
 
 logger = logging.getLogger(__name__)
 

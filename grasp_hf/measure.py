@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .alignment import CoefficientDescent
-from .batches import Batch, Collator, check_dataset, keeping_model_columns, labelled_terms, sample_batches
 from .config.grasp import GraspConfig
 from .errors import IncompatibleSourceError
 from .files import workspace
-from .gradients import gradient_pass, preserved_state
-from .matching import tensor_problems, tie_problems
+from .models.batches import Batch, Collator, check_dataset, keeping_model_columns, sample_batches
+from .models.gradients import gradient_pass, mean_gradient, preserved_state
 from .scratch import Scratch
+from .sources.fit import tensor_problems, tie_problems
 from .tensors.mixing import Mix, blend_
 from .tensors.placing import overwrite_, placed
 from .tensors.products import PUBLISHED_EPSILON, Scores, UnitProducts, cosine, mean_defined
@@ -95,39 +95,6 @@ def summed_cosines(
             if name in products:
                 products.add(name, scratch.source_gradients[name], scratch.gradients[name])
     return {name: cosine(*sums) if sums else None for name, sums in products.sums().items()}
-
-
-def mean_gradient(
-    target: PreTrainedModel, batches: Iterable[Batch], room: Mapping[str, Tensor]
-) -> tuple[set[str], float]:
-    """Write the gradient of the mean loss over all samples (or tokens) of `batches` to `room`, in the present mode.
-
-    Returns:
-        The names of the parameters that have a gradient, and the mean loss.
-    """
-    found: set[str] = set()
-    total, loss = 0.0, 0.0
-    for batch in batches:
-        weight = labelled_terms(target, batch)
-        share = weight / (total + weight)
-
-        without = set(found)
-
-        def gather(name: str, gradient: Tensor, share: float = share, without: set[str] = without) -> None:
-            kept = room[name]
-            if name in found:
-                kept.lerp_(gradient.to(kept.device, kept.dtype), share)
-            else:
-                kept.copy_(gradient * share)
-                found.add(name)
-            without.discard(name)
-
-        batch_loss = gradient_pass(target, batch, gather)
-        for name in without:
-            room[name].mul_(1 - share)
-        total += weight
-        loss += share * (batch_loss - loss)
-    return found, loss
 
 
 def learned_coefficients(

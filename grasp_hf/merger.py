@@ -21,7 +21,6 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from .batches import Collator, check_dataset, keeping_model_columns
 from .card import declared_license
 from .config.grasp import GraspConfig
 from .continuation import Continuation
@@ -29,17 +28,19 @@ from .digests import described
 from .errors import ConfigError, GraspError, IncompatibleSourceError, PushError
 from .evidence import Judgement
 from .files import interrupts_held, workspace
-from .gradients import checkpointing, preserved_state
 from .hub.download import locate
 from .hub.pull import Puller, ShardedSource
 from .hub.push import Destination, create_repo, push_files, tag_version
 from .hub.reference import Source, SourceRef
-from .loading import LoadedSource, load_processing_class, load_source, load_target
-from .measure import mean_gradient
+from .models.batches import Collator, check_dataset, keeping_model_columns
+from .models.gradients import checkpointing, mean_gradient, preserved_state
+from .models.processors import load_processing_class
+from .models.target import load_target
 from .rank import RankedSource, judge_sources, rank_sources, ranking_table
 from .report import Evaluation, MergeReport, StepReport
 from .saving import check_output, read_record, save_merge, save_record, saved_shards
 from .scratch import Scratch
+from .sources.load import LoadedSource, load_source
 from .step import Step, losses_of
 from .tensors.placing import overwrite_, placed
 from .tensors.units import Unit, movable_tensors, partition

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import NonFiniteError
-from .gradients import gradient_pass, preserved_state
+from .models.gradients import gradient_pass, preserved_state
 from .tensors.placing import overwrite_
 from .tensors.products import inner_products
 from .tensors.units import Unit, head_tensors, movable_tensors, partition

@@ -13,35 +13,26 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .adapters import adapter_problems, load_adapter_config
 from .card import declared_license
-from .checkpoint import runtime_tensors
 from .config.grasp import GraspConfig
 from .config.recipe import Recipe
 from .errors import GraspError, shortened
-from .headers import header_tensors
 from .hub.download import cached_bytes, look_up
 from .hub.licenses import strictest
 from .hub.listing import Listing
 from .hub.reference import Source
-from .loading import (
-    Read,
-    adapter_labels,
-    architecture_problems,
-    compare,
-    fresh_problems,
-    fresh_tensors,
-    is_headless,
-    load_config,
-    load_processing_class,
-    model_class,
-    saves_head,
-)
-from .matching import tie_problems
+from .models.classes import is_headless, load_config, model_class
+from .models.processors import load_processing_class
+from .models.target import fresh_problems, fresh_tensors
 from .prepare import check_prepared, labelled_splits, required_processing_class
 from .report import markdown_table
-from .rows import label_names, match_head
 from .saving import read_record
+from .sources.adapters import adapter_problems, load_adapter_config
+from .sources.checkpoint import runtime_tensors
+from .sources.fit import SourceFiles, architecture_problems, fit_source, tie_problems
+from .sources.headers import header_tensors
+from .sources.load import adapter_labels, saves_head
+from .sources.rows import label_names, match_head
 from .tensors.units import head_tensors, movable_tensors, partition
 
 LOOK_UPS = 8  # at a time
@@ -387,10 +378,10 @@ def _plan_full(planned: PlannedSource, found: _Found, target: _Target | None) ->
     if found.headers is None:  # pickled: what the configuration promises
         lacking = head_tensors(model) if is_headless(config) else set()
         tensors = {name: tensor for name, tensor in movable_tensors(model).items() if name not in lacking}
-        read = Read(tensors, set(tensors), labels)
+        read = SourceFiles(tensors, set(tensors), labels)
     else:
         tensors, problems = runtime_tensors(found.headers, target.model, Path())
-        read = Read(tensors, set(tensors), labels, problems)
-    comparison = compare(source, read, target.model, target.processing_class)
+        read = SourceFiles(tensors, set(tensors), labels, problems)
+    comparison = fit_source(source, read, target.model, target.processing_class)
     planned.problems += comparison.problems + tie_problems(target.model, model)
     planned.notes += comparison.notes

@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig, PreTrainedModel, default_data_collator
 
-from .batches import Collator
 from .config.recipe import Recipe
 from .digests import shared_samples
 from .errors import ConfigError, DataError, shortened
 from .hub.download import locate
 from .hub.reference import Source
-from .loading import load_config, load_processing_class, model_class, task_of
 from .merger import GraspMerger
+from .models.batches import Collator
+from .models.classes import load_config, model_class, task_of
+from .models.processors import load_processing_class
 from .redaction import without_secrets
-from .rows import label_names
+from .sources.rows import label_names
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

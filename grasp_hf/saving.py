@@ -18,7 +18,7 @@ from .card import model_card
 from .errors import ConfigError, OutputExistsError
 from .figures import save_figures
 from .files import write_whole
-from .loading import quiet_transformers
+from .models.classes import quiet_transformers
 from .report import MergeReport
 
 REPORT_FILE = "grasp_report.json"

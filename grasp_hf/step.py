@@ -16,17 +16,17 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .batches import Batch, Collator, batch_loss, labelled_terms, sample_batches
 from .config.grasp import GraspConfig
 from .errors import DataError, NonFiniteLossError, first_line
 from .evidence import EVIDENCE, LEAST_SAMPLES, Judgement, change, joined, judge, resolution
 from .files import interrupts_held
 from .gate import finetune_on_line_, halves, plainest, verdict
-from .gradients import preserved_state
-from .loading import LoadedSource
 from .measure import measure_source
+from .models.batches import Batch, Collator, batch_loss, labelled_terms, sample_batches
+from .models.gradients import preserved_state
 from .report import FinetuneReport, StepReport, unit_reports
 from .scratch import Scratch
+from .sources.load import LoadedSource
 from .tensors.mixing import Mix, blend_
 from .tensors.placing import overwrite_
 from .tensors.products import Scores, mean_defined
@@ -358,7 +358,7 @@ class Step:
         """Raise where the Trainer will not fine-tune, so that it is known before the first source is merged."""
         if self.train is None or not self.config.trains(epochs):
             return
-        from .finetune import check_finetuning
+        from .models.finetune import check_finetuning
 
         check_finetuning(
             self.model, self.train, self.held_out, self.collator, self.config, directory=self.scratch.directory
@@ -376,7 +376,9 @@ class Step:
         """
         if self.train is None or not self.config.trains(epochs):
             return None
-        from .finetune import finetune_  # its Trainer imports datasets, which a merge without data need not wait for
+        from .models.finetune import (
+            finetune_,  # its Trainer imports datasets, which a merge without data need not wait for
+        )
 
         def train(samples: Any, seed: int) -> None:
             finetune_(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .batches import Batch
 from .errors import ConfigError, IncompatibleSourceError, NonFiniteError
+from .models.batches import Batch
 from .tensors.units import movable_tensors
 
 

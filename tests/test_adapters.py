@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification
 
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError
-from grasp_hf.adapters import apply_adapter_
 from grasp_hf.hub.reference import Source, SourceRef
+from grasp_hf.sources.adapters import apply_adapter_
 from grasp_hf.tensors.mapped import MappedTensors
 from grasp_hf.tensors.units import movable_tensors
 from tests.models import NO_TUNING, copied, saved, tiny_data, tiny_model
@@ -157,7 +157,7 @@ def test_what_an_adapter_changes_lies_in_a_file(name: str, tmp_path: Path, monke
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr("grasp_hf.adapters.MappedTensors", Watched)
+    monkeypatch.setattr("grasp_hf.sources.adapters.MappedTensors", Watched)
     model = GraspMerger.from_pretrained(base).model
     before = {key: value.clone() for key, value in movable_tensors(model).items()}
     (tmp_path / "scratch").mkdir()

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from grasp_hf import GraspConfig, GraspMerger
-from grasp_hf.checkpoint import file_tensors, runtime_tensors
 from grasp_hf.hub.reference import Source, SourceRef
+from grasp_hf.sources.checkpoint import file_tensors, runtime_tensors
 from grasp_hf.tensors.units import movable_tensors
 from tests.models import KINDS, NO_TUNING, perturbed, saved, tiny_model
 

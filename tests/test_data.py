@@ -27,7 +27,7 @@ from grasp_hf.errors import ConfigError, DataError
 from grasp_hf.pictures import picture
 from grasp_hf.prepare import prepare
 from grasp_hf.redaction import without_secrets
-from grasp_hf.rows import label_names
+from grasp_hf.sources.rows import label_names
 from tests.models import LABELS, perturbed, saved, tiny_model, tiny_tokenizer, write_images
 
 ROWS = {"text": ["red small", "green large", "blue red"], "label": ["bird", "cat", "dog"]}

@@ -20,9 +20,9 @@ from transformers import (
     default_data_collator,
 )
 
-from grasp_hf.batches import batch_loss
 from grasp_hf.errors import DataError
 from grasp_hf.evidence import Change, Judgement, change, joined, judge, resolution
+from grasp_hf.models.batches import batch_loss
 from tests.models import tiny_data, tiny_model
 
 SMALL: dict[str, Any] = {

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from grasp_hf import GraspConfig, GraspMerger
-from grasp_hf.batches import Batch, keeping_model_columns, sample_batches
 from grasp_hf.errors import DataError, NonFiniteError
 from grasp_hf.fisher import _with_drawn_labels, fisher_
 from grasp_hf.gate import halves
+from grasp_hf.models.batches import Batch, keeping_model_columns, sample_batches
 from grasp_hf.scratch import Scratch
 from grasp_hf.tensors.mapped import MappedTensors
 from grasp_hf.tensors.mixing import Mix, blend_

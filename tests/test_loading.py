@@ -17,11 +17,12 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedMo
 
 import grasp_hf.merger
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError, merge_pretrained
-from grasp_hf.checkpoint import runtime_tensors
 from grasp_hf.errors import GraspError, NonFiniteError, SourceNotFoundError
-from grasp_hf.headers import header_tensors
 from grasp_hf.hub.reference import Source, SourceRef
-from grasp_hf.loading import LoadedSource, fresh_tensors, load_source, load_target
+from grasp_hf.models.target import fresh_tensors, load_target
+from grasp_hf.sources.checkpoint import runtime_tensors
+from grasp_hf.sources.headers import header_tensors
+from grasp_hf.sources.load import LoadedSource, load_source
 from grasp_hf.tensors.units import movable_tensors
 from tests.hub_server import HubServer
 from tests.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model

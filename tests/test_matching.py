@@ -2,7 +2,7 @@
 
 import pytest
 
-from grasp_hf.matching import tensor_problems, tie_problems
+from grasp_hf.sources.fit import tensor_problems, tie_problems
 from grasp_hf.tensors.units import Unit, head_tensors, movable_tensors, partition
 from tests.models import KINDS, LABELS, tiny_model
 

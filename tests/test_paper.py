@@ -9,7 +9,7 @@ from transformers import default_data_collator
 
 import tests.published
 from grasp_hf import GraspConfig, GraspMerger
-from grasp_hf.batches import keeping_model_columns, sample_batches
+from grasp_hf.models.batches import keeping_model_columns, sample_batches
 from tests.models import KINDS, perturbed, tiny_data, tiny_model
 from tests.published import published_grasp
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError
-from grasp_hf.rows import class_tensors, label_names, match_labels, match_rows, token_tensors
+from grasp_hf.sources.rows import class_tensors, label_names, match_labels, match_rows, token_tensors
 from grasp_hf.tensors.units import head_tensors, movable_tensors
 from tests.models import LABELS, NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model
 

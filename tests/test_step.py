@@ -10,15 +10,15 @@ import torch
 from accelerate import Accelerator
 from transformers import BertForSequenceClassification
 
-import grasp_hf.finetune
+import grasp_hf.models.finetune
 import grasp_hf.step
 from grasp_hf import GraspConfig, GraspMerger, MergeReport
-from grasp_hf.batches import keeping_model_columns, sample_batches
 from grasp_hf.errors import DataError, NonFiniteError
 from grasp_hf.gate import halves
-from grasp_hf.loading import LoadedSource
 from grasp_hf.measure import learned_coefficients
+from grasp_hf.models.batches import keeping_model_columns, sample_batches
 from grasp_hf.scratch import Scratch
+from grasp_hf.sources.load import LoadedSource
 from grasp_hf.step import Step
 from grasp_hf.tensors.mixing import Mix, blend_
 from grasp_hf.tensors.units import movable_tensors, partition
@@ -279,13 +279,13 @@ def test_a_source_with_which_no_loss_is_finite_is_rejected(evaluates: bool, worl
 
 def test_halves_of_the_labels_make_as_many_passes_over_them(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[int, int]] = []
-    train = grasp_hf.finetune.finetune_
+    train = grasp_hf.models.finetune.finetune_
 
     def counted(model: Any, samples: Any, held_out: Any, collator: Any, config: GraspConfig, **rest: Any) -> None:
         made.append((len(samples), config.training_arguments["max_steps"]))
         train(model, samples, held_out, collator, config, **rest)
 
-    monkeypatch.setattr("grasp_hf.finetune.finetune_", counted)
+    monkeypatch.setattr("grasp_hf.models.finetune.finetune_", counted)
     merger = merger_of(world, training_arguments={"max_steps": 21})
     with merger.scratch_files(), merger.step(LABELS, None, None) as step:
         step.finetune(1, seed=0)

@@ -14,7 +14,7 @@ from transformers import (
     default_data_collator,
 )
 
-from grasp_hf.batches import Collator
+from grasp_hf.models.batches import Collator
 
 
 def collator_for(model: Any, processor: Any) -> Collator:

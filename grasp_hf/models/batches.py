@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 
-from .config.grasp import GraspConfig
-from .errors import DataError, NonFiniteLossError
+from ..config.grasp import GraspConfig
+from ..errors import DataError, NonFiniteLossError
 
 IGNORED = -100  # the label that transformers leaves out of a loss
 Batch = dict[str, Any]

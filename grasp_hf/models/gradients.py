@@ -1,7 +1,7 @@
-"""Gradient passes over a model that leave nothing behind: no gradient, no hook, no changed mode or random state."""
+"""Gradients of a model that leave as they arrive, so that no set of them is held."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -12,8 +12,42 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .batches import Batch, batch_loss
-from .errors import ConfigError
+from ..errors import ConfigError
+from .batches import Batch, batch_loss, labelled_terms
+
+
+def mean_gradient(
+    target: PreTrainedModel, batches: Iterable[Batch], room: Mapping[str, Tensor]
+) -> tuple[set[str], float]:
+    """Write the gradient of the mean loss over all samples (or tokens) of `batches` to `room`, in the present mode.
+
+    Returns:
+        The names of the parameters that have a gradient, and the mean loss.
+    """
+    found: set[str] = set()
+    total, loss = 0.0, 0.0
+    for batch in batches:
+        weight = labelled_terms(target, batch)
+        share = weight / (total + weight)
+
+        without = set(found)
+
+        def gather(name: str, gradient: Tensor, share: float = share, without: set[str] = without) -> None:
+            kept = room[name]
+            if name in found:
+                kept.lerp_(gradient.to(kept.device, kept.dtype), share)
+            else:
+                kept.copy_(gradient * share)
+                found.add(name)
+            without.discard(name)
+
+        batch_loss = gradient_pass(target, batch, gather)
+        for name in without:
+            room[name].mul_(1 - share)
+        total += weight
+        loss += share * (batch_loss - loss)
+    return found, loss
+
 
 Visit = Callable[[str, Tensor], None]
 

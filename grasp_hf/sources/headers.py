@@ -9,10 +9,10 @@ from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingE
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import IncompatibleSourceError
-from .hub.client import named_errors, retried
-from .hub.listing import Listing
-from .hub.reference import Source
+from ..errors import IncompatibleSourceError
+from ..hub.client import named_errors, retried
+from ..hub.listing import Listing
+from ..hub.reference import Source
 
 DTYPES = {
     "F64": torch.float64,

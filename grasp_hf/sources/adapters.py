@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from .errors import IncompatibleSourceError
-from .hub.download import commit_of
-from .hub.reference import Source, SourceRef
-from .tensors.mapped import MappedTensors
+from ..errors import IncompatibleSourceError
+from ..hub.download import commit_of
+from ..hub.reference import Source, SourceRef
+from ..tensors.mapped import MappedTensors
 
 PREFIX = "base_model.model."
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from .errors import IncompatibleSourceError, shortened
-from .hub.reference import Source
-from .tensors.mapped import MappedTensors
-from .tensors.units import movable_tensors
+from ..errors import IncompatibleSourceError, shortened
+from ..hub.reference import Source
+from ..tensors.mapped import MappedTensors
+from ..tensors.units import movable_tensors
 
 
 def file_tensors(source: Source) -> dict[str, Tensor]:

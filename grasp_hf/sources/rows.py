@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .errors import shortened
-from .tensors.units import head_tensors, movable_tensors
+from ..errors import shortened
+from ..tensors.units import head_tensors, movable_tensors
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,24 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import is_liger_kernel_available
 
+from ..config.grasp import GraspConfig
+from ..errors import ConfigError, NonFiniteError
+from ..tensors.units import head_tensors, movable_tensors
 from .batches import Batch, Collator, is_class_ids
-from .config.grasp import GraspConfig
-from .errors import ConfigError, GraspError, NonFiniteError
+from .classes import quiet_transformers
 from .gradients import preserved_randomness, preserved_state
-from .loading import quiet_transformers
-from .tensors.units import head_tensors, movable_tensors
+from .trainer_patches import (
+    EpochStatistics,
+    TrainingProgress,
+    WholeEvaluationTrainer,
+    checkpoints_in_runtime_names,
+    only_weights_changed,
+    trainer_refusals,
+)
 
 
 def finetune_(
@@ -85,7 +91,7 @@ def check_finetuning(
     with (
         preserved_state(model),
         _ready(model, train_dataset, eval_dataset, collator, config, 1, config.seed, directory) as trainer,
-        _refusals_named(),
+        trainer_refusals(),
     ):
         trainer.get_train_dataloader()
         trainer.create_optimizer_and_scheduler(num_training_steps=1)
@@ -113,7 +119,7 @@ def _ready(
     with (
         tempfile.TemporaryDirectory(prefix="training-", dir=directory, ignore_cleanup_errors=True) as folder,
         preserved_randomness(),
-        _only_weights_changed(model),
+        only_weights_changed(model),
         quiet_transformers(),
         checkpoints_in_runtime_names(model),
         adapted(model, config.lora, seed) as trained,
@@ -127,46 +133,9 @@ def _ready(
             evaluates=eval_dataset is not None,
             normalizes_batches=any(isinstance(module, _BatchNorm) for module in model.modules()),
         )
-        with _refusals_named():
+        with trainer_refusals():
             trainer = _trainer(trained, train_dataset, eval_dataset, collator, arguments, published=config.published)
         yield trainer
-
-
-@contextmanager
-def _only_weights_changed(model: PreTrainedModel) -> Iterator[None]:
-    """Take back what the Trainer and PEFT leave on a model beside its weights.
-
-    The Trainer sets `use_cache` in its configuration, and leaves an autocast wrapper (which would cast later gradient
-    passes) and, where it is interrupted, its hooks; PEFT says that tied weights are no more, and leaves hooks where
-    activations are checkpointed.
-    """
-    forward = vars(model).get("forward")
-    configs = [(config, dict(vars(config))) for config in (model.config, model.config.get_text_config())]
-    hooks = {module: dict(module._forward_hooks) for module in model.modules()}
-    try:
-        yield
-    finally:
-        vars(model).pop("_original_forward", None)
-        vars(model).pop("forward", None)
-        if forward is not None:
-            vars(model)["forward"] = forward
-        for config, values in configs:
-            vars(config).clear()
-            vars(config).update(values)
-        for module, own_hooks in hooks.items():
-            module._forward_hooks.clear()
-            module._forward_hooks.update(own_hooks)
-
-
-@contextmanager
-def _refusals_named() -> Iterator[None]:
-    """Name `training_arguments` where the Trainer does not take them, or a package that they ask for is missing."""
-    try:
-        yield
-    except GraspError:
-        raise
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"training_arguments: {error}") from error
 
 
 @contextmanager
@@ -246,7 +215,7 @@ def _trainer(
             f"a {type(model).__name__} has no accuracy to choose the best epoch by; set metric_for_best_model: loss in "
             "training_arguments"
         )
-    trainer = _WholeEvaluationTrainer(
+    trainer = WholeEvaluationTrainer(
         model=model,
         args=arguments,
         train_dataset=train_dataset,
@@ -255,7 +224,7 @@ def _trainer(
         compute_metrics=_accuracy if by_accuracy else None,
         preprocess_logits_for_metrics=_predictions if by_accuracy else None,
         optimizers=_published_optimizer(model, arguments, len(train_dataset)) if published else (None, None),
-        callbacks=[_Progress(), _Statistics()],
+        callbacks=[TrainingProgress(), EpochStatistics()],
     )
     trainer.remove_callback(PrinterCallback)
     if not model.can_generate():
@@ -311,31 +280,13 @@ def training_arguments(
             values.setdefault(f"{name}_checkpointing_kwargs", {"use_reentrant": False})
     if not evaluates:
         values.pop("metric_for_best_model", None)
-    with _refusals_named():
+    with trainer_refusals():
         arguments = TrainingArguments(**values)
     # Where there is no full batch there would be none, and statistics of a batch cannot be those of a single sample.
     alone = normalizes_batches and samples % arguments.train_batch_size == 1
     drops = arguments.dataloader_drop_last or alone
     arguments.dataloader_drop_last = drops and samples >= arguments.train_batch_size
     return arguments
-
-
-@contextmanager
-def checkpoints_in_runtime_names(model: PreTrainedModel) -> Iterator[None]:
-    """Let the Trainer's checkpoints use the names that the model has in memory.
-
-    transformers saves renamed models (ViT, Mixtral, old BERT) under their original names, and the Trainer loads its
-    best checkpoint by names in memory and skips what it does not find: most weights of a ViT stayed those of the last
-    epoch (transformers issue 48805).
-    """
-    conversions = vars(model).get("_weight_conversions")
-    vars(model)["_weight_conversions"] = []
-    try:
-        yield
-    finally:
-        del vars(model)["_weight_conversions"]
-        if conversions is not None:
-            vars(model)["_weight_conversions"] = conversions
 
 
 def _predictions(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
@@ -359,43 +310,3 @@ def _published_optimizer(
         return 0.5 * (1 + math.cos(math.pi * (step // steps) / epochs))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-class _WholeEvaluationTrainer(Trainer):
-    """A Trainer whose `dataloader_drop_last` drops training samples only, never samples that it is judged on."""
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        self.args.dataloader_drop_last, drops = False, self.args.dataloader_drop_last
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drops
-
-
-class _Statistics(TrainerCallback):
-    """Brings back the statistics of the best epoch too: the checkpoint of an adapter has none."""
-
-    def __init__(self) -> None:
-        self._saved: dict[int, list[Tensor]] = {}
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._saved = {step: values for step, values in self._saved.items() if step == state.best_global_step}
-        self._saved[state.global_step] = [buffer.clone() for buffer in kwargs["model"].buffers()]
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.load_best_model_at_end and state.best_global_step in self._saved:
-            for buffer, value in zip(kwargs["model"].buffers(), self._saved[state.best_global_step], strict=True):
-                buffer.copy_(value)
-
-
-class _Progress(TrainerCallback):
-    """One progress bar that disappears when it is done, on a terminal or in a notebook."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar = tqdm(total=state.max_steps, desc="fine-tuning", unit="step", leave=False, disable=None)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.update(1)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.close()

@@ -1,0 +1,139 @@
+"""From a configuration to a model class and its task."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, pipelines
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging as transformers_logging
+
+from ..errors import IncompatibleSourceError
+from ..hub.reference import Source
+
+TASKS: dict[str, Any] = pipelines.SUPPORTED_TASKS
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep the progress bars and load reports of transformers off the terminal; their content is checked here."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going away
+            warnings.filterwarnings("ignore", module=r"peft\.")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_config(source: Source) -> PretrainedConfig:
+    """Return the model configuration of a full source.
+
+    Raises:
+        IncompatibleSourceError: It cannot be read, names an architecture that transformers does not hold, or is that of
+            quantized weights.
+    """
+    if source.kind == "adapter" and not (source.folder / "config.json").is_file():
+        raise IncompatibleSourceError(f"'{source.ref}' is an adapter; expected a full model")
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trusted)
+    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
+        if not source.trusted and "auto_map" in _raw_config(source):
+            raise IncompatibleSourceError(
+                f"'{source.ref}' needs Python code of its own; read it, and let it run with "
+                f"trust_remote_code: ['{source.ref}']"
+            ) from error
+        raise IncompatibleSourceError(f"'{source.ref}': its config.json cannot be used: {error}") from error
+    if getattr(config, "quantization_config", None):
+        raise IncompatibleSourceError(
+            f"'{source.ref}': its weights are quantized, expected float weights; name the model that it was made from, or "
+            "dequantize it and save it first"
+        )
+    return config
+
+
+def _raw_config(source: Source) -> str:
+    try:
+        return (source.folder / "config.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _custom_class(config: PretrainedConfig, autos: Sequence[Any]) -> type[PreTrainedModel] | None:
+    """Return the class that a trusted model brings along for one of `autos`, or for its architecture."""
+    if not type(config).__module__.startswith("transformers_modules"):
+        return None
+    named = getattr(config, "auto_map", None) or {}
+    for auto, reference in named.items():
+        wanted = auto in {found.__name__ for found in autos} if autos else None
+        if wanted or (wanted is None and reference.rpartition(".")[2] in (config.architectures or [])):
+            found: Any = get_class_from_dynamic_module(reference, config._name_or_path)
+            found.register_for_auto_class(auto)  # its code is saved with it
+            type(config).register_for_auto_class()
+            return cast(type[PreTrainedModel], found)
+    return None
+
+
+def model_class(config: PretrainedConfig, task: str | None = None, name: str = "model") -> type[PreTrainedModel]:
+    """Return the class for `task`, or the one that the config names where `task` is left out.
+
+    Args:
+        config: The model's configuration.
+        task: A pipeline name (`text-classification`) or an auto class (`AutoModelForQuestionAnswering`).
+        name: What errors call the model.
+
+    Raises:
+        IncompatibleSourceError: There is no such task, or the architecture has no model for it.
+    """
+    if task is None:
+        found = _custom_class(config, ()) or getattr(transformers, (config.architectures or [""])[0], None)
+        if found is None or is_headless(config):
+            raise IncompatibleSourceError(
+                f"'{name}' names the architecture {config.architectures}, which has no task on top; say which one you "
+                "want, for example task='text-classification'"
+            )
+        return found
+    if task.startswith("AutoModelFor") and hasattr(transformers, task):
+        autos = [getattr(transformers, task)]
+    elif task in TASKS:
+        autos = TASKS[task]["pt"]
+    else:
+        raise IncompatibleSourceError(
+            f"unknown task '{task}', expected the name of an AutoModelFor class, or one of {', '.join(sorted(TASKS))}"
+        )
+    if custom := _custom_class(config, autos):
+        return custom
+    for auto in autos:
+        if type(config) in auto._model_mapping:
+            found = auto._model_mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise IncompatibleSourceError(f"'{name}' is a {config.model_type}, which has no model for the task '{task}'")
+
+
+def is_headless(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint names an architecture without a task on top, such as `BertModel`."""
+    return (config.architectures or [""])[0] in _class_names(transformers.AutoModel)
+
+
+def task_of(cls: type[PreTrainedModel]) -> str | None:
+    """Return the pipeline name of the task that a model class solves; `None` where there is none."""
+    for task, details in TASKS.items():
+        for auto in details["pt"]:
+            if cls.__name__ in _class_names(auto) and auto is not transformers.AutoModel:
+                return str(task)
+    return None
+
+
+def _class_names(auto: Any) -> set[str]:
+    names: set[str] = set()
+    for value in auto._model_mapping._model_mapping.values():
+        names |= set(value) if isinstance(value, tuple | list) else {value}
+    return names

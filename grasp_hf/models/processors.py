@@ -1,0 +1,33 @@
+"""The tokenizer or processor of a model."""
+
+import logging
+from typing import Any
+
+from transformers import AutoProcessor, AutoTokenizer
+
+from ..errors import first_line
+from ..hub.listing import TOKENIZERS
+from ..hub.reference import Source
+from .classes import quiet_transformers
+
+logger = logging.getLogger(__name__)
+
+PROCESSING_FILES = ("tokenizer*.json", "vocab*", *TOKENIZERS, "preprocessor_config.json", "processor_config.json")
+
+
+def load_processing_class(source: Source) -> Any:
+    """Return the tokenizer or processor in the folder of `source`, `None` where there is none."""
+    # Without these, transformers makes up a tokenizer that knows no word.
+    if not any(path for pattern in PROCESSING_FILES for path in source.folder.glob(pattern)):
+        return None
+    problem: Exception | None = None
+    for auto in (AutoProcessor, AutoTokenizer):  # a processor of sounds needs more files than its tokenizer
+        try:
+            with quiet_transformers():
+                return auto.from_pretrained(source.folder, trust_remote_code=False)
+        except (ValueError, OSError, KeyError, ImportError) as error:
+            problem = error
+    if problem:
+        said = first_line(problem)
+        logger.warning("%s: its tokenizer or processor cannot be loaded, and is left out: %s", source.ref, said)
+    return None

@@ -1,0 +1,113 @@
+"""What `transformers.Trainer` does differently here, and why."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from ..errors import ConfigError, GraspError
+
+
+@contextmanager
+def only_weights_changed(model: PreTrainedModel) -> Iterator[None]:
+    """Take back what the Trainer and PEFT leave on a model beside its weights.
+
+    The Trainer sets `use_cache` in its configuration, and leaves an autocast wrapper (which would cast later gradient
+    passes) and, where it is interrupted, its hooks; PEFT says that tied weights are no more, and leaves hooks where
+    activations are checkpointed.
+    """
+    forward = vars(model).get("forward")
+    configs = [(config, dict(vars(config))) for config in (model.config, model.config.get_text_config())]
+    hooks = {module: dict(module._forward_hooks) for module in model.modules()}
+    try:
+        yield
+    finally:
+        vars(model).pop("_original_forward", None)
+        vars(model).pop("forward", None)
+        if forward is not None:
+            vars(model)["forward"] = forward
+        for config, values in configs:
+            vars(config).clear()
+            vars(config).update(values)
+        for module, own_hooks in hooks.items():
+            module._forward_hooks.clear()
+            module._forward_hooks.update(own_hooks)
+
+
+@contextmanager
+def trainer_refusals() -> Iterator[None]:
+    """Name `training_arguments` where the Trainer does not take them, or a package that they ask for is missing."""
+    try:
+        yield
+    except GraspError:
+        raise
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"training_arguments: {error}") from error
+
+
+@contextmanager
+def checkpoints_in_runtime_names(model: PreTrainedModel) -> Iterator[None]:
+    """Let the Trainer's checkpoints use the names that the model has in memory.
+
+    transformers saves renamed models (ViT, Mixtral, old BERT) under their original names, and the Trainer loads its
+    best checkpoint by names in memory and skips what it does not find: most weights of a ViT stayed those of the last
+    epoch (transformers issue 48805).
+    """
+    conversions = vars(model).get("_weight_conversions")
+    vars(model)["_weight_conversions"] = []
+    try:
+        yield
+    finally:
+        del vars(model)["_weight_conversions"]
+        if conversions is not None:
+            vars(model)["_weight_conversions"] = conversions
+
+
+class WholeEvaluationTrainer(Trainer):
+    """A Trainer whose `dataloader_drop_last` drops training samples only, never samples that it is judged on."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return the loader of evaluation samples, with the last batch, whole or not."""
+        self.args.dataloader_drop_last, drops = False, self.args.dataloader_drop_last
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drops
+
+
+class EpochStatistics(TrainerCallback):
+    """Brings back the statistics of the best epoch too: the checkpoint of an adapter has none."""
+
+    def __init__(self) -> None:
+        self._saved: dict[int, list[Tensor]] = {}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the statistics of this checkpoint, and those of the best one so far."""
+        self._saved = {step: values for step, values in self._saved.items() if step == state.best_global_step}
+        self._saved[state.global_step] = [buffer.clone() for buffer in kwargs["model"].buffers()]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put back the statistics of the best epoch."""
+        if args.load_best_model_at_end and state.best_global_step in self._saved:
+            for buffer, value in zip(kwargs["model"].buffers(), self._saved[state.best_global_step], strict=True):
+                buffer.copy_(value)
+
+
+class TrainingProgress(TrainerCallback):
+    """One progress bar that disappears when it is done, on a terminal or in a notebook."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        self._bar = tqdm(total=state.max_steps, desc="fine-tuning", unit="step", leave=False, disable=None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar on by one step."""
+        self._bar.update(1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        self._bar.close()
