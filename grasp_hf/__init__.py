@@ -7,7 +7,7 @@ from .config.recipe import Recipe
 from .errors import GraspError, IncompatibleSourceError
 from .measure import gradient_alignment
 from .merger import GraspMerger, merge_pretrained
-from .report import MergeReport, StepReport
+from .record.report import MergeReport, StepReport
 
 if TYPE_CHECKING:
     from .comparison import compare

@@ -20,6 +20,7 @@ from .comparison import compare
 from .config.grasp import GraspConfig
 from .config.recipe import Recipe
 from .contenders import METHODS
+from .data.samples import TaskData
 from .errors import ConfigError, GraspError, OutputExistsError, PushError, StaleMergeError
 from .evidence import Judgement, change
 from .files import interrupts_held
@@ -27,10 +28,10 @@ from .hub.push import Destination, check_repo_id, create_repo
 from .lineage import append_recipe, reproduce
 from .merger import GraspMerger
 from .plan import plan, plan_table, problem_list
-from .prepare import TaskData, prepare
+from .prepare import prepare
 from .rank import ranking_table
-from .report import ControlReport
-from .saving import check_output
+from .record.entries import ControlReport
+from .record.saving import check_output
 
 EXAMPLES = {
     "plan": "example:\n  grasp-hf plan recipes/digits/full.yaml",

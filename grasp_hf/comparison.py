@@ -21,13 +21,14 @@ from filelock import FileLock, Timeout
 
 from .config.recipe import Recipe
 from .contenders import METHODS, Arena, Method, source_alone
+from .data.samples import TaskData
 from .errors import ConfigError, DataError, GraspError, OutputExistsError
 from .fairness import check_fairness
 from .files import LOCK, workspace
 from .hub.download import look_up
-from .prepare import TaskData, prepare
-from .redaction import without_secrets
-from .report import Evaluation
+from .prepare import prepare
+from .record.entries import Evaluation
+from .record.redaction import without_secrets
 from .results import OURS, RESULTS, Comparison, Result, kind_of, title_of
 
 logger = logging.getLogger(__name__)

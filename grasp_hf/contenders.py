@@ -22,6 +22,7 @@ from .baselines import (
     ties_,
 )
 from .config.grasp import GraspConfig
+from .data.samples import TaskData
 from .ensembles import ensemble_evaluation, logit_fusion
 from .errors import ConfigError
 from .evidence import EVIDENCE, judge
@@ -29,8 +30,7 @@ from .merger import GraspMerger
 from .mixtures import mixture_, pearl_
 from .models.batches import Batch, Collator
 from .models.finetune import finetune_
-from .prepare import TaskData
-from .report import Evaluation
+from .record.entries import Evaluation
 from .scratch import Scratch
 from .step import Step
 from .tensors.mapped import MappedTensors

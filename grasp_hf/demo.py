@@ -14,12 +14,13 @@ import yaml
 
 from .config.grasp import GraspConfig
 from .config.recipe import Recipe
+from .data.samples import TaskData
 from .digits import build_world
 from .errors import OutputExistsError
 from .hub.download import locate
 from .merger import GraspMerger
-from .prepare import TaskData, prepare
-from .report import markdown_table
+from .prepare import prepare
+from .record.text import markdown_table
 
 logger = logging.getLogger(__name__)
 

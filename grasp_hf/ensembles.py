@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .models.batches import IGNORED, Collator, batch_loss, class_terms
-from .report import Evaluation
+from .record.entries import Evaluation
 from .tensors.placing import overwrite_, placed
 from .tensors.units import movable_tensors
 from .trial import Trial, each_source

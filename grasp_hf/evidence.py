@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .errors import DataError
 from .models.batches import IGNORED, Batch, Collator, batch_loss, is_class_ids, labelled_terms, predicts_next
 from .models.gradients import preserved_randomness
-from .report import ChangeReport
+from .record.entries import ChangeReport
 
 SCALES = tuple(2 ** (half / 2) for half in range(-6, 9))  # of the logits, from 1/8 to 16
 NORMAL_95 = 1.96

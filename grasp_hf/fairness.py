@@ -3,17 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .card import trained_on_test
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FILE_BUILDERS
+
 from .config.recipe import Recipe
-from .data import FILE_BUILDERS
-from .digests import contents, digest
+from .data.digests import contents, digest
+from .data.samples import TaskData
 from .errors import DataError, shortened
 from .evidence import LEAST_SAMPLES, resolution
 from .hub.download import look_up
 from .hub.reference import Source
 from .merger import GraspMerger
 from .models.classes import is_headless, load_config
-from .prepare import TaskData
+from .record.card import trained_on_test
 from .sources.adapters import load_adapter_config
 from .sources.load import adapter_labels, saves_head
 from .sources.rows import label_names

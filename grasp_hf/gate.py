@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from .evidence import Change, Judgement, change, joined
-from .report import DOUBT, FinetuneReport
+from .record.entries import DOUBT, FinetuneReport
 from .tensors.mixing import interpolate_
 from .tensors.placing import overwrite_
 

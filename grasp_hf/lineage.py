@@ -10,14 +10,14 @@ import torch
 import yaml
 
 from .config.recipe import Recipe, override_
-from .digests import described
+from .data.digests import described
 from .errors import ConfigError
 from .hub.download import locate
 from .hub.reference import Source
 from .prepare import prepare
-from .redaction import without_secrets
-from .report import MergeReport
-from .saving import CONFIG_FILE, read_record, saved_state
+from .record.redaction import without_secrets
+from .record.report import MergeReport
+from .record.saving import CONFIG_FILE, read_record, saved_state
 from .sources.checkpoint import file_tensors
 
 logger = logging.getLogger(__name__)

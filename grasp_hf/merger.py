@@ -21,10 +21,8 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from .card import declared_license
 from .config.grasp import GraspConfig
-from .continuation import Continuation
-from .digests import described
+from .data.digests import described
 from .errors import ConfigError, GraspError, IncompatibleSourceError, PushError
 from .evidence import Judgement
 from .files import interrupts_held, workspace
@@ -37,8 +35,11 @@ from .models.gradients import checkpointing, mean_gradient, preserved_state
 from .models.processors import load_processing_class
 from .models.target import load_target
 from .rank import RankedSource, judge_sources, rank_sources, ranking_table
-from .report import Evaluation, MergeReport, StepReport
-from .saving import check_output, read_record, save_merge, save_record, saved_shards
+from .record.card import declared_license
+from .record.earlier import Continuation
+from .record.entries import Evaluation
+from .record.report import MergeReport, StepReport
+from .record.saving import check_output, read_record, save_merge, save_record, saved_shards
 from .scratch import Scratch
 from .sources.load import LoadedSource, load_source
 from .step import Step, losses_of

@@ -13,7 +13,6 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .card import declared_license
 from .config.grasp import GraspConfig
 from .config.recipe import Recipe
 from .errors import GraspError, shortened
@@ -22,11 +21,11 @@ from .hub.licenses import strictest
 from .hub.listing import Listing
 from .hub.reference import Source
 from .models.classes import is_headless, load_config, model_class
-from .models.processors import load_processing_class
+from .models.processors import load_processing_class, required_processing_class
 from .models.target import fresh_problems, fresh_tensors
-from .prepare import check_prepared, labelled_splits, required_processing_class
-from .report import markdown_table
-from .saving import read_record
+from .record.card import declared_license
+from .record.saving import read_record
+from .record.text import markdown_table
 from .sources.adapters import adapter_problems, load_adapter_config
 from .sources.checkpoint import runtime_tensors
 from .sources.fit import SourceFiles, architecture_problems, fit_source, tie_problems
@@ -310,6 +309,9 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
     needs_data = bool(recipe.data) or recipe.config.needs_data
     has_labels = not needs_data
     if needs_data:
+        from .data.splits import labelled_splits  # datasets, which a merge without data never imports
+        from .data.tasks import check_prepared
+
         try:
             check_prepared(cls, base)
             required_processing_class(base)

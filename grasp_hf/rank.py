@@ -14,7 +14,7 @@ from .errors import GraspError, NonFiniteError
 from .evidence import Judgement
 from .hub.pull import Puller
 from .hub.reference import Source
-from .report import markdown_table, shown
+from .record.text import markdown_table, shown
 from .sources.load import LoadedSource
 from .tensors.products import UnitProducts, cosine
 from .tensors.units import Unit, units_within

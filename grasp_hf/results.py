@@ -12,9 +12,10 @@ from scipy.special import stdtrit
 
 from .contenders import METHODS
 from .errors import ConfigError
-from .figures import DPI, comparison_figure
 from .files import write_whole
-from .report import Evaluation, markdown_table
+from .record.entries import Evaluation
+from .record.figures import DPI, comparison_figure
+from .record.text import markdown_table
 
 RESULTS = "comparison.json"
 TABLE = "comparison.md"

@@ -24,7 +24,8 @@ from .gate import finetune_on_line_, halves, plainest, verdict
 from .measure import measure_source
 from .models.batches import Batch, Collator, batch_loss, labelled_terms, sample_batches
 from .models.gradients import preserved_state
-from .report import FinetuneReport, StepReport, unit_reports
+from .record.entries import FinetuneReport, unit_reports
+from .record.report import StepReport
 from .scratch import Scratch
 from .sources.load import LoadedSource
 from .tensors.mixing import Mix, blend_

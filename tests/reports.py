@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from grasp_hf.report import MergeReport, StepReport, unit_reports
+from grasp_hf.record.entries import unit_reports
+from grasp_hf.record.report import MergeReport, StepReport
 from grasp_hf.tensors.mixing import Mix
 
 SHA = "a" * 40

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from grasp_hf.card import (
+from grasp_hf.hub.licenses import LICENSES, SUCCESSORS, Strictness, strictest
+from grasp_hf.record.card import (
     dataset_ids,
     declared_license,
     licence_section,
@@ -16,8 +17,7 @@ from grasp_hf.card import (
     trained_on_test,
     usage,
 )
-from grasp_hf.hub.licenses import LICENSES, SUCCESSORS, Strictness, strictest
-from grasp_hf.report import StepReport
+from grasp_hf.record.report import StepReport
 
 from .models import LABELS, saved, tiny_model
 from .reports import report_of, step

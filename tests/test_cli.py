@@ -26,7 +26,7 @@ from grasp_hf.config.recipe import Recipe
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, SourceNotFoundError
 from grasp_hf.plan import PlannedSource, cost_lines
 from grasp_hf.prepare import prepare
-from grasp_hf.saving import read_record
+from grasp_hf.record.saving import read_record
 from grasp_hf.tensors.units import movable_tensors
 from tests.hub_server import HubServer
 from tests.models import (

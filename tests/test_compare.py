@@ -33,10 +33,10 @@ from grasp_hf.comparison import code_digest, compare
 from grasp_hf.config.grasp import GraspConfig
 from grasp_hf.config.recipe import Recipe
 from grasp_hf.contenders import METHODS, Arena, Method
-from grasp_hf.data import with_images as with_pixels
-from grasp_hf.digests import contents
+from grasp_hf.data.digests import contents
+from grasp_hf.data.tasks import with_images as with_pixels
 from grasp_hf.errors import ConfigError, DataError, OutputExistsError
-from grasp_hf.figures import comparison_figure
+from grasp_hf.record.figures import comparison_figure
 from grasp_hf.results import OURS, Comparison, Result, half_interval, interval
 from grasp_hf.tensors.units import movable_tensors
 from tests.models import (

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from grasp_hf import GraspConfig, Recipe
-from grasp_hf.data import DataSection
+from grasp_hf.data.section import DataSection
 from grasp_hf.errors import ConfigError
 
 

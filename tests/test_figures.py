@@ -10,9 +10,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from grasp_hf import GraspConfig, GraspMerger
-from grasp_hf.card import model_card
-from grasp_hf.figures import alignment_figure, progress_figure, save_figures
-from grasp_hf.report import ChangeReport, ControlReport, FinetuneReport, StepReport, unit_reports
+from grasp_hf.record.card import model_card
+from grasp_hf.record.entries import ChangeReport, ControlReport, FinetuneReport, unit_reports
+from grasp_hf.record.figures import alignment_figure, progress_figure, save_figures
+from grasp_hf.record.report import StepReport
 from grasp_hf.tensors.mixing import Mix
 
 from .models import NO_TUNING, perturbed, saved, tiny_data, tiny_model

@@ -17,7 +17,8 @@ from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError
 from grasp_hf.evidence import Change, Judgement, joined
 from grasp_hf.gate import SHARES, finetune_on_line_, halves, plainest, verdict
-from grasp_hf.report import ChangeReport, FinetuneReport, MergeReport
+from grasp_hf.record.entries import ChangeReport, FinetuneReport
+from grasp_hf.record.report import MergeReport
 from grasp_hf.tensors.units import movable_tensors
 from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 

@@ -18,7 +18,7 @@ from grasp_hf import Recipe
 from grasp_hf.cli import main
 from grasp_hf.demo import run_demo
 from grasp_hf.errors import OutputExistsError
-from grasp_hf.saving import REPORT_FILE
+from grasp_hf.record.saving import REPORT_FILE
 
 ROOT = Path(__file__).parent.parent
 # Those of the benchmarks need models and data that `tests.benchmarks` makes.

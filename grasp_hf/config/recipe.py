@@ -52,7 +52,7 @@ class Recipe:
         sources: References `org/name`, `org/name@revision` or local folders; `config.order` says in which order they go.
         base_model: Where the target starts; left out, it starts as the first source.
         task: A pipeline name such as `image-classification`; left out, it is read from the base model's config.
-        data: The labelled data set, see `grasp_hf.data`.
+        data: The labelled data set, see `grasp_hf.data.section`.
         record: What an earlier merge wrote of its run; not used.
         preset: `"paper"` starts from `GraspConfig.paper()` instead of the defaults.
         config: The method's settings; in the file they stand at the top level, beside `sources`.

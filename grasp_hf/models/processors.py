@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer
 
-from ..errors import first_line
+from ..errors import DataError, first_line
 from ..hub.listing import TOKENIZERS
 from ..hub.reference import Source
 from .classes import quiet_transformers
@@ -31,3 +31,11 @@ def load_processing_class(source: Source) -> Any:
         said = first_line(problem)
         logger.warning("%s: its tokenizer or processor cannot be loaded, and is left out: %s", source.ref, said)
     return None
+
+
+def required_processing_class(base: Source) -> Any:
+    """Return the tokenizer or image processor of `base`; raise `DataError` where it has none."""
+    processor = load_processing_class(base)
+    if processor is None:
+        raise DataError(f"'{base.ref}' holds no tokenizer or image processor, which its data needs; add one to it")
+    return processor

@@ -28,7 +28,7 @@ from scipy.stats import binomtest, rankdata
 
 from grasp_hf.comparison import compare, model_identities
 from grasp_hf.config.recipe import Recipe
-from grasp_hf.report import markdown_table
+from grasp_hf.record.text import markdown_table
 from grasp_hf.results import OURS, Comparison, Result, interval, kind_of, title_of
 from tests.benchmarks.emoji import STYLES
 from tests.benchmarks.packages import cache_folder

@@ -52,7 +52,7 @@ from transformers import AutoProcessor, PreTrainedModel
 
 from grasp_hf.evidence import SCALES
 from grasp_hf.fisher import RunningFisher
-from grasp_hf.report import markdown_table
+from grasp_hf.record.text import markdown_table
 from grasp_hf.results import interval
 from grasp_hf.tensors.mixing import blend_
 from grasp_hf.tensors.units import Unit, movable_tensors, partition

@@ -1,12 +1,12 @@
-"""A merge that goes on where a saved or published one ended."""
+"""A merge that goes on where a saved or pushed one ended."""
 
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
-from .errors import GraspError, IncompatibleSourceError, SourceNotFoundError
-from .hub.download import locate
-from .hub.reference import Source
+from ..errors import GraspError, IncompatibleSourceError, SourceNotFoundError
+from ..hub.download import locate
+from ..hub.reference import Source
 from .report import MergeReport
 
 

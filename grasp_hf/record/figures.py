@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .report import MergeReport, StepReport, UnitReport
+from .entries import UnitReport
+from .report import MergeReport, StepReport
 
-if TYPE_CHECKING:  # matplotlib takes long to import, so it is imported where something is drawn
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 

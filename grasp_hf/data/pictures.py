@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from .errors import DataError
+from ..errors import DataError
 
 
 def is_picture(value: Any) -> bool:

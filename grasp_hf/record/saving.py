@@ -14,11 +14,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from ..errors import ConfigError, OutputExistsError
+from ..files import write_whole
+from ..models.classes import quiet_transformers
 from .card import model_card
-from .errors import ConfigError, OutputExistsError
 from .figures import save_figures
-from .files import write_whole
-from .models.classes import quiet_transformers
 from .report import MergeReport
 
 REPORT_FILE = "grasp_report.json"

@@ -11,10 +11,11 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
-from .hub.licenses import license_of, strictest
-from .hub.reference import SourceRef
-from .models.classes import task_of
-from .report import MergeReport, markdown_table
+from ..hub.licenses import license_of, strictest
+from ..hub.reference import SourceRef
+from ..models.classes import task_of
+from .report import MergeReport
+from .text import markdown_table
 
 SENTENCE_END = re.compile(r"(?<=[.;!?])\s+")
 TRAINED_ON_TEST = re.compile(
@@ -65,8 +66,6 @@ The scores are means over units; every unit's score, coefficient and decision ar
 ```yaml
 {{ configuration }}```
 {{ citation }}"""
-
-
 GUIDED = """ Gradients of labelled target data
 said what to take from each, one source after the other, as in [GRASP](https://arxiv.org/abs/2606.14900)."""
 

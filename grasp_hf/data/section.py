@@ -1,0 +1,106 @@
+"""The `data:` section of a recipe."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FILE_BUILDERS
+
+from ..config.recipe import Recipe
+from ..errors import ConfigError
+
+SPLITS = ("train", "validation", "test")
+FILES = ("data_dir", "data_files")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """The keys of `data:` in a recipe.
+
+    Attributes:
+        path: What `datasets.load_dataset` takes (`imagefolder`, `csv`, `json`, `parquet`, a Hub id), or a folder that
+            `save_to_disk` wrote. There must be a split `train`; `validation` and `test` are used where they are.
+        name: Configuration of a data set on the Hub.
+        revision: Its branch, tag or commit.
+        data_dir: Folder of an `imagefolder`, relative to the recipe.
+        data_files: Files per split, relative to the recipe.
+        image: Column of the images.
+        text: Column of the texts.
+        label: Column of the labels: class ids or names. Not used by language models.
+        max_length: Tokens per sample; longer texts are cut.
+    """
+
+    path: str
+    name: str | None = None
+    revision: str | None = None
+    data_dir: str | None = None
+    data_files: Any = None
+    image: str = "image"
+    text: str = "text"
+    label: str = "label"
+    max_length: int = 128
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> "DataSection":
+        """Read the section and look its files up in the recipe's folder.
+
+        Raises:
+            ConfigError: `path` is missing, or a key is unknown; all problems are listed.
+        """
+        known = {f.name for f in fields(cls)}
+        problems = [
+            f"data.{key}: unknown key, expected one of {', '.join(sorted(known))}"
+            for key in recipe.data
+            if key not in known
+        ]
+        if "path" not in recipe.data:
+            problems.append("data.path: missing, expected imagefolder, csv, json, parquet, a folder or a Hub id")
+        problems += [problem for key in recipe.data if (problem := cls._type_problem(key, recipe.data[key]))]
+        if recipe.data.get("path") in FILE_BUILDERS and not any(recipe.data.get(key) for key in FILES):
+            problems.append(
+                f"data.{' or data.'.join(FILES)}: missing, expected where the files for '{recipe.data['path']}' are"
+            )
+        if problems:
+            raise ConfigError("the recipe has problems:\n- " + "\n- ".join(problems))
+
+        def located(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: located(item) for key, item in value.items()}
+            return [located(item) for item in value] if isinstance(value, list) else recipe.locate_pattern(value)
+
+        return cls(**{key: located(value) if key in ("path", *FILES) else value for key, value in recipe.data.items()})
+
+    def given(self) -> dict[str, Any]:
+        """Return the keys that have a value, as they stand in a recipe."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether it is a folder that `save_to_disk` wrote."""
+        return any((Path(self.path) / file).exists() for file in ("dataset_dict.json", "state.json"))
+
+    @property
+    def where(self) -> str:
+        """The overrides that say where the files are, such as `data.data_dir=…`."""
+        if isinstance(self.data_files, dict):
+            return " ".join(f"data.data_files.{split}=…" for split in self.data_files)
+        return f"data.{next((key for key in FILES[::-1] if getattr(self, key)), 'path')}=…"
+
+    @staticmethod
+    def _type_problem(key: str, value: Any) -> str | None:
+        """Say what is wrong with the value of a known key; unknown keys have their own message."""
+
+        def is_files(files: Any) -> bool:
+            if isinstance(files, dict):
+                return all(isinstance(name, str) and is_files(item) for name, item in files.items())
+            return isinstance(files, str) or (isinstance(files, list) and all(isinstance(f, str) for f in files))
+
+        if key == "data_files":
+            fits, expected = is_files(value), "a file, a list of files, or files per split"
+            if fits and isinstance(value, dict) and not value.keys() <= {*SPLITS}:
+                fits, expected = False, f"no other splits than {', '.join(SPLITS)}"
+        elif key == "max_length":
+            fits, expected = type(value) is int and value > 0, "a number of tokens above 0"
+        else:
+            fits, expected = isinstance(value, str) or key not in {f.name for f in fields(DataSection)}, "text"
+        return None if fits else f"data.{key}: got {value!r}, expected {expected}"

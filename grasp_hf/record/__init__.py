@@ -1,0 +1,1 @@
+"""The record that a merge leaves: report, card, figures, and how they are saved."""
