@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from .config.grasp import GraspConfig
 from .config.recipe import Recipe
 from .errors import GraspError, IncompatibleSourceError
-from .measure import gradient_alignment
 from .merger import GraspMerger, merge_pretrained
+from .methods.copy import gradient_alignment
 from .record.report import MergeReport, StepReport
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from peft.utils.merge_utils import dare_linear, ties
 from torch import Tensor
 
 from .errors import NonFiniteError
-from .fisher import LEAST_FISHER, fisher_
+from .methods.fisher import LEAST_FISHER, fisher_
 from .models.gradients import mean_gradient, preserved_state
 from .tensors.mixing import interpolate_
 from .tensors.placing import overwrite_, placed

@@ -22,16 +22,17 @@ from .config.recipe import Recipe
 from .contenders import METHODS
 from .data.samples import TaskData
 from .errors import ConfigError, GraspError, OutputExistsError, PushError, StaleMergeError
-from .evidence import Judgement, change
 from .files import interrupts_held
 from .hub.push import Destination, check_repo_id, create_repo
 from .lineage import append_recipe, reproduce
 from .merger import GraspMerger
+from .merging.ranking import ranking_table
 from .plan import plan, plan_table, problem_list
 from .prepare import prepare
-from .rank import ranking_table
 from .record.entries import ControlReport
 from .record.saving import check_output
+from .validation.changes import change
+from .validation.losses import Judgement
 
 EXAMPLES = {
     "plan": "example:\n  grasp-hf plan recipes/digits/full.yaml",

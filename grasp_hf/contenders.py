@@ -25,18 +25,18 @@ from .config.grasp import GraspConfig
 from .data.samples import TaskData
 from .ensembles import ensemble_evaluation, logit_fusion
 from .errors import ConfigError
-from .evidence import EVIDENCE, judge
 from .merger import GraspMerger
+from .merging.step import Step
 from .mixtures import mixture_, pearl_
 from .models.batches import Batch, Collator
 from .models.finetune import finetune_
 from .record.entries import Evaluation
-from .scratch import Scratch
-from .step import Step
 from .tensors.mapped import MappedTensors
 from .tensors.placing import overwrite_
+from .tensors.scratch import Scratch
 from .tensors.units import movable_tensors
 from .trial import Trial, wide_like
+from .validation.losses import EVIDENCE, judge
 
 COMMON = ("batch_size", "lora", "training_arguments", "seed", "accepted_bases", "trust_remote_code", "prefetch")
 

@@ -24,27 +24,27 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 from .config.grasp import GraspConfig
 from .data.digests import described
 from .errors import ConfigError, GraspError, IncompatibleSourceError, PushError
-from .evidence import Judgement
 from .files import interrupts_held, workspace
 from .hub.download import locate
 from .hub.pull import Puller, ShardedSource
 from .hub.push import Destination, create_repo, push_files, tag_version
 from .hub.reference import Source, SourceRef
+from .merging.ranking import RankedSource, judge_sources, rank_sources, ranking_table
+from .merging.step import Step
 from .models.batches import Collator, check_dataset, keeping_model_columns
 from .models.gradients import checkpointing, mean_gradient, preserved_state
 from .models.processors import load_processing_class
 from .models.target import load_target
-from .rank import RankedSource, judge_sources, rank_sources, ranking_table
 from .record.card import declared_license
 from .record.earlier import Continuation
 from .record.entries import Evaluation
 from .record.report import MergeReport, StepReport
 from .record.saving import check_output, read_record, save_merge, save_record, saved_shards
-from .scratch import Scratch
 from .sources.load import LoadedSource, load_source
-from .step import Step, losses_of
 from .tensors.placing import overwrite_, placed
+from .tensors.scratch import Scratch
 from .tensors.units import Unit, movable_tensors, partition
+from .validation.losses import Judgement, losses_of
 
 logger = logging.getLogger(__name__)
 

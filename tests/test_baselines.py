@@ -32,12 +32,12 @@ from grasp_hf.baselines import (
 )
 from grasp_hf.ensembles import LogitFusion, ensemble_evaluation, logit_fusion
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, NonFiniteError
-from grasp_hf.evidence import judge
 from grasp_hf.mixtures import mixture_, pearl_
 from grasp_hf.models.finetune import finetune_
 from grasp_hf.tensors.mapped import MappedTensors
 from grasp_hf.tensors.units import movable_tensors, partition
 from grasp_hf.trial import Trial, wide_like
+from grasp_hf.validation.losses import judge
 from tests.models import perturbed, tiny_data, tiny_model
 
 Tensors = dict[str, Tensor]

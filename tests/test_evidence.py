@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from grasp_hf.errors import DataError
-from grasp_hf.evidence import Change, Judgement, change, joined, judge, resolution
 from grasp_hf.models.batches import batch_loss
+from grasp_hf.validation.changes import Change, change, resolution
+from grasp_hf.validation.losses import Judgement, joined, judge
 from tests.models import tiny_data, tiny_model
 
 SMALL: dict[str, Any] = {

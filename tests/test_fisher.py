@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import DataError, NonFiniteError
-from grasp_hf.fisher import _with_drawn_labels, fisher_
-from grasp_hf.gate import halves
+from grasp_hf.methods.fisher import _with_drawn_labels, fisher_
 from grasp_hf.models.batches import Batch, keeping_model_columns, sample_batches
-from grasp_hf.scratch import Scratch
 from grasp_hf.tensors.mapped import MappedTensors
 from grasp_hf.tensors.mixing import Mix, blend_
+from grasp_hf.tensors.scratch import Scratch
 from grasp_hf.tensors.units import movable_tensors, partition
+from grasp_hf.validation.labels import halves
 from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 Tensors = dict[str, Tensor]

@@ -15,11 +15,14 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError
-from grasp_hf.evidence import Change, Judgement, joined
-from grasp_hf.gate import SHARES, finetune_on_line_, halves, plainest, verdict
 from grasp_hf.record.entries import ChangeReport, FinetuneReport
 from grasp_hf.record.report import MergeReport
 from grasp_hf.tensors.units import movable_tensors
+from grasp_hf.validation.changes import Change
+from grasp_hf.validation.gate import plainest, verdict
+from grasp_hf.validation.labels import halves
+from grasp_hf.validation.line import SHARES, finetune_on_line_
+from grasp_hf.validation.losses import Judgement, joined
 from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 HELPS, NOISE = "lowers the loss", "within the noise: kept"

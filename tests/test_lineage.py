@@ -21,7 +21,7 @@ from grasp_hf import GraspConfig, GraspMerger, MergeReport, merge_pretrained
 from grasp_hf.cli import main
 from grasp_hf.errors import ConfigError, IncompatibleSourceError, PushError
 from grasp_hf.lineage import append_recipe, reproduce
-from grasp_hf.step import Step
+from grasp_hf.merging.step import Step
 from tests.hub_server import HubServer
 from tests.models import NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
 

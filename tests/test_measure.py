@@ -9,10 +9,10 @@ import torch
 
 from grasp_hf import GraspConfig, GraspMerger, gradient_alignment
 from grasp_hf.errors import DataError, NonFiniteError
-from grasp_hf.measure import learned_coefficients
-from grasp_hf.scratch import Scratch
+from grasp_hf.methods.blend import learned_coefficients
 from grasp_hf.tensors.mixing import Mix
 from grasp_hf.tensors.placing import overwrite_
+from grasp_hf.tensors.scratch import Scratch
 from grasp_hf.tensors.units import movable_tensors, partition
 from tests.models import KINDS, LABELS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 

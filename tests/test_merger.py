@@ -630,7 +630,7 @@ def test_a_second_interrupt_waits_until_everything_is_back(tmp_path: Path, monke
             signal.raise_signal(signal.SIGINT)
             tensor.data.copy_(values[name])
 
-    monkeypatch.setattr("grasp_hf.step.verdict", interrupted)
+    monkeypatch.setattr("grasp_hf.merging.step.verdict", interrupted)
     monkeypatch.setattr("grasp_hf.merger.overwrite_", again)
     source = saved(perturbed(tiny_model("vit"), seed=1), tmp_path / "source")
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it

@@ -845,7 +845,7 @@ def test_a_lasting_fault_in_a_later_shard(
     hub.fault(pattern, "status", skip=1, times=1000)
     message = f"^while merging source 1/1 '{IN_PARTS[1]}': '{IN_PARTS[1]}' could not be downloaded"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(DownloadError, match=message):
-        patch.setattr("grasp_hf.step.blend_", blend)
+        patch.setattr("grasp_hf.merging.mixed.blend_", blend)
         averaged(IN_PARTS[1:], data, merger)
     assert moved, "it failed after weights had moved"
     assert all(torch.equal(tensor, before[name]) for name, tensor in merger.model.state_dict().items())

@@ -11,7 +11,7 @@ import yaml
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError
 from grasp_hf.cli import main
 from grasp_hf.errors import SourceNotFoundError
-from grasp_hf.rank import ranking_table
+from grasp_hf.merging.ranking import ranking_table
 from grasp_hf.tensors.units import movable_tensors
 from tests.models import LABELS, NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from grasp_hf import GraspConfig, GraspMerger
-from grasp_hf.evidence import Change
 from grasp_hf.record.entries import DOUBT, ChangeReport, FinetuneReport, UnitReport, unit_reports
 from grasp_hf.record.report import MergeReport, StepReport
 from grasp_hf.tensors.mixing import Mix
+from grasp_hf.validation.changes import Change
 from tests.models import perturbed, saved, tiny_data, tiny_model
 from tests.reports import report_of
 from tests.reports import step as step_of

@@ -10,18 +10,19 @@ import torch
 from accelerate import Accelerator
 from transformers import BertForSequenceClassification
 
+import grasp_hf.merging.step
 import grasp_hf.models.finetune
-import grasp_hf.step
 from grasp_hf import GraspConfig, GraspMerger, MergeReport
 from grasp_hf.errors import DataError, NonFiniteError
-from grasp_hf.gate import halves
-from grasp_hf.measure import learned_coefficients
+from grasp_hf.merging.mixed import MixedModel
+from grasp_hf.merging.step import Step
+from grasp_hf.methods.blend import learned_coefficients
 from grasp_hf.models.batches import keeping_model_columns, sample_batches
-from grasp_hf.scratch import Scratch
 from grasp_hf.sources.load import LoadedSource
-from grasp_hf.step import Step
 from grasp_hf.tensors.mixing import Mix, blend_
+from grasp_hf.tensors.scratch import Scratch
 from grasp_hf.tensors.units import movable_tensors, partition
+from grasp_hf.validation.labels import halves
 from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 CONFIG: dict[str, Any] = {**NO_TUNING, "method": "blend", "unit": "layer", "batch_size": 4, "num_batches": 3}
@@ -123,12 +124,10 @@ def test_one_mix_after_another_leaves_nothing_of_the_first(world: Path, tmp_path
     scratch = Scratch(tmp_path, tensors)
     for room in (scratch.start, scratch.base):
         room.copy_(tensors)
-    collate = keeping_model_columns(merger.model, None)
-    step = Step(merger.model, merger.config, LABELS, None, collate, scratch, learned=False)
     units = partition(merger.model, "layer")
     one, other = units[0].name, units[1].name
     stay = {unit.name: Mix.on_line(0.0) for unit in units}
-    mixed = grasp_hf.step._Mixed(step, LoadedSource(source, {*source}), units)
+    mixed = MixedModel(tensors, LoadedSource(source, {*source}), units, start=scratch.start, base=scratch.base)
     mixed.put({**stay, one: Mix(0.3, 1.2)})
     assert not torch.equal(tensors[units[0].tensors[0]], before[units[0].tensors[0]])
     mixed.put({**stay, other: Mix.on_line(1.0)})
@@ -185,7 +184,7 @@ def test_a_single_label_teaches_and_does_not_judge(world: Path) -> None:
 
 
 def test_of_many_labels_some_judge_and_all_the_others_teach(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grasp_hf.step, "EVIDENCE", 9)
+    monkeypatch.setattr(grasp_hf.merging.step, "EVIDENCE", 9)
     taught = teachers(monkeypatch)
     step = merger_of(world).merge([str(world / "1")], train_dataset=LABELS).steps[0]
     assert step.change is not None and step.change.samples == 9
@@ -197,7 +196,7 @@ def test_of_many_labels_some_judge_and_all_the_others_teach(world: Path, monkeyp
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return what the steps warned of since the last call."""
-    found = [record.getMessage() for record in caplog.records if record.name == "grasp_hf.step"]
+    found = [record.getMessage() for record in caplog.records if record.name == "grasp_hf.merging.step"]
     caplog.clear()
     return found
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grasp_hf.alignment import CoefficientDescent
 from grasp_hf.errors import DiskFullError
+from grasp_hf.methods.blend import CoefficientDescent
 from grasp_hf.tensors.mapped import MappedTensors
 from grasp_hf.tensors.mixing import PIECE, Mix, in_rows, interpolate_, mix_, weigh_
 from grasp_hf.tensors.placing import overwrite_, placed

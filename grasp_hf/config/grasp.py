@@ -55,7 +55,7 @@ class GraspConfig:
             most about one step per batch, so `num_batches * coefficient_lr / 2` bounds how far one source can pull.
         gate: Undo a transfer that harms by more than its standard error on the samples that judge it, or ends above the
             loss before the first source, and keep of each fine-tuning only what lowers the loss of samples that it did
-            not see (see `grasp_hf.gate`). Judges are the evaluation data and, as long as the model was not fine-tuned
+            not see (see `grasp_hf.validation.gate`). Judges are the evaluation data and, as long as the model was not fine-tuned
             on them, the labels; each half of those judges coefficients that the other labels taught `blend`. What goes
             in is the mean of all accepted sources, that of `average`, unless the learned coefficients (their mean), or
             a mean weighted by Fisher information (arXiv:2111.09832), are ahead of it by more than a standard error.

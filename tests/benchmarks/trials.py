@@ -2,7 +2,7 @@
 
 Run it with `python -m tests.benchmarks.trials lora:nyt dinov2:noto` after `python -m tests.benchmarks.sources`: the kind
 of the sources, and the domain whose labels there are. All models are small enough to be kept in memory, so that many rules
-are tried quickly, outside the engine. Losses that choose are those of the labels, calibrated as in `grasp_hf.evidence`; a
+are tried quickly, outside the engine. Losses that choose are those of the labels, calibrated as in `grasp_hf.validation.losses`; a
 score is loss, accuracy and calibrated loss on `TEST` test samples.
 
 `rules`: sources are averaged one after the other, the one with the lowest loss first (`loss`) or in a random order
@@ -50,12 +50,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoProcessor, PreTrainedModel
 
-from grasp_hf.evidence import SCALES
-from grasp_hf.fisher import RunningFisher
+from grasp_hf.methods.fisher import RunningFisher
 from grasp_hf.record.text import markdown_table
 from grasp_hf.results import interval
 from grasp_hf.tensors.mixing import blend_
 from grasp_hf.tensors.units import Unit, movable_tensors, partition
+from grasp_hf.validation.losses import SCALES
 from tests.benchmarks.compare import write_record
 from tests.benchmarks.packages import cache_folder
 from tests.benchmarks.sources import KINDS, Kind, source_folder

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .errors import NonFiniteError
-from .models.batches import IGNORED, Batch, batch_loss, class_terms, labelled_terms, predicts_next
-from .models.gradients import gradient_pass, preserved_state
-from .tensors.mixing import Mix, in_rows
-from .tensors.placing import placed
-from .tensors.units import Unit, movable_tensors
+from ..errors import NonFiniteError
+from ..models.batches import IGNORED, Batch, batch_loss, class_terms, labelled_terms, predicts_next
+from ..models.gradients import gradient_pass, preserved_state
+from ..tensors.mixing import Mix, in_rows
+from ..tensors.placing import placed
+from ..tensors.units import Unit, movable_tensors
 
 ROWS = 1024  # of logits that labels are drawn for at once
 LEAST_FISHER = 1e-30  # far below any Fisher that counts, far above the smallest float32

@@ -1,6 +1,5 @@
-"""What labels say of a model, sample by sample, so that two models can be compared in pairs and told from noise."""
+"""The losses of a model, sample by sample, so that two models can be compared in pairs."""
 
-import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,23 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from scipy.special import stdtrit
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .errors import DataError
-from .models.batches import IGNORED, Batch, Collator, batch_loss, is_class_ids, labelled_terms, predicts_next
-from .models.gradients import preserved_randomness
-from .record.entries import ChangeReport
+from ..errors import DataError
+from ..models.batches import IGNORED, Batch, Collator, batch_loss, is_class_ids, labelled_terms, predicts_next
+from ..models.gradients import preserved_randomness, preserved_state
 
 SCALES = tuple(2 ** (half / 2) for half in range(-6, 9))  # of the logits, from 1/8 to 16
-NORMAL_95 = 1.96
-ROUNDING = 1e-6  # a mean of no more than this part of its standard error is none
 EVIDENCE = 512  # labels that choose among sources and judge them, at most; fine-tuning is judged by all
-LEAST_SAMPLES = 100  # with fewer, a difference of 14 points drowns in noise
 
 
 @dataclass(frozen=True)
@@ -60,68 +54,6 @@ class Judgement:
     def evaluation(self) -> dict[str, float]:
         """Return `loss`, and `accuracy` in [0, 1] for a classifier."""
         return {"loss": self.loss, **({} if self.correct is None else {"accuracy": self.correct / len(self.losses)})}
-
-
-@dataclass(frozen=True)
-class Change:
-    """How the mean loss differs between two models on the same samples.
-
-    Attributes:
-        mean: Of the second minus the first; below 0 is better.
-        standard_error: Of that mean, over samples; 0 for a single one, which shows no noise.
-        samples: Number of pairs.
-    """
-
-    mean: float
-    standard_error: float
-    samples: int
-
-    @property
-    def half_interval(self) -> float:
-        """Half of the 95 % interval (Student's t over samples)."""
-        return self.standard_error * float(stdtrit(self.samples - 1, 0.975)) if self.samples > 1 else 0.0
-
-    @property
-    def harms(self) -> bool:
-        """Whether the loss rises by more than its standard error."""
-        return self.mean > self.standard_error
-
-    def report(self) -> ChangeReport:
-        """Return it for a report."""
-        half = self.half_interval if self.samples > 1 else None
-        return ChangeReport(self.mean, half, self.samples, self.samples_to_see())
-
-    def samples_to_see(self) -> int | None:
-        """Return how many samples would put a change of this size outside its 95 % interval; `None` for no change."""
-        if self.samples < 2 or abs(self.mean) <= ROUNDING * self.standard_error:
-            return None
-        found = math.ceil(self.samples * (NORMAL_95 * self.standard_error / self.mean) ** 2)
-        return max(found, self.samples + 1) if abs(self.mean) <= self.half_interval else found
-
-
-def change(before: Judgement, after: Judgement, *, calibrated: bool = True) -> Change:
-    """Return the difference of the mean loss, calibrated or not, with the standard error of a ratio of sums (linearised)."""
-    difference = after.calibrated - before.calibrated if calibrated else after.losses - before.losses
-    terms = before.terms
-    samples, total = len(terms), float(terms.sum())
-    mean = float(difference.sum()) / total
-    if samples < 2:
-        return Change(mean, 0.0, samples)
-    residuals = difference - mean * terms
-    variance = float((residuals**2).sum()) * samples / (samples - 1)
-    return Change(mean, math.sqrt(variance) / total, samples)
-
-
-def resolution(samples: int, least: int = LEAST_SAMPLES) -> str:
-    """Return what a number of samples shows of two classifiers that disagree on every second of them, and what it takes.
-
-    Where the two answer alike more often, less is enough.
-    """
-    points, needed = 100 * NORMAL_95 * math.sqrt(0.5 / samples), round(0.5 * (NORMAL_95 / 0.05) ** 2)
-    return (
-        f"{samples} samples: two models would have to differ by about {points:.0f} points to be told apart; expected at "
-        f"least {least}, and {needed} show 5 points"
-    )
 
 
 def joined(*parts: Judgement) -> Judgement:
@@ -211,3 +143,10 @@ def _is_language(model: PreTrainedModel, batch: Batch, output: Any) -> bool:
     if not model.can_generate() or labels is None or logits is None or labels.is_floating_point():
         return False
     return logits.ndim == 3 and logits.shape[:2] == labels.shape
+
+
+def losses_of(model: PreTrainedModel, samples: Any, collator: Collator, batch_size: int) -> Judgement:
+    """Return the losses of the model as it is now, in eval mode, on `samples`; its mode comes back."""
+    with preserved_state(model):
+        model.eval()
+        return judge(model, samples, collator, Accelerator(), batch_size)

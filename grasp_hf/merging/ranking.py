@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .errors import GraspError, NonFiniteError
-from .evidence import Judgement
-from .hub.pull import Puller
-from .hub.reference import Source
-from .record.text import markdown_table, shown
-from .sources.load import LoadedSource
-from .tensors.products import UnitProducts, cosine
-from .tensors.units import Unit, units_within
+from ..errors import GraspError, NonFiniteError
+from ..hub.pull import Puller
+from ..hub.reference import Source
+from ..record.text import markdown_table, shown
+from ..sources.load import LoadedSource
+from ..tensors.products import UnitProducts, cosine
+from ..tensors.units import Unit, units_within
+from ..validation.losses import Judgement
 
 
 @dataclass

@@ -3,10 +3,9 @@
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,44 +15,28 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .config.grasp import GraspConfig
-from .errors import DataError, NonFiniteLossError, first_line
-from .evidence import EVIDENCE, LEAST_SAMPLES, Judgement, change, joined, judge, resolution
-from .files import interrupts_held
-from .gate import finetune_on_line_, halves, plainest, verdict
-from .measure import measure_source
-from .models.batches import Batch, Collator, batch_loss, labelled_terms, sample_batches
-from .models.gradients import preserved_state
-from .record.entries import FinetuneReport, unit_reports
-from .record.report import StepReport
-from .scratch import Scratch
-from .sources.load import LoadedSource
-from .tensors.mixing import Mix, blend_
-from .tensors.placing import overwrite_
-from .tensors.products import Scores, mean_defined
-from .tensors.units import Unit, movable_tensors, partition, units_within
+from ..config.grasp import GraspConfig
+from ..errors import DataError, NonFiniteLossError, first_line
+from ..files import interrupts_held
+from ..methods.table import Candidate, Mixes, measure_source
+from ..models.batches import Batch, Collator, batch_loss, labelled_terms, sample_batches
+from ..models.gradients import preserved_state
+from ..record.entries import FinetuneReport, unit_reports
+from ..record.report import StepReport
+from ..sources.load import LoadedSource
+from ..tensors.mixing import Mix
+from ..tensors.placing import overwrite_
+from ..tensors.products import Scores, mean_defined
+from ..tensors.scratch import Scratch
+from ..tensors.units import Unit, movable_tensors, partition, units_within
+from ..validation.changes import LEAST_SAMPLES, change, resolution
+from ..validation.gate import plainest, verdict
+from ..validation.labels import halves
+from ..validation.line import finetune_on_line_
+from ..validation.losses import EVIDENCE, Judgement, joined, losses_of
+from .mixed import MixedModel
 
 logger = logging.getLogger(__name__)
-
-Mixes = Mapping[str, Mix]
-Share = Callable[[str], Iterable[Tensor] | None]
-
-
-@dataclass(frozen=True)
-class Option:
-    """A way to take in a source.
-
-    Attributes:
-        mixes: What goes in, by unit.
-        judged: What goes in while each of `Step.judges` looks at it, for no labels judge what they taught.
-        scores: Of the units, for the report.
-        share: How much of each element of a tensor goes in, where that is no matter of the unit.
-    """
-
-    mixes: Mixes
-    judged: Sequence[Mixes]
-    scores: Scores
-    share: Share | None = None
 
 
 class Step:
@@ -177,13 +160,21 @@ class Step:
             options = {}
         if not self.can_fail:  # no copy of the weights is kept, so a step must not stop between here and its record
             held.enter_context(interrupts_held())
-        mixed = _Mixed(self, loaded, units)
+        mixed = MixedModel(
+            movable_tensors(self.model),
+            loaded,
+            units,
+            start=self.scratch.start if self.can_fail else None,
+            base=self.scratch.base if self.config.learns else None,
+        )
         self.scratch.judged = None
         if before is None:
             (option,) = options.values()
             mixed.put(option.mixes)
         else:
-            nothing = Option({unit.name: Mix.on_line(0.0) for unit in units}, [], {unit.name: None for unit in units})
+            nothing = Candidate(
+                {unit.name: Mix.on_line(0.0) for unit in units}, [], {unit.name: None for unit in units}
+            )
             option = self._chosen(options, mixed, before, report) or nothing
         tensors = movable_tensors(self.model)
         sizes = {unit.name: sum(tensors[name].numel() for name in unit.tensors) for unit in units}
@@ -198,15 +189,15 @@ class Step:
 
     def _options(
         self, loaded: LoadedSource, units: Sequence[Unit], shares: Mapping[str, float], name: str, seed: int
-    ) -> dict[str, Option]:
+    ) -> dict[str, Candidate]:
         """Return the ways to take in a source: that of the method and, where labels chose it, means as a check."""
         config, judges = self.config, len(self.judges)
         average = {unit: Mix.on_line(share) for unit, share in shares.items()}
         if config.method == "average":
-            return {"average": Option(average, [average] * judges, dict.fromkeys(average))}
+            return {"average": Candidate(average, [average] * judges, dict.fromkeys(average))}
         if not config.learns:
             mixes, scores = self._measure(loaded, units, shares, self.train, name, seed)
-            return {config.method: Option(mixes, [mixes] * judges, scores)}
+            return {config.method: Candidate(mixes, [mixes] * judges, scores)}
         everyone = {*range(len(self.train))}
         parts = self._parts
         teachers = [Subset(self.train, sorted(everyone - {*part})) for part in parts] or [self.train]
@@ -217,11 +208,11 @@ class Step:
         mean = {unit: Mix.mean([mixes[unit] for mixes in found]) for unit in average}
         scores = {unit: mean_defined([own[unit] for _, own in fits]) for unit in average}
         judged = (found if parts else []) + ([] if self.held_out is None else [mean])
-        options: dict[str, Option] = {config.method: Option(mean, judged, scores)}
+        options: dict[str, Candidate] = {config.method: Candidate(mean, judged, scores)}
         if judged and config.gate:
-            options["average"] = Option(average, [average] * judges, scores)
+            options["average"] = Candidate(average, [average] * judges, scores)
             if weighted := self._weighted(loaded, units, shares, name, seed):
-                options["fisher"] = Option(weighted, [weighted] * judges, scores, self.scratch.fisher.share)
+                options["fisher"] = Candidate(weighted, [weighted] * judges, scores, self.scratch.fisher.share)
         return options
 
     def _weighted(
@@ -266,8 +257,8 @@ class Step:
         )
 
     def _chosen(
-        self, options: Mapping[str, Option], mixed: "_Mixed", before: Judgement, report: StepReport
-    ) -> Option | None:
+        self, options: Mapping[str, Candidate], mixed: MixedModel, before: Judgement, report: StepReport
+    ) -> Candidate | None:
         """Return the option that the samples speak for, and leave it in the model unless the gate takes it back.
 
         `None` where no option has a finite loss.
@@ -302,7 +293,7 @@ class Step:
             self.scratch.fisher.take()
         return option
 
-    def _judged(self, option: Option, judged: Sequence[Mixes], mixed: "_Mixed") -> Judgement | None:
+    def _judged(self, option: Candidate, judged: Sequence[Mixes], mixed: MixedModel) -> Judgement | None:
         """Return the losses of mixes of an option, each on one of the judges.
 
         `None` where one is NaN or infinite, unless there is no gate to take the source back.
@@ -359,7 +350,7 @@ class Step:
         """Raise where the Trainer will not fine-tune, so that it is known before the first source is merged."""
         if self.train is None or not self.config.trains(epochs):
             return
-        from .models.finetune import check_finetuning
+        from ..models.finetune import check_finetuning
 
         check_finetuning(
             self.model, self.train, self.held_out, self.collator, self.config, directory=self.scratch.directory
@@ -377,9 +368,7 @@ class Step:
         """
         if self.train is None or not self.config.trains(epochs):
             return None
-        from .models.finetune import (
-            finetune_,  # its Trainer imports datasets, which a merge without data need not wait for
-        )
+        from ..models.finetune import finetune_
 
         def train(samples: Any, seed: int) -> None:
             finetune_(
@@ -403,35 +392,3 @@ class Step:
         report = finetune_on_line_(tensors, line, train, self.judgement, self.train, self.held_out, seed, alone)
         self.learned = self.learned or report.share > 0 or report.without_sources
         return report
-
-
-class _Mixed:
-    """The model with a source mixed into it, now one way and then another."""
-
-    def __init__(self, step: Step, loaded: LoadedSource, units: Sequence[Unit]) -> None:
-        self._tensors, self._source, self._units = movable_tensors(step.model), loaded, units
-        self._start = step.scratch.start if step.can_fail else self._tensors
-        self._base = step.scratch.base if step.config.learns else None
-        self._now: Mixes | None = None
-        self._moved: dict[str, Unit] = {}
-
-    def put(self, mixes: Mixes, share: Share | None = None) -> None:
-        """Mix the source in."""
-        if mixes is self._now:
-            return
-        moving = {unit.name: unit for unit in self._units if mixes[unit.name].moves} | self._moved
-        for values in self._source.shards:
-            units = units_within([*moving.values()], values)
-            blend_(self._tensors, self._start, values, units, mixes, self._base, share)
-        self._now, self._moved = mixes, moving
-
-    def undo(self) -> None:
-        """Take the source out."""
-        overwrite_(self._tensors, {name: self._start[name] for unit in self._moved.values() for name in unit.tensors})
-
-
-def losses_of(model: PreTrainedModel, samples: Any, collator: Collator, batch_size: int) -> Judgement:
-    """Return the losses of the model as it is now, in eval mode, on `samples`; its mode comes back."""
-    with preserved_state(model):
-        model.eval()
-        return judge(model, samples, collator, Accelerator(), batch_size)

@@ -1,4 +1,4 @@
-"""What the user's data says of a source: the cosine of gradients, or the coefficients that lower the loss."""
+"""The method `copy`: units whose gradients agree."""
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,18 +10,16 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .alignment import CoefficientDescent
-from .config.grasp import GraspConfig
-from .errors import IncompatibleSourceError
-from .files import workspace
-from .models.batches import Batch, Collator, check_dataset, keeping_model_columns, sample_batches
-from .models.gradients import gradient_pass, mean_gradient, preserved_state
-from .scratch import Scratch
-from .sources.fit import tensor_problems, tie_problems
-from .tensors.mixing import Mix, blend_
-from .tensors.placing import overwrite_, placed
-from .tensors.products import PUBLISHED_EPSILON, Scores, UnitProducts, cosine, mean_defined
-from .tensors.units import Unit, movable_tensors, partition
+from ..config.grasp import GraspConfig
+from ..errors import IncompatibleSourceError
+from ..files import workspace
+from ..models.batches import Batch, Collator, check_dataset, keeping_model_columns, sample_batches
+from ..models.gradients import gradient_pass, mean_gradient, preserved_state
+from ..sources.fit import tensor_problems, tie_problems
+from ..tensors.placing import overwrite_, placed
+from ..tensors.products import PUBLISHED_EPSILON, Scores, UnitProducts, cosine, mean_defined
+from ..tensors.scratch import Scratch
+from ..tensors.units import Unit, movable_tensors, partition
 
 
 def unit_cosines(
@@ -97,93 +95,7 @@ def summed_cosines(
     return {name: cosine(*sums) if sums else None for name, sums in products.sums().items()}
 
 
-def learned_coefficients(
-    target: PreTrainedModel,
-    source_values: Mapping[str, Tensor],
-    units: Sequence[Unit],
-    batches: Iterable[Batch],
-    shares: Mapping[str, float],
-    *,
-    scratch: Scratch,
-    lr: float,
-    steps: int,
-) -> tuple[dict[str, Mix], Scores]:
-    """Learn how much of the target and how much of the source goes in, by descent on the loss of the mixed model.
-
-    This is a learned mixture of task vectors (AdaMerging, arXiv:2310.02575, with labels) for sources that come one at a
-    time. The weights of a unit are `W = B + k (T - B) + t (S - B)`, at first those of the average,
-    `k, t = 1 - share, share`; after each batch `k` and `t` make one step of projected Adam, see `CoefficientDescent`.
-    Statistics of normalisation layers are mixed with them but have no gradient, so that what they add to the slopes is
-    left out. Inner products are taken in the gradient hook and the gradient freed, so no gradient is stored; `W` is
-    written where `T` was, and `T` and `B` are read from their files. The model is in eval mode and comes back unchanged.
-
-    Returns:
-        The mix of each unit, and scores in [-1, 1]: the cosine between the source's task vector and the way down,
-        `<-dL/dW, S - B>` normalised, the mean over batches; `None` where a unit had no gradient.
-    """
-    tensors, start, base = movable_tensors(target), scratch.start, scratch.base
-    descent = CoefficientDescent([Mix.on_line(shares[unit.name]) for unit in units], lr, steps)
-    scores: dict[str, list[float | None]] = {unit.name: [] for unit in units}
-    moved: set[str] = set()
-    differing = {name for unit in units for name in unit.tensors if not torch.equal(start[name], base[name])}
-
-    def mixes() -> dict[str, Mix]:
-        return {name: Mix(*values) for name, values in zip(scores, descent.values, strict=True)}
-
-    with preserved_state(target):
-        target.eval()
-        try:
-            for batch in batches:
-                now = mixes()
-                moving = [unit for unit in units if now[unit.name].moves or unit.name in moved]
-                blend_(tensors, start, source_values, moving, now, base)
-                moved |= {unit.name for unit in moving}
-                of_target, of_source = UnitProducts(units), UnitProducts(units)
-
-                def meet(
-                    name: str, gradient: Tensor, kept: UnitProducts = of_target, taken: UnitProducts = of_source
-                ) -> None:
-                    if name in taken:
-                        device = gradient.device
-                        taken.add(name, gradient, source_values[name].to(device), base[name].to(device))
-                        if name in differing:
-                            kept.add(name, gradient, start[name].to(device), base[name].to(device))
-
-                gradient_pass(target, batch, meet)
-                kept, taken = of_target.sums(), of_source.sums()
-                descent.step([[own[0] if own else 0.0 for own in (kept[name], taken[name])] for name in scores])
-                for name, sums in taken.items():
-                    found = cosine(*sums) if sums else None
-                    scores[name].append(None if found is None else -found)
-        finally:
-            overwrite_(tensors, {n: start[n] for unit in units if unit.name in moved for n in unit.tensors})
-    return mixes(), {name: mean_defined(values) for name, values in scores.items()}
-
-
-def measure_source(
-    target: PreTrainedModel,
-    source_values: Mapping[str, Tensor],
-    units: Sequence[Unit],
-    batches: Iterable[Batch],
-    config: GraspConfig,
-    *,
-    shares: Mapping[str, float],
-    scratch: Scratch,
-    seed: int,
-) -> tuple[dict[str, Mix], Scores]:
-    """Return the mix and the score of each unit, as `config.method` finds them.
-
-    `shares` are what an average of all sources so far would take.
-    """
-    if config.method == "blend":
-        lr, steps = config.coefficient_lr, config.num_batches
-        return learned_coefficients(target, source_values, units, batches, shares, scratch=scratch, lr=lr, steps=steps)
-    scores = _cosines(target, source_values, units, batches, config, scratch=scratch, seed=seed)
-    copied = {name: score is not None and score > config.threshold for name, score in scores.items()}
-    return {name: Mix.on_line(float(copies)) for name, copies in copied.items()}, scores
-
-
-def _cosines(
+def configured_cosines(
     target: PreTrainedModel,
     source_values: Mapping[str, Tensor],
     units: Sequence[Unit],
@@ -193,6 +105,7 @@ def _cosines(
     scratch: Scratch,
     seed: int,
 ) -> Scores:
+    """Return the gradient cosine of target and source per unit, over single batches or all together, as `config` says."""
     if config.accumulate_gradients:
         return summed_cosines(target, source_values, units, batches, scratch=scratch)
     return unit_cosines(target, source_values, units, batches, scratch=scratch, seed=seed, published=config.published)
@@ -242,7 +155,7 @@ def gradient_alignment(
         scratch.start.copy_(tensors)
         values, units = movable_tensors(source), partition(target, config.unit)
         try:
-            return _cosines(target, values, units, batches, config, scratch=scratch, seed=config.seed)
+            return configured_cosines(target, values, units, batches, config, scratch=scratch, seed=config.seed)
         finally:
             statistics = {name for name, tensor in tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
             overwrite_(tensors, {name: scratch.start[name] for name in statistics})

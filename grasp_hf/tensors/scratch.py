@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .evidence import Judgement
-from .fisher import RunningFisher
-from .tensors.mapped import MappedTensors
+from ..methods.fisher import RunningFisher
+from ..validation.losses import Judgement
+from .mapped import MappedTensors
 
 
 class Scratch:

@@ -1,0 +1,52 @@
+"""The model with a source mixed into it, now one way and then another."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from ..methods.table import Mixes, Share
+from ..sources.load import LoadedSource
+from ..tensors.mixing import blend_
+from ..tensors.placing import overwrite_
+from ..tensors.units import Unit, units_within
+
+
+class MixedModel:
+    """The model with a source mixed into it, in one way and then another.
+
+    Args:
+        tensors: The tensors of the model by name; changed in place.
+        loaded: The source.
+        units: The units that may move.
+        start: The tensors of the model before the step; `None` where no copy is kept, so that the source is mixed in once.
+        base: The weights that the merge began with, for mixes that need them.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        loaded: LoadedSource,
+        units: Sequence[Unit],
+        *,
+        start: Mapping[str, Tensor] | None,
+        base: Mapping[str, Tensor] | None,
+    ) -> None:
+        self._tensors, self._source, self._units = tensors, loaded, units
+        self._start = tensors if start is None else start
+        self._base = base
+        self._now: Mixes | None = None
+        self._moved: dict[str, Unit] = {}
+
+    def put(self, mixes: Mixes, share: Share | None = None) -> None:
+        """Mix the source in."""
+        if mixes is self._now:
+            return
+        moving = {unit.name: unit for unit in self._units if mixes[unit.name].moves} | self._moved
+        for values in self._source.shards:
+            units = units_within([*moving.values()], values)
+            blend_(self._tensors, self._start, values, units, mixes, self._base, share)
+        self._now, self._moved = mixes, moving
+
+    def undo(self) -> None:
+        """Take the source out."""
+        overwrite_(self._tensors, {name: self._start[name] for unit in self._moved.values() for name in unit.tensors})

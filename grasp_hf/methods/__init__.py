@@ -1,0 +1,1 @@
+"""How much of a source is merged: a file for each method, and the table of them."""

@@ -1,0 +1,1 @@
+"""How a model does on labels, and what is kept because of it."""
