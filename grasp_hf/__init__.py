@@ -10,7 +10,7 @@ from .methods.copy import gradient_alignment
 from .record.report import MergeReport, StepReport
 
 if TYPE_CHECKING:
-    from .comparison import compare
+    from .comparison.run import compare
 
 __version__ = "0.1.0"
 
@@ -31,7 +31,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import `compare` where it is used: with it comes datasets, which not everyone needs to wait for."""
     if name == "compare":
-        from .comparison import compare
+        from .comparison.run import compare
 
         return compare
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,30 +9,24 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import datasets
-from safetensors import SafetensorError
 
-from .comparison import compare
+from .comparison.methods import METHODS
+from .comparison.run import compare
 from .config.grasp import GraspConfig
 from .config.recipe import Recipe
-from .contenders import METHODS
 from .data.samples import TaskData
-from .errors import ConfigError, GraspError, OutputExistsError, PushError, StaleMergeError
-from .files import interrupts_held
+from .errors import ConfigError, GraspError
 from .hub.push import Destination, check_repo_id, create_repo
-from .lineage import append_recipe, reproduce
 from .merger import GraspMerger
 from .merging.ranking import ranking_table
-from .plan import plan, plan_table, problem_list
-from .prepare import prepare
-from .record.entries import ControlReport
-from .record.saving import check_output
-from .validation.changes import change
-from .validation.losses import Judgement
+from .runs.deliver import Delivery, merge_sources, push
+from .runs.lineage import append_recipe, reproduce
+from .runs.plan import plan, plan_table, problem_list
+from .runs.prepare import prepare
 
 EXAMPLES = {
     "plan": "example:\n  grasp-hf plan recipes/digits/full.yaml",
@@ -257,25 +251,15 @@ def _write_json(path: Path | None, rows: Iterable[dict[str, Any]]) -> None:
 
 def _merge(options: argparse.Namespace) -> int:
     recipe = Recipe.from_yaml(options.recipe, options.overrides)
-    with _destinations(options):
+    to = _delivery(options)
+    with to.checked():
         merger, sources, data = _planned(recipe, options)
-        _merge_sources(merger, sources, data, options)
+        merge_sources(merger, sources, data, to, control=options.control)
     return 0
 
 
-@contextmanager
-def _destinations(options: argparse.Namespace) -> Iterator[None]:
-    """Look at where the result goes before the work in the block; an output folder that stays empty is removed."""
-    if options.push_to_hub:
-        check_repo_id(options.push_to_hub)
-    is_new = options.output and not options.output.exists()
-    if options.output:
-        check_output(options.output)
-    try:
-        yield
-    finally:
-        if is_new and not any(options.output.iterdir()):
-            options.output.rmdir()
+def _delivery(options: argparse.Namespace) -> Delivery:
+    return Delivery(getattr(options, "output", None), options.push_to_hub, options.private, options.create_pr)
 
 
 def _planned(recipe: Recipe, options: argparse.Namespace) -> tuple[GraspMerger, list[str], TaskData]:
@@ -290,12 +274,13 @@ def _planned(recipe: Recipe, options: argparse.Namespace) -> tuple[GraspMerger, 
 def _append(options: argparse.Namespace) -> int:
     if not options.sources or not (options.output or options.push_to_hub):
         raise ConfigError("append: expected at least one source, and --output or --push-to-hub")
-    with _destinations(options):
+    to = _delivery(options)
+    with to.checked():
         recipe = append_recipe(options.merged, options.sources, options.overrides)
         merger, sources, data = _planned(recipe, options)
         if not merger.report.continues:
             raise ConfigError(f"the data has other labels than '{options.merged}'; start a new merge from it")
-        _merge_sources(merger, sources, data, options)
+        merge_sources(merger, sources, data, to)
     return 0
 
 
@@ -306,7 +291,7 @@ def _push_folder(options: argparse.Namespace) -> int:
     merger = GraspMerger.from_pretrained(options.folder, config=config, dtype="auto")
     if not merger.report.continues:
         raise ConfigError(f"'{options.folder}' is not a merge by grasp_hf; push another model with its push_to_hub")
-    _push(merger, options, Path(options.folder))
+    push(merger, _delivery(options), Path(options.folder))
     return 0
 
 
@@ -339,81 +324,8 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _merge_sources(merger: GraspMerger, sources: list[str], data: TaskData, options: argparse.Namespace) -> None:
-    before = len(merger.report.steps)
-    alone, judged_by = _control(merger, sources, data) if getattr(options, "control", False) else (None, "")
-    try:
-        merger.merge(sources, **data.merge_arguments())
-        if alone:
-            judges = data.test if judged_by == "test data" else data.validation
-            merged = merger.judge(judges, data_collator=data.collator)
-            gain = change(alone, merged).report()
-            merger.report.control = ControlReport(judged_by, alone.evaluation(), merged.evaluation(), gain)
-        if data.test is not None:
-            merger.report.test = merger.evaluate(data.test, data_collator=data.collator)
-        print(f"\n{merger.report}\n")
-    except BaseException:
-        if (done := len(merger.report.steps) - before) and (kept := _keep(merger, options)):
-            print(f"saved what was merged before: {done} of {len(sources)} sources, {kept}")
-        raise
-    kept = _keep(merger, options) if options.output else None
-    if kept:
-        print(f"saved: {kept}")
-    if options.push_to_hub:
-        _push(merger, options, kept)
-    if kept != options.output:
-        raise OutputExistsError(f"the merged model is not in '{options.output}', see above")
-
-
-def _keep(merger: GraspMerger, options: argparse.Namespace) -> Path | None:
-    """Save the merge in the output folder, else in a new one in the working directory; return which, if any took it."""
-    name = options.output.name if options.output else f"{options.push_to_hub.rpartition('/')[2]}-not-pushed"
-    other = next(path for n in count(1) if not (path := Path(name if n == 1 else f"{name}-{n}")).exists())
-    for folder in (options.output, other) if options.output else (other,):
-        try:
-            with interrupts_held():
-                merger.save_pretrained(folder)
-            return folder
-        except (GraspError, OSError, SafetensorError) as error:
-            print(f"the merged model could not be saved in '{folder}': {error}", file=sys.stderr)
-    return None
-
-
-def _control(merger: GraspMerger, sources: list[str], data: TaskData) -> tuple[Judgement, str]:
-    """Fine-tune the start alone, and return its losses with the name of the samples that they are of."""
-    judges, name = (data.test, "test data") if data.test is not None else (data.validation, "evaluation data")
-    if judges is None or data.train is None:
-        raise ConfigError(
-            "--control: expected data with the splits 'train' and 'test' (or 'validation') to compare on"
-        )
-    if not merger.config.total_epochs(len(sources)):
-        raise ConfigError("--control: expected epochs of fine-tuning, which it compares with; set final_epochs")
-    print("control: fine-tuning alone")
-    return merger.finetuned_alone(len(sources), judges, **data.merge_arguments()), name
-
-
-def _push(merger: GraspMerger, options: argparse.Namespace, kept: Path | None) -> None:
-    """Push the merge; where that fails, it stays in the folder that has it, or in a new one in the working directory."""
-    repo_id = options.push_to_hub
-    try:
-        url = merger.push_to_hub(repo_id, private=options.private or None, create_pr=options.create_pr)
-    except BaseException as error:
-        kept = kept or _keep(merger, options)
-        again = f": `grasp-hf push {kept} {repo_id}` goes on" * (not isinstance(error, StaleMergeError))
-        where = (
-            f"the merged model is in the folder '{kept}'{again}"
-            if kept
-            else "the merged model could not be saved either"
-        )
-        if isinstance(error, PushError):
-            raise type(error)(f"{error}; {where}") from error
-        print(f"not pushed; {where}")
-        raise
-    print(f"pushed: {url}")
-
-
 def _demo(options: argparse.Namespace) -> int:
-    from .demo import run_demo  # as all that imports datasets, where it is needed: half a second
+    from .demo.run import run_demo  # as all that imports datasets, where it is needed: half a second
 
     print(run_demo(options.output, seed=options.seed))
     return 0

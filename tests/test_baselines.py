@@ -20,23 +20,15 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, default_data_collator
 
 from grasp_hf import GraspConfig
-from grasp_hf.baselines import (
-    TENTHS,
-    average_,
-    dare_,
-    fisher_average_,
-    gradfix_,
-    greedy_soup_,
-    task_arithmetic_,
-    ties_,
-)
-from grasp_hf.ensembles import LogitFusion, ensemble_evaluation, logit_fusion
+from grasp_hf.comparison.ensembles import LogitFusion, ensemble_evaluation, logit_fusion
+from grasp_hf.comparison.inputs import Trial, wide_like
+from grasp_hf.comparison.mixtures import mixture_, pearl_
+from grasp_hf.comparison.soups import average_, fisher_average_, greedy_soup_
+from grasp_hf.comparison.task_vectors import TENTHS, dare_, gradfix_, task_arithmetic_, ties_
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, NonFiniteError
-from grasp_hf.mixtures import mixture_, pearl_
 from grasp_hf.models.finetune import finetune_
 from grasp_hf.tensors.mapped import MappedTensors
 from grasp_hf.tensors.units import movable_tensors, partition
-from grasp_hf.trial import Trial, wide_like
 from grasp_hf.validation.losses import judge
 from tests.models import perturbed, tiny_data, tiny_model
 

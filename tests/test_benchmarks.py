@@ -15,8 +15,8 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, default_data_collator
 
-from grasp_hf.comparison import model_identities
-from grasp_hf.results import OURS, Comparison, Result
+from grasp_hf.comparison.results import OURS, Comparison, Result
+from grasp_hf.comparison.run import model_identities
 from grasp_hf.tensors.units import Unit
 from grasp_hf.validation.losses import SCALES
 from tests.benchmarks import compare as comparing

@@ -24,9 +24,10 @@ from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.cli import main
 from grasp_hf.config.recipe import Recipe
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, SourceNotFoundError
-from grasp_hf.plan import PlannedSource, cost_lines
-from grasp_hf.prepare import prepare
 from grasp_hf.record.saving import read_record
+from grasp_hf.runs.costs import cost_lines
+from grasp_hf.runs.planned import PlannedSource
+from grasp_hf.runs.prepare import prepare
 from grasp_hf.tensors.units import movable_tensors
 from tests.hub_server import HubServer
 from tests.models import (

@@ -26,18 +26,23 @@ from PIL import Image
 from scipy.stats import ttest_1samp
 from transformers import Trainer, ViTImageProcessorPil
 
-from grasp_hf import cli, contenders, fairness
-from grasp_hf import comparison as module
+import grasp_hf
+from grasp_hf import cli
 from grasp_hf.cli import main
-from grasp_hf.comparison import code_digest, compare
+from grasp_hf.comparison import fairness
+from grasp_hf.comparison import methods as contenders
+from grasp_hf.comparison import run as module
+from grasp_hf.comparison.figure import comparison_figure
+from grasp_hf.comparison.methods import METHODS, Method
+from grasp_hf.comparison.results import OURS, Comparison, Result, half_interval, interval
+from grasp_hf.comparison.run import code_digest, compare
+from grasp_hf.comparison.workbench import Arena
 from grasp_hf.config.grasp import GraspConfig
 from grasp_hf.config.recipe import Recipe
-from grasp_hf.contenders import METHODS, Arena, Method
 from grasp_hf.data.digests import contents
 from grasp_hf.data.tasks import with_images as with_pixels
 from grasp_hf.errors import ConfigError, DataError, OutputExistsError
-from grasp_hf.record.figures import comparison_figure
-from grasp_hf.results import OURS, Comparison, Result, half_interval, interval
+from grasp_hf.runs.prepare import prepare
 from grasp_hf.tensors.units import movable_tensors
 from tests.models import (
     WORDS,
@@ -148,7 +153,7 @@ def test_every_method_makes_as_many_steps_of_fine_tuning(
 
 
 def test_a_source_alone_is_the_source(everything: Everything, recipe: Recipe, world: Path) -> None:
-    merger, _, data = module.prepare(replace(recipe, base_model=f"{world}/fine"))
+    merger, _, data = prepare(replace(recipe, base_model=f"{world}/fine"))
     alone = merger.evaluate(data.test, data_collator=data.collator)
     assert everything[0].results[0].final == pytest.approx(alone, rel=1e-5)
 
@@ -216,7 +221,7 @@ def test_a_seed_begins_at_the_base_whatever_was_run_before(recipe: Recipe, tmp_p
 
 
 def test_the_base_comes_back_after_an_error(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, sources, data = module.prepare(recipe)
+    base, sources, data = prepare(recipe)
     before = {name: tensor.clone() for name, tensor in movable_tensors(base.model).items()}
     moved: list[bool] = []
 
@@ -373,7 +378,7 @@ import sys
 import grasp_hf
 assert "datasets" not in sys.modules
 from grasp_hf import compare
-assert compare is sys.modules["grasp_hf.comparison"].compare
+assert compare is sys.modules["grasp_hf.comparison.run"].compare
 try:
     grasp_hf.comapre
 except AttributeError as error:
@@ -858,7 +863,7 @@ def test_a_result_keeps_all_that_it_knows() -> None:
 
 
 def test_the_digest_covers_every_file_of_every_folder(tmp_path: Path) -> None:
-    package = Path(module.__file__).parent
+    package = Path(grasp_hf.__file__).parent
     copy = tmp_path / "grasp_hf"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
     assert code_digest(copy) == code_digest()

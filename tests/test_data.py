@@ -18,8 +18,8 @@ from grasp_hf.data.section import DataSection
 from grasp_hf.data.splits import class_names, load_splits, names_for_model, require_column, with_label_ids
 from grasp_hf.data.tasks import with_images, with_tokens
 from grasp_hf.errors import ConfigError, DataError
-from grasp_hf.prepare import prepare
 from grasp_hf.record.redaction import without_secrets
+from grasp_hf.runs.prepare import prepare
 from grasp_hf.sources.rows import label_names
 from tests.models import LABELS, perturbed, saved, tiny_model, tiny_tokenizer, write_images
 

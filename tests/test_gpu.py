@@ -12,9 +12,9 @@ from accelerate.state import AcceleratorState, PartialState
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from grasp_hf import GraspConfig, GraspMerger
-from grasp_hf.comparison import compare
+from grasp_hf.comparison.methods import METHODS
+from grasp_hf.comparison.run import compare
 from grasp_hf.config.recipe import Recipe
-from grasp_hf.contenders import METHODS
 from grasp_hf.tensors.units import movable_tensors
 from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model, write_images
 

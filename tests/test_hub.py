@@ -19,7 +19,7 @@ from grasp_hf.errors import ConfigError, DownloadError, GraspError, Incompatible
 from grasp_hf.hub.download import commit_of, locate, look_up
 from grasp_hf.hub.licenses import strictest
 from grasp_hf.hub.reference import SourceRef
-from grasp_hf.plan import plan, plan_table
+from grasp_hf.runs.plan import plan, plan_table
 from grasp_hf.tensors.units import movable_tensors
 from tests.hub_server import HubServer
 from tests.models import MEASURE_ONLY, NO_TUNING, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model

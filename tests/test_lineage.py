@@ -20,8 +20,8 @@ from transformers import AutoModelForImageClassification
 from grasp_hf import GraspConfig, GraspMerger, MergeReport, merge_pretrained
 from grasp_hf.cli import main
 from grasp_hf.errors import ConfigError, IncompatibleSourceError, PushError
-from grasp_hf.lineage import append_recipe, reproduce
 from grasp_hf.merging.step import Step
+from grasp_hf.runs.lineage import append_recipe, reproduce
 from tests.hub_server import HubServer
 from tests.models import NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
 

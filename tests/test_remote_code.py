@@ -11,7 +11,7 @@ import yaml
 from grasp_hf import GraspConfig, GraspMerger, Recipe
 from grasp_hf.cli import main
 from grasp_hf.errors import IncompatibleSourceError
-from grasp_hf.plan import plan
+from grasp_hf.runs.plan import plan
 from tests.hub_server import HubServer
 from tests.models import NO_TUNING
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification
 import grasp_hf
 from grasp_hf import Recipe
 from grasp_hf.cli import main
-from grasp_hf.demo import run_demo
+from grasp_hf.demo.run import run_demo
 from grasp_hf.errors import OutputExistsError
 from grasp_hf.record.saving import REPORT_FILE
 

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from scipy.stats import binomtest, rankdata
 
-from grasp_hf.comparison import compare, model_identities
+from grasp_hf.comparison.results import OURS, Comparison, Result, interval, kind_of, title_of
+from grasp_hf.comparison.run import compare, model_identities
 from grasp_hf.config.recipe import Recipe
 from grasp_hf.record.text import markdown_table
-from grasp_hf.results import OURS, Comparison, Result, interval, kind_of, title_of
 from tests.benchmarks.emoji import STYLES
 from tests.benchmarks.packages import cache_folder
 from tests.benchmarks.sentiment import DOMAINS

@@ -76,7 +76,7 @@ for index in range(1, int(sys.argv[1]) + 1):
 PLAN = """
 import sys, time
 from grasp_hf import Recipe
-from grasp_hf.plan import plan
+from grasp_hf.runs.plan import plan
 recipe = Recipe.from_dict({
     "base_model": "me/model-0", "method": "average", "order": "given", "final_epochs": 0,
     "sources": [f"me/model-{1 + index}" for index in range(int(sys.argv[1]))],

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from grasp_hf.comparison import compare
+from grasp_hf.comparison.results import Result, interval
+from grasp_hf.comparison.run import compare
 from grasp_hf.config.grasp import GraspConfig
 from grasp_hf.record.text import markdown_table
-from grasp_hf.results import Result, interval
 from tests.benchmarks.compare import RESULTS, TARGETS, UNTOUCHED, recipe_of, write_record
 from tests.benchmarks.packages import cache_folder
 

@@ -50,9 +50,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoProcessor, PreTrainedModel
 
+from grasp_hf.comparison.results import interval
 from grasp_hf.methods.fisher import RunningFisher
 from grasp_hf.record.text import markdown_table
-from grasp_hf.results import interval
 from grasp_hf.tensors.mixing import blend_
 from grasp_hf.tensors.units import Unit, movable_tensors, partition
 from grasp_hf.validation.losses import SCALES

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 import yaml
 
-from .config.grasp import GraspConfig
-from .config.recipe import Recipe
-from .data.samples import TaskData
+from ..config.grasp import GraspConfig
+from ..config.recipe import Recipe
+from ..data.samples import TaskData
+from ..errors import OutputExistsError
+from ..hub.download import locate
+from ..merger import GraspMerger
+from ..record.text import markdown_table
+from ..runs.prepare import prepare
 from .digits import build_world
-from .errors import OutputExistsError
-from .hub.download import locate
-from .merger import GraspMerger
-from .prepare import prepare
-from .record.text import markdown_table
 
 logger = logging.getLogger(__name__)
 

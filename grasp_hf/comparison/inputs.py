@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .errors import ConfigError, IncompatibleSourceError, NonFiniteError
-from .models.batches import Batch
-from .tensors.units import movable_tensors
+from ..errors import ConfigError, IncompatibleSourceError, NonFiniteError
+from ..models.batches import Batch
+from ..tensors.units import movable_tensors
 
 
 class FineTune(Protocol):

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
-from .errors import GraspError
-from .models.classes import quiet_transformers
+from ..errors import GraspError
+from ..models.classes import quiet_transformers
 
 logger = logging.getLogger(__name__)
 

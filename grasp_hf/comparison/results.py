@@ -10,12 +10,13 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from .contenders import METHODS
-from .errors import ConfigError
-from .files import write_whole
-from .record.entries import Evaluation
-from .record.figures import DPI, comparison_figure
-from .record.text import markdown_table
+from ..errors import ConfigError
+from ..files import write_whole
+from ..record.entries import Evaluation
+from ..record.figures import DPI
+from ..record.text import markdown_table
+from .figure import comparison_figure
+from .methods import METHODS
 
 RESULTS = "comparison.json"
 TABLE = "comparison.md"

@@ -1,6 +1,5 @@
 """What a merge would do, and all that stands in its way, before any weight is read."""
 
-import math
 import re
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -13,97 +12,29 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .config.grasp import GraspConfig
-from .config.recipe import Recipe
-from .errors import GraspError, shortened
-from .hub.download import cached_bytes, look_up
-from .hub.licenses import strictest
-from .hub.listing import Listing
-from .hub.reference import Source
-from .models.classes import is_headless, load_config, model_class
-from .models.processors import load_processing_class, required_processing_class
-from .models.target import fresh_problems, fresh_tensors
-from .record.card import declared_license
-from .record.saving import read_record
-from .record.text import markdown_table
-from .sources.adapters import adapter_problems, load_adapter_config
-from .sources.checkpoint import runtime_tensors
-from .sources.fit import SourceFiles, architecture_problems, fit_source, tie_problems
-from .sources.headers import header_tensors
-from .sources.load import adapter_labels, saves_head
-from .sources.rows import label_names, match_head
-from .tensors.units import head_tensors, movable_tensors, partition
+from ..config.recipe import Recipe
+from ..errors import GraspError
+from ..hub.download import cached_bytes, look_up
+from ..hub.licenses import strictest
+from ..hub.listing import Listing
+from ..hub.reference import Source
+from ..models.classes import is_headless, load_config, model_class
+from ..models.processors import load_processing_class, required_processing_class
+from ..models.target import fresh_problems, fresh_tensors
+from ..record.card import declared_license
+from ..record.saving import read_record
+from ..record.text import markdown_table
+from ..sources.adapters import adapter_problems, load_adapter_config
+from ..sources.checkpoint import runtime_tensors
+from ..sources.fit import SourceFiles, architecture_problems, fit_source, tie_problems
+from ..sources.headers import header_tensors
+from ..sources.load import adapter_labels, saves_head
+from ..sources.rows import label_names, match_head
+from ..tensors.units import head_tensors, movable_tensors, partition
+from .costs import cost_lines
+from .planned import PlannedSource
 
 LOOK_UPS = 8  # at a time
-DOWNLOAD_RATE = 50e6  # bytes per second; an assumption, for a feeling of the time
-
-
-@dataclass
-class PlannedSource:
-    """What is known of one reference without its weights.
-
-    Attributes:
-        reference: As the user gave it.
-        role: `base` or `source`.
-        kind: `full` or `adapter`; empty where it was not found.
-        sha: Commit on the Hub.
-        architecture: The model type, or the type of the adapter.
-        dtypes: Of its weights, in the spelling of safetensors.
-        parameters: Number of numbers in its files.
-        labels: Names of its classes; `None` for a model that generates.
-        vocabulary: Number of tokens that it embeds.
-        adapter_of: The model that an adapter says that it belongs to.
-        license: What its card declares.
-        gated: Whether conditions stand before its files.
-        num_bytes: Size of its weights.
-        cached_bytes: How much of them lies on this machine already.
-        problems: Everything that keeps it from being merged.
-        notes: What will happen to its head and its vocabulary, where there is something to say.
-        partition: Of the base: the units that are decided together, those that differ in a number only on one line.
-    """
-
-    reference: str
-    role: str
-    kind: str = ""
-    sha: str | None = None
-    architecture: str = ""
-    dtypes: list[str] = field(default_factory=list)
-    parameters: int | None = None
-    labels: list[str] | None = None
-    vocabulary: int | None = None
-    adapter_of: str | None = None
-    license: str | None = None
-    gated: bool = False
-    num_bytes: int = 0
-    cached_bytes: int = 0
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    partition: list[str] = field(default_factory=list)
-
-    @property
-    def bytes_to_download(self) -> int:
-        """Size of the weights that are not on this machine."""
-        return self.num_bytes - self.cached_bytes
-
-    def row(self) -> dict[str, str]:
-        """Return its line of the plan."""
-        name = Path(self.reference).name if Path(self.reference).is_dir() else self.reference
-        licence = f"{self.license or '–'}{', gated' if self.gated else ''}"
-        return {
-            "": self.role,
-            "model": name,
-            "kind": self.kind or "–",
-            "architecture": self.architecture or "–",
-            "adapter of": self.adapter_of or "–",
-            "dtype": ", ".join(self.dtypes) or "–",
-            "labels": shortened(self.labels, 3) if self.labels else "–",
-            "tokens": str(self.vocabulary or "–"),
-            "licence": licence,
-            "revision": (self.sha or ("local" if self.kind else "–"))[:7],
-            "MB": f"{self.num_bytes / 1e6:.1f}" if self.kind else "–",
-            "to download": f"{self.bytes_to_download / 1e6:.1f}" if self.kind else "–",
-            "problems": str(len(self.problems) or "none"),
-        }
 
 
 @dataclass
@@ -193,64 +124,6 @@ def licence_lines(rows: list[PlannedSource]) -> list[str]:
     return [*([f"licence of the merge: {declared}"] if declared else []), *(f"- {warning}" for warning in warnings)]
 
 
-def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
-    """Return what a merge will download, and hold on the disk and in memory, as estimates.
-
-    The factors are those that `python -m tests.benchmarks.memory` measures; activations come on top.
-    """
-    base, sources = rows[0], rows[1:]
-    weights = 4 * (base.parameters or base.num_bytes // 4)  # the target is float32
-    largest = sorted((row.bytes_to_download for row in sources), reverse=True)
-    ordering = sum(largest) if config.order != "given" and len(sources) > 1 else 0
-    download = base.bytes_to_download + ordering + sum(largest[: config.top])
-    disk = sum(largest[: 2 if config.prefetch else 1]) + base.bytes_to_download
-    adapters = any(row.kind == "adapter" for row in sources)
-    temporary = weights * (_temporary_copies(config, adapters) if config.needs_data else 0)
-    factor, how = _memory_factor(config)
-    seconds = download / DOWNLOAD_RATE
-    twice = f"; of that {_gigabytes(ordering)} to find the order, where sources are not kept" if ordering else ""
-    return [
-        f"download: {_gigabytes(download)}, {_minutes(seconds)} at {DOWNLOAD_RATE / 1e6:.0f} MB/s{twice}",
-        f"disk at most: {_gigabytes(disk)} of models, {_gigabytes(temporary)} of temporary files",
-        f"memory: about {_gigabytes(factor * weights)} and activations ({how})",
-    ]
-
-
-def _temporary_copies(config: GraspConfig, adapters: bool) -> int:
-    """Return how many copies of the target the temporary files of a merge with data hold at most."""
-    kept = 1 + (config.learns or config.compares_alone)  # as it was before the step, and before the merge
-    both = 2 if config.gate else 0  # Fisher information, or both ends of the line
-    gradients = 1 + config.accumulate_gradients if config.method == "copy" else 0
-    transfer = adapters + gradients + (both if config.learns or config.finetunes_between else 0)
-    ranking = adapters + 1 + (both if _trains(config) else 0) if config.order == "rank" else 0
-    longest = max(config.initial_epochs, config.finetune_epochs, config.final_epochs)
-    training = both + min(2, math.ceil(longest)) if _trains(config) else 0  # the best epoch, and the next one
-    return kept + max(transfer, ranking, training)
-
-
-def _trains(config: GraspConfig) -> bool:
-    return any(map(config.trains, (config.initial_epochs, config.finetune_epochs, config.final_epochs)))
-
-
-def _memory_factor(config: GraspConfig) -> tuple[float, str]:
-    """Return the peak of a merge in sizes of its model, and what sets it."""
-    if not _trains(config):
-        return 1.1, "no fine-tuning"
-    if config.lora is not None:
-        return 1.2, "fine-tuning by LoRA"
-    if config.training_arguments.get("optim") == "adafactor":
-        return 2.2, "fine-tuning with Adafactor"
-    return 4.1, "fine-tuning with AdamW; lora: or optim: adafactor need less"
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
 def partition_lines(model: PreTrainedModel, unit: str) -> list[str]:
     """Return one line per kind of unit: its name, with a range where units differ in numbers only, and its size."""
     tensors = movable_tensors(model)
@@ -309,8 +182,8 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
     needs_data = bool(recipe.data) or recipe.config.needs_data
     has_labels = not needs_data
     if needs_data:
-        from .data.splits import labelled_splits  # datasets, which a merge without data never imports
-        from .data.tasks import check_prepared
+        from ..data.splits import labelled_splits  # datasets, which a merge without data never imports
+        from ..data.tasks import check_prepared
 
         try:
             check_prepared(cls, base)

@@ -5,19 +5,19 @@ from pathlib import Path
 
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FILE_BUILDERS
 
-from .config.recipe import Recipe
-from .data.digests import contents, digest
-from .data.samples import TaskData
-from .errors import DataError, shortened
-from .hub.download import look_up
-from .hub.reference import Source
-from .merger import GraspMerger
-from .models.classes import is_headless, load_config
-from .record.card import trained_on_test
-from .sources.adapters import load_adapter_config
-from .sources.load import adapter_labels, saves_head
-from .sources.rows import label_names
-from .validation.changes import LEAST_SAMPLES, resolution
+from ..config.recipe import Recipe
+from ..data.digests import contents, digest
+from ..data.samples import TaskData
+from ..errors import DataError, shortened
+from ..hub.download import look_up
+from ..hub.reference import Source
+from ..merger import GraspMerger
+from ..models.classes import is_headless, load_config
+from ..record.card import trained_on_test
+from ..sources.adapters import load_adapter_config
+from ..sources.load import adapter_labels, saves_head
+from ..sources.rows import label_names
+from ..validation.changes import LEAST_SAMPLES, resolution
 
 LEAST_VALIDATION = 50  # fewer than of the test split: it judges by the loss, in pairs of the same sample
 LEAST_TEXTS = 30  # of a language model; with fewer, 1.96 standard errors are no 95 % (Student's t is 2.05 and more)

@@ -1,17 +1,4 @@
-"""The existing ways to make one model of many that `compare` runs beside ours, on the same labels.
-
-Each is its paper's rule on the tensors that a source brings. Three things are the same in all of them:
-
-- A source that brings only some tensors (an adapter) equals the base elsewhere: its task vector is 0 there, and a mean
-  counts a tensor once per source that brings it.
-- Statistics of normalisation layers are no weights, and no multiple of them beyond the sources is a statistic (a
-  variance would become negative): where weights move by coefficients that sum to more than 1, statistics move by those
-  coefficients divided by their sum. A rule for single elements (trimming, dropping, masking) leaves them alone.
-- Integer tensors, such as the batch count of a BatchNorm, have no direction: those of the base stay, except in a mean,
-  which follows `interpolate_`.
-
-All is computed in float32 or better, tensor by tensor. Memory is given in models (P), beside the P of the model itself.
-"""
+"""Merges by task vectors: arithmetic, TIES, DARE, GradFix."""
 
 import logging
 import math
@@ -22,70 +9,15 @@ import torch
 from peft.utils.merge_utils import dare_linear, ties
 from torch import Tensor
 
-from .errors import NonFiniteError
-from .methods.fisher import LEAST_FISHER, fisher_
-from .models.gradients import mean_gradient, preserved_state
-from .tensors.mixing import interpolate_
-from .tensors.placing import overwrite_, placed
-from .tensors.units import movable_tensors
-from .trial import (
-    Trial,
-    all_sources,
-    difference,
-    each_source,
-    finite_loss,
-    moving,
-    weight_names_of,
-    wide_dtype,
-)
+from ..errors import NonFiniteError
+from ..models.gradients import mean_gradient, preserved_state
+from ..tensors.units import movable_tensors
+from .inputs import Trial, all_sources, difference, each_source, finite_loss, moving, weight_names_of, wide_dtype
+from .soups import take_into_mean_
 
 logger = logging.getLogger(__name__)
 
 TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
-
-
-def average_(trial: Trial) -> None:
-    """Change the model to the mean of the sources, a uniform soup (arXiv:2203.05482).
-
-    Memory: one source at a time; 1 P of disk.
-    """
-    mean, seen = trial.room("mean"), Counter[str]()
-    for values in each_source(trial):
-        _take_into_mean_(mean, values, seen)
-    overwrite_(movable_tensors(trial.model), {name: mean[name] for name in seen})
-
-
-def greedy_soup_(trial: Trial) -> None:
-    """Change the model to a greedy soup (arXiv:2203.05482): sources join the mean, best first, if the loss does not rise.
-
-    The paper sorts and judges by held-out accuracy; a few labels have too few values of it, so the loss takes its place.
-
-    Memory: the sources stay mapped, in no private memory; 1 P of disk.
-
-    Raises:
-        NonFiniteError: No source has a finite loss.
-    """
-    tensors, mean, seen = movable_tensors(trial.model), trial.room("mean"), Counter[str]()
-    with all_sources(trial) as sources:
-        losses = []
-        for values in sources:
-            with placed(tensors, values, trial.start):
-                losses.append(finite_loss(trial))
-        order = sorted(range(len(sources)), key=losses.__getitem__)
-        if not math.isfinite(losses[order[0]]):
-            raise NonFiniteError(f"none of the {len(sources)} sources has a finite loss on the labels")
-        best = math.inf
-        for index in order:
-            values = sources[index]
-            for name, value in values.items():
-                interpolate_(tensors[name], mean[name], value, 1 / (seen[name] + 1))
-            loss = finite_loss(trial)
-            if loss <= best:
-                best = loss
-                _take_into_mean_(mean, values, seen)
-                logger.info("greedy soup: took source %d, loss %.4f", index + 1, loss)
-            else:
-                overwrite_(tensors, {name: mean[name] if seen[name] else trial.start[name] for name in values})
 
 
 def task_arithmetic_(trial: Trial, *, weights: Sequence[float] = TENTHS) -> None:
@@ -184,39 +116,6 @@ def dare_(
     logger.info("DARE: density %g, weight %g, loss %.4f", density, weight, loss)
 
 
-def fisher_average_(trial: Trial) -> None:
-    """Change the model to the mean of the sources, each element weighted by its Fisher information (arXiv:2111.09832).
-
-    The Fisher of each source at the labelled inputs, one pass, see `fisher_`. What has none (statistics, unused tokens)
-    becomes the plain mean.
-
-    Memory: one source at a time, the batches of one pass; 3 P of disk.
-
-    Raises:
-        DataError: The labels are no classes.
-        NonFiniteError: A loss or the Fisher of a source is not finite.
-    """
-    tensors, batches = movable_tensors(trial.model), list(trial.batches(trial.epoch))
-    weighted, total, fisher, seen = trial.room("weighted"), trial.room("total"), trial.room("fisher"), set[str]()
-    for index, values in enumerate(each_source(trial)):
-        brought = dict(moving(trial, values))
-        try:
-            with placed(tensors, values, trial.start):
-                fisher_(fisher, trial.model, batches, brought, seed=trial.seed)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"source {index + 1}: {error}") from error
-        for name, value in brought.items():
-            fisher[name].add_(LEAST_FISHER)
-            if name not in seen:
-                weighted[name].zero_()
-                total[name].zero_()
-            weighted[name].addcmul_(fisher[name], value.to(fisher[name].dtype))
-            total[name].add_(fisher[name])
-            seen.add(name)
-    for name in seen:
-        tensors[name].data.copy_(weighted[name].div_(total[name]))
-
-
 def gradfix_(trial: Trial, *, weights: Sequence[float] = TENTHS) -> None:
     """Change the model to `base + a * mean_k (m * (S_k - base))`, GradFix (arXiv:2510.09658) with several sources.
 
@@ -243,7 +142,7 @@ def gradfix_(trial: Trial, *, weights: Sequence[float] = TENTHS) -> None:
                 vector.mul_(vector.sign() == -gradients[name].sign())
             elif name in weight_names:
                 vector.zero_()
-            _take_into_mean_(direction, {name: vector}, seen)
+            take_into_mean_(direction, {name: vector}, seen)
     _search_(trial, direction, dict.fromkeys(seen, 1), weights)
 
 
@@ -302,10 +201,3 @@ def _move_(trial: Trial, direction: Mapping[str, Tensor], counts: Mapping[str, i
         share = weight if name in weight_names else min(weight, 1 / count)
         start = trial.start[name]
         tensors[name].data.copy_(torch.add(start.to(wide_dtype(start)), direction[name], alpha=share))
-
-
-def _take_into_mean_(mean: Mapping[str, Tensor], values: Mapping[str, Tensor], seen: Counter[str]) -> None:
-    """Change each tensor of `mean` from the mean of the `seen` ones to that with `values`, and count them."""
-    for name, value in values.items():
-        seen[name] += 1
-        interpolate_(mean[name], mean[name], value, 1 / seen[name])

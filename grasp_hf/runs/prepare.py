@@ -4,16 +4,16 @@ import logging
 
 from transformers import default_data_collator
 
-from .config.recipe import Recipe
-from .data.digests import shared_samples
-from .data.samples import TaskData
-from .errors import shortened
-from .hub.download import locate
-from .merger import GraspMerger
-from .models.classes import load_config, model_class, task_of
-from .models.processors import required_processing_class
-from .record.redaction import without_secrets
-from .sources.rows import label_names
+from ..config.recipe import Recipe
+from ..data.digests import shared_samples
+from ..data.samples import TaskData
+from ..errors import shortened
+from ..hub.download import locate
+from ..merger import GraspMerger
+from ..models.classes import load_config, model_class, task_of
+from ..models.processors import required_processing_class
+from ..record.redaction import without_secrets
+from ..sources.rows import label_names
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
         if not merger.report.continues:
             merger.report.starts_from_source = recipe.base_model is None
         return merger, sources, TaskData(None, None, None, default_data_collator)
-    from .data.section import DataSection  # datasets, which a merge without data never imports
-    from .data.splits import labelled_splits
-    from .data.tasks import check_prepared, with_images, with_tokens
+    from ..data.section import DataSection  # datasets, which a merge without data never imports
+    from ..data.splits import labelled_splits
+    from ..data.tasks import check_prepared, with_images, with_tokens
 
     section = DataSection.from_recipe(recipe)
     base = locate(start, token=token, trusted=recipe.config.trust_remote_code)

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .models.batches import IGNORED, Collator, batch_loss, class_terms
-from .record.entries import Evaluation
-from .tensors.placing import overwrite_, placed
-from .tensors.units import movable_tensors
-from .trial import Trial, each_source
+from ..models.batches import IGNORED, Collator, batch_loss, class_terms
+from ..record.entries import Evaluation
+from ..tensors.placing import overwrite_, placed
+from ..tensors.units import movable_tensors
+from .inputs import Trial, each_source
 
 
 @torch.no_grad()

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .errors import NonFiniteError
-from .models.gradients import gradient_pass, preserved_state
-from .tensors.placing import overwrite_
-from .tensors.products import inner_products
-from .tensors.units import Unit, head_tensors, movable_tensors, partition
-from .trial import Trial, all_sources, difference, each_source, weight_names_of, wide_dtype
+from ..errors import NonFiniteError
+from ..models.gradients import gradient_pass, preserved_state
+from ..tensors.placing import overwrite_
+from ..tensors.products import inner_products
+from ..tensors.units import Unit, head_tensors, movable_tensors, partition
+from .inputs import Trial, all_sources, difference, each_source, weight_names_of, wide_dtype
 
 logger = logging.getLogger(__name__)
 

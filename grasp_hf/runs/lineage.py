@@ -9,16 +9,16 @@ from typing import Any
 import torch
 import yaml
 
-from .config.recipe import Recipe, override_
-from .data.digests import described
-from .errors import ConfigError
-from .hub.download import locate
-from .hub.reference import Source
+from ..config.recipe import Recipe, override_
+from ..data.digests import described
+from ..errors import ConfigError
+from ..hub.download import locate
+from ..hub.reference import Source
+from ..record.redaction import without_secrets
+from ..record.report import MergeReport
+from ..record.saving import CONFIG_FILE, read_record, saved_state
+from ..sources.checkpoint import file_tensors
 from .prepare import prepare
-from .record.redaction import without_secrets
-from .record.report import MergeReport
-from .record.saving import CONFIG_FILE, read_record, saved_state
-from .sources.checkpoint import file_tensors
 
 logger = logging.getLogger(__name__)
 

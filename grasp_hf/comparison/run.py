@@ -19,17 +19,18 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from filelock import FileLock, Timeout
 
-from .config.recipe import Recipe
-from .contenders import METHODS, Arena, Method, source_alone
-from .data.samples import TaskData
-from .errors import ConfigError, DataError, GraspError, OutputExistsError
+from ..config.recipe import Recipe
+from ..data.samples import TaskData
+from ..errors import ConfigError, DataError, GraspError, OutputExistsError
+from ..files import LOCK, workspace
+from ..hub.download import look_up
+from ..record.entries import Evaluation
+from ..record.redaction import without_secrets
+from ..runs.prepare import prepare
 from .fairness import check_fairness
-from .files import LOCK, workspace
-from .hub.download import look_up
-from .prepare import prepare
-from .record.entries import Evaluation
-from .record.redaction import without_secrets
+from .methods import METHODS, Method, source_alone
 from .results import OURS, RESULTS, Comparison, Result, kind_of, title_of
+from .workbench import Arena
 
 logger = logging.getLogger(__name__)
 

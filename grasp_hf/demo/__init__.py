@@ -1,0 +1,1 @@
+"""The whole job on a small world of real handwritten digits. Nothing else imports this room."""

@@ -1,0 +1,144 @@
+"""A merge from its sources to the folder or the repository that it goes to; whatever fails, the merged model is kept."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..data.samples import TaskData
+from ..errors import ConfigError, GraspError, OutputExistsError, PushError, StaleMergeError
+from ..files import interrupts_held
+from ..hub.push import check_repo_id
+from ..merger import GraspMerger
+from ..record.entries import ControlReport
+from ..record.saving import check_output
+from ..validation.changes import change
+from ..validation.losses import Judgement
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Where a merge goes.
+
+    Attributes:
+        output: Folder for the merged model; `None` saves none.
+        repo_id: Repository on the Hub; `None` pushes nothing.
+        private: Whether a new repository is private.
+        create_pr: Whether to open a pull request instead of changing the branch.
+    """
+
+    output: Path | None = None
+    repo_id: str | None = None
+    private: bool = False
+    create_pr: bool = False
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """Check folder and name before the work in the block, and remove a new folder that stays empty.
+
+        Raises:
+            OutputExistsError: The folder holds something else, or cannot be written.
+            PushError: No repository can have this name.
+        """
+        if self.repo_id:
+            check_repo_id(self.repo_id)
+        is_new = self.output is not None and not self.output.exists()
+        if self.output:
+            check_output(self.output)
+        try:
+            yield
+        finally:
+            if self.output and is_new and not any(self.output.iterdir()):
+                self.output.rmdir()
+
+
+def merge_sources(
+    merger: GraspMerger, sources: Sequence[str], data: TaskData, to: Delivery, *, control: bool = False
+) -> None:
+    """Merge `sources`, evaluate the result on the test split, and save and push it as `to` says.
+
+    Where the merge stops on the way, the sources merged before are saved.
+
+    Args:
+        merger: The target; changed in place.
+        sources: References of the sources.
+        data: The data; without a test split nothing is evaluated at the end.
+        to: Where the merge goes.
+        control: Whether to fine-tune the start without any source too, and to record what the sources gain over it.
+    """
+    before = len(merger.report.steps)
+    alone, judged_by = _control(merger, sources, data) if control else (None, "")
+    try:
+        merger.merge(sources, **data.merge_arguments())
+        if alone:
+            judges = data.test if judged_by == "test data" else data.validation
+            merged = merger.judge(judges, data_collator=data.collator)
+            gain = change(alone, merged).report()
+            merger.report.control = ControlReport(judged_by, alone.evaluation(), merged.evaluation(), gain)
+        if data.test is not None:
+            merger.report.test = merger.evaluate(data.test, data_collator=data.collator)
+        logger.info("\n%s\n", merger.report)
+    except BaseException:
+        done = len(merger.report.steps) - before
+        if done and (kept := _keep(merger, to)):
+            logger.info("saved what was merged before: %d of %d sources, %s", done, len(sources), kept)
+        raise
+    kept = _keep(merger, to) if to.output else None
+    if kept:
+        logger.info("saved: %s", kept)
+    if to.repo_id:
+        push(merger, to, kept)
+    if kept != to.output:
+        raise OutputExistsError(f"the merged model is not in '{to.output}', see above")
+
+
+def push(merger: GraspMerger, to: Delivery, kept: Path | None) -> None:
+    """Push the merge. Where that fails, it stays in the folder `kept`, or is saved to a new one in the working directory."""
+    assert to.repo_id is not None
+    try:
+        url = merger.push_to_hub(to.repo_id, private=to.private or None, create_pr=to.create_pr)
+    except BaseException as error:
+        kept = kept or _keep(merger, to)
+        where = "the merged model could not be saved either"
+        if kept:
+            where = f"the merged model is in the folder '{kept}'"
+            if not isinstance(error, StaleMergeError):
+                where += f": `grasp-hf push {kept} {to.repo_id}` goes on"
+        if isinstance(error, PushError):
+            raise type(error)(f"{error}; {where}") from error
+        logger.info("not pushed; %s", where)
+        raise
+    logger.info("pushed: %s", url)
+
+
+def _keep(merger: GraspMerger, to: Delivery) -> Path | None:
+    """Save the merge in the output folder, or in a new one in the working directory; return the one that took it, if any."""
+    name = to.output.name if to.output else f"{(to.repo_id or '').rpartition('/')[2]}-not-pushed"
+    other = next(path for n in count(1) if not (path := Path(name if n == 1 else f"{name}-{n}")).exists())
+    for folder in (to.output, other) if to.output else (other,):
+        try:
+            with interrupts_held():
+                merger.save_pretrained(folder)
+            return folder
+        except (GraspError, OSError, SafetensorError) as error:
+            logger.error("the merged model could not be saved in '%s': %s", folder, error)
+    return None
+
+
+def _control(merger: GraspMerger, sources: Sequence[str], data: TaskData) -> tuple[Judgement, str]:
+    """Fine-tune the start alone, and return its losses with the name of the samples that they are of."""
+    judges, name = (data.test, "test data") if data.test is not None else (data.validation, "evaluation data")
+    if judges is None or data.train is None:
+        raise ConfigError(
+            "--control: expected data with the splits 'train' and 'test' (or 'validation') to compare on"
+        )
+    if not merger.config.total_epochs(len(sources)):
+        raise ConfigError("--control: expected epochs of fine-tuning, which it compares with; set final_epochs")
+    logger.info("control: fine-tuning alone")
+    return merger.finetuned_alone(len(sources), judges, **data.merge_arguments()), name
