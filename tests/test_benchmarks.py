@@ -5,8 +5,10 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from grasp_hf.comparison.run import model_identities
 from grasp_hf.tensors.units import Unit
 from grasp_hf.validation.losses import SCALES
 from tests.benchmarks import compare as comparing
-from tests.benchmarks import emoji, settings, sotu
+from tests.benchmarks import emoji, rank, settings, sotu
 from tests.benchmarks.packages import complete, fetch
 from tests.benchmarks.sources import KINDS, source_folder
 from tests.benchmarks.training import score
@@ -341,6 +343,69 @@ def test_ours_without_the_gate_is_compared_with_what_has_none_either(kept: Path)
         ["ours without the gate, against", "kind", "better / worse", "by loss"],
         ["TIES", "existing", "1 / 1 (p = 1.000)", "1 / 1 (p = 1.000)"],
         ["source (mean of all)", "control", "2 / 0 (p = 0.500)", "2 / 0 (p = 0.500)"],
+    ]
+
+
+def row(target: str, method: str, seed: int, loss: float, accuracy: float, seconds: float) -> dict[str, Any]:
+    """A row of a benchmark's record."""
+    result = Result(method, 64, seed, {}, {"loss": loss, "accuracy": accuracy}, seconds)
+    return {"target": target, "labels": 64, **asdict(result)}
+
+
+def test_the_summary_has_five_rows_over_both_sets_of_targets(kept: Path) -> None:
+    folder = comparing.comparison_folder("sotu", ERA, 64, kept)
+    known = Comparison.load(folder)
+    known.results += losses("best-source", [2.5, 2.5]) + losses("base", [4.5])  # the base was not run with both seeds
+    known.save(folder)
+    comparing.save("sotu", kept)
+    rows = []
+    for target, seeds in {"noto": (0, 1), "twemoji": (0,)}.items():
+        for seed in seeds:
+            rows += [
+                row(target, "source:a", seed, 9.0, 0.1, 1.0),
+                row(target, OURS, seed, 1.0, 0.6, 4.0),
+                row(target, "best-source", seed, 2.0 + seed, 0.5, 1.0),
+            ]
+    (kept.parent / "emoji.json").write_text(json.dumps({"settings": {}, "results": rows}))
+    table = cells(comparing.summary(["sotu", "emoji"]))
+    assert table[0] == [
+        "method",
+        "development targets: accuracy (2 runs)",
+        "development targets: loss (4 runs)",
+        "untouched targets: accuracy (1 run)",
+        "untouched targets: loss (1 run)",
+        "time, of ours",
+    ]
+    assert table[1] == ["grasp_hf, default", "0.600", "1.250", "0.600", "1.000", "1.00"]
+    assert table[2] == [
+        "best source on the labels, fine-tuned",
+        "0.500 (-0.100 ± 0.000)",
+        "2.500 (-1.250 ± 0.796)",  # 1, 1, 1 and 2: a deviation of 0.5, and 3.182 of Student's t
+        "0.500 (-0.100)",
+        "2.000 (-1.000)",
+        "0.36",  # 2 and 3 seconds of 2 and 12
+    ]
+    assert [line[0] for line in table[3:]] == [*comparing.SUMMARY.values()][2:]
+    assert all(line[1:-1] == ["–"] * 4 for line in table[3:])
+    assert [cell.partition(":")[0] for cell in cells(comparing.summary(["sotu"]))[0][1:]] == [
+        "development targets",
+        "time, of ours",
+    ]
+
+
+def test_before_fine_tuning_there_are_rows_only(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with patch.object(sys, "argv", ["compare", "sotu", "--table", "--merged", "--show", "ranks"]):
+        with pytest.raises(SystemExit):
+            comparing.main()
+    assert "--merged: only --show rows" in capsys.readouterr().err
+
+
+def test_the_table_of_the_ranking_has_a_row_for_each_predictor() -> None:
+    found = {(predictor, effect): [0.5, 0.7] for predictor in rank.PREDICTORS for effect in rank.EFFECTS}
+    assert cells(rank.table(found | {("gain", "copied"): [0.25]}))[:3] == [
+        ["predictor", "copied", "averaged", "fine-tuned"],
+        ["gain", "+0.25", "+0.60 ± 1.27", "+0.60 ± 1.27"],
+        ["cosine", "+0.60 ± 1.27", "+0.60 ± 1.27", "+0.60 ± 1.27"],
     ]
 
 

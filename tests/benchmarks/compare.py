@@ -5,10 +5,12 @@ Run it with `python -m tests.benchmarks.compare sentiment emoji sotu` after `pyt
 sources, and everything random in a method; the sources are those of all other domains. Fine-tuning has as many steps for
 every method. A stopped run goes on where it was. Sources that are trained on another machine are others to the bit (a GPT-2
 by 0.01 nats), so there every run begins anew; once it is through, it takes the place of the one of that name in the record.
-All rows of a run are of the same models (but for one of ours, see the README); runs may be of other ones, and the record
+All rows of a run are of the same models (but for one of ours, see README.md here); runs may be of other ones, and the record
 says of which. The results stand in `tests/benchmarks/results/<benchmark>.json`; `--table` prints the tables of what is
 there already, with `--merged` as it was before fine-tuning. `--untouched` takes targets that no rule of the default was
-chosen by.
+chosen by. `--show` names the tables to print: `rows` (every row of each benchmark), `leaders` (the best other row of each
+benchmark and number of labels), `ranks` (mean ranks over all runs), `ungated` (ours without the gate against the other
+rows), and `summary` (five rows over both sets of targets).
 """
 
 import argparse
@@ -54,6 +56,14 @@ UNTOUCHED = {"sentiment": ("uci_yelp", "tweets"), "emoji": ("twemoji",), "sotu":
 DOMAINS_OF = {"sentiment": tuple(DOMAINS), "emoji": tuple(STYLES), "sotu": tuple(ERAS)}
 KIND = {"sentiment": "lora", "emoji": "dinov2", "sotu": "gpt2"}
 UNGATED = "without the gate"
+SUMMARY = {
+    OURS: "grasp_hf, default",
+    "best-source": "best source on the labels, fine-tuned",
+    "average": "average of all sources, fine-tuned",
+    "base": "base model, fine-tuned",
+    "published": "GRASP as published",
+}
+SHOWN = ("rows", "leaders", "ranks", "ungated", "summary")
 VARIANTS: dict[str, dict[str, Any]] = {
     "running average": {"method": "average"},
     UNGATED: {"gate": False},
@@ -205,13 +215,58 @@ def _table(benchmark: str, measure: str, found: dict[str, Comparison]) -> str:
     for method in methods:
         row = {f"{benchmark}: {measure}": title_of(method), "kind": kind_of(method)}
         for labels, comparison in found.items():
-            runs = comparison.runs(method, 0)
-            count = len(comparison.runs(OURS, 0))
-            column = f"{labels} labels ({count} run{'s' * (count != 1)})"
-            everywhere = len(runs) == count  # means over other runs than ours cannot be compared
-            row[column] = f"{fmean(runs.values()):.3f}" if everywhere else "–"
-            if everywhere and method != OURS:
-                row[column] += f" ({interval(comparison.differences(method, 0), signed=True)})"
+            row[f"{labels} labels ({_runs([comparison])})"] = _cell([comparison], method)
+        rows.append(row)
+    return markdown_table(rows)
+
+
+def _runs(found: Collection[Comparison]) -> str:
+    """Return how many runs there are, in words."""
+    count = sum(len(comparison.runs(OURS, 0)) for comparison in found)
+    return f"{count} run{'s' * (count != 1)}"
+
+
+def _cell(found: Collection[Comparison], method: str) -> str:
+    """Return the mean of a method over all runs and, in brackets, by how much it is better than ours.
+
+    Returns a dash if the method lacks a run, because means over other runs than ours cannot be compared.
+    """
+    if any(one.runs(method, 0).keys() != one.runs(OURS, 0).keys() for one in found):
+        return "–"
+    mean = f"{fmean(value for one in found for value in one.runs(method, 0).values()):.3f}"
+    if method == OURS:
+        return mean
+    differences = [difference for one in found for difference in one.differences(method, 0)]
+    return f"{mean} ({interval(differences, signed=True)})"
+
+
+def summary(benchmarks: Collection[str]) -> str:
+    """Return a line per method of `SUMMARY`: means over all runs of the development and of the untouched targets.
+
+    Accuracy is that of the benchmarks that have one, and the loss that of all of them. The last column has the time of
+    all runs together.
+    """
+    sets: dict[str, list[Comparison]] = {}
+    for name, targets in {"development": TARGETS, "untouched": UNTOUCHED}.items():
+        sets[name] = [
+            found for benchmark in benchmarks for found in comparisons(benchmark, targets[benchmark]).values()
+        ]
+    everything = [comparison for found in sets.values() for comparison in found]
+    if not everything:
+        return "summary: nothing yet"
+    seconds = dict.fromkeys(SUMMARY, 0.0)
+    for result in chain.from_iterable(comparison.results for comparison in everything):
+        if result.method in seconds:
+            seconds[result.method] += result.seconds
+    rows = []
+    for method, title in SUMMARY.items():
+        row = {"method": title}
+        for name, found in sets.items():
+            accurate = [comparison for comparison in found if comparison.measure == "accuracy"]
+            for measure, some in {"accuracy": accurate, "loss": [by_loss(comparison) for comparison in found]}.items():
+                if some:
+                    row[f"{name} targets: {measure} ({_runs(some)})"] = _cell(some, method)
+        row["time, of ours"] = f"{seconds[method] / seconds[OURS]:.2f}" if seconds[method] else "–"
         rows.append(row)
     return markdown_table(rows)
 
@@ -303,7 +358,7 @@ def leaders(targets: dict[str, Collection[str]]) -> str:
                     if kind_of(method) != "ours" and one.runs(method, 0).keys() == own.keys()
                 ]
                 row = {
-                    "measure": f"{benchmark}, {labels} labels: {measure} ({len(own)} run{'s' * (len(own) != 1)})",
+                    "measure": f"{benchmark}, {labels} labels: {measure} ({_runs([one])})",
                     "ours": f"{fmean(own.values()):.3f}",
                 }
                 for column, gated in {"best other row": False, "best one through our gate": True}.items():
@@ -328,7 +383,17 @@ def main() -> None:
     parser.add_argument("--variants", action="store_true", help="also run variants of ours")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--merged", action="store_true", help="show the scores before fine-tuning")
+    parser.add_argument(
+        "--show",
+        nargs="+",
+        choices=SHOWN,
+        metavar="TABLE",
+        help=f"which tables: {', '.join(SHOWN)}; default: all but the summary, and with --merged the rows",
+    )
     args = parser.parse_args()
+    shown = args.show or (["rows"] if args.merged else SHOWN[:-1])
+    if args.merged and shown != ["rows"]:
+        parser.error("--merged: only --show rows can be printed as it was before fine-tuning")
     torch.set_num_threads(1)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("grasp_hf.comparison").setLevel(logging.INFO)
@@ -349,9 +414,12 @@ def main() -> None:
                     for target in targets[benchmark]:
                         run(benchmark, target, size, seed, args.cache, args.variants)
                         save(benchmark, args.cache)
-        print("", *tables(benchmark, targets[benchmark], merged=args.merged), sep="\n\n")
-    if not args.merged:
-        print("", leaders(targets), overall(targets), ungated(targets), sep="\n\n")
+        if "rows" in shown:
+            print("", *tables(benchmark, targets[benchmark], merged=args.merged), sep="\n\n")
+    over_all = {"leaders": leaders, "ranks": overall, "ungated": ungated, "summary": summary}
+    found = [table(targets) for name, table in over_all.items() if name in shown]
+    if found:
+        print("", *found, sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ domains. What each really does is measured by merging it alone into the base mod
 Predicted by the `gain` and the `cosine` of the whole way (one gradient of the fine-tuned base, no pass through a source),
 by the gain from the base model before it was fine-tuned, whose head is untrained, and, as a control, by the loss of each
 source on the 64 validation texts (a pass through every source). The table holds means over targets and seeds, with half
-of the 95 % interval.
+of the 95 % interval. The results stand in `tests/benchmarks/results/rank.json`; `--table` prints the table of them.
 """
 
 import argparse
@@ -30,6 +30,8 @@ from scipy.stats import spearmanr, t
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from grasp_hf import GraspConfig, GraspMerger
+from grasp_hf.report import markdown_table
+from tests.benchmarks.compare import RESULTS
 from tests.benchmarks.packages import cache_folder
 from tests.benchmarks.sentiment import DOMAINS, LABELS
 from tests.benchmarks.sources import TOKENS, source_folder
@@ -119,6 +121,16 @@ def interval(values: list[float]) -> str:
     return f"{statistics.fmean(values):+.2f} ± {half:.2f}"
 
 
+def table(found: dict[tuple[str, str], list[float]]) -> str:
+    """Return the correlations as a Markdown table."""
+    return markdown_table(
+        [
+            {"predictor": predictor} | {effect: interval(found[predictor, effect]) for effect in EFFECTS}
+            for predictor in PREDICTORS
+        ]
+    )
+
+
 def show(found: dict[tuple[str, str], list[float]], merged: int) -> None:
     """Print the correlations so far."""
     print(f"\n{f'{merged} sources merged':24}" + "".join(f"{effect:>16}" for effect in EFFECTS))
@@ -135,7 +147,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--kinds", nargs="+", choices=("lora", "full"), default=["lora", "full"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every source's row to FILE")
+    parser.add_argument(
+        "--table", action="store_true", help="run nothing, print the table of the results that there are"
+    )
     args = parser.parse_args()
+    if args.table:
+        print(table(correlations(json.loads((RESULTS / "rank.json").read_text())["rows"])))
+        return
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for seed in args.seeds:

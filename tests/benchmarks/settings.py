@@ -142,6 +142,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="SETTING", help="default: all")
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args()
+    if args.table:
+        print(tables(json.loads(FILE.read_text())["results"]))
+        return
     torch.set_num_threads(1)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("grasp_hf.comparison").setLevel(logging.INFO)
@@ -155,7 +158,7 @@ def main() -> None:
         parser.error(f"unknown target '{unknown[0]}'; expected some of {', '.join(known)}")
     args.cache = args.cache.absolute()
     os.chdir(args.cache)  # the recipes' paths start there
-    for seed in [] if args.table else args.seeds:
+    for seed in args.seeds:
         for size in args.sizes:
             for name in args.targets:
                 benchmark, _, target = name.partition(":")

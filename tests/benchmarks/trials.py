@@ -30,7 +30,8 @@ standard errors, `farthest` is the last one and `middle` the middle one; with `n
 where the loss, calibrated or not, is not higher than at the start. The loss is calibrated or plain.
 `base-line`: the same from the base model, which has everything to learn.
 
-Results stand in `tests/benchmarks/results/trials.json`; `--table` prints their means, and differences to the first line.
+Results stand in `tests/benchmarks/results/trials.json`; `--table` prints their means, and differences to the first line,
+of all `--parts` and `--kinds`.
 """
 
 import argparse
@@ -413,7 +414,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--rate", type=float, default=5e-5)
     parser.add_argument("--parts", nargs="+", choices=ALL, default=ALL)
-    parser.add_argument("--table", action="store_true", help="also print the means of all results")
+    parser.add_argument("--table", action="store_true", help="also print the means of all results of --parts")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="in the table")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -429,7 +430,8 @@ def main() -> None:
     if args.table:
         rows = json.loads(RESULTS.read_text())["results"]
         rows = [row for row in rows if row["kind"] in args.kinds]
-        for part in ("rules", "means", *LINES):
+        parts = {"rules" if part == "others" else part for part in args.parts}
+        for part in (part for part in ("rules", "means", *LINES) if part in parts):
             for number, measure in enumerate(MEASURES):
                 print(f"\n{part}, {measure}\n\n{table(rows, part, number)}")
 
