@@ -1,4 +1,4 @@
-"""What a new user runs, run: the demo, every recipe, the notebook, the README's examples."""
+"""What a new user runs, run: the demo, every recipe, every notebook, the README's examples."""
 
 import json
 import os
@@ -23,6 +23,7 @@ from grasp_hf.record.saving import REPORT_FILE
 ROOT = Path(__file__).parent.parent
 # Those of the benchmarks need models and data that `tests.benchmarks` makes.
 RECIPES = sorted(path for path in ROOT.glob("recipes/**/*.yaml") if path.parent.name != "benchmarks")
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 README = (ROOT / "README.md").read_text()
 
 
@@ -94,15 +95,30 @@ def test_the_recipes_hold_every_kind_of_source(demo: tuple[Path, str]) -> None:
     assert kinds == {"full": {"full"}, "lora": {"adapter"}, "mixed": {"full", "adapter"}, "paper": {"full"}}
 
 
-def test_the_notebook_runs(tmp_path: Path) -> None:
-    notebook = nbformat.read(ROOT / "notebooks/quick_start.ipynb", as_version=4)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_notebook_runs(path: Path, tmp_path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "outputs are not kept under version control"
     assert "colab-badge.svg" in notebook.cells[0].source
+    assert f"/blob/main/notebooks/{path.name})" in notebook.cells[0].source, "the badge opens another notebook"
     kernel = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute(env=kernel)
-    last = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
-    assert "'score'" in last.outputs[-1]["data"]["text/plain"]
-    assert (tmp_path / "merged/model.safetensors").exists()
+    for cell in notebook.cells:
+        if "plt.show()" in cell.source:
+            assert [output for output in cell.outputs if "image/png" in output.get("data", {})], "no figure was drawn"
+    if path.stem == "quick_start":
+        last = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
+        assert "'score'" in last.outputs[-1]["data"]["text/plain"]
+        assert (tmp_path / "merged/model.safetensors").exists()
+
+
+def test_the_explanation_uses_public_names_only() -> None:
+    notebook = nbformat.read(ROOT / "notebooks/how_it_works.ipynb", as_version=4)
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    imported = re.findall(r"^(?:from|import) grasp_hf\b(.*)$", code, flags=re.MULTILINE)
+    assert imported
+    for names in imported:
+        assert set(names.removeprefix(" import ").split(", ")) <= set(grasp_hf.__all__)
 
 
 def test_the_readmes_python_uses_public_names_only() -> None:
