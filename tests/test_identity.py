@@ -110,6 +110,12 @@ def test_one_changed_number_is_found_with_both_values(
     assert compare_folders(*folders).differences == [f"merged/report.json/{difference}"]
 
 
+def test_nan_equals_nan(folders: tuple[Path, Path]) -> None:
+    for folder in folders:
+        write(folder, RECORD | {"start": {"loss": float("nan"), "accuracy": 0.3}})
+    assert compare_folders(*folders).differences == []
+
+
 def test_durations_memory_versions_and_texts_may_differ(folders: tuple[Path, Path]) -> None:
     step = RECORD["steps"][0] | {"seconds": 9.5, "peak_memory": 1, "source": "other"}
     write(folders[1], RECORD | {"base": "a new text", "versions": {"api": 2, "more": 3}, "steps": [step]})

@@ -7,7 +7,8 @@ settings, `append`, `rank` and `compare`. Then it compares all weights, and all 
 memory and versions may differ.
 
 It needs nothing of the package but the command `grasp-hf` and the folder `recipes/`, so files may move. `--keep FOLDER`
-keeps the environments and the results of the commit, so that the next call runs the working tree only.
+keeps the environments and the results of the commit, so that the next call runs the working tree only. Kept results are
+good on the machine that made them: other processors round differently.
 
 Exit codes: 0 identical, 1 different, 2 a command failed.
 """
