@@ -18,7 +18,7 @@ from grasp_hf.adapters import apply_adapter_
 from grasp_hf.mapped import MappedTensors
 from grasp_hf.matching import movable_tensors
 from grasp_hf.sources import Source, SourceRef
-from tests.models import NO_TUNING, copied, saved, tiny_data, tiny_model
+from tests.support.models import NO_TUNING, copied, saved, tiny_data, tiny_model
 
 STILL: dict[str, Any] = {**NO_TUNING, "gate": False, "batch_size": 8, "num_batches": 2}
 COPY_ALL: dict[str, Any] = {**STILL, "method": "copy", "unit": "module", "threshold": -1.0}

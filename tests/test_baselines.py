@@ -38,7 +38,7 @@ from grasp_hf.mapped import MappedTensors
 from grasp_hf.matching import movable_tensors, partition
 from grasp_hf.mixtures import mixture_, pearl_
 from grasp_hf.trial import Trial, wide_like
-from tests.models import perturbed, tiny_data, tiny_model
+from tests.support.models import perturbed, tiny_data, tiny_model
 
 Tensors = dict[str, Tensor]
 KINDS = ("resnet", "bert")

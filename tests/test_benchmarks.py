@@ -25,7 +25,7 @@ from tests.benchmarks.packages import complete, fetch
 from tests.benchmarks.sources import KINDS, source_folder
 from tests.benchmarks.training import score
 from tests.benchmarks.trials import MEANS, Laboratory, agreeing, harms, weighed
-from tests.models import perturbed, tiny_data, tiny_model
+from tests.support.models import perturbed, tiny_data, tiny_model
 
 
 @pytest.mark.parametrize(

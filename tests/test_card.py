@@ -18,9 +18,8 @@ from grasp_hf.card import (
 )
 from grasp_hf.licenses import LICENSES, SUCCESSORS, Strictness, strictest
 from grasp_hf.report import StepReport
-
-from .models import LABELS, saved, tiny_model
-from .reports import report_of, step
+from tests.support.models import LABELS, saved, tiny_model
+from tests.support.reports import report_of, step
 
 # --- licences
 

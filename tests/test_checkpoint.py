@@ -13,7 +13,7 @@ from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.checkpoint import file_tensors, runtime_tensors
 from grasp_hf.matching import movable_tensors
 from grasp_hf.sources import Source, SourceRef
-from tests.models import KINDS, NO_TUNING, perturbed, saved, tiny_model
+from tests.support.models import KINDS, NO_TUNING, perturbed, saved, tiny_model
 
 
 def read(folder: Path | str, kind: str, scratch: Path) -> tuple[dict[str, torch.Tensor], list[str]]:

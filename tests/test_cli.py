@@ -28,8 +28,8 @@ from grasp_hf.matching import movable_tensors
 from grasp_hf.plan import PlannedSource, cost_lines
 from grasp_hf.prepare import prepare
 from grasp_hf.saving import read_record
-from tests.hub_server import HubServer
-from tests.models import (
+from tests.support.hub.server import HubServer
+from tests.support.models import (
     LABELS,
     NO_TUNING,
     copied,

@@ -37,7 +37,7 @@ from grasp_hf.errors import ConfigError, DataError, OutputExistsError
 from grasp_hf.figures import comparison_figure
 from grasp_hf.matching import movable_tensors
 from grasp_hf.results import OURS, Comparison, Result, half_interval, interval
-from tests.models import (
+from tests.support.models import (
     WORDS,
     copied,
     perturbed,

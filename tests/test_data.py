@@ -28,7 +28,7 @@ from grasp_hf.pictures import picture
 from grasp_hf.prepare import prepare
 from grasp_hf.redaction import without_secrets
 from grasp_hf.rows import label_names
-from tests.models import LABELS, perturbed, saved, tiny_model, tiny_tokenizer, write_images
+from tests.support.models import LABELS, perturbed, saved, tiny_model, tiny_tokenizer, write_images
 
 ROWS = {"text": ["red small", "green large", "blue red"], "label": ["bird", "cat", "dog"]}
 

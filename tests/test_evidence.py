@@ -23,7 +23,7 @@ from transformers import (
 from grasp_hf.batches import batch_loss
 from grasp_hf.errors import DataError
 from grasp_hf.evidence import Change, Judgement, change, joined, judge, resolution
-from tests.models import tiny_data, tiny_model
+from tests.support.models import tiny_data, tiny_model
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,

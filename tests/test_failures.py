@@ -16,7 +16,7 @@ import grasp_hf.merger
 from grasp_hf import GraspConfig, GraspMerger, gradient_alignment
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, OutputExistsError
 from grasp_hf.loading import LoadedSource
-from tests.models import NO_TUNING, copied, perturbed, saved, tiny_data, tiny_model
+from tests.support.models import NO_TUNING, copied, perturbed, saved, tiny_data, tiny_model
 
 CONFIG: dict[str, Any] = {**NO_TUNING, "finetune_epochs": 1, "batch_size": 8, "num_batches": 3}
 

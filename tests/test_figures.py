@@ -14,9 +14,8 @@ from grasp_hf.card import model_card
 from grasp_hf.figures import alignment_figure, progress_figure, save_figures
 from grasp_hf.report import ChangeReport, ControlReport, FinetuneReport, StepReport, unit_reports
 from grasp_hf.transfer import Mix
-
-from .models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
-from .reports import ALL, SHA, report_of, step
+from tests.support.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
+from tests.support.reports import ALL, SHA, report_of, step
 
 
 def pixels(figure: Any) -> list[Any]:

@@ -21,7 +21,7 @@ from transformers import (
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError, NonFiniteError
 from grasp_hf.finetune import adapted, check_finetuning, finetune_, training_arguments
-from tests.models import KINDS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
+from tests.support.models import KINDS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 
 def tuned(

@@ -20,7 +20,7 @@ from grasp_hf.matching import movable_tensors, partition
 from grasp_hf.measure import blend_
 from grasp_hf.scratch import Scratch
 from grasp_hf.transfer import Mix
-from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
+from tests.support.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 Tensors = dict[str, Tensor]
 CLASSES = 3

@@ -19,7 +19,7 @@ from grasp_hf.evidence import Change, Judgement, joined
 from grasp_hf.gate import SHARES, finetune_on_line_, halves, plainest, verdict
 from grasp_hf.matching import movable_tensors
 from grasp_hf.report import ChangeReport, FinetuneReport, MergeReport
-from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
+from tests.support.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 HELPS, NOISE = "lowers the loss", "within the noise: kept"
 ALONE = "fine-tuning without any source is better"

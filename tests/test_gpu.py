@@ -16,7 +16,7 @@ from grasp_hf.comparison import compare
 from grasp_hf.config import Recipe
 from grasp_hf.contenders import METHODS
 from grasp_hf.matching import movable_tensors
-from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model, write_images
+from tests.support.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model, write_images
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,8 +21,17 @@ from grasp_hf.licenses import strictest
 from grasp_hf.matching import movable_tensors
 from grasp_hf.plan import plan, plan_table
 from grasp_hf.sources import SourceRef
-from tests.hub_server import HubServer
-from tests.models import MEASURE_ONLY, NO_TUNING, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
+from tests.support.hub.server import HubServer
+from tests.support.models import (
+    MEASURE_ONLY,
+    NO_TUNING,
+    copied,
+    perturbed,
+    saved,
+    saved_adapter,
+    tiny_data,
+    tiny_model,
+)
 
 TOKEN = "hf_alice"
 LORA: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}

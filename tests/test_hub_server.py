@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
-from tests.hub_server import HubServer
+from tests.support.hub.server import HubServer
 
 TOKEN = "hf_alice"
 CARD = "---\nlicense: mit\ntags: [merge]\nmade: 2026-01-02\n---\n# A model\n"

@@ -23,8 +23,8 @@ from grasp_hf.headers import header_tensors
 from grasp_hf.loading import LoadedSource, fresh_tensors, load_source, load_target
 from grasp_hf.matching import movable_tensors
 from grasp_hf.sources import Source, SourceRef
-from tests.hub_server import HubServer
-from tests.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
+from tests.support.hub.server import HubServer
+from tests.support.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
 
 LORA: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
 

@@ -3,7 +3,7 @@
 import pytest
 
 from grasp_hf.matching import Unit, head_tensors, movable_tensors, partition, tensor_problems, tie_problems
-from tests.models import KINDS, LABELS, tiny_model
+from tests.support.models import KINDS, LABELS, tiny_model
 
 NORMALIZATION = "resnet.embedder.embedder.normalization"
 STAGES = ("resnet.encoder.stages.0", "resnet.encoder.stages.1")

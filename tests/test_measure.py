@@ -13,7 +13,7 @@ from grasp_hf.matching import movable_tensors, partition
 from grasp_hf.measure import learned_coefficients
 from grasp_hf.scratch import Scratch
 from grasp_hf.transfer import Mix, overwrite_
-from tests.models import KINDS, LABELS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
+from tests.support.models import KINDS, LABELS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 CONFIG = GraspConfig(num_batches=3, batch_size=8)
 

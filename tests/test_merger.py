@@ -27,8 +27,8 @@ from transformers import (
 from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
 from grasp_hf.errors import ConfigError, DataError, GraspError, NonFiniteError, OutputExistsError
 from grasp_hf.matching import movable_tensors
-from tests.hub_server import HubServer
-from tests.models import (
+from tests.support.hub.server import HubServer
+from tests.support.models import (
     KINDS,
     LABELS,
     NO_TUNING,

@@ -7,11 +7,11 @@ import torch
 from accelerate import Accelerator
 from transformers import default_data_collator
 
-import tests.published
+import tests.support.published
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.batches import keeping_model_columns, sample_batches
-from tests.models import KINDS, perturbed, tiny_data, tiny_model
-from tests.published import published_grasp
+from tests.support.models import KINDS, perturbed, tiny_data, tiny_model
+from tests.support.published import published_grasp
 
 SEED = 7
 
@@ -26,7 +26,7 @@ def test_three_sources_in_a_row_agree_with_the_reference(
         assert lr == 5e-5
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tests.published, "AdamW", adamw)
+    monkeypatch.setattr(tests.support.published, "AdamW", adamw)
     for index in range(4):
         perturbed(tiny_model(kind), seed=index).save_pretrained(tmp_path / str(index))
     load = type(tiny_model(kind)).from_pretrained

@@ -29,9 +29,9 @@ from grasp_hf.matching import movable_tensors
 from grasp_hf.measure import blend_
 from grasp_hf.pull import Puller, ShardedSource
 from grasp_hf.sources import Source, SourceRef
-from tests.hub_server import HubServer
-from tests.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
-from tests.test_workspace import WITHOUT_TORCH
+from tests.support.hub.server import HubServer
+from tests.support.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
+from tests.support.processes import WITHOUT_TORCH
 
 COPY_ALL = GraspConfig(**{**vars(MEASURE_ONLY), "method": "copy", "threshold": -1.0, "gate": False})
 CHUNK = 2**12  # a tiny model has six of them

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from grasp_hf import GraspMerger, push
 from grasp_hf.errors import PushError
-from tests.hub_server import Entry, HubServer, Repo
-from tests.models import perturbed, saved, saved_adapter, tiny_data, tiny_model
+from tests.support.hub.server import HubServer
+from tests.support.hub.store import Entry, Repo
+from tests.support.models import perturbed, saved, saved_adapter, tiny_data, tiny_model
 
 TOKEN = "hf_alice"
 LOST = "POST /api/models/[^ ]*/commit/main"

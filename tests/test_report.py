@@ -8,9 +8,9 @@ from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.evidence import Change
 from grasp_hf.report import DOUBT, ChangeReport, FinetuneReport, MergeReport, StepReport, UnitReport, unit_reports
 from grasp_hf.transfer import Mix
-from tests.models import perturbed, saved, tiny_data, tiny_model
-from tests.reports import report_of
-from tests.reports import step as step_of
+from tests.support.models import perturbed, saved, tiny_data, tiny_model
+from tests.support.reports import report_of
+from tests.support.reports import step as step_of
 
 
 def test_a_report_comes_back_from_json_as_it_was(tmp_path: Path) -> None:

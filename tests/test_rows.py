@@ -26,7 +26,7 @@ from transformers import (
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError
 from grasp_hf.matching import head_tensors, movable_tensors
 from grasp_hf.rows import class_tensors, label_names, match_labels, match_rows, token_tensors
-from tests.models import LABELS, NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model
+from tests.support.models import LABELS, NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model
 
 STILL: dict[str, Any] = {**NO_TUNING, "gate": False, "batch_size": 8, "num_batches": 2}
 COPY_ALL: dict[str, Any] = {**STILL, "method": "copy", "threshold": -1.0}

@@ -22,7 +22,7 @@ from grasp_hf.measure import blend_, learned_coefficients
 from grasp_hf.scratch import Scratch
 from grasp_hf.step import Step
 from grasp_hf.transfer import Mix
-from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
+from tests.support.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 CONFIG: dict[str, Any] = {**NO_TUNING, "method": "blend", "unit": "layer", "batch_size": 4, "num_batches": 3}
 LABELS = tiny_data("resnet", 21, seed=1)

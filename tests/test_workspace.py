@@ -13,15 +13,9 @@ from typing import Any
 
 import pytest
 
-import grasp_hf
 from grasp_hf.workspace import workspace
+from tests.support.processes import WITHOUT_TORCH
 
-WITHOUT_TORCH = f"""
-import sys, types
-
-package = sys.modules["grasp_hf"] = types.ModuleType("grasp_hf")  # the whole package takes seconds to import
-package.__path__ = {grasp_hf.__path__!r}
-"""
 HOLDER = f"""{WITHOUT_TORCH}
 import multiprocessing
 from pathlib import Path
