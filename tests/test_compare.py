@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -221,11 +222,11 @@ def test_the_base_comes_back_after_an_error(recipe: Recipe, tmp_path: Path, monk
     def run(arena: Arena) -> None:
         arena.copy(sources[0])
         moved.append(any(not torch.equal(now, before[name]) for name, now in movable_tensors(base.model).items()))
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("after the copy")
 
     monkeypatch.setattr(module, "prepare", lambda recipe: (base, sources, data))
     monkeypatch.setitem(METHODS, "average", Method("interrupted", "control", run))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="after the copy"):
         compare(recipe, tmp_path / "out", seeds=[0], methods=["average"])
     assert moved == [True]
     assert all(torch.equal(now, before[name]) for name, now in movable_tensors(base.model).items())
@@ -457,11 +458,9 @@ def test_the_content_of_an_image_is_its_pixels() -> None:
 
 def test_too_few_test_samples_are_refused_with_what_they_could_show(world: Path, tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", {"train": 2, "test": 16})
-    with pytest.raises(DataError) as raised:
-        compare(with_images(world, tmp_path, images), tmp_path / "out")
     visible = 100 * 1.96 * math.sqrt(0.5 / 48)  # two models that differ on every second sample
-    assert f"'test' has 48 samples: two models would have to differ by about {visible:.0f} points" in str(raised.value)
-    assert "expected at least 100, and 768 show 5 points" in str(raised.value)
+    with pytest.raises(DataError, match=f"'test' has 48 samples.* {visible:.0f} points.* 100.* 768 show 5 points"):
+        compare(with_images(world, tmp_path, images), tmp_path / "out")
 
 
 def test_too_few_validation_samples_are_refused_with_what_they_could_show(world: Path, tmp_path: Path) -> None:
@@ -531,11 +530,8 @@ def saved_with_labels(kind: str, world: Path, to: Path, names: list[str]) -> str
 @pytest.mark.parametrize("kind", ["full", "adapter"])
 def test_a_source_with_other_labels_is_refused(kind: str, world: Path, tmp_path: Path) -> None:
     source = saved_with_labels(kind, world, tmp_path / "other", ["bird", "cat", "horse"])
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(DataError, match=f"'{re.escape(source)}'.* got bird, cat, horse, expected bird, cat, dog"):
         compare(write_recipe(world, tmp_path, sources=[source]), tmp_path / "out")
-    assert f"source '{source}' knows other labels than the data: got bird, cat, horse, expected bird, cat, dog" in str(
-        raised.value
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The loop: what moves, what stays, what is undone, what is left on disk."""
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -565,7 +566,7 @@ class Interrupting:
     def __getitem__(self, index: int) -> Any:
         self.left -= 1
         if self.left < 0:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("at a sample")
         return self.samples[index]
 
 
@@ -576,7 +577,7 @@ def test_a_record_tells_of_no_fine_tuning_that_an_interrupt_took_back(tmp_path: 
     assert GraspMerger(tiny_model("vit"), config).merge([source], **{**data_for("vit"), "eval_dataset": reads}).final
     merger = GraspMerger(tiny_model("vit"), config)
     stopped = Interrupting(reads.samples, whole - reads.left - 1)  # at the last sample of the last evaluation
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="at a sample"):
         merger.merge([source], **{**data_for("vit"), "eval_dataset": stopped})
     assert merger.report.final is None and not merger.report.finetuned
     assert [step.accepted for step in merger.report.steps] == [True]
@@ -635,7 +636,7 @@ def test_a_second_interrupt_waits_until_everything_is_back(tmp_path: Path, monke
     source = saved(perturbed(tiny_model("vit"), seed=1), tmp_path / "source")
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=re.escape(source)):
             merger.merge([source], train_dataset=tiny_data("vit", 12))
     finally:
         signal.signal(signal.SIGINT, handler)
