@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.hub_server import HubServer
+from tests.support.hub.server import HubServer
 
 if "huggingface_hub" in sys.modules:
     raise RuntimeError("huggingface_hub was imported before conftest.py: the tests would talk to the real Hub")

@@ -18,7 +18,7 @@ from grasp_hf.hub.reference import Source, SourceRef
 from grasp_hf.sources.adapters import apply_adapter_
 from grasp_hf.tensors.mapped import MappedTensors
 from grasp_hf.tensors.units import movable_tensors
-from tests.models import NO_TUNING, copied, saved, tiny_data, tiny_model
+from tests.support.models import NO_TUNING, copied, saved, tiny_data, tiny_model
 
 STILL: dict[str, Any] = {**NO_TUNING, "gate": False, "batch_size": 8, "num_batches": 2}
 COPY_ALL: dict[str, Any] = {**STILL, "method": "copy", "unit": "module", "threshold": -1.0}

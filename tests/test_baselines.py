@@ -29,8 +29,7 @@ from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, Non
 from grasp_hf.models.finetune import finetune_
 from grasp_hf.tensors.mapped import MappedTensors
 from grasp_hf.tensors.units import movable_tensors, partition
-from grasp_hf.validation.losses import judge
-from tests.models import perturbed, tiny_data, tiny_model
+from tests.support.models import perturbed, tiny_data, tiny_model
 
 Tensors = dict[str, Tensor]
 KINDS = ("resnet", "bert")
@@ -644,11 +643,11 @@ def test_ensemble_of_one_source_is_its_evaluation_and_leaves_out_ignored_tokens(
 
     source = fine_tunes("gpt2", 1)[0]
     trial = trial_of("gpt2", [source], tmp_path)
-    base, data, accelerator = copies(trial.model), tiny_data("gpt2", 10), Accelerator(cpu=True)
-    found = ensemble_evaluation(trial, data, collator, accelerator, 4)
+    base, data = copies(trial.model), tiny_data("gpt2", 10)
+    found = ensemble_evaluation(trial, data, collator, Accelerator(cpu=True), 4)
     assert_close(trial.model, base, tolerance=0)
     place(trial.model, source)
-    assert found == pytest.approx(judge(trial.model, data, collator, accelerator, 4).evaluation(), rel=1e-5)
+    assert found == {"loss": pytest.approx(float(trial.model(**collator(list(data))).loss), rel=1e-5)}
 
 
 def test_ensemble_refuses_labels_that_are_no_classes(tmp_path: Path) -> None:
@@ -690,9 +689,10 @@ def test_fusion_of_one_source_is_that_source(tmp_path: Path) -> None:
     trial = trial_of("gpt2", [source], tmp_path)
     fusion = logit_fusion(trial)
     place(trial.model, source)
-    data, accelerator = tiny_data("gpt2", 10), Accelerator(cpu=True)
-    scores = [judge(m, data, default_data_collator, accelerator, 4).evaluation() for m in (fusion, trial.model)]
-    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    batch = default_data_collator(list(tiny_data("gpt2", 10)))
+    outputs = [model(**batch) for model in (fusion, trial.model)]
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits)
+    assert float(outputs[0].loss) == pytest.approx(float(outputs[1].loss), rel=1e-5)
 
 
 def test_fusion_initialises_nothing(tmp_path: Path) -> None:
@@ -713,13 +713,12 @@ def test_fusion_trains_all_members_and_keeps_the_best_epoch(kind: str, tmp_path:
     """Through the Trainer, whose best checkpoint must come back into members and tied weights."""
     fusion = logit_fusion(trial_of(kind, fine_tunes(kind, 2), tmp_path))
     assert isinstance(fusion, LogitFusion)
-    data, accelerator = tiny_data(kind, SAMPLES), Accelerator(cpu=True)
-    before, start = copies(fusion), judge(fusion, data, default_data_collator, accelerator, 4).evaluation()
+    data = tiny_data(kind, SAMPLES)
+    batch = default_data_collator(list(data))
+    before, start = copies(fusion), float(fusion.eval()(**batch).loss.detach())
     config = GraspConfig(batch_size=BATCH, training_arguments={"learning_rate": 0.01, "use_cpu": True})
     finetune_(fusion, data, data, default_data_collator, config, epochs=3, seed=0, directory=tmp_path)
-    fusion.eval()
-    after = judge(fusion, data, default_data_collator, accelerator, 4).evaluation()
-    assert after["loss"] < start["loss"]
+    assert float(fusion.eval()(**batch).loss.detach()) < start
     changed = {n.partition(".")[0] for n, t in copies(fusion).items() if not torch.equal(t, before[n])}
     assert changed == {"member_0", "member_1"}
     if kind == "gpt2":

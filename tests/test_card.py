@@ -18,9 +18,8 @@ from grasp_hf.record.card import (
     usage,
 )
 from grasp_hf.record.report import StepReport
-
-from .models import LABELS, saved, tiny_model
-from .reports import report_of, step
+from tests.support.models import LABELS, saved, tiny_model
+from tests.support.reports import report_of, step
 
 # --- licences
 

@@ -1,5 +1,6 @@
 """Reading a checkpoint without building a model gives what `from_pretrained` gives, and costs page cache only."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.hub.reference import Source, SourceRef
 from grasp_hf.sources.checkpoint import file_tensors, runtime_tensors
 from grasp_hf.tensors.units import movable_tensors
-from tests.models import KINDS, NO_TUNING, perturbed, saved, tiny_model
+from tests.support.models import KINDS, NO_TUNING, perturbed, saved, tiny_model
 
 
 def read(folder: Path | str, kind: str, scratch: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -177,6 +178,12 @@ def test_positions_that_are_computed_and_never_saved(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.MarianMTModel(config)
     model.save_pretrained(tmp_path / "base")
+    source = perturbed(deepcopy(model), 1)
+    source.save_pretrained(tmp_path / "source")
     settings = GraspConfig(method="average", unit="module", **NO_TUNING)
     merger = GraspMerger.from_pretrained(str(tmp_path / "base"), config=settings)
-    assert merger.merge([str(tmp_path / "base")]).steps[0].moved > 10
+    step = merger.merge([str(tmp_path / "source")]).steps[0]
+    assert step.other_units == 2, "the positions of the encoder and of the decoder"
+    for name, tensor in merger.model.named_parameters():
+        expected = model if name.endswith("embed_positions.weight") else source
+        assert torch.equal(tensor, expected.get_parameter(name)), name

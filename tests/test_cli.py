@@ -29,8 +29,8 @@ from grasp_hf.runs.costs import cost_lines
 from grasp_hf.runs.planned import PlannedSource
 from grasp_hf.runs.prepare import prepare
 from grasp_hf.tensors.units import movable_tensors
-from tests.hub_server import HubServer
-from tests.models import (
+from tests.support.hub.server import HubServer
+from tests.support.models import (
     LABELS,
     NO_TUNING,
     copied,

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -44,7 +45,7 @@ from grasp_hf.data.tasks import with_images as with_pixels
 from grasp_hf.errors import ConfigError, DataError, OutputExistsError
 from grasp_hf.runs.prepare import prepare
 from grasp_hf.tensors.units import movable_tensors
-from tests.models import (
+from tests.support.models import (
     WORDS,
     copied,
     perturbed,
@@ -228,11 +229,11 @@ def test_the_base_comes_back_after_an_error(recipe: Recipe, tmp_path: Path, monk
     def run(arena: Arena) -> None:
         arena.copy(sources[0])
         moved.append(any(not torch.equal(now, before[name]) for name, now in movable_tensors(base.model).items()))
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("after the copy")
 
     monkeypatch.setattr(module, "prepare", lambda recipe: (base, sources, data))
     monkeypatch.setitem(METHODS, "average", Method("interrupted", "control", run))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="after the copy"):
         compare(recipe, tmp_path / "out", seeds=[0], methods=["average"])
     assert moved == [True]
     assert all(torch.equal(now, before[name]) for name, now in movable_tensors(base.model).items())
@@ -464,11 +465,9 @@ def test_the_content_of_an_image_is_its_pixels() -> None:
 
 def test_too_few_test_samples_are_refused_with_what_they_could_show(world: Path, tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", {"train": 2, "test": 16})
-    with pytest.raises(DataError) as raised:
-        compare(with_images(world, tmp_path, images), tmp_path / "out")
     visible = 100 * 1.96 * math.sqrt(0.5 / 48)  # two models that differ on every second sample
-    assert f"'test' has 48 samples: two models would have to differ by about {visible:.0f} points" in str(raised.value)
-    assert "expected at least 100, and 768 show 5 points" in str(raised.value)
+    with pytest.raises(DataError, match=f"'test' has 48 samples.* {visible:.0f} points.* 100.* 768 show 5 points"):
+        compare(with_images(world, tmp_path, images), tmp_path / "out")
 
 
 def test_too_few_validation_samples_are_refused_with_what_they_could_show(world: Path, tmp_path: Path) -> None:
@@ -538,11 +537,8 @@ def saved_with_labels(kind: str, world: Path, to: Path, names: list[str]) -> str
 @pytest.mark.parametrize("kind", ["full", "adapter"])
 def test_a_source_with_other_labels_is_refused(kind: str, world: Path, tmp_path: Path) -> None:
     source = saved_with_labels(kind, world, tmp_path / "other", ["bird", "cat", "horse"])
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(DataError, match=f"'{re.escape(source)}'.* got bird, cat, horse, expected bird, cat, dog"):
         compare(write_recipe(world, tmp_path, sources=[source]), tmp_path / "out")
-    assert f"source '{source}' knows other labels than the data: got bird, cat, horse, expected bird, cat, dog" in str(
-        raised.value
-    )
 
 
 @pytest.mark.parametrize(
@@ -691,11 +687,20 @@ def test_rows_do_not_depend_on_how_the_recipe_merges(
     assert average[0].merged == average[1].merged
 
 
-@pytest.mark.parametrize("arguments", [{}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ({}, 9),  # six batches an epoch, the last of a single label
+        (
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+            5,
+        ),  # three pairs of them, and half of that
+    ],
+)
 def test_a_mixture_takes_as_many_steps_as_fine_tuning(
-    arguments: dict[str, Any], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: dict[str, Any], steps: int, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the last batch of an epoch, or its last accumulated batches, are not full."""
+    """One and a half epochs of 21 labels."""
     recipe = write_recipe(world, tmp_path, final_epochs=1.5, training_arguments=arguments)
     taken, train, learn = [], Trainer.train, contenders.mixture_
 
@@ -711,7 +716,7 @@ def test_a_mixture_takes_as_many_steps_as_fine_tuning(
     monkeypatch.setattr(Trainer, "train", counting)
     monkeypatch.setattr(contenders, "mixture_", learning)
     compare(recipe, tmp_path / "out", sizes=[21], seeds=[0], methods=["adamerging"])
-    assert len(set(taken[:2])) == 1, taken
+    assert taken[:2] == [steps, steps]
 
 
 def test_adapters_of_pearl_are_trained_without_a_budget_too(world: Path, tmp_path: Path) -> None:

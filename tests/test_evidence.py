@@ -24,7 +24,7 @@ from grasp_hf.errors import DataError
 from grasp_hf.models.batches import batch_loss
 from grasp_hf.validation.changes import Change, change, resolution
 from grasp_hf.validation.losses import Judgement, joined, judge
-from tests.models import tiny_data, tiny_model
+from tests.support.models import tiny_data, tiny_model
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,

@@ -1,6 +1,7 @@
 """Whatever fails, at whatever stage: the target comes back bit for bit, and nothing of the source stays alive."""
 
 import gc
+import re
 import signal
 import sys
 import weakref
@@ -16,7 +17,7 @@ import grasp_hf.tensors.mixing
 from grasp_hf import GraspConfig, GraspMerger, gradient_alignment
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, OutputExistsError
 from grasp_hf.sources.load import LoadedSource
-from tests.models import NO_TUNING, copied, perturbed, saved, tiny_data, tiny_model
+from tests.support.models import NO_TUNING, copied, perturbed, saved, tiny_data, tiny_model
 
 CONFIG: dict[str, Any] = {**NO_TUNING, "finetune_epochs": 1, "batch_size": 8, "num_batches": 3}
 
@@ -183,7 +184,7 @@ def test_an_interrupted_average_is_whole_after_the_source_that_it_was_at(
     expected.merge(sources[:2])
     monkeypatch.setattr(grasp_hf.tensors.mixing, "mix_", interrupted)
     merger = GraspMerger(tiny_model("vit"), config)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=re.escape(sources[1])):
         merger.merge(sources)
     assert [step.source for step in merger.report.steps] == sources[:2]
     for name, value in state_of(expected.model).items():
@@ -191,7 +192,7 @@ def test_an_interrupted_average_is_whole_after_the_source_that_it_was_at(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     bad = copied(sources[2], tmp_path / "bad") / "model.safetensors"
     bad.write_bytes(bad.read_bytes()[:-100])
-    with pytest.raises(IncompatibleSourceError):
+    with pytest.raises(IncompatibleSourceError, match=f"{re.escape(str(bad.parent))}.*{bad.name}"):
         merger.merge([str(bad.parent)])
     for name, value in state_of(expected.model).items():
         assert torch.equal(merger.model.state_dict()[name], value), name

@@ -15,9 +15,8 @@ from grasp_hf.record.entries import ChangeReport, ControlReport, FinetuneReport,
 from grasp_hf.record.figures import alignment_figure, progress_figure, save_figures
 from grasp_hf.record.report import StepReport
 from grasp_hf.tensors.mixing import Mix
-
-from .models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
-from .reports import ALL, SHA, report_of, step
+from tests.support.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
+from tests.support.reports import ALL, SHA, report_of, step
 
 
 def pixels(figure: Any) -> list[Any]:

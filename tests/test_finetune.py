@@ -21,7 +21,7 @@ from transformers import (
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError, NonFiniteError
 from grasp_hf.models.finetune import adapted, check_finetuning, finetune_, training_arguments
-from tests.models import KINDS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
+from tests.support.models import KINDS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 
 def tuned(
@@ -174,11 +174,11 @@ def test_an_adapter_is_trained_and_becomes_part_of_the_weights(kind: str, tmp_pa
 def test_an_interrupted_adapter_leaves_the_model_whole(tmp_path: Path) -> None:
     model = tiny_model("vit")
     modules, before = dict(model.named_modules()), {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(NonFiniteError):
+    with pytest.raises(NonFiniteError, match=r"q_proj\.weight.* learning_rate"):
         low_rank(model, tmp_path, {"r": 2}, learning_rate=1e30)
     assert dict(model.named_modules()) == modules and model.state_dict().keys() == before.keys()
-    with pytest.raises(KeyboardInterrupt), adapted(model, {"r": 2}, seed=0):
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt, match="adapted"), adapted(model, {"r": 2}, seed=0):
+        raise KeyboardInterrupt("adapted")
     assert dict(model.named_modules()) == modules
     assert all(p.requires_grad for p in model.parameters())
 
@@ -365,11 +365,11 @@ def test_what_has_no_classes_has_no_accuracy_to_choose_by(tmp_path: Path) -> Non
 
 def test_an_interrupt_leaves_no_noise_on_the_embeddings(tmp_path: Path) -> None:
     def stopped(samples: list[Any]) -> Any:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("at the first batch")
 
     model = tiny_model("bert")
     config = GraspConfig(batch_size=8, training_arguments={"neftune_noise_alpha": 5.0})
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="at the first batch"):
         finetune_(model, tiny_data("bert", 16), None, stopped, config, epochs=1, seed=3, directory=tmp_path)
     assert not any(module._forward_hooks for module in model.modules())
 

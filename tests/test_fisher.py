@@ -18,8 +18,8 @@ from grasp_hf.tensors.mapped import MappedTensors
 from grasp_hf.tensors.mixing import Mix, blend_
 from grasp_hf.tensors.scratch import Scratch
 from grasp_hf.tensors.units import movable_tensors, partition
-from grasp_hf.validation.labels import halves
-from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
+from tests.support.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
+from tests.support.plain import calibrated_losses, halves, mean_loss
 
 Tensors = dict[str, Tensor]
 CLASSES = 3
@@ -249,8 +249,8 @@ def fisher_of(source: PreTrainedModel, merger: GraspMerger, seed: int) -> Tensor
 
 def calibrated(merger: GraspMerger) -> float:
     """Return the loss by which options are compared, of the model as it is."""
-    judged = [merger.judge(LABELS.select(half)) for half in halves(range(len(LABELS)), merger.config.seed)]
-    return sum(half.calibrated_loss for half in judged) / 2
+    parts = [LABELS.select(half) for half in halves(len(LABELS), merger.config.seed)]
+    return float(torch.cat([calibrated_losses(merger.model, part) for part in parts]).mean())
 
 
 def test_a_merge_takes_the_fisher_average_where_the_labels_judge_it_best(world: Path) -> None:
@@ -266,10 +266,13 @@ def test_a_merge_takes_the_fisher_average_where_the_labels_judge_it_best(world: 
     for name, found in merger.model.named_parameters():
         (a, b), (f, g) = ([s.get_parameter(name) for s in sources], [fisher[name] for fisher in fishers])
         torch.testing.assert_close(found, (f * a + g * b) / (f + g), rtol=1e-4, atol=1e-5, msg=name)
-    assert second.options["fisher"] == pytest.approx(calibrated(merger))
-    assert second.after["loss"] == pytest.approx(merger.judge(LABELS).loss)
+    assert second.options["fisher"] == pytest.approx(calibrated(merger), abs=1e-6)
+    assert second.after["loss"] == pytest.approx(mean_loss(merger.model, LABELS), abs=1e-6)
+    takes = {name: fishers[1][name] / (fishers[0][name] + fishers[1][name]) for name in fishers[0]}
     for unit in second.units:
-        assert 0 < unit.coefficient < 1 and unit.keep == pytest.approx(1 - unit.coefficient)
+        own = [take.flatten() for name, take in takes.items() if name.startswith(f"{unit.name}.")]
+        assert unit.coefficient == pytest.approx(float(torch.cat(own).mean()), abs=1e-5)
+        assert unit.keep == pytest.approx(1 - unit.coefficient)
 
 
 def test_the_next_source_meets_the_sum_of_those_before(world: Path) -> None:

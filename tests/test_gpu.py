@@ -16,7 +16,8 @@ from grasp_hf.comparison.methods import METHODS
 from grasp_hf.comparison.run import compare
 from grasp_hf.config.recipe import Recipe
 from grasp_hf.tensors.units import movable_tensors
-from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model, write_images
+from tests.support.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model, write_images
+from tests.support.plain import mean_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,7 +33,7 @@ def test_a_merge_on_a_gpu_gives_the_model_back_on_the_cpu(tmp_path: Path) -> Non
     config = GraspConfig(method="copy", threshold=1.0, **NO_TUNING)
     data = tiny_data("resnet", 16)
     step = GraspMerger(target, config).merge_source(source, train_dataset=data, eval_dataset=data)
-    assert step.before["loss"] > 0
+    assert step.before["loss"] == pytest.approx(mean_loss(target, data), abs=1e-3)
     for name, value in target.state_dict().items():
         assert value.device.type == "cpu"
         torch.testing.assert_close(value, before[name], atol=1e-6, rtol=0)

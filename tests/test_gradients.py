@@ -13,7 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError
 from grasp_hf.models.gradients import checkpointing, gradient_pass, gradients_leaving, preserved_state
-from tests.models import KINDS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
+from tests.support.models import KINDS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 
 def batch_of(kind: str) -> dict[str, Tensor]:

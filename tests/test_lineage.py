@@ -22,8 +22,8 @@ from grasp_hf.cli import main
 from grasp_hf.errors import ConfigError, IncompatibleSourceError, PushError
 from grasp_hf.merging.step import Step
 from grasp_hf.runs.lineage import append_recipe, reproduce
-from tests.hub_server import HubServer
-from tests.models import NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
+from tests.support.hub.server import HubServer
+from tests.support.models import NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
 
 TOKEN = "hf_alice"
 LORA: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}

@@ -24,8 +24,8 @@ from grasp_hf.sources.checkpoint import runtime_tensors
 from grasp_hf.sources.headers import header_tensors
 from grasp_hf.sources.load import LoadedSource, load_source
 from grasp_hf.tensors.units import movable_tensors
-from tests.hub_server import HubServer
-from tests.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
+from tests.support.hub.server import HubServer
+from tests.support.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
 
 LORA: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
 

@@ -4,7 +4,7 @@ import pytest
 
 from grasp_hf.sources.fit import tensor_problems, tie_problems
 from grasp_hf.tensors.units import Unit, head_tensors, movable_tensors, partition
-from tests.models import KINDS, LABELS, tiny_model
+from tests.support.models import KINDS, LABELS, tiny_model
 
 NORMALIZATION = "resnet.embedder.embedder.normalization"
 STAGES = ("resnet.encoder.stages.0", "resnet.encoder.stages.1")
@@ -15,7 +15,9 @@ STAGES = ("resnet.encoder.stages.0", "resnet.encoder.stages.1")
 def test_units_hold_every_tensor_once(kind: str, unit: str) -> None:
     model = tiny_model(kind)
     names = [name for part in partition(model, unit) for name in part.tensors]
-    expected = dict(model.named_parameters()) if unit == "parameter" else movable_tensors(model)
+    expected = [name for name, _ in model.named_parameters()]
+    if unit != "parameter":
+        expected += [name for name, _ in model.named_buffers() if name in model.state_dict()]
     assert sorted(names) == sorted(expected)
 
 

@@ -13,7 +13,7 @@ from grasp_hf import GraspConfig, Recipe
 from grasp_hf.cli import main
 from grasp_hf.config.mergekit import is_mergekit, translate
 from grasp_hf.errors import ConfigError
-from tests.models import NO_TUNING, perturbed, saved, saved_adapter, tiny_model
+from tests.support.models import NO_TUNING, perturbed, saved, saved_adapter, tiny_model
 
 MEAN = GraspConfig(method="average", **NO_TUNING, gate=False)
 BLEND = GraspConfig(method="blend")

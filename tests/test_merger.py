@@ -1,6 +1,7 @@
 """The loop: what moves, what stays, what is undone, what is left on disk."""
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from transformers import (
     PreTrainedModel,
     SiglipConfig,
     SiglipForImageClassification,
+    default_data_collator,
 )
 
 from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
 from grasp_hf.errors import ConfigError, DataError, GraspError, NonFiniteError, OutputExistsError
 from grasp_hf.tensors.units import movable_tensors
-from tests.hub_server import HubServer
-from tests.models import (
+from tests.support.hub.server import HubServer
+from tests.support.models import (
     KINDS,
     LABELS,
     NO_TUNING,
@@ -39,6 +41,7 @@ from tests.models import (
     tiny_model,
     tiny_tokenizer,
 )
+from tests.support.plain import mean_loss
 
 STILL: dict[str, Any] = {**NO_TUNING, "batch_size": 8, "num_batches": 2}
 BLEND: dict[str, Any] = {**STILL, "method": "blend"}
@@ -98,7 +101,8 @@ def test_a_blend_moves_weights_and_statistics_by_the_coefficients_of_the_report(
     merger = GraspMerger(target, GraspConfig(gate=False, unit="module", **BLEND))
     step = merger.merge_source(saved(source, tmp_path / "source"), **data_for("resnet"))
     mixes = {unit.name: (unit.keep or 0.0, unit.coefficient) for unit in step.units}
-    assert sum(take > 0 for _, take in mixes.values()) >= 3
+    with_tensors = {name for name, module in target.named_modules() if [*module.parameters(recurse=False)]}
+    assert mixes.keys() == with_tensors and all(take > 0 for _, take in mixes.values())
     after, ends = movable_tensors(target), movable_tensors(source)
     for name, start in before.items():
         if start.is_floating_point():
@@ -116,10 +120,13 @@ def test_the_gate_undoes_a_harmful_transfer_bit_for_bit(tmp_path: Path) -> None:
     merger = GraspMerger(target, config)
     merger.merge([], **data_for("vit"))
     before = state_of(target)
-    step = merger.merge_source(saved(perturbed(tiny_model("vit"), 1, scale=1.0), tmp_path / "bad"), **data_for("vit"))
+    bad, judges = perturbed(tiny_model("vit"), 1, scale=1.0), data_for("vit")["eval_dataset"]
+    step = merger.merge_source(saved(bad, tmp_path / "bad"), **data_for("vit"))
     assert not step.accepted and step.moved == 0
-    assert step.after_transfer["loss"] > step.before["loss"] == step.after["loss"]
-    assert {unit.decision for unit in step.units} <= {"undone", "undefined"}
+    assert {unit.decision for unit in step.units} == {"undone"}, "all of the source was in the model for a while"
+    assert step.after_transfer["loss"] == pytest.approx(mean_loss(bad, judges), abs=1e-6)
+    assert step.before["loss"] == step.after["loss"] == pytest.approx(mean_loss(target, judges), abs=1e-6)
+    assert step.after_transfer["loss"] > step.before["loss"]
     assert_unchanged(target, before)
 
 
@@ -132,8 +139,11 @@ def test_a_source_that_solves_the_task_is_accepted(tmp_path: Path) -> None:
     source = saved(expert.model, tmp_path / "expert")
     merger = GraspMerger(tiny_model("resnet"), GraspConfig(**{**BLEND, "num_batches": 16}))
     step = merger.merge_source(source, **data_for("resnet"))
-    assert step.accepted and step.moved > 3
-    assert step.after["loss"] < step.before["loss"] - 0.1
+    assert step.accepted and step.moved == len(step.units)
+    judges = data_for("resnet").values()
+    assert step.before["loss"] == pytest.approx(mean_loss(tiny_model("resnet"), *judges), abs=1e-6)
+    assert step.after["loss"] == pytest.approx(mean_loss(merger.model, *judges), abs=1e-6)
+    assert step.before["accuracy"] < step.after["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("method", ["copy", "blend"])
@@ -143,9 +153,12 @@ def test_a_head_with_other_labels_is_never_touched(method: str, tmp_path: Path) 
     head = {name: value.clone() for name, value in target.state_dict().items() if name.startswith("classifier")}
     config = GraspConfig(method=method, threshold=-1.0, gate=False, **STILL)  # type: ignore[arg-type]
     step = GraspMerger(target, config).merge_source(saved(source, tmp_path / "source"), **data_for("vit"))
-    assert step.moved > 0 and step.other_units == 1
-    for name, value in head.items():
-        assert torch.equal(target.state_dict()[name], value)
+    assert step.moved == len(step.units) == 5 and step.other_units == 1
+    for name, value in target.state_dict().items():
+        if name.startswith("classifier"):
+            assert torch.equal(value, head[name])
+        elif method == "copy":
+            assert torch.equal(value, source.state_dict()[name]), name
 
 
 def test_a_failing_fine_tune_gives_the_target_back_as_it_was(tmp_path: Path) -> None:
@@ -271,7 +284,8 @@ def test_each_source_is_gone_before_the_next_also_from_memory_maps(tmp_path: Pat
     source = saved(perturbed(tiny_model("vit"), 1), tmp_path / "source")
     merger = GraspMerger(tiny_model("vit"), GraspConfig(method="copy", threshold=-1.0, gate=False, **STILL))
     storages = {name: tensor.data_ptr() for name, tensor in movable_tensors(merger.model).items()}
-    assert merger.merge_source(source, **data_for("vit")).moved > 0
+    merger.merge_source(source, **data_for("vit"))
+    assert_unchanged(merger.model, state_of(perturbed(tiny_model("vit"), 1)))
     assert {name: tensor.data_ptr() for name, tensor in movable_tensors(merger.model).items()} == storages
     assert f"{source}/" not in Path("/proc/self/maps").read_text()
 
@@ -289,8 +303,13 @@ def test_any_model_with_a_loss_can_be_merged_when_the_user_brings_the_data(task:
         data = tokens.map(lambda sample: {"labels": sample["input_ids"]})
     config = GraspConfig(**{**BLEND, "num_batches": 16, "coefficient_lr": 0.3, "unit": "module"})
     merger = GraspMerger.from_pretrained(sources[0], config=config, task=task)
-    step = merger.merge(sources[1:], train_dataset=data, eval_dataset=data).steps[0]
-    assert step.moved > 0 and step.after["loss"] <= step.before["loss"]
+    batch = default_data_collator(list(data))
+    with torch.no_grad():
+        before = float(merger.model.eval()(**batch).loss)
+        step = merger.merge(sources[1:], train_dataset=data, eval_dataset=data).steps[0]
+        after = float(merger.model.eval()(**batch).loss)
+    assert (step.before["loss"], step.after["loss"]) == pytest.approx((before, after), abs=1e-5)
+    assert step.accepted and after < before
     assert "accuracy" not in step.after
 
 
@@ -343,7 +362,7 @@ def test_a_transfer_that_changes_nothing_measurable_is_accepted(tmp_path: Path) 
     target = perturbed(tiny_model("vit"), 1)
     config = GraspConfig(method="copy", threshold=-1.0, **STILL)
     step = GraspMerger(target, config).merge_source(saved(target, tmp_path / "same"), **data_for("vit"))
-    assert step.accepted and step.moved > 0
+    assert step.accepted and step.moved == len(step.units) == 6
     assert step.after_transfer == step.before
 
 
@@ -363,9 +382,9 @@ def test_the_head_of_a_classifier_without_a_base_model_can_be_kept(tmp_path: Pat
     config = GraspConfig(method="copy", threshold=-1.0, gate=False, **STILL)
     models["source"].save_pretrained(tmp_path / "source")
     step = GraspMerger(models["target"], config).merge_source(str(tmp_path / "source"), **data_for("vit"))
-    assert step.moved > 0 and step.other_units == 1
-    for name, value in models["target"].classifier.state_dict().items():
-        assert torch.equal(value, head[name])
+    assert step.other_units == 1
+    assert_unchanged(models["target"].classifier, head)
+    assert_unchanged(models["target"].vision_model.encoder, state_of(models["source"].vision_model.encoder))
 
 
 def test_numbers_of_numpy_are_written_like_others(tmp_path: Path) -> None:
@@ -393,7 +412,9 @@ def test_the_card_has_evaluation_rows_and_the_strictest_licence(tmp_path: Path) 
     merger.merge(sources[1:], **data_for("vit"))
     merger.save_pretrained(tmp_path / "merged")
     assert ModelCard.load(tmp_path / "merged/README.md").data.license == "apache-2.0"
-    assert merger.report.steps[1].peak_memory > 1e6
+    (held,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if not torch.cuda.is_available():  # whose memory would be meant
+        assert merger.report.steps[1].peak_memory == pytest.approx(1024 * int(held), rel=0.05)
 
 
 def test_an_adapter_moves_its_part_of_a_layer(tmp_path: Path) -> None:
@@ -503,8 +524,9 @@ def test_a_compiled_model_gives_what_a_plain_one_gives(method: Any, unit: Any, t
     plain, compiled = (tiny_model("bert") for _ in range(2))
     compiled.compile(backend="aot_eager")
     config = GraspConfig(method=method, unit=unit, **{**STILL, "gate": False})
-    for model in (plain, compiled):
-        assert GraspMerger(model, config).merge([source], **data_for("bert")).steps[0].moved > 0
+    one, two = (GraspMerger(model, config).merge([source], **data_for("bert")).steps[0] for model in (plain, compiled))
+    assert "moved" in {unit.decision for unit in one.units}
+    assert [(unit.name, unit.decision) for unit in one.units] == [(unit.name, unit.decision) for unit in two.units]
     for name, value in movable_tensors(plain).items():
         torch.testing.assert_close(movable_tensors(compiled)[name], value, atol=1e-5, rtol=1e-5)
 
@@ -565,7 +587,7 @@ class Interrupting:
     def __getitem__(self, index: int) -> Any:
         self.left -= 1
         if self.left < 0:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("at a sample")
         return self.samples[index]
 
 
@@ -576,7 +598,7 @@ def test_a_record_tells_of_no_fine_tuning_that_an_interrupt_took_back(tmp_path: 
     assert GraspMerger(tiny_model("vit"), config).merge([source], **{**data_for("vit"), "eval_dataset": reads}).final
     merger = GraspMerger(tiny_model("vit"), config)
     stopped = Interrupting(reads.samples, whole - reads.left - 1)  # at the last sample of the last evaluation
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="at a sample"):
         merger.merge([source], **{**data_for("vit"), "eval_dataset": stopped})
     assert merger.report.final is None and not merger.report.finetuned
     assert [step.accepted for step in merger.report.steps] == [True]
@@ -635,7 +657,7 @@ def test_a_second_interrupt_waits_until_everything_is_back(tmp_path: Path, monke
     source = saved(perturbed(tiny_model("vit"), seed=1), tmp_path / "source")
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=re.escape(source)):
             merger.merge([source], train_dataset=tiny_data("vit", 12))
     finally:
         signal.signal(signal.SIGINT, handler)

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from transformers import default_data_collator
 
-import tests.published
+import tests.support.published
 from grasp_hf import GraspConfig, GraspMerger
-from grasp_hf.models.batches import keeping_model_columns, sample_batches
-from tests.models import KINDS, perturbed, tiny_data, tiny_model
-from tests.published import published_grasp
+from tests.support.models import KINDS, perturbed, tiny_data, tiny_model
+from tests.support.plain import shuffled_batches
+from tests.support.published import published_grasp
 
 SEED = 7
 
@@ -26,7 +25,7 @@ def test_three_sources_in_a_row_agree_with_the_reference(
         assert lr == 5e-5
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tests.published, "AdamW", adamw)
+    monkeypatch.setattr(tests.support.published, "AdamW", adamw)
     for index in range(4):
         perturbed(tiny_model(kind), seed=index).save_pretrained(tmp_path / str(index))
     load = type(tiny_model(kind)).from_pretrained
@@ -34,10 +33,7 @@ def test_three_sources_in_a_row_agree_with_the_reference(
 
     config = GraspConfig.paper(seed=SEED, batch_size=16, training_arguments={"learning_rate": learning_rate})
     merger = GraspMerger.from_pretrained(str(tmp_path / "0"), config=config)
-    batches = {
-        k: list(sample_batches(train, keeping_model_columns(merger.model, None), Accelerator(), config, seed=SEED + k))
-        for k in (1, 2, 3)
-    }
+    batches = {k: shuffled_batches(train, 16, config.num_batches, SEED + k, drop_last=True) for k in (1, 2, 3)}
     expected = published_grasp(
         load(tmp_path / "0"),
         [lambda i=i: load(tmp_path / str(i)) for i in (1, 2, 3)],  # type: ignore[misc]

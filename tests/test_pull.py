@@ -29,9 +29,9 @@ from grasp_hf.hub.pull import Puller, ShardedSource
 from grasp_hf.hub.reference import Source, SourceRef
 from grasp_hf.tensors.mixing import blend_
 from grasp_hf.tensors.units import movable_tensors
-from tests.hub_server import HubServer
-from tests.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
-from tests.test_workspace import WITHOUT_TORCH
+from tests.support.hub.server import HubServer
+from tests.support.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
+from tests.support.processes import WITHOUT_TORCH
 
 COPY_ALL = GraspConfig(**{**vars(MEASURE_ONLY), "method": "copy", "threshold": -1.0, "gate": False})
 CHUNK = 2**12  # a tiny model has six of them
@@ -467,12 +467,12 @@ def test_a_download_that_nobody_waits_for_is_stopped(
     hub.fault(weights, kind, bytes_per_second=5000, after=CHUNK)
     with ExitStack() as stack:
         if error is not None:
-            stack.enter_context(pytest.raises(error))
+            stack.enter_context(pytest.raises(error, match="left"))
         with Puller() as puller, puller.pull(SIX[0], SIX[1]):
             until(lambda: hub.sent(weights, since) >= CHUNK)
             left = time.monotonic()
             if error is not None:
-                raise error
+                raise error("left")
     assert time.monotonic() - left < 4, "all of it takes longer"
     assert not pulling()
     assert files_in(home) == before
@@ -505,11 +505,11 @@ def test_a_connection_that_has_stalled_is_not_waited_for(
         request.getfixturevalue("impatient")
         hub.fault(f"GET {path}", "stall", times=1000 if what == "weights" else 1, seconds=1.5)
         happened = lambda: ("GET", path) in hub.requests[since:]  # noqa: E731
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="left"):
         with Puller() as puller, puller.pull(SIX[0], SIX[1]):
             until(happened)
             left = time.monotonic()
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("left")
     assert time.monotonic() - left < 1
     assert len(pulling()) == 1 and all(thread.daemon for thread in pulling())
     assert list(home.glob("grasp_hf/*")) == []

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from grasp_hf import GraspMerger
 from grasp_hf.errors import PushError
 from grasp_hf.hub import push
-from tests.hub_server import Entry, HubServer, Repo
-from tests.models import perturbed, saved, saved_adapter, tiny_data, tiny_model
+from tests.support.hub.server import HubServer
+from tests.support.hub.store import Entry, Repo
+from tests.support.models import perturbed, saved, saved_adapter, tiny_data, tiny_model
 
 TOKEN = "hf_alice"
 LOST = "POST /api/models/[^ ]*/commit/main"

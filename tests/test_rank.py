@@ -13,7 +13,16 @@ from grasp_hf.cli import main
 from grasp_hf.errors import SourceNotFoundError
 from grasp_hf.merging.ranking import ranking_table
 from grasp_hf.tensors.units import movable_tensors
-from tests.models import LABELS, NO_TUNING, perturbed, saved, saved_adapter, tiny_data, tiny_model, write_images
+from tests.support.models import (
+    LABELS,
+    NO_TUNING,
+    perturbed,
+    saved,
+    saved_adapter,
+    tiny_data,
+    tiny_model,
+    write_images,
+)
 
 STILL: dict[str, Any] = {**NO_TUNING, "method": "blend", "gate": False, "batch_size": 5, "num_batches": 3}
 

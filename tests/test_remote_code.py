@@ -12,8 +12,8 @@ from grasp_hf import GraspConfig, GraspMerger, Recipe
 from grasp_hf.cli import main
 from grasp_hf.errors import IncompatibleSourceError
 from grasp_hf.runs.plan import plan
-from tests.hub_server import HubServer
-from tests.models import NO_TUNING
+from tests.support.hub.server import HubServer
+from tests.support.models import NO_TUNING
 
 CONFIGURATION = """
 from transformers import PretrainedConfig

@@ -9,9 +9,9 @@ from grasp_hf.record.entries import DOUBT, ChangeReport, FinetuneReport, UnitRep
 from grasp_hf.record.report import MergeReport, StepReport
 from grasp_hf.tensors.mixing import Mix
 from grasp_hf.validation.changes import Change
-from tests.models import perturbed, saved, tiny_data, tiny_model
-from tests.reports import report_of
-from tests.reports import step as step_of
+from tests.support.models import perturbed, saved, tiny_data, tiny_model
+from tests.support.reports import report_of
+from tests.support.reports import step as step_of
 
 
 def test_a_report_comes_back_from_json_as_it_was(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from grasp_hf.errors import IncompatibleSourceError, SourceNotFoundError
 from grasp_hf.hub.download import locate
 from grasp_hf.hub.reference import Source, SourceRef
-from tests.models import copied, saved, saved_adapter, tiny_model
+from tests.support.models import copied, saved, saved_adapter, tiny_model
 
 
 @pytest.fixture(scope="session")

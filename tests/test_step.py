@@ -1,13 +1,13 @@
 """How labels both teach the coefficients of a source and judge it."""
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from transformers import BertForSequenceClassification
 
 import grasp_hf.merging.step
@@ -16,14 +16,13 @@ from grasp_hf import GraspConfig, GraspMerger, MergeReport
 from grasp_hf.errors import DataError, NonFiniteError
 from grasp_hf.merging.mixed import MixedModel
 from grasp_hf.merging.step import Step
-from grasp_hf.methods.blend import learned_coefficients
-from grasp_hf.models.batches import keeping_model_columns, sample_batches
+from grasp_hf.models.batches import keeping_model_columns
 from grasp_hf.sources.load import LoadedSource
-from grasp_hf.tensors.mixing import Mix, blend_
+from grasp_hf.tensors.mixing import Mix
 from grasp_hf.tensors.scratch import Scratch
 from grasp_hf.tensors.units import movable_tensors, partition
-from grasp_hf.validation.labels import halves
-from tests.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
+from tests.support.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
+from tests.support.plain import calibrated_losses, class_losses, halves, mean_loss, shuffled_batches
 
 CONFIG: dict[str, Any] = {**NO_TUNING, "method": "blend", "unit": "layer", "batch_size": 4, "num_batches": 3}
 LABELS = tiny_data("resnet", 21, seed=1)
@@ -50,53 +49,82 @@ def merger_of(world: Path, **settings: Any) -> GraspMerger:
     return GraspMerger.from_pretrained(str(world / "base"), config=GraspConfig(**{**CONFIG, "gate": True, **settings}))
 
 
+def unit_of(tensor: str, units: Iterable[str]) -> str:
+    return next(unit for unit in units if tensor.startswith(f"{unit}."))
+
+
+def naive_mix(base: Any, source: Any, mixes: Mapping[str, tuple[float, float]]) -> Any:
+    """Return `base + keep * (base - base) + take * (source - base)` by unit: the target is the base here."""
+    model = deepcopy(base)
+    parameters, ends = dict(model.named_parameters()), source.state_dict()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            keep, take = mixes[unit_of(name, mixes)]
+            if name in parameters:
+                tensor.add_(take * (ends[name] - tensor))
+            elif tensor.is_floating_point():  # the point of the line with the same proportions
+                tensor.add_(take / (keep + take) * (ends[name] - tensor))
+            else:
+                tensor.copy_(ends[name])
+    return model
+
+
+def naive_coefficients(base: Any, source: Any, units: Sequence[str], labels: Any, seed: int) -> dict[str, Any]:
+    """Learn by plain autograd how much of the source goes in: three steps of Adam on one coefficient per unit."""
+    model, ends = deepcopy(base).eval(), source.state_dict()
+    starts, parameters = model.state_dict(), dict(model.named_parameters())
+    takes = torch.ones(len(units), dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([takes], lr=0.1)
+    for step, batch in enumerate(shuffled_batches(labels, 4, 3, seed)):
+        adam.param_groups[0]["lr"] = 0.1 * (1 - step / 3)
+        mixed = {name: ends[name] for name in starts if name not in parameters}  # what goes in is all of the source's
+        for name in parameters:
+            take = takes[units.index(unit_of(name, units))].float()
+            mixed[name] = starts[name] + take * (ends[name] - starts[name])
+        adam.zero_grad()
+        torch.func.functional_call(model, mixed, kwargs=batch).loss.backward()
+        adam.step()
+        with torch.no_grad():
+            takes.clamp_(0, 2)
+    return {unit: (0.0, take) for unit, take in zip(units, takes.tolist(), strict=True)}
+
+
 @pytest.mark.parametrize("evaluates", [False, True])
-def test_each_half_of_the_labels_judges_what_the_other_taught(evaluates: bool, world: Path, tmp_path: Path) -> None:
+def test_each_half_of_the_labels_judges_what_the_other_taught(evaluates: bool, world: Path) -> None:
     merger = merger_of(world)
     base, source = deepcopy(merger.model), GraspMerger.from_pretrained(str(world / "beginner")).model
     held_out = {"eval_dataset": HELD_OUT} if evaluates else {}
     step = merger.merge([str(world / "beginner")], train_dataset=LABELS, **held_out).steps[0]
-    assert step.accepted
+    assert step.accepted and step.taken == "blend"
 
-    units, collate = partition(base, "layer"), keeping_model_columns(base, None)
-    scratch = Scratch(tmp_path, movable_tensors(base))
-    for room in (scratch.start, scratch.base):
-        room.copy_(movable_tensors(base))
-    shares = {unit.name: 1.0 for unit in units}
+    one, other = (LABELS.select(half) for half in halves(21, merger.config.seed))
+    units = [unit.name for unit in step.units]
+    fits = [naive_coefficients(base, source, units, half, merger.config.seed + 1) for half in (other, one)]
+    mean = {unit: (0.0, (fits[0][unit][1] + fits[1][unit][1]) / 2) for unit in units}
+    assert {unit.name: (unit.keep, unit.coefficient) for unit in step.units} == {
+        unit: pytest.approx(mix, abs=1e-4) for unit, mix in mean.items()
+    }
+    assert fits[0] != fits[1] != mean, "each half taught something else"
 
-    def taught(indices: list[int]) -> dict[str, Mix]:
-        config, labels = merger.config, LABELS.select(indices)
-        batches = sample_batches(labels, collate, Accelerator(), config, seed=config.seed + 1)
-        values = movable_tensors(source)
-        return learned_coefficients(base, values, units, batches, shares, scratch=scratch, lr=0.1, steps=3)[0]
-
-    def mixed(mixes: dict[str, Mix]) -> GraspMerger:
-        model = deepcopy(base)
-        tensors = movable_tensors(model)
-        blend_(tensors, scratch.start, movable_tensors(source), units, mixes, scratch.base)
-        return GraspMerger(model)
-
-    one, other = halves(range(len(LABELS)), merger.config.seed)
-    assert sorted(one + other) == [*range(21)]
-    fits = taught(other), taught(one)
-    mean = {name: Mix(*((a + b) / 2 for a, b in zip(fits[0][name], fits[1][name], strict=True))) for name in shares}
-    judged = [(fits[0], LABELS.select(one)), (fits[1], LABELS.select(other))] + [(mean, HELD_OUT)] * evaluates
-    found = [mixed(mixes).judge(samples) for mixes, samples in judged]
-    samples = sum(len(part.losses) for part in found)
-    assert step.options["blend"] == pytest.approx(sum(float(part.calibrated.sum()) for part in found) / samples)
-    whole = [GraspMerger(deepcopy(source)).judge(samples) for _, samples in judged]
-    assert step.options["average"] == pytest.approx(sum(float(part.calibrated.sum()) for part in whole) / samples)
-    ahead = torch.cat([a.calibrated - b.calibrated for a, b in zip(whole, found, strict=True)])
-    assert float(ahead.mean()) > float(ahead.std()) / math.sqrt(samples) and step.taken == "blend"
-    assert step.after_transfer["loss"] == pytest.approx(sum(float(part.losses.sum()) for part in found) / samples)
-    assert step.change is not None and step.change.samples == samples == (27 if evaluates else 21)
-    for unit in step.units:
-        assert (unit.keep, unit.coefficient) == pytest.approx(mean[unit.name])
-    expected = movable_tensors(mixed(mean).model)
-    for name, value in movable_tensors(merger.model).items():
-        torch.testing.assert_close(value, expected[name])
-    parts = [mixed(mean).judge(samples).losses for _, samples in judged]
-    assert step.after["loss"] == pytest.approx(float(torch.cat(parts).mean()))
+    samples = [one, other, *held_out.values()]
+    mixed = [naive_mix(base, source, mixes) for mixes in (*fits, mean)]
+    blend, average = (
+        torch.cat([calibrated_losses(model, part) for model, part in zip(models, samples, strict=False)])
+        for models in (mixed, [source] * 3)
+    )
+    assert step.options["blend"] == pytest.approx(float(blend.mean()), abs=1e-5)
+    assert step.options["average"] == pytest.approx(float(average.mean()), abs=1e-5)
+    assert len(blend) == (27 if evaluates else 21)
+    ahead = average - blend
+    assert float(ahead.mean()) > float(ahead.std()) / math.sqrt(len(ahead)), "which is why the blend is taken"
+    parts = [class_losses(model, part) for model, part in zip(mixed, samples, strict=False)]
+    assert step.after_transfer["loss"] == pytest.approx(float(torch.cat(parts).mean()), abs=1e-5)
+    before = torch.cat([calibrated_losses(base, part) for part in samples])
+    assert step.change is not None and step.change.samples == len(blend)
+    assert step.change.loss == pytest.approx(float((blend - before).mean()), abs=1e-5)
+    for name, value in naive_mix(base, source, mean).state_dict().items():
+        torch.testing.assert_close(merger.model.state_dict()[name], value, atol=1e-4, rtol=1e-4)
+    assert step.after["loss"] == pytest.approx(mean_loss(mixed[2], *samples), abs=1e-5)
 
 
 def test_coefficients_that_fail_before_the_other_half_give_way_to_the_average(world: Path) -> None:

@@ -13,15 +13,9 @@ from typing import Any
 
 import pytest
 
-import grasp_hf
 from grasp_hf.files import workspace
+from tests.support.processes import WITHOUT_TORCH
 
-WITHOUT_TORCH = f"""
-import sys, types
-
-package = sys.modules["grasp_hf"] = types.ModuleType("grasp_hf")  # the whole package takes seconds to import
-package.__path__ = {grasp_hf.__path__!r}
-"""
 HOLDER = f"""{WITHOUT_TORCH}
 import multiprocessing
 from pathlib import Path
@@ -54,13 +48,13 @@ def another_process(parent: Path) -> Iterator[tuple["subprocess.Popen[str]", Pat
 def test_a_directory_is_removed_at_the_end(error: type[BaseException] | None, tmp_path: Path) -> None:
     with ExitStack() as stack:
         if error is not None:
-            stack.enter_context(pytest.raises(error))
+            stack.enter_context(pytest.raises(error, match="inside"))
         with workspace(tmp_path / "new" / "parent", "run-") as made:
             assert made.parent == tmp_path / "new" / "parent" and made.name.startswith("run-")
             (made / "deep").mkdir()
             (made / "deep" / "file").write_text("x")
             if error is not None:
-                raise error
+                raise error("inside")
     assert list((tmp_path / "new" / "parent").iterdir()) == []
 
 
@@ -119,10 +113,10 @@ def test_a_removal_that_was_interrupted_is_finished_by_the_next(
 
     def interrupted(path: str, **options: Any) -> None:
         if next(calls) == 4:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("at the fourth file")
         unlink(path, **options)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="at the fourth file"):
         with workspace(tmp_path, "run-") as made:
             for name in "abc":
                 (made / name).write_text("x")

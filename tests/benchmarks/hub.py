@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.hub_server import HubServer
+from tests.support.hub.server import HubServer
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
 SHARDED = {"vocab_size": 1024, "num_hidden_layers": 16}  # nothing in it is much larger than the rest

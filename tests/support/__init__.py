@@ -1,0 +1,1 @@
+"""Support for the tests: tiny models and data, a Hub on the loopback, and the published procedure as a reference."""
