@@ -18,7 +18,7 @@ from .comparison.methods import METHODS
 from .comparison.run import compare
 from .config.grasp import GraspConfig
 from .config.recipe import Recipe
-from .data.samples import TaskData
+from .data.samples import Samples
 from .errors import ConfigError, GraspError
 from .hub.push import Destination, check_repo_id, create_repo
 from .merger import GraspMerger
@@ -228,7 +228,7 @@ def _rank(options: argparse.Namespace) -> int:
     recipe = Recipe.from_yaml(options.recipe, options.overrides)
     _check_json(options.json)
     merger, sources, data = prepare(recipe)
-    rows = merger.rank(sources, **data.merge_arguments())
+    rows = merger.rank(sources, **data.keywords())
     print(ranking_table(rows))
     _write_json(options.json, ({**row.summary(), "units": [asdict(unit) for unit in row.units]} for row in rows))
     return int(any(row.problem for row in rows))
@@ -262,7 +262,7 @@ def _delivery(options: argparse.Namespace) -> Delivery:
     return Delivery(getattr(options, "output", None), options.push_to_hub, options.private, options.create_pr)
 
 
-def _planned(recipe: Recipe, options: argparse.Namespace) -> tuple[GraspMerger, list[str], TaskData]:
+def _planned(recipe: Recipe, options: argparse.Namespace) -> tuple[GraspMerger, list[str], Samples]:
     """Return what `prepare` does, once the plan is without problems and the Hub takes what will be pushed."""
     if problems := problem_list(plan(recipe)):
         raise ConfigError("nothing was merged, because of these problems:\n" + "\n".join(problems))

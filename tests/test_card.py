@@ -190,7 +190,7 @@ def test_the_paper_is_cited_where_its_method_is_used() -> None:
         "eprint": "2606.14900",
         "archivePrefix": "arXiv",
     }
-    report.config["method"] = "average"
+    report.run.config["method"] = "average"
     average = model_card(tiny_model("vit"), report, "org/merged").text
     assert "bibtex" not in average and "2606.14900" not in average
 

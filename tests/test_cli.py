@@ -673,11 +673,11 @@ def test_an_interrupt_waits_until_the_result_is_saved(number: signal.Signals, wo
 def test_the_score_on_the_test_data_is_recorded(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", write_recipe(world, sources=["fine-1"]), "--output", str(world / "merged")]) == 0
     record = read_record(world / "merged")
-    assert record and record.test.keys() == {"loss", "accuracy"}
-    line = f"test: loss {record.test['loss']:.3f}, accuracy {record.test['accuracy']:.3f}"
+    assert record and record.run.test.keys() == {"loss", "accuracy"}
+    line = f"test: loss {record.run.test['loss']:.3f}, accuracy {record.run.test['accuracy']:.3f}"
     assert line in capsys.readouterr().out and line in (world / "merged" / "README.md").read_text()
     rows = ModelCard.load(world / "merged" / "README.md").data.eval_results
-    assert {row.metric_type: row.metric_value for row in rows} == pytest.approx(record.test, abs=1e-4)
+    assert {row.metric_type: row.metric_value for row in rows} == pytest.approx(record.run.test, abs=1e-4)
     assert {row.dataset_name for row in rows} == {"test data of the target task"}
 
 

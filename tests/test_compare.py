@@ -37,7 +37,7 @@ from grasp_hf.comparison.figure import comparison_figure
 from grasp_hf.comparison.methods import METHODS, Method
 from grasp_hf.comparison.results import OURS, Comparison, Result, half_interval, interval
 from grasp_hf.comparison.run import code_digest, compare
-from grasp_hf.comparison.workbench import Arena
+from grasp_hf.comparison.workbench import Workbench
 from grasp_hf.config.grasp import GraspConfig
 from grasp_hf.config.recipe import Recipe
 from grasp_hf.data.digests import contents
@@ -226,8 +226,8 @@ def test_the_base_comes_back_after_an_error(recipe: Recipe, tmp_path: Path, monk
     before = {name: tensor.clone() for name, tensor in movable_tensors(base.model).items()}
     moved: list[bool] = []
 
-    def run(arena: Arena) -> None:
-        arena.copy(sources[0])
+    def run(bench: Workbench) -> None:
+        bench.copy(sources[0])
         moved.append(any(not torch.equal(now, before[name]) for name, now in movable_tensors(base.model).items()))
         raise KeyboardInterrupt("after the copy")
 
@@ -243,7 +243,7 @@ def test_a_finished_comparison_runs_nothing(
     everything: Everything, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comparison, folder, _ = everything
-    monkeypatch.setattr(module, "Arena", None)
+    monkeypatch.setattr(module, "Workbench", None)
     assert compare(recipe, folder, seeds=[3]) == comparison
 
 
@@ -252,9 +252,9 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[str], lis
     """Replace all methods by two that note their sources, and what their labels are."""
     seen: list[tuple[list[str], list[int], set[str]]] = []
 
-    def note(arena: Arena) -> dict[str, float]:
-        names = [Path(source).name for source in arena.sources]
-        seen.append((names, arena.data.train["labels"], contents(arena.data.train)))
+    def note(bench: Workbench) -> dict[str, float]:
+        names = [Path(source).name for source in bench.sources]
+        seen.append((names, bench.data.train["labels"], contents(bench.data.train)))
         return {"loss": 1.0, "accuracy": 0.5}
 
     methods = {name: Method(name, "control", note, finetuned=False) for name in ("one", OURS)}
@@ -284,7 +284,7 @@ def test_more_labels_than_there_are_is_an_error(recipe: Recipe, tmp_path: Path) 
 
 
 def failing(group: Any, error: Exception | None = None) -> Method:
-    def run(arena: Arena) -> None:
+    def run(bench: Workbench) -> None:
         raise error or DataError("no labels like that")
 
     return Method("poor thing", group, run)
@@ -640,7 +640,7 @@ def test_without_fine_tuning_a_mixture_is_learned_as_published(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(contenders, "mixture_", lambda trial, **settings: asked.append(settings))
+    monkeypatch.setattr(contenders, "mixture_", lambda inputs, **settings: asked.append(settings))
     compare(write_recipe(world, tmp_path, final_epochs=0), tmp_path / "out", seeds=[0], methods=["adamerging"])
     assert asked == [{"per_layer": True}]
 
@@ -709,9 +709,9 @@ def test_a_mixture_takes_as_many_steps_as_fine_tuning(
         taken.append(self.state.global_step)
         return result
 
-    def learning(trial: Any, *, steps: int, **settings: Any) -> None:
+    def learning(inputs: Any, *, steps: int, **settings: Any) -> None:
         taken.append(steps)
-        learn(trial, steps=steps, **settings)
+        learn(inputs, steps=steps, **settings)
 
     monkeypatch.setattr(Trainer, "train", counting)
     monkeypatch.setattr(contenders, "mixture_", learning)

@@ -299,14 +299,16 @@ def merged(folder: Path, data: dict[str, Any], **fields: Any) -> tuple[PreTraine
         **fields,
     )
     merger, sources, task_data = prepare(recipe)
+    assert task_data.collator is not None
+    collate = task_data.collator
 
     @torch.no_grad()
     def loss(model: PreTrainedModel, samples: Any) -> Any:
-        return pytest.approx(float(model.eval()(**task_data.collator(list(samples))).loss), abs=1e-6)
+        return pytest.approx(float(model.eval()(**collate(list(samples))).loss), abs=1e-6)
 
     held_out = task_data.validation
     start = loss(merger.model, held_out)
-    (step,) = merger.merge(sources, **task_data.merge_arguments()).steps
+    (step,) = merger.merge(sources, **task_data.keywords()).steps
     assert {unit.decision for unit in step.units} == {"moved"}
     assert step.before["loss"] == start != step.after["loss"]
     assert step.after["loss"] == loss(merger.model, held_out)
@@ -315,7 +317,7 @@ def merged(folder: Path, data: dict[str, Any], **fields: Any) -> tuple[PreTraine
     )
     merger.save_pretrained(folder / "merged")
     loaded = type(merger.model).from_pretrained(folder / "merged")
-    batch = task_data.collator([task_data.train[i] for i in range(3)])
+    batch = collate([task_data.train[i] for i in range(3)])
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, merger.model.eval()(**batch).logits)
     return merger.model, task_data

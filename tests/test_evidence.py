@@ -22,8 +22,8 @@ from transformers import (
 
 from grasp_hf.errors import DataError
 from grasp_hf.models.batches import batch_loss
-from grasp_hf.validation.changes import Change, change, resolution
-from grasp_hf.validation.losses import Judgement, joined, judge
+from grasp_hf.validation.changes import Change, detectable_difference, paired_change
+from grasp_hf.validation.losses import SampleLosses, concatenate, sample_losses
 from tests.support.models import tiny_data, tiny_model
 
 SMALL: dict[str, Any] = {
@@ -37,8 +37,8 @@ SMALL: dict[str, Any] = {
 TEXTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15], [16, 17, 18, 19, 20], [21, 22, 23, 24, 25, 26, 27, 28]]
 
 
-def judged(model: Any, data: Any, batch_size: int = 5, collator: Any = default_data_collator) -> Judgement:
-    return judge(model, data, collator, Accelerator(), batch_size)
+def judged(model: Any, data: Any, batch_size: int = 5, collator: Any = default_data_collator) -> SampleLosses:
+    return sample_losses(model, data, collator, Accelerator(), batch_size)
 
 
 def padded(samples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
@@ -66,13 +66,15 @@ class Fixed:
         return False
 
 
-def of_logits(logits: Tensor, labels: Tensor) -> Judgement:
+def of_logits(logits: Tensor, labels: Tensor) -> SampleLosses:
     return judged(Fixed(), [{"inputs": row, "labels": int(label)} for row, label in zip(logits, labels, strict=True)])
 
 
-def of_losses(losses: Any, terms: Any = None) -> Judgement:
+def of_losses(losses: Any, terms: Any = None) -> SampleLosses:
     found = torch.as_tensor(losses, dtype=torch.float64)
-    return Judgement(found, torch.ones_like(found) if terms is None else torch.as_tensor(terms).double(), found, None)
+    return SampleLosses(
+        found, torch.ones_like(found) if terms is None else torch.as_tensor(terms).double(), found, None
+    )
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert", "resnet"])
@@ -191,19 +193,19 @@ def test_calibration_never_raises_the_loss_and_forgets_the_scale() -> None:
 def test_the_change_of_samples_with_one_term_each_is_that_of_the_textbook() -> None:
     generator = torch.Generator().manual_seed(0)
     before, after = torch.rand(2, 30, generator=generator, dtype=torch.float64)
-    found = change(of_losses(before), of_losses(after))
+    found = paired_change(of_losses(before), of_losses(after))
     difference = after - before
     assert (found.samples, found.mean) == (30, pytest.approx(float(difference.mean())))
     assert found.standard_error == pytest.approx(float(difference.std(correction=1)) / math.sqrt(30))
     assert found.half_interval == pytest.approx(ttest_rel(after, before).confidence_interval(0.95).high - found.mean)
-    back = change(of_losses(after), of_losses(before))
+    back = paired_change(of_losses(after), of_losses(before))
     assert (back.mean, back.standard_error) == pytest.approx((-found.mean, found.standard_error))
 
 
 def test_the_change_is_one_of_calibrated_losses() -> None:
     labels = torch.zeros(4, dtype=torch.long)
     logits = torch.tensor([[2.0, 0.0], [3.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    found = change(of_logits(logits, labels), of_logits(logits * 4, labels))
+    found = paired_change(of_logits(logits, labels), of_logits(logits * 4, labels))
     assert (found.mean, found.standard_error) == pytest.approx((0, 0), abs=1e-12)
 
 
@@ -212,7 +214,7 @@ def test_the_standard_error_of_ragged_texts_is_that_of_a_jackknife() -> None:
     terms = torch.randint(1, 30, (200,), generator=generator).double()
     before = terms * (2 + torch.rand(200, generator=generator, dtype=torch.float64))
     after = before + terms * (0.1 + 0.5 * torch.randn(200, generator=generator, dtype=torch.float64))
-    found = change(of_losses(before, terms), of_losses(after, terms))
+    found = paired_change(of_losses(before, terms), of_losses(after, terms))
     ratios = torch.stack(
         [(after - before)[keep].sum() / terms[keep].sum() for keep in ~torch.eye(200, dtype=torch.bool)]
     )
@@ -224,10 +226,10 @@ def test_the_standard_error_of_ragged_texts_is_that_of_a_jackknife() -> None:
 
 
 def test_one_sample_shows_no_noise_and_any_rise_is_harm() -> None:
-    found = change(of_losses([1.0]), of_losses([9.0]))
+    found = paired_change(of_losses([1.0]), of_losses([9.0]))
     assert (found.mean, found.standard_error, found.samples) == (8, 0, 1)
     assert found.harms and found.samples_to_see() is None
-    assert not change(of_losses([1.0]), of_losses([1.0])).harms
+    assert not paired_change(of_losses([1.0]), of_losses([1.0])).harms
     report = found.report()
     assert report.half_interval is None and str(report) == "+8.000 ± ?"
     json.dumps(vars(report), allow_nan=False)
@@ -246,32 +248,32 @@ def test_how_many_samples_would_see_a_change() -> None:
     close = Change(-0.23, 0.1, 5)  # 1.96 standard errors are less than it, and those of Student's t are more
     assert close.half_interval > 0.23 and close.samples_to_see() == 6
     difference = torch.tensor([0.0, 1.0, -0.5, 0.3] * 5, dtype=torch.float64)
-    few = change(of_losses(torch.zeros(20)), of_losses(difference))
+    few = paired_change(of_losses(torch.zeros(20)), of_losses(difference))
     more = few.samples_to_see()
     assert more is not None and more > 20 and few.half_interval > abs(few.mean)
     for number, seen in ((more - 20, False), (more + 40, True)):
         many = difference.repeat(number // 20 + 1)[: number // 4 * 4]
-        found = change(of_losses(torch.zeros(len(many))), of_losses(many))
+        found = paired_change(of_losses(torch.zeros(len(many))), of_losses(many))
         assert (found.half_interval < abs(found.mean)) == seen
 
 
 def test_two_sets_of_samples_as_one() -> None:
     a, b = of_losses([1.0, 2.0], [1, 2]), of_losses([3.0], [3])
-    both = joined(a, b)
+    both = concatenate(a, b)
     assert (both.losses.tolist(), both.terms.tolist(), both.correct) == ([1, 2, 3], [1, 2, 3], None)
     assert both.loss == both.calibrated_loss == 1
     labels = torch.zeros(2, dtype=torch.long)
     c, d = of_logits(torch.tensor([[1.0, 0], [0, 1]]), labels), of_logits(torch.tensor([[1.0, 0], [2, 0]]), labels)
-    assert joined(c, d).correct == 3 and joined(c, d).evaluation()["accuracy"] == 0.75
-    assert torch.equal(joined(c, d).calibrated, torch.cat([c.calibrated, d.calibrated]))
+    assert concatenate(c, d).correct == 3 and concatenate(c, d).evaluation()["accuracy"] == 0.75
+    assert torch.equal(concatenate(c, d).calibrated, torch.cat([c.calibrated, d.calibrated]))
 
 
 def test_what_samples_show_is_the_interval_of_two_models_that_disagree_on_half_of_them() -> None:
-    found = resolution(768)
+    found = detectable_difference(768)
     assert found.startswith("768 samples: two models would have to differ by about 5 points ")
     assert "expected at least 100, and 768 show 5 points" in found
     one_wins, none = torch.tensor([1.0, -1.0] * 192), torch.zeros(384)
     differences = torch.cat([one_wins, none])  # of right and wrong
     half = 100 * 1.96 * float(differences.std(correction=0)) / math.sqrt(768)
     assert half == pytest.approx(5, abs=0.01)
-    assert "about 14 points" in resolution(100) and "at least 50," in resolution(100, 50)
+    assert "about 14 points" in detectable_difference(100) and "at least 50," in detectable_difference(100, 50)

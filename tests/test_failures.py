@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-import grasp_hf.merger
+import grasp_hf.merging.run
 import grasp_hf.tensors.mixing
 from grasp_hf import GraspConfig, GraspMerger, gradient_alignment
+from grasp_hf.data.samples import Samples
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, OutputExistsError
+from grasp_hf.merging.checks import check_finetuning
 from grasp_hf.sources.load import LoadedSource
 from tests.support.models import NO_TUNING, copied, perturbed, saved, tiny_data, tiny_model
 
@@ -46,14 +48,14 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def alive(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Count the source models that were loaded and are still in memory."""
     seen: list[weakref.ref[LoadedSource]] = []
-    original = grasp_hf.merger.load_source
+    original = grasp_hf.merging.run.load_source
 
     def load(*args: Any, **kwargs: Any) -> Any:
         loaded = original(*args, **kwargs)
         seen.append(weakref.ref(loaded))
         return loaded
 
-    monkeypatch.setattr(grasp_hf.merger, "load_source", load)
+    monkeypatch.setattr(grasp_hf.merging.run, "load_source", load)
     return lambda: sum(reference() is not None for reference in seen)
 
 
@@ -233,9 +235,9 @@ def test_the_trainer_is_tried_without_a_trace(lora: dict[str, Any] | None) -> No
     merger = GraspMerger(tiny_model("vit"), GraspConfig(lora=lora))
     before, modes = state_of(merger.model), {module: module.training for module in merger.model.modules()}
     torch.manual_seed(7)
-    with merger.scratch_files(), merger.step(tiny_data("vit", 8), None, None) as step:
-        step.check_finetuning(1)
-        assert not step.learned
+    with merger.open_run(Samples(tiny_data("vit", 8))) as run, run.step() as step:
+        check_finetuning(step, 1)
+        assert not run.labels.learned
     assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(7)))
     assert {module: module.training for module in merger.model.modules()} == modes
     for name, value in merger.model.state_dict().items():

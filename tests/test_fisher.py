@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import DataError, NonFiniteError
-from grasp_hf.methods.fisher import _with_drawn_labels, fisher_
+from grasp_hf.methods.fisher import _with_drawn_labels, fisher_, running_fisher
 from grasp_hf.models.batches import Batch, keeping_model_columns, sample_batches
 from grasp_hf.tensors.mapped import MappedTensors
 from grasp_hf.tensors.mixing import Mix, blend_
@@ -64,18 +64,20 @@ class Mean:
         self.scratch.start.copy_(self.tensors)
         shares = {unit.name: share for unit in self.units}
         values = movable_tensors(source)
-        return self.scratch.fisher.measure(self.model, values, self.scratch.start, self.units, shares, batches, seed=0)
+        return running_fisher(self.scratch).measure(
+            self.model, values, self.scratch.start, self.units, shares, batches, seed=0
+        )
 
     def take(self, source: PreTrainedModel, share: float, batches: list[Batch]) -> None:
         """Take it in."""
         mixes = self.measure(source, share, batches)
-        values, fisher = movable_tensors(source), self.scratch.fisher
+        values, fisher = movable_tensors(source), running_fisher(self.scratch)
         blend_(self.tensors, self.scratch.start, values, self.units, mixes, share=fisher.share)
         fisher.take()
 
     def share(self, name: str) -> Tensor | None:
         """Return how much of each element of a tensor goes in."""
-        found = self.scratch.fisher.share(name)
+        found = running_fisher(self.scratch).share(name)
         return None if found is None else torch.cat([*found])
 
 
@@ -120,7 +122,7 @@ def test_statistics_go_in_as_the_weights_of_their_unit(tmp_path: Path) -> None:
     batches, (one, other) = batches_of("resnet"), [perturbed(tiny_model("resnet"), n).eval() for n in range(2)]
     mean = Mean(one, tmp_path)
     before = {name: tensor.clone() for name, tensor in mean.tensors.items()}
-    mixes, share = mean.measure(other, 0.5, batches), mean.scratch.fisher.share
+    mixes, share = mean.measure(other, 0.5, batches), running_fisher(mean.scratch).share
     blend_(mean.tensors, mean.scratch.start, movable_tensors(other), mean.units, mixes, share=share)
     seen = 0
     for unit in mean.units:
@@ -157,7 +159,7 @@ def test_only_what_is_taken_counts(tmp_path: Path) -> None:
         for other in others:
             mean.measure(other, plain, batches)
             if take:
-                mean.scratch.fisher.take()
+                running_fisher(mean.scratch).take()
             if forget:
                 mean.scratch.make_room()
         mean.measure(source, 0.5, batches)

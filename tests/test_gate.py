@@ -19,9 +19,9 @@ from grasp_hf.record.entries import ChangeReport, FinetuneReport
 from grasp_hf.record.report import MergeReport
 from grasp_hf.tensors.units import movable_tensors
 from grasp_hf.validation.changes import Change
-from grasp_hf.validation.gate import plainest, verdict
-from grasp_hf.validation.line import SHARES, finetune_on_line_
-from grasp_hf.validation.losses import Judgement
+from grasp_hf.validation.gate import choose_candidate, verdict
+from grasp_hf.validation.line import FRACTIONS, finetune_on_line_
+from grasp_hf.validation.losses import SampleLosses
 from tests.support.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 from tests.support.plain import calibrated_losses, halves
 
@@ -31,9 +31,9 @@ HARMS, WORSE = "the calibrated loss rises by more than its standard error", "wor
 Losses = Callable[[float, Sequence[float]], Sequence[float]]  # of a model with one weight, on samples
 
 
-def judgement(losses: Sequence[float]) -> Judgement:
+def judgement(losses: Sequence[float]) -> SampleLosses:
     found = torch.tensor(losses, dtype=torch.float64)
-    return Judgement(found, torch.ones_like(found), found, None)
+    return SampleLosses(found, torch.ones_like(found), found, None)
 
 
 class Line:
@@ -53,7 +53,7 @@ class Line:
         self.tensors["w"].fill_(sum(samples) / len(samples))
         self.tensors["count"].add_(1)
 
-    def judge(self, samples: Any) -> Judgement:
+    def judge(self, samples: Any) -> SampleLosses:
         """Note what judges."""
         self.judged.append((float(self.tensors["w"]), [*samples]))
         return judgement(self.losses(float(self.tensors["w"]), [*samples]))
@@ -123,27 +123,27 @@ def test_the_plain_model_stays_unless_another_is_ahead_of_it_beyond_its_noise(
     plain = [1.0, 5.0, 2.0, 8.0]
     signs = [math.sqrt(3) * sign for sign in (1, -1, -1, 1)]  # a standard deviation of 2, and so a standard error of 1
 
-    def option(mean: float, error: float) -> Judgement:
+    def option(mean: float, error: float) -> SampleLosses:
         return judgement([loss + mean + error * sign for loss, sign in zip(plain, signs, strict=True)])
 
     found = {name: option(*values) for name, values in others.items()}
     simple = {"plain": judgement(plain)}
-    assert plainest({**simple, **found} if first else {**found, **simple}, "plain") == taken
+    assert choose_candidate({**simple, **found} if first else {**found, **simple}, "plain") == taken
 
 
 def test_where_nothing_is_plain_the_lowest_loss_decides_alone() -> None:
-    assert plainest({"a": judgement([1.0, 2.0]), "b": judgement([0.0, 2.9])}, "plain") == "b"
+    assert choose_candidate({"a": judgement([1.0, 2.0]), "b": judgement([0.0, 2.9])}, "plain") == "b"
 
 
-@pytest.mark.parametrize("best", SHARES)
+@pytest.mark.parametrize("best", FRACTIONS)
 def test_without_noise_the_lowest_point_of_the_line_is_taken(best: float) -> None:
     line = Line(lambda weight, samples: noisy(weight, samples, 4 * best, 0.0))
     report = line.finetune([4.0, 4.0], [1.0, 2.0, 3.0])
     assert report.share == best and line.weight == pytest.approx(4 * best)
-    expected = {str(share): (4 * (share - best)) ** 2 for share in SHARES}
+    expected = {str(share): (4 * (share - best)) ** 2 for share in FRACTIONS}
     assert report.losses == pytest.approx(expected, abs=1e-6)
     assert report.judged_by == "evaluation data"
-    assert [weight for weight, _ in line.judged] == pytest.approx([4 * share for share in SHARES])
+    assert [weight for weight, _ in line.judged] == pytest.approx([4 * share for share in FRACTIONS])
     assert all(samples == [1.0, 2.0, 3.0] for _, samples in line.judged)
 
 
@@ -164,7 +164,7 @@ def test_of_the_points_that_noise_does_not_tell_from_the_best_the_farthest_is_ta
     """A point in the distance d from the best has the loss d^2 and the standard error d * noise / sqrt(n - 1)."""
     line = Line(lambda weight, samples: noisy(weight, samples, 4 * best, noise))
     held_out = [0.0] * 10
-    as_good = [s for s in SHARES if abs(s - best) <= best]
+    as_good = [s for s in FRACTIONS if abs(s - best) <= best]
     alike = [s for s in as_good if 4 * abs(s - best) <= noise / 3 * t.ppf(0.975, 9)]
     assert line.finetune([4.0, 4.0], held_out).share == share == max(alike)
 
@@ -178,9 +178,9 @@ def test_a_fine_tuning_that_harms_is_taken_back_bit_for_bit() -> None:
 def test_calibration_does_not_choose_the_point() -> None:
     line = Line(lambda weight, samples: [weight] * len(samples))
 
-    def judge(samples: Any) -> Judgement:
+    def judge(samples: Any) -> SampleLosses:
         found = line.judge(samples)
-        return Judgement(found.losses, found.terms, -found.losses, None)
+        return SampleLosses(found.losses, found.terms, -found.losses, None)
 
     report = finetune_on_line_(line.tensors, line.rooms, line.train, judge, [4.0], [0.0, 0.0], 7)
     assert report.share == 0.0
@@ -193,9 +193,9 @@ def test_what_is_worse_than_the_start_with_and_without_calibration_is_not_taken(
     """The losses, which are too noisy to tell, rise all the way."""
     line = Line(lambda weight, samples: noisy(weight, samples, 0.0, 100.0))
 
-    def judge(samples: Any) -> Judgement:
+    def judge(samples: Any) -> SampleLosses:
         found = line.judge(samples)
-        return Judgement(found.losses, found.terms, torch.full_like(found.losses, calibrated(line.weight)), None)
+        return SampleLosses(found.losses, found.terms, torch.full_like(found.losses, calibrated(line.weight)), None)
 
     report = finetune_on_line_(line.tensors, line.rooms, line.train, judge, [4.0], [0.0] * 10, 7)
     assert report.share == share
@@ -211,9 +211,9 @@ def test_without_held_out_samples_each_half_of_the_labels_judges_the_model_of_th
     assert (seed, other_seed, seed_of_all) == (7, 8, 7) and whole == labels
     ends = [sum(half) / len(half) for half in (first, second)]
     for number, (half, end) in enumerate(zip((second, first), ends, strict=True)):
-        judged = line.judged[len(SHARES) * number : len(SHARES) * (number + 1)]
-        assert [samples for _, samples in judged] == [half] * len(SHARES)
-        assert [weight for weight, _ in judged] == pytest.approx([share * end for share in SHARES])
+        judged = line.judged[len(FRACTIONS) * number : len(FRACTIONS) * (number + 1)]
+        assert [samples for _, samples in judged] == [half] * len(FRACTIONS)
+        assert [weight for weight, _ in judged] == pytest.approx([share * end for share in FRACTIONS])
     assert report.share == 1.0 and report.judged_by == "two halves of the labels"
     assert line.weight == pytest.approx(sum(labels) / 11)
     assert report.losses["1.0"] == pytest.approx(-(ends[0] * len(second) + ends[1] * len(first)) / 11)
@@ -240,7 +240,7 @@ def test_all_labels_train_to_the_point_that_the_halves_allow() -> None:
     report = line.finetune(labels)
     (first, _), (second, _), whole = line.trained
     ends = [sum(half) / 50 for half in (first, second)]
-    expected = {str(share): sum(abs(end * share - 2) for end in ends) / 2 for share in SHARES}
+    expected = {str(share): sum(abs(end * share - 2) for end in ends) / 2 for share in FRACTIONS}
     assert report.losses == pytest.approx(expected, abs=1e-6)
     assert whole == (labels, 7) and report.share == 0.5 and line.weight == pytest.approx(2.0)
 
@@ -355,15 +355,15 @@ def test_sources_that_only_make_a_worse_start_are_taken_back(method: Any, evalua
     report = merger.merge([source], **data)
     (step,) = report.steps
     assert step.after_transfer["loss"] < step.before["loss"], "it is better before the fine-tuning"
-    assert report.final is not None and report.final.without_sources and report.final.alone is not None
+    assert report.run.final is not None and report.run.final.without_sources and report.run.final.alone is not None
     assert torch.equal(merger.judge(judges).losses, found.losses), "and fine-tuning alone is better in the end"
-    merged, gain = report.final.losses[str(report.final.share)], report.final.gain
-    assert report.final.alone < merged and report.final.loss == report.final.alone
+    merged, gain = report.run.final.losses[str(report.run.final.share)], report.run.final.gain
+    assert report.run.final.alone < merged and report.run.final.loss == report.run.final.alone
     assert gain is not None and gain.samples == (24 if evaluates else 32) and gain.half_interval
-    assert gain.loss == pytest.approx(merged - report.final.alone)
+    assert gain.loss == pytest.approx(merged - report.run.final.alone)
     assert report.conclusions()[1].startswith(
         "at the end fine-tuned without the sources of this merge, which were taken back; fine-tuning alone against the merge, on "
-        f"{gain.samples} samples of {report.final.judged_by}: loss {report.final.alone:.3f} -> {merged:.3f} ({gain}"
+        f"{gain.samples} samples of {report.run.final.judged_by}: loss {report.run.final.alone:.3f} -> {merged:.3f} ({gain}"
     )
     assert (step.decision, step.reason, step.moved) == ("rejected", ALONE, 0)
     assert {unit.decision for unit in step.units} <= {"undone", "kept", "undefined"}
@@ -371,7 +371,7 @@ def test_sources_that_only_make_a_worse_start_are_taken_back(method: Any, evalua
     report.to_json(tmp_path / "report.json")
     assert MergeReport.from_json(tmp_path / "report.json") == report
     if evaluates:
-        assert report.final.alone == pytest.approx(found.loss) and report.final.after["loss"] == found.loss
+        assert report.run.final.alone == pytest.approx(found.loss) and report.run.final.after["loss"] == found.loss
 
 
 def test_a_regression_is_judged_too(tmp_path: Path) -> None:
@@ -470,11 +470,11 @@ def test_no_step_leaves_the_model_above_the_loss_that_it_started_from(seed: int,
             assert step.after == step.before
     last = [step.change for step in report.steps if step.accepted and step.change]
     assert start + sum(change.loss for change in last) <= start + 1e-9
-    assert report.final is not None
+    assert report.run.final is not None
     after = merger.judge(judges)
     assert (
         after.calibrated_loss <= start + sum(change.loss for change in last) + 1e-9
-        or after.loss <= report.final.losses["0.0"]
+        or after.loss <= report.run.final.losses["0.0"]
     )
 
 
@@ -484,7 +484,7 @@ def test_labels_that_the_model_has_learned_do_not_judge(tmp_path: Path, caplog: 
     config = GraspConfig(finetune_epochs=1, final_epochs=0, order="given", **LEARNING)
     merger = GraspMerger.from_pretrained(base, config=config)
     report = merger.merge([noise, noise], train_dataset=tiny_data("resnet", 12))
-    assert "neither transfers nor what it is fine-tuned later are judged" in caplog.text
+    assert "the gate is off for this merge" in caplog.text
     assert [(bool(step.before), step.judged_by) for step in report.steps] == [
         (True, "two halves of the labels"),
         (False, ""),
@@ -505,7 +505,7 @@ def test_labels_judge_what_is_appended_to_a_merge_that_has_learned_none(
     again.merge([good])
     again.save_pretrained(tmp_path / "again")
     config = GraspConfig(final_epochs=0, order="given", **LEARNING)
-    assert "neither transfers nor what it is fine-tuned later are judged" not in caplog.text
+    assert "the gate is off for this merge" not in caplog.text
     for name, judged_by in {
         "average": "two halves of the labels",
         "again": "two halves of the labels",
@@ -514,7 +514,7 @@ def test_labels_judge_what_is_appended_to_a_merge_that_has_learned_none(
         merger = GraspMerger.from_pretrained(str(tmp_path / name), config=config)
         step = merger.merge([noise], train_dataset=tiny_data("resnet", 60)).steps[-1]
         assert (step.judged_by, step.accepted) == (judged_by, not judged_by), name
-    assert caplog.text.count("neither transfers nor what it is fine-tuned later are judged") == 1
+    assert caplog.text.count("the gate is off for this merge") == 1
 
 
 def test_a_control_has_as_many_steps_as_the_merge_or_is_refused() -> None:

@@ -445,7 +445,7 @@ def test_a_branch_that_moves_after_the_ranking_changes_nothing(
     sources = [f"org/hub-moving-{number}" for number in (1, 2)]
     report = merger.merge(sources, train_dataset=tiny_data("vit", 8))
     assert {(step.source, step.sha) for step in report.steps} == set(zip(sources, shas.values(), strict=True))
-    assert {row["sha"] for row in report.ranking} == {*shas.values()}
+    assert {row["sha"] for row in report.run.ranking} == {*shas.values()}
 
 
 def test_without_a_network_a_card_is_not_missed(
@@ -514,7 +514,7 @@ def test_what_is_continued_from_a_folder_is_pushed_without_its_path(
     merger.save_pretrained("clients/merged")
     again = GraspMerger.from_pretrained("clients/merged", config=config)
     again.merge(["clients/1", "clients/2"], train_dataset=tiny_data("vit", 8))
-    assert again.report.continues == "clients/merged" and len(again.report.ranking) == 2
+    assert again.report.continues == "clients/merged" and len(again.report.run.ranking) == 2
     again.push_to_hub("org/hub-from-folder", token=TOKEN)
     texts = pushed_texts(hub, "org/hub-from-folder")
     assert [name for name, text in texts.items() if b"clients" in text] == []

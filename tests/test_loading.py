@@ -15,7 +15,7 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, ViTForImageClassification
 
-import grasp_hf.merger
+import grasp_hf.merging.run
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError, merge_pretrained
 from grasp_hf.errors import GraspError, NonFiniteError, SourceNotFoundError
 from grasp_hf.hub.reference import Source, SourceRef
@@ -505,7 +505,7 @@ def test_two_sources_are_never_in_memory_at_once(
         seen.extend(weakref.ref(tensor) for tensor in loaded.tensors.values())
         return loaded
 
-    monkeypatch.setattr(grasp_hf.merger, "load_source", watched)
+    monkeypatch.setattr(grasp_hf.merging.run, "load_source", watched)
     config = GraspConfig(
         **{**vars(MEASURE_ONLY), "method": method, "finetune_epochs": 1, "threshold": -1.0, "num_batches": 2}
     )

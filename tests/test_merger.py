@@ -151,7 +151,7 @@ def test_a_head_with_other_labels_is_never_touched(method: str, tmp_path: Path) 
     source = perturbed(tiny_model("vit", labels=["car", "bus", "tram"]), 1)
     target = perturbed(tiny_model("vit"), 2)
     head = {name: value.clone() for name, value in target.state_dict().items() if name.startswith("classifier")}
-    config = GraspConfig(method=method, threshold=-1.0, gate=False, **STILL)  # type: ignore[arg-type]
+    config = GraspConfig(method=method, threshold=-1.0, gate=False, **STILL)
     step = GraspMerger(target, config).merge_source(saved(source, tmp_path / "source"), **data_for("vit"))
     assert step.moved == len(step.units) == 5 and step.other_units == 1
     for name, value in target.state_dict().items():
@@ -595,12 +595,14 @@ def test_a_record_tells_of_no_fine_tuning_that_an_interrupt_took_back(tmp_path: 
     source, whole = saved(perturbed(tiny_model("vit"), 1), tmp_path / "source"), 1e9
     config = GraspConfig(**{**STILL, "final_epochs": 2}, method="average")
     reads = Interrupting(tiny_data("vit", 12, seed=2), whole)
-    assert GraspMerger(tiny_model("vit"), config).merge([source], **{**data_for("vit"), "eval_dataset": reads}).final
+    assert (
+        GraspMerger(tiny_model("vit"), config).merge([source], **{**data_for("vit"), "eval_dataset": reads}).run.final
+    )
     merger = GraspMerger(tiny_model("vit"), config)
     stopped = Interrupting(reads.samples, whole - reads.left - 1)  # at the last sample of the last evaluation
     with pytest.raises(KeyboardInterrupt, match="at a sample"):
         merger.merge([source], **{**data_for("vit"), "eval_dataset": stopped})
-    assert merger.report.final is None and not merger.report.finetuned
+    assert merger.report.run.final is None and not merger.report.finetuned
     assert [step.accepted for step in merger.report.steps] == [True]
 
 
@@ -609,16 +611,16 @@ def test_a_second_merge_tells_nothing_of_the_end_of_the_first(tmp_path: Path) ->
     config = {**STILL, "method": "average", "gate": False}
     merger = GraspMerger(tiny_model("vit"), GraspConfig(**{**config, "final_epochs": 1, "order": "loss"}))
     first = merger.merge(sources[:2], **data_for("vit"))
-    assert first.final and first.ranking
+    assert first.run.final and first.run.ranking
     twin = merger.with_config(GraspConfig(**config), anew=True)
-    assert twin.report.final is None and not twin.report.ranking and not twin.report.steps
+    assert twin.report.run.final is None and not twin.report.run.ranking and not twin.report.steps
     second = merger.with_config(GraspConfig(**config)).merge(sources[2:], **data_for("vit"))
-    assert len(second.steps) == 3 and second.final is None and not second.ranking
+    assert len(second.steps) == 3 and second.run.final is None and not second.run.ranking
 
 
 def test_a_mean_in_half_precision_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sources = [saved(perturbed(tiny_model("vit"), n), tmp_path / str(n)) for n in (1, 2)]
-    warning = "the target is in bfloat16, which rounds the mean after every source"
+    warning = "the target is in bfloat16: its mean is rounded after every source"
     for dtype, names, warned in (
         (None, sources, False),
         ("bfloat16", sources[:1], False),
@@ -653,7 +655,7 @@ def test_a_second_interrupt_waits_until_everything_is_back(tmp_path: Path, monke
             tensor.data.copy_(values[name])
 
     monkeypatch.setattr("grasp_hf.merging.step.verdict", interrupted)
-    monkeypatch.setattr("grasp_hf.merger.overwrite_", again)
+    monkeypatch.setattr("grasp_hf.merging.run.overwrite_", again)
     source = saved(perturbed(tiny_model("vit"), seed=1), tmp_path / "source")
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:

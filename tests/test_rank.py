@@ -120,9 +120,11 @@ def test_a_merge_takes_the_most_promising_in_their_order(tmp_path: Path) -> None
     merger = GraspMerger(tiny_model("vit"), GraspConfig(**{**STILL, "order": "rank", "top": 2}))
     report = merger.merge(sources, train_dataset=data)
     assert [step.source for step in report.steps] == [row.reference for row in ranked[:2]]
-    assert [row["reference"] for row in report.ranking] == [row.reference for row in ranked]
+    assert [row["reference"] for row in report.run.ranking] == [row.reference for row in ranked]
     # What is published names local folders by their last part.
-    assert [row["reference"] for row in report.without_paths().ranking] == [Path(row.reference).name for row in ranked]
+    assert [row["reference"] for row in report.without_paths().run.ranking] == [
+        Path(row.reference).name for row in ranked
+    ]
 
 
 def test_a_merge_ranks_by_the_fine_tuned_base_as_the_command_does(tmp_path: Path) -> None:
@@ -140,7 +142,7 @@ def test_a_merge_ranks_by_the_fine_tuned_base_as_the_command_does(tmp_path: Path
     for name, value in merger.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     report = merger.merge(sources, train_dataset=data)
-    assert {row["reference"]: row["gain"] for row in report.ranking} == pytest.approx(expected)
+    assert {row["reference"]: row["gain"] for row in report.run.ranking} == pytest.approx(expected)
     still = GraspMerger(tiny_model("vit"), GraspConfig(**STILL)).rank(sources, train_dataset=data)
     assert {row.reference: row.gain for row in still} != pytest.approx(expected, rel=1e-2)
 

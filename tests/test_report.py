@@ -23,7 +23,7 @@ def test_a_report_comes_back_from_json_as_it_was(tmp_path: Path) -> None:
     again = MergeReport.from_json(tmp_path / "report.json")
     assert again == report and str(again) == str(report)
     assert isinstance(again.steps[0].change, ChangeReport) and isinstance(again.steps[0].finetuned, FinetuneReport)
-    assert isinstance(again.final, FinetuneReport) and again.final.losses
+    assert isinstance(again.run.final, FinetuneReport) and again.run.final.losses
 
 
 def test_a_line_says_how_many_samples_would_tell_a_change_from_nothing(tmp_path: Path) -> None:

@@ -10,17 +10,19 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification
 
-import grasp_hf.merging.step
 import grasp_hf.models.finetune
+import grasp_hf.validation.labels
 from grasp_hf import GraspConfig, GraspMerger, MergeReport
+from grasp_hf.data.samples import Samples
 from grasp_hf.errors import DataError, NonFiniteError
 from grasp_hf.merging.mixed import MixedModel
-from grasp_hf.merging.step import Step
+from grasp_hf.methods.candidates import Candidate
 from grasp_hf.models.batches import keeping_model_columns
 from grasp_hf.sources.load import LoadedSource
 from grasp_hf.tensors.mixing import Mix
 from grasp_hf.tensors.scratch import Scratch
 from grasp_hf.tensors.units import movable_tensors, partition
+from grasp_hf.validation.labels import Labels
 from tests.support.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 from tests.support.plain import calibrated_losses, class_losses, halves, mean_loss, shuffled_batches
 
@@ -155,10 +157,17 @@ def test_one_mix_after_another_leaves_nothing_of_the_first(world: Path, tmp_path
     units = partition(merger.model, "layer")
     one, other = units[0].name, units[1].name
     stay = {unit.name: Mix.on_line(0.0) for unit in units}
-    mixed = MixedModel(tensors, LoadedSource(source, {*source}), units, start=scratch.start, base=scratch.base)
-    mixed.put({**stay, one: Mix(0.3, 1.2)})
+    samples, collate = Samples(LABELS), keeping_model_columns(merger.model, None)
+    labels = Labels(merger.model, samples, collate, merger.config, learned=False)
+    loaded = LoadedSource(source, {*source})
+    mixed = MixedModel(tensors, loaded, units, labels, start=scratch.start, base=scratch.base)
+
+    def put(mixes: dict[str, Mix]) -> None:
+        mixed.put(Candidate(mixes, [], {}))
+
+    put({**stay, one: Mix(0.3, 1.2)})
     assert not torch.equal(tensors[units[0].tensors[0]], before[units[0].tensors[0]])
-    mixed.put({**stay, other: Mix.on_line(1.0)})
+    put({**stay, other: Mix.on_line(1.0)})
     for unit in units:
         for name in unit.tensors:
             assert torch.equal(tensors[name], (source if unit.name == other else before)[name]), name
@@ -189,13 +198,13 @@ def test_where_the_model_has_learned_the_labels_evaluation_data_judge_alone(worl
 def teachers(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     """Return a list that will hold which labels batches were drawn from."""
     taught: list[set[int]] = []
-    original = Step.batches
+    original = Labels.batches
 
-    def batches(self: Step, labels: Any, seed: int) -> Any:
+    def batches(self: Labels, labels: Any, seed: int) -> Any:
         taught.append({*getattr(labels, "indices", range(len(labels)))})
         return original(self, labels, seed)
 
-    monkeypatch.setattr(Step, "batches", batches)
+    monkeypatch.setattr(Labels, "batches", batches)
     return taught
 
 
@@ -212,7 +221,7 @@ def test_a_single_label_teaches_and_does_not_judge(world: Path) -> None:
 
 
 def test_of_many_labels_some_judge_and_all_the_others_teach(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grasp_hf.merging.step, "EVIDENCE", 9)
+    monkeypatch.setattr(grasp_hf.validation.labels, "MOST_VALIDATION_LABELS", 9)
     taught = teachers(monkeypatch)
     step = merger_of(world).merge([str(world / "1")], train_dataset=LABELS).steps[0]
     assert step.change is not None and step.change.samples == 9
@@ -224,7 +233,7 @@ def test_of_many_labels_some_judge_and_all_the_others_teach(world: Path, monkeyp
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return what the steps warned of since the last call."""
-    found = [record.getMessage() for record in caplog.records if record.name == "grasp_hf.merging.step"]
+    found = [record.getMessage() for record in caplog.records if record.name == "grasp_hf.validation.labels"]
     caplog.clear()
     return found
 
@@ -235,12 +244,12 @@ def test_few_judges_are_named_once_in_a_merge_with_what_they_cannot_show(
     sources = [str(world / "1"), str(world / "2")]
     merger_of(world, method="average").merge(sources, train_dataset=LABELS, eval_dataset=HELD_OUT)
     assert warnings_of(caplog) == [
-        "the sources are judged by labels and evaluation data, 27 samples: two models would have to differ by about 27 "
+        "the sources are validated by labels and evaluation data, 27 samples: two models would have to differ by about 27 "
         "points to be told apart; expected at least 100, and 768 show 5 points"
     ]
     merger_of(world, method="average", initial_epochs=1).merge(sources, train_dataset=LABELS, eval_dataset=HELD_OUT)
     (warning,) = warnings_of(caplog)
-    assert warning.startswith("the sources are judged by evaluation data, 6 samples: ")
+    assert warning.startswith("the sources are validated by evaluation data, 6 samples: ")
     merger_of(world, method="average", gate=False).merge(sources, train_dataset=LABELS, eval_dataset=HELD_OUT)
     assert warnings_of(caplog) == [], "nothing is decided by them"
     merger_of(world, method="average").merge(sources, train_dataset=tiny_data("resnet", 100, seed=1))
@@ -249,16 +258,18 @@ def test_few_judges_are_named_once_in_a_merge_with_what_they_cannot_show(
 
 def test_labels_that_were_learned_judge_no_further_fine_tuning(world: Path, caplog: pytest.LogCaptureFixture) -> None:
     merger = merger_of(world, final_epochs=2, training_arguments={"learning_rate": 0.01})
-    first = merger.merge([str(world / "1")], train_dataset=LABELS).final
+    first = merger.merge([str(world / "1")], train_dataset=LABELS).run.final
     assert first is not None and first.judged_by == "two halves of the labels" and merger.report.finetuned
     before = merger.judge(HELD_OUT).losses
     report = merger.merge([str(world / "expert-1")], train_dataset=LABELS)
-    assert report.final is not None and (report.final.share, report.final.judged_by) == (1.0, "")
-    assert report.final.alone is None and report.steps[1].moved and not report.steps[1].judged_by
+    assert report.run.final is not None and (report.run.final.share, report.run.final.judged_by) == (1.0, "")
+    assert report.run.final.alone is None and report.steps[1].moved and not report.steps[1].judged_by
     assert not torch.equal(merger.judge(HELD_OUT).losses, before)
-    assert "neither transfers nor what it is fine-tuned later are judged" in caplog.text
+    assert "the gate is off for this merge" in caplog.text
     judged = merger.merge([str(world / "2")], train_dataset=LABELS, eval_dataset=HELD_OUT)
-    assert judged.final is not None and judged.final.judged_by == judged.steps[2].judged_by == "evaluation data"
+    assert (
+        judged.run.final is not None and judged.run.final.judged_by == judged.steps[2].judged_by == "evaluation data"
+    )
 
 
 def test_a_fine_tuning_that_was_taken_back_has_taught_nothing(world: Path) -> None:
@@ -279,9 +290,9 @@ def test_a_fine_tuning_that_was_taken_back_has_taught_nothing(world: Path) -> No
 
 def test_without_the_gate_fine_tuning_keeps_no_weights_to_go_back_to(world: Path) -> None:
     merger = merger_of(world, gate=False)
-    with merger.scratch_files(), merger.step(LABELS, None, None) as step:
+    with merger.open_run(Samples(LABELS)) as run, run.step() as step:
         assert step.finetune(1, seed=0) is not None
-        assert not [*step.scratch.directory.glob("line*")] and step.learned
+        assert not [*run.scratch.directory.glob("line*")] and run.labels.learned
 
 
 @pytest.mark.parametrize("evaluates", [False, True])
@@ -314,7 +325,7 @@ def test_halves_of_the_labels_make_as_many_passes_over_them(world: Path, monkeyp
 
     monkeypatch.setattr("grasp_hf.models.finetune.finetune_", counted)
     merger = merger_of(world, training_arguments={"max_steps": 21})
-    with merger.scratch_files(), merger.step(LABELS, None, None) as step:
+    with merger.open_run(Samples(LABELS)) as run, run.step() as step:
         step.finetune(1, seed=0)
     assert sorted(made) == [(10, 10), (11, 11), (21, 21)]
 

@@ -17,12 +17,12 @@ from ..models.batches import IGNORED, Collator, batch_loss, class_terms
 from ..record.entries import Evaluation
 from ..tensors.placing import overwrite_, placed
 from ..tensors.units import movable_tensors
-from .inputs import Trial, each_source
+from .inputs import MethodInputs, each_source
 
 
 @torch.no_grad()
 def ensemble_evaluation(
-    trial: Trial, dataset: Any, collator: Collator, accelerator: Accelerator, batch_size: int
+    inputs: MethodInputs, dataset: Any, collator: Collator, accelerator: Accelerator, batch_size: int
 ) -> Evaluation:
     """Return `loss` and, for a classifier, `accuracy` in [0, 1] of the mean of the sources' probabilities.
 
@@ -34,12 +34,12 @@ def ensemble_evaluation(
     Raises:
         DataError: The labels are no classes.
     """
-    model, tensors, number = trial.model, movable_tensors(trial.model), 0
+    model, tensors, number = inputs.model, movable_tensors(inputs.model), 0
     totals: list[Tensor] = []
     labels: list[Tensor] = []
-    for values in each_source(trial):
+    for values in each_source(inputs):
         loader = accelerator.prepare_data_loader(DataLoader(dataset, batch_size=batch_size, collate_fn=collator))
-        with placed(tensors, values, trial.start):
+        with placed(tensors, values, inputs.start):
             for index, batch in enumerate(loader):
                 _, output = batch_loss(model, batch)
                 logits, truth = class_terms(model, output["logits"], batch["labels"])
@@ -109,14 +109,14 @@ class LogitFusion(PreTrainedModel):
         return type(outputs[0])(loss=loss if num_items_in_batch is None else loss / num_items_in_batch, logits=logits)
 
 
-def logit_fusion(trial: Trial) -> LogitFusion:
+def logit_fusion(inputs: MethodInputs) -> LogitFusion:
     """Return a `LogitFusion` of the sources, each a copy of the base with a source's weights, in eval mode.
 
     Memory: K P, private.
     """
     members = []
-    for values in each_source(trial):
-        member = deepcopy(trial.model)
+    for values in each_source(inputs):
+        member = deepcopy(inputs.model)
         overwrite_(movable_tensors(member), values)
         members.append(member)
-    return LogitFusion(trial.model.config, members).eval()
+    return LogitFusion(inputs.model.config, members).eval()

@@ -7,7 +7,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FILE_BUILDER
 
 from ..config.recipe import Recipe
 from ..data.digests import contents, digest
-from ..data.samples import TaskData
+from ..data.samples import Samples
 from ..errors import DataError, shortened
 from ..hub.download import look_up
 from ..hub.reference import Source
@@ -17,13 +17,13 @@ from ..record.card import trained_on_test
 from ..sources.adapters import load_adapter_config
 from ..sources.load import adapter_labels, saves_head
 from ..sources.rows import label_names
-from ..validation.changes import LEAST_SAMPLES, resolution
+from ..validation.changes import LEAST_SAMPLES, detectable_difference
 
 LEAST_VALIDATION = 50  # fewer than of the test split: it judges by the loss, in pairs of the same sample
 LEAST_TEXTS = 30  # of a language model; with fewer, 1.96 standard errors are no 95 % (Student's t is 2.05 and more)
 
 
-def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], data: TaskData) -> dict[str, str]:
+def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], data: Samples) -> dict[str, str]:
     """Raise `DataError` where the rows of a comparison could not be compared; return a digest of each split."""
     if data.train is None or data.test is None:
         raise DataError("a comparison needs data with the splits 'train' and 'test'")
@@ -36,7 +36,7 @@ def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], 
                     "they show is a guess; cut long texts into several"
                 )
     elif len(data.test) < LEAST_SAMPLES:
-        raise DataError(f"the split 'test' has {resolution(len(data.test))}")
+        raise DataError(f"the split 'test' has {detectable_difference(len(data.test))}")
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     found = {name: contents(split) for name, split in splits.items() if split is not None}
     for name in found.keys() - {"test"}:
@@ -57,7 +57,7 @@ def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], 
         )
     if not generates and data.validation is not None and len(data.validation) < LEAST_VALIDATION:
         raise DataError(
-            f"the split 'validation' has {resolution(len(data.validation), LEAST_VALIDATION)}; without that split the "
+            f"the split 'validation' has {detectable_difference(len(data.validation), LEAST_VALIDATION)}; without that split the "
             "labels judge"
         )
     dataset = hub_dataset(recipe)

@@ -23,7 +23,7 @@ class FineTune(Protocol):
 
 
 @dataclass
-class Trial:
+class MethodInputs:
     """What one method may use: the model at the base, the sources, and the labels.
 
     Attributes:
@@ -60,52 +60,52 @@ def wide_like(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.empty(t.shape, dtype=wide_dtype(t), device="meta") for name, t in tensors.items()}
 
 
-def each_source(trial: Trial) -> Iterator[Mapping[str, Tensor]]:
+def each_source(inputs: MethodInputs) -> Iterator[Mapping[str, Tensor]]:
     """Yield every source, one at a time; raise where there is none, or one that brings nothing."""
     number = 0
-    for number, values in enumerate(trial.stream(), start=1):
-        _check_source(trial, values, number)
+    for number, values in enumerate(inputs.stream(), start=1):
+        _check_source(inputs, values, number)
         yield values
     if number == 0:
         raise ConfigError("got no sources, expected at least one")
 
 
 @contextmanager
-def all_sources(trial: Trial) -> Iterator[Sequence[Mapping[str, Tensor]]]:
+def all_sources(inputs: MethodInputs) -> Iterator[Sequence[Mapping[str, Tensor]]]:
     """Map all sources inside the block; raise where there is none, or one that brings nothing."""
-    with trial.together() as sources:
+    with inputs.together() as sources:
         if not sources:
             raise ConfigError("got no sources, expected at least one")
         for number, values in enumerate(sources, start=1):
-            _check_source(trial, values, number)
+            _check_source(inputs, values, number)
         yield sources
 
 
-def _check_source(trial: Trial, values: Mapping[str, Tensor], number: int) -> None:
-    if not any(name in trial.start for name in values):
+def _check_source(inputs: MethodInputs, values: Mapping[str, Tensor], number: int) -> None:
+    if not any(name in inputs.start for name in values):
         raise IncompatibleSourceError(
-            f"source {number} brings none of the {len(trial.start)} tensors of the target ({len(values)} others)"
+            f"source {number} brings none of the {len(inputs.start)} tensors of the target ({len(values)} others)"
         )
 
 
-def finite_loss(trial: Trial) -> float:
+def finite_loss(inputs: MethodInputs) -> float:
     """Return the loss of the model as it is; infinite where it is not finite, so that it is never chosen."""
     try:
-        loss = trial.loss()
+        loss = inputs.loss()
     except NonFiniteError:
         return math.inf
     return loss if math.isfinite(loss) else math.inf
 
 
-def weight_names_of(trial: Trial) -> set[str]:
+def weight_names_of(inputs: MethodInputs) -> set[str]:
     """Return the names of parameters; all other tensors are statistics."""
-    return {name for name, tensor in movable_tensors(trial.model).items() if isinstance(tensor, nn.Parameter)}
+    return {name for name, tensor in movable_tensors(inputs.model).items() if isinstance(tensor, nn.Parameter)}
 
 
-def moving(trial: Trial, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def moving(inputs: MethodInputs, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a source that have a direction."""
     for name, value in values.items():
-        if trial.start[name].is_floating_point():
+        if inputs.start[name].is_floating_point():
             yield name, value
 
 

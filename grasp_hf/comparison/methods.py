@@ -12,110 +12,110 @@ from ..config.grasp import GraspConfig
 from ..errors import ConfigError
 from ..models.finetune import finetune_
 from ..record.entries import Evaluation
-from ..validation.losses import judge
+from ..validation.losses import sample_losses
 from .ensembles import ensemble_evaluation, logit_fusion
 from .mixtures import mixture_, pearl_
 from .soups import average_, fisher_average_, greedy_soup_
 from .task_vectors import dare_, gradfix_, task_arithmetic_, ties_
-from .workbench import COMMON, Arena
+from .workbench import COMMON, Workbench
 
 Group = Literal["control", "existing", "ours"]
 
 
-def nothing(arena: Arena) -> None:
+def nothing(bench: Workbench) -> None:
     """Leave the base model as it is."""
-    arena.begin()
+    bench.begin()
 
 
-def source_alone(arena: Arena, source: str) -> None:
+def source_alone(bench: Workbench, source: str) -> None:
     """Take one source as it is."""
-    arena.copy(source)
+    bench.copy(source)
 
 
-def best_source(arena: Arena) -> None:
+def best_source(bench: Workbench) -> None:
     """Take the source whose loss on the labels is lowest."""
     losses = {}
-    for source in arena.sources:
-        arena.copy(source)
-        losses[source] = arena.score(arena.labels)["loss"]
-    arena.copy(min(losses, key=losses.__getitem__))
+    for source in bench.sources:
+        bench.copy(source)
+        losses[source] = bench.score(bench.labels)["loss"]
+    bench.copy(min(losses, key=losses.__getitem__))
 
 
-def published(arena: Arena, threshold: float) -> None:
+def published(bench: Workbench, threshold: float) -> None:
     """Run the published loop from the first source; a threshold of 1 copies nothing, one of -1 everything.
 
     It fine-tunes as it was published, all weights, but in batches and at a learning rate of the recipe, as every method
     does; each of its fine-tunings ends with a whole step, so that it makes up to one step per source more than the others.
     """
-    each = arena.epochs / len(arena.sources)
-    shared = arena.shared(name for name in COMMON if name != "lora")
-    if arena.generates:  # it has no accuracy, by which the published loop keeps its best epoch
+    each = bench.epochs / len(bench.sources)
+    shared = bench.shared(name for name in COMMON if name != "lora")
+    if bench.generates:  # it has no accuracy, by which the published loop keeps its best epoch
         shared["training_arguments"] = {"metric_for_best_model": "loss", **shared["training_arguments"]}
     config = GraspConfig.paper(threshold=threshold, initial_epochs=each, finetune_epochs=each, **shared)
-    first, *others = arena.sources
-    arena.copy(first)
-    arena.merge(config, others)
+    first, *others = bench.sources
+    bench.copy(first)
+    bench.merge(config, others)
 
 
-def on_line(start: Callable[[Arena], None], arena: Arena) -> None:
+def on_line(start: Callable[[Workbench], None], bench: Workbench) -> None:
     """Fine-tune what `start` leaves in the model as ours is: no further than the labels allow, which costs as much again."""
-    start(arena)
-    arena.finetune(arena.epochs, gate=True)
+    start(bench)
+    bench.finetune(bench.epochs, gate=True)
 
 
-def ours(arena: Arena, **settings: Any) -> None:
+def ours(bench: Workbench, **settings: Any) -> None:
     """Merge as the recipe says, with the settings of a variant."""
-    arena.begin()
-    arena.continue_(settings)
+    bench.begin()
+    bench.continue_(settings)
 
 
-def rival(arena: Arena, method: Callable[..., None], **settings: Any) -> None:
+def rival(bench: Workbench, method: Callable[..., None], **settings: Any) -> None:
     """Run an existing method."""
-    with arena.trial() as trial:
-        method(trial, **settings)
+    with bench.inputs() as inputs:
+        method(inputs, **settings)
 
 
-def mixture(arena: Arena, per_layer: bool) -> None:
+def mixture(bench: Workbench, per_layer: bool) -> None:
     """Learn a mixture of task vectors in as many steps as fine-tuning has, or in AdaMerging's 500 where there is none.
 
     AdaMerging's steps of 0.001 are too short for coefficients to get anywhere in 32; these are ten times as long at
     least, and long enough for one to cross its whole range.
     """
-    arguments = arena.config.training_arguments
-    batches = math.ceil(len(arena.data.train) / arguments.get("per_device_train_batch_size", arena.config.batch_size))
-    steps = math.ceil(arena.epochs * math.ceil(batches / arguments.get("gradient_accumulation_steps", 1)))
-    rival(arena, mixture_, per_layer=per_layer, **({"steps": steps, "lr": max(1e-2, 1 / steps)} if steps else {}))
+    arguments = bench.config.training_arguments
+    batches = math.ceil(len(bench.data.train) / arguments.get("per_device_train_batch_size", bench.config.batch_size))
+    steps = math.ceil(bench.epochs * math.ceil(batches / arguments.get("gradient_accumulation_steps", 1)))
+    rival(bench, mixture_, per_layer=per_layer, **({"steps": steps, "lr": max(1e-2, 1 / steps)} if steps else {}))
 
 
-def pearl(arena: Arena) -> None:
+def pearl(bench: Workbench) -> None:
     """Train PEARL's adapters for its three epochs each, or for as many as fine-tuning has where those are fewer, but not 0."""
-    rival(arena, pearl_, epochs=min(3, arena.epochs) or 3)
+    rival(bench, pearl_, epochs=min(3, bench.epochs) or 3)
 
 
-def ensemble(arena: Arena) -> Evaluation:
+def ensemble(bench: Workbench) -> Evaluation:
     """Return the scores of the mean of all sources' probabilities."""
-    with arena.trial() as trial:
-        return ensemble_evaluation(trial, arena.data.test, arena.collator, Accelerator(), arena.config.batch_size)
+    with bench.inputs() as inputs:
+        return ensemble_evaluation(inputs, bench.data.test, bench.collator, Accelerator(), bench.config.batch_size)
 
 
-def fusion(arena: Arena) -> Evaluation:
+def fusion(bench: Workbench) -> Evaluation:
     """Return the scores of all sources trained jointly on the mean of their logits."""
-    if arena.config.lora is not None:
+    if bench.config.lora is not None:
         raise ConfigError("all weights of all sources are trained jointly; leave out `lora` to run it")
-    with arena.trial() as trial:
-        model = logit_fusion(trial)
+    with bench.inputs() as inputs:
+        model = logit_fusion(inputs)
     finetune_(
         model,
-        arena.data.train,
-        arena.data.validation,
-        arena.collator,
-        arena.config,
-        epochs=arena.epochs,
-        seed=arena.seed,
-        directory=arena.directory,
+        bench.data.train,
+        bench.data.validation,
+        bench.collator,
+        bench.config,
+        epochs=bench.epochs,
+        seed=bench.seed,
+        directory=bench.directory,
     )
     model.eval()
-    return judge(model, arena.data.test, arena.collator, Accelerator(), arena.config.batch_size).evaluation()
+    return sample_losses(model, bench.data.test, bench.collator, Accelerator(), bench.config.batch_size).evaluation()
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Method:
     Attributes:
         title: Its name.
         group: What it stands for.
-        run: Leaves its result in the arena's model; one that predicts without a single model returns its scores.
+        run: Leaves its result in the bench's model; one that predicts without a single model returns its scores.
         memory: Private memory it takes to merge, in models.
         sources: How many sources it needs at once, in memory or on the disk.
         finetuned: Whether the budget of fine-tuning is spent on its result; else it has spent it itself, or none.
@@ -133,7 +133,7 @@ class Method:
 
     title: str
     group: Group
-    run: Callable[[Arena], Evaluation | None]
+    run: Callable[[Workbench], Evaluation | None]
     memory: str = "1"
     finetuned: bool = True
     sources: Literal["1", "K"] = "1"
@@ -152,7 +152,7 @@ def _mixture(title: str, *, per_layer: bool, line: bool = False) -> Method:
     return Method(title, "existing", run, sources="K")
 
 
-def _line(title: str, start: Callable[[Arena], None]) -> Method:
+def _line(title: str, start: Callable[[Workbench], None]) -> Method:
     return Method(title, "control", partial(on_line, start), finetuned=False)
 
 

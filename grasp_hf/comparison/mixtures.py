@@ -13,13 +13,13 @@ from ..models.gradients import gradient_pass, preserved_state
 from ..tensors.placing import overwrite_
 from ..tensors.products import inner_products
 from ..tensors.units import Unit, head_tensors, movable_tensors, partition
-from .inputs import Trial, all_sources, difference, each_source, weight_names_of, wide_dtype
+from .inputs import MethodInputs, all_sources, difference, each_source, weight_names_of, wide_dtype
 
 logger = logging.getLogger(__name__)
 
 
 def mixture_(
-    trial: Trial, *, per_layer: bool = True, steps: int = 500, lr: float = 1e-3, initial: float = 0.3
+    inputs: MethodInputs, *, per_layer: bool = True, steps: int = 500, lr: float = 1e-3, initial: float = 0.3
 ) -> None:
     """Change the model to `base + sum_k c_k (S_k - base)` with coefficients in [0, 1] learned on the labels.
 
@@ -31,7 +31,7 @@ def mixture_(
     Memory: the sources stay mapped, in no private memory.
 
     Args:
-        trial: See `Trial`.
+        inputs: See `MethodInputs`.
         per_layer: One coefficient per source and layer instead of per source.
         steps: Batches, one step each.
         lr: Step size of Adam; a coefficient moves by at most about this much per step.
@@ -40,15 +40,15 @@ def mixture_(
     Raises:
         NonFiniteError: A loss or a gradient became NaN or infinite.
     """
-    units = partition(trial.model, "layer") if per_layer else [Unit("", tuple(movable_tensors(trial.model)))]
-    with all_sources(trial) as sources:
+    units = partition(inputs.model, "layer") if per_layer else [Unit("", tuple(movable_tensors(inputs.model)))]
+    with all_sources(inputs) as sources:
         coefficients = torch.full((len(sources), len(units)), initial, dtype=torch.float64)
-        _learn_(trial, trial.start, sources, units, coefficients, steps=steps, lr=lr, project=_into_box_)
+        _learn_(inputs, inputs.start, sources, units, coefficients, steps=steps, lr=lr, project=_into_box_)
     logger.info("mixture: coefficients per source %s", [round(float(c), 3) for c in coefficients.mean(1)])
 
 
 def pearl_(
-    trial: Trial,
+    inputs: MethodInputs,
     *,
     rank: int = 16,
     epochs: float = 3,
@@ -66,7 +66,7 @@ def pearl_(
     Memory: as the fine-tuning of one adapter; K + 1 P of disk, where the K trained models are kept.
 
     Args:
-        trial: See `Trial`.
+        inputs: See `MethodInputs`.
         rank: Rank of each adapter, and its alpha, so that its scale is 1.
         epochs: Epochs of training for each.
         learning_rate: Of the adapters; the published code's is 1e-3 or 5e-5, by script, and few steps at the second
@@ -78,25 +78,25 @@ def pearl_(
         ConfigError: A LoRA adapter does not fit the model.
         NonFiniteError: A loss, a gradient or a weight became NaN or infinite.
     """
-    tensors, first = movable_tensors(trial.model), trial.room("first")
-    sources = each_source(trial)
+    tensors, first = movable_tensors(inputs.model), inputs.room("first")
+    sources = each_source(inputs)
     overwrite_(tensors, next(sources))
     number = 1 + sum(1 for _ in sources)
     overwrite_(first, tensors)  # from the model, whose dtype the source may not have
     adapted = []
-    lora = {"r": rank, "lora_alpha": rank, **_adapted_modules(trial.model)}
+    lora = {"r": rank, "lora_alpha": rank, **_adapted_modules(inputs.model)}
     for k in range(number):
         overwrite_(tensors, first)
-        trial.finetune(epochs, trial.seed + k, lora, learning_rate)
-        trained = trial.room(f"adapted-{k}")
+        inputs.finetune(epochs, inputs.seed + k, lora, learning_rate)
+        trained = inputs.room(f"adapted-{k}")
         overwrite_(trained, tensors)
         adapted.append({n: t for n, t in trained.items() if n in tensors and not torch.equal(t, first[n])})
-    trial.model.eval()
+    inputs.model.eval()
     overwrite_(tensors, first)
     units = [Unit("", tuple(tensors))]
     coefficients = torch.full((number, 1), 1 / number, dtype=torch.float64)
-    steps = mixing_epochs * trial.epoch
-    _learn_(trial, first, adapted, units, coefficients, steps=steps, lr=mixing_lr, project=_onto_simplex_)
+    steps = mixing_epochs * inputs.epoch
+    _learn_(inputs, first, adapted, units, coefficients, steps=steps, lr=mixing_lr, project=_onto_simplex_)
     logger.info("PEARL: weights %s", [round(float(c), 3) for c in coefficients[:, 0]])
 
 
@@ -110,7 +110,7 @@ def _adapted_modules(model: PreTrainedModel) -> dict[str, list[str]]:
 
 
 def _learn_(
-    trial: Trial,
+    inputs: MethodInputs,
     start: Mapping[str, Tensor],
     sources: Sequence[Mapping[str, Tensor]],
     units: Sequence[Unit],
@@ -126,8 +126,8 @@ def _learn_(
     to where they may be.
     """
     column = {name: index for index, unit in enumerate(units) for name in unit.tensors}
-    weight_names, adam = weight_names_of(trial), torch.optim.Adam([coefficients], lr=lr)
-    tensors = movable_tensors(trial.model)
+    weight_names, adam = weight_names_of(inputs), torch.optim.Adam([coefficients], lr=lr)
+    tensors = movable_tensors(inputs.model)
 
     def mix_() -> None:
         for name in dict.fromkeys(name for values in sources for name in values):
@@ -142,7 +142,7 @@ def _learn_(
             tensors[name].data.copy_(mixed)
 
     mix_()
-    for batch in trial.batches(steps):
+    for batch in inputs.batches(steps):
         slopes = torch.zeros_like(coefficients)
 
         def meet(name: str, gradient: Tensor, slopes: Tensor = slopes) -> None:
@@ -152,8 +152,8 @@ def _learn_(
                     products = inner_products(gradient, values[name].to(device), start[name].to(device))
                     slopes[k, column[name]] += products[0]
 
-        with preserved_state(trial.model):
-            gradient_pass(trial.model, batch, meet)
+        with preserved_state(inputs.model):
+            gradient_pass(inputs.model, batch, meet)
         if not slopes.isfinite().all():
             raise NonFiniteError("a gradient of the mixture is NaN or infinite; try a lower lr")
         coefficients.grad = slopes

@@ -20,7 +20,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from filelock import FileLock, Timeout
 
 from ..config.recipe import Recipe
-from ..data.samples import TaskData
+from ..data.samples import Samples
 from ..errors import ConfigError, DataError, GraspError, OutputExistsError
 from ..files import LOCK, workspace
 from ..hub.download import look_up
@@ -30,7 +30,7 @@ from ..runs.prepare import prepare
 from .fairness import check_fairness
 from .methods import METHODS, Method, source_alone
 from .results import OURS, RESULTS, Comparison, Result, kind_of, title_of
-from .workbench import Arena
+from .workbench import Workbench
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def _run_seed(
     recipe: Recipe,
     base: Any,
     sources: list[str],
-    data: TaskData,
+    data: Samples,
     methods: dict[str, Method],
     variants: dict[str, dict[str, Any]],
     count: int,
@@ -248,7 +248,7 @@ def _run_seed(
 ) -> None:
     """Run what is missing of one seed."""
     order = [sources[i] for i in _permutation(len(sources), seed)]
-    rows: dict[str, tuple[Callable[[Arena], Evaluation | None], bool]] = {
+    rows: dict[str, tuple[Callable[[Workbench], Evaluation | None], bool]] = {
         f"source:{source}": (partial(source_alone, source=source), False) for source in sources
     }
     rows |= {name: (method.run, method.finetuned) for name, method in methods.items()}
@@ -262,16 +262,16 @@ def _run_seed(
     base.config = config
     epochs = config.total_epochs(len(sources))
     with workspace(Path(tempfile.gettempdir()), "grasp_hf-compare-") as directory, ExitStack() as held:
-        arena = Arena(base, order, replace(data, train=labels), epochs=epochs, directory=directory)
-        held.callback(arena.begin)  # the next arena starts from what the model holds then
+        bench = Workbench(base, order, replace(data, train=labels), epochs=epochs, directory=directory)
+        held.callback(bench.begin)  # the next bench starts from what the model holds then
         for method, (run, finetuned) in missing.items():
             began = time.perf_counter()
             try:
-                scores = run(arena)
-                merged = {} if scores or not finetuned else arena.score()
+                scores = run(bench)
+                merged = {} if scores or not finetuned else bench.score()
                 if finetuned:
-                    arena.finetune(epochs)
-                final = scores or arena.score()
+                    bench.finetune(epochs)
+                final = scores or bench.score()
                 problem = None
             except (GraspError, MemoryError, RuntimeError) as error:
                 if not isinstance(error, GraspError) and not _lacks_memory(error):

@@ -12,23 +12,23 @@ from ..methods.fisher import LEAST_FISHER, fisher_
 from ..tensors.mixing import interpolate_
 from ..tensors.placing import overwrite_, placed
 from ..tensors.units import movable_tensors
-from .inputs import Trial, all_sources, each_source, finite_loss, moving
+from .inputs import MethodInputs, all_sources, each_source, finite_loss, moving
 
 logger = logging.getLogger(__name__)
 
 
-def average_(trial: Trial) -> None:
+def average_(inputs: MethodInputs) -> None:
     """Change the model to the mean of the sources, a uniform soup (arXiv:2203.05482).
 
     Memory: one source at a time; 1 P of disk.
     """
-    mean, seen = trial.room("mean"), Counter[str]()
-    for values in each_source(trial):
+    mean, seen = inputs.room("mean"), Counter[str]()
+    for values in each_source(inputs):
         take_into_mean_(mean, values, seen)
-    overwrite_(movable_tensors(trial.model), {name: mean[name] for name in seen})
+    overwrite_(movable_tensors(inputs.model), {name: mean[name] for name in seen})
 
 
-def greedy_soup_(trial: Trial) -> None:
+def greedy_soup_(inputs: MethodInputs) -> None:
     """Change the model to a greedy soup (arXiv:2203.05482): sources join the mean, best first, if the loss does not rise.
 
     The paper sorts and judges by held-out accuracy; a few labels have too few values of it, so the loss takes its place.
@@ -38,12 +38,12 @@ def greedy_soup_(trial: Trial) -> None:
     Raises:
         NonFiniteError: No source has a finite loss.
     """
-    tensors, mean, seen = movable_tensors(trial.model), trial.room("mean"), Counter[str]()
-    with all_sources(trial) as sources:
+    tensors, mean, seen = movable_tensors(inputs.model), inputs.room("mean"), Counter[str]()
+    with all_sources(inputs) as sources:
         losses = []
         for values in sources:
-            with placed(tensors, values, trial.start):
-                losses.append(finite_loss(trial))
+            with placed(tensors, values, inputs.start):
+                losses.append(finite_loss(inputs))
         order = sorted(range(len(sources)), key=losses.__getitem__)
         if not math.isfinite(losses[order[0]]):
             raise NonFiniteError(f"none of the {len(sources)} sources has a finite loss on the labels")
@@ -52,16 +52,16 @@ def greedy_soup_(trial: Trial) -> None:
             values = sources[index]
             for name, value in values.items():
                 interpolate_(tensors[name], mean[name], value, 1 / (seen[name] + 1))
-            loss = finite_loss(trial)
+            loss = finite_loss(inputs)
             if loss <= best:
                 best = loss
                 take_into_mean_(mean, values, seen)
                 logger.info("greedy soup: took source %d, loss %.4f", index + 1, loss)
             else:
-                overwrite_(tensors, {name: mean[name] if seen[name] else trial.start[name] for name in values})
+                overwrite_(tensors, {name: mean[name] if seen[name] else inputs.start[name] for name in values})
 
 
-def fisher_average_(trial: Trial) -> None:
+def fisher_average_(inputs: MethodInputs) -> None:
     """Change the model to the mean of the sources, each element weighted by its Fisher information (arXiv:2111.09832).
 
     The Fisher of each source at the labelled inputs, one pass, see `fisher_`. What has none (statistics, unused tokens)
@@ -73,13 +73,13 @@ def fisher_average_(trial: Trial) -> None:
         DataError: The labels are no classes.
         NonFiniteError: A loss or the Fisher of a source is not finite.
     """
-    tensors, batches = movable_tensors(trial.model), list(trial.batches(trial.epoch))
-    weighted, total, fisher, seen = trial.room("weighted"), trial.room("total"), trial.room("fisher"), set[str]()
-    for index, values in enumerate(each_source(trial)):
-        brought = dict(moving(trial, values))
+    tensors, batches = movable_tensors(inputs.model), list(inputs.batches(inputs.epoch))
+    weighted, total, fisher, seen = inputs.room("weighted"), inputs.room("total"), inputs.room("fisher"), set[str]()
+    for index, values in enumerate(each_source(inputs)):
+        brought = dict(moving(inputs, values))
         try:
-            with placed(tensors, values, trial.start):
-                fisher_(fisher, trial.model, batches, brought, seed=trial.seed)
+            with placed(tensors, values, inputs.start):
+                fisher_(fisher, inputs.model, batches, brought, seed=inputs.seed)
         except NonFiniteError as error:
             raise NonFiniteError(f"source {index + 1}: {error}") from error
         for name, value in brought.items():

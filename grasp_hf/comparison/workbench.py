@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from ..config.grasp import GraspConfig
-from ..data.samples import TaskData
+from ..data.samples import Samples
 from ..merger import GraspMerger
+from ..merging.run import Run, collator_for
 from ..merging.step import Step
 from ..models.batches import Batch, Collator
 from ..record.entries import Evaluation
@@ -20,13 +21,13 @@ from ..tensors.mapped import MappedTensors
 from ..tensors.placing import overwrite_
 from ..tensors.scratch import Scratch
 from ..tensors.units import movable_tensors
-from ..validation.losses import EVIDENCE
-from .inputs import Trial, wide_like
+from ..validation.losses import MOST_VALIDATION_LABELS
+from .inputs import MethodInputs, wide_like
 
 COMMON = ("batch_size", "lora", "training_arguments", "seed", "accepted_bases", "trust_remote_code", "prefetch")
 
 
-class Arena:
+class Workbench:
     """What all methods of one run share: the labels, the sources, the model that each of them starts from.
 
     Args:
@@ -38,7 +39,7 @@ class Arena:
     """
 
     def __init__(
-        self, merger: GraspMerger, sources: list[str], data: TaskData, *, epochs: float, directory: Path
+        self, merger: GraspMerger, sources: list[str], data: Samples, *, epochs: float, directory: Path
     ) -> None:
         self.sources, self.data, self.epochs, self.directory = sources, data, epochs, directory
         self._origin = merger
@@ -50,8 +51,8 @@ class Arena:
 
     @property
     def labels(self) -> Any:
-        """The samples that choices are made by: `EVIDENCE` labels at most, and the validation split where there is one."""
-        some = Subset(self.data.train, range(min(EVIDENCE, len(self.data.train))))
+        """The samples that choices are made by: `MOST_VALIDATION_LABELS` labels at most, and the validation split where there is one."""
+        some = Subset(self.data.train, range(min(MOST_VALIDATION_LABELS, len(self.data.train))))
         return some if self.data.validation is None else ConcatDataset([some, self.data.validation])
 
     @property
@@ -62,7 +63,8 @@ class Arena:
     @property
     def collator(self) -> Collator:
         """What makes batches that the base model takes."""
-        return self._origin.collator(self.data.collator)
+        origin = self._origin
+        return collator_for(origin.model, origin.config, origin.processing_class, self.data.collator)
 
     def shared(self, names: Iterable[str]) -> dict[str, Any]:
         """Return settings of the recipe."""
@@ -78,12 +80,12 @@ class Arena:
 
     def merge(self, config: GraspConfig, sources: list[str]) -> None:
         """Merge `sources` into the model as it is now."""
-        self.merger(config).merge(sources, **self.data.merge_arguments())
+        self.merger(config).merge(sources, **self.data.keywords())
 
     def continue_(self, settings: dict[str, Any]) -> None:
         """Merge all sources into the model as the recipe says but for `settings`, where the base's record ends."""
         config = replace(self._origin.config, **settings)
-        self._origin.with_config(config).merge(self.sources, **self.data.merge_arguments())
+        self._origin.with_config(config).merge(self.sources, **self.data.keywords())
 
     def copy(self, source: str) -> None:
         """Let the model hold the weights of a source; where it has none, those of the base."""
@@ -101,24 +103,23 @@ class Arena:
         return self.merger(self.config).evaluate(dataset, data_collator=self.data.collator)
 
     @contextmanager
-    def session(self, config: GraspConfig) -> Iterator[tuple[GraspMerger, Step]]:
-        """Yield a merger of the model as it is now, within a step of it."""
-        merger, data = self.merger(config), self.data
-        with merger.scratch_files(), merger.step(data.train, data.validation, data.collator) as step:
-            yield merger, step
+    def session(self, config: GraspConfig) -> Iterator[tuple[Run, Step]]:
+        """Yield a run with the model as it is now, within a step of it."""
+        with self.merger(config).open_run(self.data) as run, run.step() as step:
+            yield run, step
 
     @contextmanager
-    def trial(self) -> Iterator[Trial]:
-        """Yield what an existing method works with; the base's weights stand in the model at the start."""
+    def inputs(self) -> Iterator[MethodInputs]:
+        """Yield what an existing method works with; the model holds the base's weights at the start."""
         self.begin()
-        with self.session(self.config) as (merger, step), merger.puller(None) as puller:
-            merger.model.eval()
-            tensors = movable_tensors(merger.model)
+        with self.session(self.config) as (run, step), run.puller(None, whole=True) as puller:
+            run.model.eval()
+            tensors = movable_tensors(run.model)
 
             def load(source: str, number: int, held: ExitStack) -> dict[str, Tensor]:
-                own = Scratch(step.scratch.directory / f"source-{number}", tensors)
+                own = Scratch(run.scratch.directory / f"source-{number}", tensors)
                 own.directory.mkdir(exist_ok=True)
-                loaded = merger.load(held.enter_context(puller.pull(source)), own)
+                loaded = run.load(held.enter_context(puller.pull(source)), scratch=own)
                 return {name: loaded.tensors[name] for name in loaded.candidates}
 
             def stream() -> Iterator[dict[str, Tensor]]:
@@ -133,7 +134,7 @@ class Arena:
 
             def batches(count: int) -> Iterator[Batch]:
                 config = replace(self.config, num_batches=count)
-                return step.with_config(config).batches(self.data.train, self.seed)
+                return step.with_config(config).labels.batches(self.data.train, self.seed)
 
             def finetune(epochs: float, seed: int, lora: dict[str, Any], learning_rate: float) -> None:
                 arguments = {**self.config.training_arguments, "learning_rate": learning_rate}
@@ -144,16 +145,16 @@ class Arena:
 
             def room(name: str) -> MappedTensors:
                 if name not in rooms:
-                    rooms[name] = MappedTensors(step.scratch.directory / f"room-{name}", wide_like(tensors))
+                    rooms[name] = MappedTensors(run.scratch.directory / f"room-{name}", wide_like(tensors))
                 return rooms[name]
 
-            yield Trial(
-                model=merger.model,
-                start=step.scratch.start,
+            yield MethodInputs(
+                model=run.model,
+                start=run.scratch.start,
                 stream=stream,
                 together=together,
                 batches=batches,
-                epoch=math.ceil(min(len(self.data.train), EVIDENCE) / self.config.batch_size),
+                epoch=math.ceil(min(len(self.data.train), MOST_VALIDATION_LABELS) / self.config.batch_size),
                 loss=lambda: self.score(self.labels)["loss"],
                 room=room,
                 finetune=finetune,

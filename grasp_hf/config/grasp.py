@@ -4,10 +4,11 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError
 from .checks import lora_problems, plain_value, training_argument_problems, value_problems
+from .methods import METHODS
 
 PAPER = {
     "method": "copy",
@@ -28,6 +29,12 @@ PAPER = {
         "metric_for_best_model": "accuracy",
     },
 }
+
+
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +90,7 @@ class GraspConfig:
         ConfigError: A value has the wrong type or is out of range; all problems are listed.
     """
 
-    method: Literal["average", "blend", "copy"] = "blend"
+    method: MethodName = "blend"
     unit: Literal["layer", "module", "tensor", "parameter"] = "layer"
     threshold: float = 0.3
     num_batches: int = 8
@@ -153,7 +160,7 @@ class GraspConfig:
     def needs_data(self) -> bool:
         """Whether a merge needs training data: always, but for an average without fine-tuning in the order given."""
         epochs = self.initial_epochs or self.finetune_epochs or self.final_epochs
-        return self.method != "average" or self.order != "given" or bool(epochs)
+        return METHODS[self.method].needs_data or self.order != "given" or bool(epochs)
 
     def total_epochs(self, sources: int) -> float:
         """Return the epochs of fine-tuning in a whole merge of so many sources."""
@@ -162,7 +169,7 @@ class GraspConfig:
     @property
     def learns(self) -> bool:
         """Whether coefficients are learned, which needs the weights that a merge began with."""
-        return self.method == "blend"
+        return METHODS[self.method].learns
 
     @property
     def finetunes_between(self) -> bool:

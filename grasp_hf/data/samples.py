@@ -6,22 +6,22 @@ from typing import Any
 from ..models.batches import Collator
 
 
-@dataclass
-class TaskData:
-    """The user's data, ready for training: what `GraspMerger.merge` takes, and the test split for the end.
+@dataclass(frozen=True)
+class Samples:
+    """The samples of the target task, under one name from the public verbs to the innermost function.
 
     Attributes:
         train: Labelled samples; `None` for a merge without data.
-        validation: Held-out samples, `None` where the data set has no such split.
-        test: Samples that are looked at once, when all is done.
-        collator: Makes batches of them.
+        validation: Held-out samples (`eval_dataset` of the public verbs); `None` where there are none.
+        test: Samples that are evaluated once, at the end.
+        collator: Makes batches of samples; `None` is the one that `transformers.Trainer` would take.
     """
 
-    train: Any
-    validation: Any
-    test: Any
-    collator: Collator
+    train: Any = None
+    validation: Any = None
+    test: Any = None
+    collator: Collator | None = None
 
-    def merge_arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of `GraspMerger.merge`."""
+    def keywords(self) -> dict[str, Any]:
+        """Return the samples as the keyword arguments of `GraspMerger.merge`."""
         return {"train_dataset": self.train, "eval_dataset": self.validation, "data_collator": self.collator}

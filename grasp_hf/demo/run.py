@@ -14,7 +14,7 @@ import yaml
 
 from ..config.grasp import GraspConfig
 from ..config.recipe import Recipe
-from ..data.samples import TaskData
+from ..data.samples import Samples
 from ..errors import OutputExistsError
 from ..hub.download import locate
 from ..merger import GraspMerger
@@ -48,7 +48,7 @@ def run_demo(directory: Path, *, seed: int = 0) -> str:
         logger.info("\nevery source as it is")
         alone = _sources_alone(recipe.locate("base"), sources, data)
         logger.info("\nmerging %d sources with %d labels", len(sources), len(data.train))
-        merger.merge(sources, **data.merge_arguments())
+        merger.merge(sources, **data.keywords())
         merger.save_pretrained(directory / "merged")
         ours = ("grasp_hf, default", merger.evaluate(data.test, data_collator=data.collator)["accuracy"])
         rate = recipe.config.training_arguments["learning_rate"]
@@ -81,7 +81,7 @@ def _build(directory: Path, seed: int) -> None:
         world.rename(directory)
 
 
-def _sources_alone(base: str, sources: list[str], data: TaskData) -> list[Score]:
+def _sources_alone(base: str, sources: list[str], data: Samples) -> list[Score]:
     scores = []
     alone = GraspConfig(method="average", order="given", gate=False, final_epochs=0)
     for source in sources:
@@ -92,7 +92,7 @@ def _sources_alone(base: str, sources: list[str], data: TaskData) -> list[Score]
     return scores
 
 
-def _fine_tuning_alone(recipe: Recipe, sources: list[str], data: TaskData) -> list[Score]:
+def _fine_tuning_alone(recipe: Recipe, sources: list[str], data: Samples) -> list[Score]:
     """Fine-tune the base, and the full source with the lowest held-out loss, for as many steps as the whole merge."""
     config = recipe.config
     epochs = config.total_epochs(len(sources))
@@ -110,13 +110,13 @@ def _fine_tuning_alone(recipe: Recipe, sources: list[str], data: TaskData) -> li
     ]
 
 
-def _accuracy(start: str, config: GraspConfig, sources: list[str], data: TaskData) -> float:
+def _accuracy(start: str, config: GraspConfig, sources: list[str], data: Samples) -> float:
     merger = GraspMerger.from_pretrained(start, config=config)
-    merger.merge(sources, **data.merge_arguments())
+    merger.merge(sources, **data.keywords())
     return merger.evaluate(data.test, data_collator=data.collator)["accuracy"]
 
 
-def _table(scores: list[Score], data: TaskData) -> str:
+def _table(scores: list[Score], data: Samples) -> str:
     measure = f"accuracy on {len(data.test)} test images, ± standard error"
     rows = [
         {"": name, measure: f"{accuracy:.3f} ± {_standard_error(accuracy, data):.3f}"} for name, accuracy in scores
@@ -124,7 +124,7 @@ def _table(scores: list[Score], data: TaskData) -> str:
     return markdown_table(rows)
 
 
-def _verdict(scores: list[Score], data: TaskData) -> str:
+def _verdict(scores: list[Score], data: Samples) -> str:
     ours = scores[-1][1]
     name, best = max(scores[:-1], key=lambda score: score[1])
     if ours == best:
@@ -138,7 +138,7 @@ def _verdict(scores: list[Score], data: TaskData) -> str:
     )
 
 
-def _standard_error(accuracy: float, data: TaskData) -> float:
+def _standard_error(accuracy: float, data: Samples) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / len(data.test))
 
 

@@ -3,9 +3,10 @@
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -17,8 +18,10 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 
-from ..errors import PushError, SourceNotFoundError, StaleMergeError
+from ..errors import GraspError, PushError, SourceNotFoundError, StaleMergeError
+from ..files import workspace
 from .client import retried, time_limit
 from .download import resolve
 from .listing import Listing, RemoteFile
@@ -84,6 +87,57 @@ def create_repo(to: Destination) -> str:
             branch = to.revision
             retried(lambda: to.api.create_branch(repo_id, branch=branch, exist_ok=True), "creating the branch")
         return str(repo_id)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push made.
+
+    Attributes:
+        url: Of the commit, or of the pull request.
+        version: Repository and commit of a new version on the main branch; `None` on another branch or in a pull request.
+    """
+
+    url: str
+    version: tuple[str, str] | None
+
+
+def push_merge(
+    to: Destination,
+    write: Callable[[Path, str], Iterable[Path]],
+    *,
+    message: str,
+    earlier: tuple[str, str] | None,
+) -> Pushed:
+    """Create the repository if there is none, upload the files of a merge as one commit, and tag it as a version.
+
+    Args:
+        to: Where to push to.
+        write: Writes the files to an empty folder, for a repository of that full id, and returns their paths. A large file
+            may be written only when it is asked for.
+        message: Title of the commit.
+        earlier: Repository and commit of the version that the merge continues, if any.
+
+    Raises:
+        PushError: As for `push_files`, or the files could not be written.
+    """
+    to = replace(to, repo_id=create_repo(to))
+    on_main = not to.create_pr and to.revision in (None, "main")
+    continues = earlier[1] if on_main and earlier and earlier[0] == to.repo_id else None
+    with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as directory:
+        folder = directory / "push"
+        try:
+            commit = push_files(to, folder, write(folder, to.repo_id), message=message, continues=continues)
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, GraspError):
+                raise
+            raise PushError(
+                f"'{to.repo_id}': what is to be uploaded could not be written to '{directory.parent}': {error}; free some "
+                "space there, set TMPDIR to another folder or lower max_shard_size, and push again"
+            ) from error
+    if on_main:
+        tag_version(to, commit.oid)
+    return Pushed(str(commit.pr_url or commit.commit_url), (to.repo_id, commit.oid) if on_main else None)
 
 
 def push_files(

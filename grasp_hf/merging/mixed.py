@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ..methods.table import Mixes, Share
+from ..methods.candidates import Candidate, Mixes
 from ..sources.load import LoadedSource
 from ..tensors.mixing import blend_
 from ..tensors.placing import overwrite_
 from ..tensors.units import Unit, units_within
+from ..validation.labels import Labels
+from ..validation.losses import SampleLosses
 
 
 class MixedModel:
@@ -18,6 +20,7 @@ class MixedModel:
         tensors: The tensors of the model by name; changed in place.
         loaded: The source.
         units: The units that may move.
+        labels: Keeps the losses of the model, and is told of each change.
         start: The tensors of the model before the step; `None` where no copy is kept, so that the source is mixed in once.
         base: The weights that the merge began with, for mixes that need them.
     """
@@ -27,26 +30,30 @@ class MixedModel:
         tensors: Mapping[str, Tensor],
         loaded: LoadedSource,
         units: Sequence[Unit],
+        labels: Labels,
         *,
         start: Mapping[str, Tensor] | None,
         base: Mapping[str, Tensor] | None,
     ) -> None:
-        self._tensors, self._source, self._units = tensors, loaded, units
+        self._tensors, self._source, self._units, self._labels = tensors, loaded, units, labels
         self._start = tensors if start is None else start
         self._base = base
         self._now: Mixes | None = None
         self._moved: dict[str, Unit] = {}
 
-    def put(self, mixes: Mixes, share: Share | None = None) -> None:
-        """Mix the source in."""
+    def put(self, candidate: Candidate, mixes: Mixes | None = None) -> None:
+        """Change the model: mix the source in as `candidate` says, or by other `mixes` of the same kind."""
+        mixes = candidate.mixes if mixes is None else mixes
         if mixes is self._now:
             return
+        self._labels.changed()
         moving = {unit.name: unit for unit in self._units if mixes[unit.name].moves} | self._moved
         for values in self._source.shards:
             units = units_within([*moving.values()], values)
-            blend_(self._tensors, self._start, values, units, mixes, self._base, share)
+            blend_(self._tensors, self._start, values, units, mixes, self._base, candidate.fractions)
         self._now, self._moved = mixes, moving
 
-    def undo(self) -> None:
-        """Take the source out."""
+    def undo(self, losses: SampleLosses | None = None) -> None:
+        """Change the model back to what it was before the source; `losses` are those of that model, if known."""
         overwrite_(self._tensors, {name: self._start[name] for unit in self._moved.values() for name in unit.tensors})
+        self._labels.changed(losses)

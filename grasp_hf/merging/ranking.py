@@ -1,5 +1,6 @@
 """What sources promise before any is merged: the first-order gain of going to each, from its bytes alone."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,14 +11,18 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import GraspError, NonFiniteError
+from ..errors import GraspError, IncompatibleSourceError, NonFiniteError
 from ..hub.pull import Puller
 from ..hub.reference import Source
+from ..models.gradients import mean_gradient
 from ..record.text import markdown_table, shown
 from ..sources.load import LoadedSource
+from ..tensors.placing import placed
 from ..tensors.products import UnitProducts, cosine
-from ..tensors.units import Unit, units_within
-from ..validation.losses import Judgement
+from ..tensors.units import Unit, movable_tensors, partition, units_within
+from .run import Run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -41,7 +46,7 @@ class RankedSource:
         gain: `-<g, S - T>`, in units of the loss: how much the loss would fall on the whole way to the source if the
             gradient `g` of the target stayed what it is. `None` where the source cannot be read.
         cosine: Between `-g` and `S - T` over all units together, in [-1, 1]; `None` where it is undefined.
-        loss: Of the source itself on the labels, its logits scaled to fit them best; only where that was asked for.
+        loss: Calibrated loss of the source itself on the labels; only where sources are ranked by it.
         units: The same per unit.
         seconds: Duration of finding, reading and comparing it.
         problem: Why it cannot be ranked.
@@ -85,42 +90,64 @@ class RankedSource:
         }
 
 
-def rank_sources(
-    references: Sequence[str],
-    puller: Puller,
-    load: Callable[[Source], LoadedSource],
-    gradient: Mapping[str, Tensor],
-    target: Mapping[str, Tensor],
-    units: Sequence[Unit],
-) -> list[RankedSource]:
-    """Return what each source promises, the largest gain first; those that `load` cannot read come last.
+def rank_by_gain(run: Run, references: Sequence[str], *, finetuned: bool, token: str | None) -> list[RankedSource]:
+    """Return the estimated gain of each source, the largest first; sources that cannot be read come last.
+
+    One gradient of the target is kept in a file. A gradient through an untrained head says little, so a target that was
+    not fine-tuned is fine-tuned for it. The target comes back unchanged.
 
     Args:
-        references: The sources; one at a time is loaded.
-        puller: Brings them.
-        load: Reads a source that is there.
-        gradient: See `rank_source`.
-        target: See `rank_source`.
-        units: See `rank_source`.
+        run: The merge; no source is merged.
+        references: The sources; one at a time is read.
+        finetuned: Whether the target was fine-tuned before.
+        token: Hub token.
     """
+    config, model = run.config, run.model
+    with run.trial() as step:
+        if not finetuned:
+            step.finetune(config.initial_epochs or config.final_epochs, config.seed)
+        buffer = run.scratch.gradients
+        model.eval()
+        found, _ = mean_gradient(model, run.labels.batches(run.samples.train, config.seed), buffer)
+        gradient = {name: buffer[name] for name in found}
+        units = partition(model, config.unit)
+        tensors = movable_tensors(model.cpu())
 
-    def row(source: Source) -> RankedSource:
-        return rank_source(source, load(source), gradient, target, units)
+        def read(source: Source) -> RankedSource:
+            loaded = run.load(source, check_finite=False)  # its products say so
+            return rank_source(source, loaded, gradient, tensors, units)
 
-    rows = _each(references, puller, row)
+        with run.puller(token, whole=True) as puller:
+            rows = [*_each(references, puller, read)]
     return sorted(rows, key=lambda row: -math.inf if row.gain is None else row.gain, reverse=True)
 
 
-def judge_sources(
-    references: Sequence[str], puller: Puller, judged: Callable[[Source], Judgement]
-) -> list[RankedSource]:
-    """Return the loss of each source by itself, the lowest first; those that cannot be read come last."""
+def rank_by_loss(run: Run, references: Sequence[str], *, token: str | None) -> list[RankedSource]:
+    """Return the loss of each source by itself on the labels, the lowest first; those that cannot be read come last."""
+    with run.step() as step, run.puller(token, whole=True) as puller:
+        tensors, start = movable_tensors(run.model), run.scratch.start
 
-    def row(source: Source) -> RankedSource:
-        loss = judged(source).calibrated_loss
-        return RankedSource(str(source.ref), source.sha, source.kind, source.num_bytes, loss=loss)
+        def read(source: Source) -> RankedSource:
+            with placed(tensors, run.load(source).tensors, start):
+                loss = step.labels.source_losses().calibrated_loss
+            return RankedSource(str(source.ref), source.sha, source.kind, source.num_bytes, loss=loss)
 
-    return sorted(_each(references, puller, row), key=lambda row: math.inf if row.loss is None else row.loss)
+        rows = [*_each(references, puller, read)]
+    return sorted(rows, key=lambda row: math.inf if row.loss is None else row.loss)
+
+
+def rank_for_merge(run: Run, references: Sequence[str], *, finetuned: bool, token: str | None) -> list[RankedSource]:
+    """Return the sources in the order of `config.order`, or raise what keeps one of them from being merged."""
+    if run.config.order == "rank":
+        by, rows = "first-order gain", rank_by_gain(run, references, finetuned=finetuned, token=token)
+    else:
+        by, rows = "loss", rank_by_loss(run, references, token=token)
+    if problems := [row.problem for row in rows if row.problem]:
+        kinds = {row.error for row in rows if row.problem}
+        error = kinds.pop() if len(kinds) == 1 else IncompatibleSourceError
+        raise error("nothing was merged, because these sources cannot be:\n- " + "\n- ".join(problems))
+    logger.info("ranked by %s:\n%s", by, ranking_table(rows))
+    return rows
 
 
 def _each(references: Sequence[str], puller: Puller, read: Callable[[Source], RankedSource]) -> Iterator[RankedSource]:

@@ -1,11 +1,14 @@
 """The method `blend`: coefficients that lower the loss of the mixed model."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..errors import DataError
 from ..models.batches import Batch
 from ..models.gradients import gradient_pass, preserved_state
 from ..tensors.mixing import Mix, blend_
@@ -13,6 +16,10 @@ from ..tensors.placing import overwrite_
 from ..tensors.products import Scores, UnitProducts, cosine, mean_defined
 from ..tensors.scratch import Scratch
 from ..tensors.units import Unit, movable_tensors
+from .candidates import AVERAGE, Candidate, Inputs, Mixes
+from .fisher import RunningFisher, running_fisher
+
+logger = logging.getLogger(__name__)
 
 LARGEST = 2.0  # coefficient
 
@@ -110,3 +117,60 @@ def learned_coefficients(
         finally:
             overwrite_(tensors, {n: start[n] for unit in units if unit.name in moved for n in unit.tensors})
     return mixes(), {name: mean_defined(values) for name, values in scores.items()}
+
+
+def candidates(inputs: Inputs) -> dict[str, Candidate]:
+    """Return the learned coefficients and, where something validates them, the means that they are compared with.
+
+    The labels teach in halves where labels validate: the mean of the two fits is what may be merged, and each fit is
+    validated on the labels that it has not seen.
+    """
+    config, labels = inputs.config, inputs.labels
+    fits = []
+    for (
+        teacher
+    ) in labels.teachers:  # no comprehension: the frames of an exception would keep its cells, and the source
+        fits.append(
+            learned_coefficients(
+                inputs.model,
+                inputs.source,
+                inputs.units,
+                inputs.batches(teacher),
+                inputs.average,
+                scratch=inputs.scratch,
+                lr=config.coefficient_lr,
+                steps=config.num_batches,
+            )
+        )
+    mean = {unit: Mix.mean([mixes[unit] for mixes, _ in fits]) for unit in inputs.average}
+    scores = {unit: mean_defined([own[unit] for _, own in fits]) for unit in inputs.average}
+    validated: list[Mixes] = [mixes for mixes, _ in fits] if labels.labels_validate else []
+    if labels.samples.validation is not None:
+        validated.append(mean)
+    learned = Candidate(mean, validated, scores)
+    if not validated or not config.gate:
+        return {"blend": learned}
+    found = {"blend": learned, AVERAGE: inputs.candidate(inputs.average_mixes(), scores)}
+    fisher = running_fisher(inputs.scratch)
+    if (weighted := _fisher_mixes(inputs, fisher)) is None:
+        return found
+    found["fisher"] = inputs.candidate(weighted, scores, fisher.share)
+    return {name: replace(candidate, when_merged=fisher.take) for name, candidate in found.items()}
+
+
+def _fisher_mixes(inputs: Inputs, fisher: RunningFisher) -> Mixes | None:
+    """Return the mixes of a mean weighted by Fisher information (arXiv:2111.09832).
+
+    Labels do not teach this mean, only their inputs do, so all labels may validate it. There is none (`None`) where the
+    plain mean takes the whole source, or where the labels are not classes.
+    """
+    if all(fraction == 1 for fraction in inputs.average.values()):
+        return None
+    batches = [*inputs.labels.batches(inputs.labels.samples.train, inputs.seed)]
+    try:
+        return fisher.measure(
+            inputs.model, inputs.source, inputs.scratch.start, inputs.units, inputs.average, batches, seed=inputs.seed
+        )
+    except DataError as error:
+        logger.debug("%s: no average by Fisher information: %s", inputs.name, error)
+        return None

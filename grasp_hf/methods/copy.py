@@ -16,10 +16,12 @@ from ..files import workspace
 from ..models.batches import Batch, Collator, check_dataset, keeping_model_columns, sample_batches
 from ..models.gradients import gradient_pass, mean_gradient, preserved_state
 from ..sources.fit import tensor_problems, tie_problems
+from ..tensors.mixing import Mix
 from ..tensors.placing import overwrite_, placed
 from ..tensors.products import PUBLISHED_EPSILON, Scores, UnitProducts, cosine, mean_defined
 from ..tensors.scratch import Scratch
 from ..tensors.units import Unit, movable_tensors, partition
+from .candidates import Candidate, Inputs
 
 
 def unit_cosines(
@@ -109,6 +111,17 @@ def configured_cosines(
     if config.accumulate_gradients:
         return summed_cosines(target, source_values, units, batches, scratch=scratch)
     return unit_cosines(target, source_values, units, batches, scratch=scratch, seed=seed, published=config.published)
+
+
+def candidates(inputs: Inputs) -> dict[str, Candidate]:
+    """Return the units whose cosine is above `config.threshold` as copies of the source, the others as they are."""
+    config, batches = inputs.config, inputs.batches(inputs.labels.samples.train)
+    scores = configured_cosines(
+        inputs.model, inputs.source, inputs.units, batches, config, scratch=inputs.scratch, seed=inputs.seed
+    )
+    copied = {unit: score is not None and score > config.threshold for unit, score in scores.items()}
+    mixes = {unit: Mix.on_line(1.0 if is_copied else 0.0) for unit, is_copied in copied.items()}
+    return {"copy": inputs.candidate(mixes, scores)}
 
 
 def gradient_alignment(

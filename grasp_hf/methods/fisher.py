@@ -12,6 +12,7 @@ from ..models.batches import IGNORED, Batch, batch_loss, class_terms, labelled_t
 from ..models.gradients import gradient_pass, preserved_state
 from ..tensors.mixing import Mix, in_rows
 from ..tensors.placing import placed
+from ..tensors.scratch import Scratch
 from ..tensors.units import Unit, movable_tensors
 
 ROWS = 1024  # of logits that labels are drawn for at once
@@ -160,3 +161,17 @@ class RunningFisher:
         weights = [name for name in unit.tensors if name in self._plain]
         total = sum(float(share.sum()) for name in weights for share in self._shares(name))
         return total / sum(self._own[name].numel() for name in weights) if weights else plain
+
+
+def running_fisher(scratch: Scratch) -> RunningFisher:
+    """Return the Fisher information of the sources merged so far, which stays until `scratch.make_room`."""
+    if "fisher" not in scratch.kept:
+        total, own = ({name: _wide_range(tensor) for name, tensor in buffer.items()} for buffer in scratch.line)
+        scratch.kept["fisher"] = RunningFisher(total, own)
+    found: RunningFisher = scratch.kept["fisher"]
+    return found
+
+
+def _wide_range(tensor: Tensor) -> Tensor:
+    """Return `tensor`, in the same memory, as a type with the range of float32 if its own is float16."""
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.float16 else tensor

@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
+from ..config.methods import METHODS
 from ..hub.licenses import license_of, strictest
 from ..hub.reference import SourceRef
 from ..models.classes import task_of
@@ -68,41 +69,6 @@ The scores are means over units; every unit's score, coefficient and decision ar
 {{ citation }}"""
 GUIDED = """ Gradients of labelled target data
 said what to take from each, one source after the other, as in [GRASP](https://arxiv.org/abs/2606.14900)."""
-
-CITATION = """
-## Citation
-
-```bibtex
-@misc{grasp2026,
-  title = {GRASP},
-  year = {2026},
-  eprint = {2606.14900},
-  archivePrefix = {arXiv}
-}
-```
-"""
-
-LEARNED = """
-```bibtex
-@inproceedings{adamerging2024,
-  title = {AdaMerging: Adaptive Model Merging for Multi-Task Learning},
-  author = {Yang, Enneng and Wang, Zhenyi and Shen, Li and Liu, Shiwei and Guo, Guibing and Wang, Xingwei and Tao, Dacheng},
-  booktitle = {International Conference on Learning Representations},
-  year = {2024},
-  eprint = {2310.02575},
-  archivePrefix = {arXiv}
-}
-```
-"""
-
-METHODS = {
-    "copy": "Units whose gradients agree with the target's were copied from each source.",
-    "average": "Each unit is the mean over the accepted sources that bring it.",
-    "blend": "How much of the merge so far and of the next source each unit takes was learned on the target data, as "
-    "[AdaMerging](https://arxiv.org/abs/2310.02575) learns it for all sources at once. Where that was not clearly ahead of a "
-    "mean of all sources so far on the data, that mean went in, plain or, where that was clearly ahead, weighted by [Fisher "
-    "information](https://arxiv.org/abs/2111.09832).",
-}
 
 # By task: what the snippet imports, and a call with an input that needs no file and no network.
 PIPELINES = {
@@ -164,7 +130,7 @@ def parent_licenses(report: MergeReport) -> dict[str, str | None]:
 
 def dataset_ids(report: MergeReport) -> list[str]:
     """Return the Hub id of the recipe's data set; nothing where the data is a folder, or files that a builder reads."""
-    path = (report.recipe.get("data") or {}).get("path")
+    path = (report.run.recipe.get("data") or {}).get("path")
     if not isinstance(path, str) or path.count("/") != 1 or Path(path).exists():
         return []
     try:
@@ -209,11 +175,11 @@ def licence_section(report: MergeReport, gated: Collection[str] = ()) -> str:
 
 def _evaluation_rows(report: MergeReport, task: str | None) -> list[EvalResult]:
     """Return the last held-out loss and accuracy as rows of the card's metadata."""
-    last, kind = report.final.after if report.final else {}, "held-out"
-    if not report.final and report.steps and report.steps[-1].judged_by == "evaluation data":
+    last, kind = report.run.final.after if report.run.final else {}, "held-out"
+    if not report.run.final and report.steps and report.steps[-1].judged_by == "evaluation data":
         last = report.steps[-1].after
-    if report.test:  # which chose nothing
-        last, kind = report.test, "test"
+    if report.run.test:  # which chose nothing
+        last, kind = report.run.test, "test"
     return [
         EvalResult(
             task_type=task or "other",
@@ -277,7 +243,8 @@ def model_card(
         with_pipeline: Whether a tokenizer or processor is saved with the model, which a pipeline needs.
         gated: Names of the parents whose files are behind conditions.
     """
-    method, judged = str(report.config.get("method")), report.judged_by
+    name, judged = str(report.run.config.get("method")), report.judged_by
+    method = METHODS[name]
     images = "\n\n".join(f"![{CAPTIONS.get(name, name)}]({name})" for name in figures)
     return ModelCard.from_template(
         _metadata(model, report, model_id),
@@ -286,8 +253,8 @@ def model_card(
         count=f"{sum(step.moved > 0 for step in report.steps)} of {len(report.steps)} sources",
         model_class=type(model).__name__,
         usage=usage(model, model_id, with_pipeline=with_pipeline),
-        method=f"`{method}`. {METHODS[method]}",
-        guided="" if method == "average" else GUIDED,
+        method=f"`{name}`. {method.card}",
+        guided=GUIDED if method.needs_data else "",
         base=_linked(_base_name(report), report.base_sha),
         included=_included(report),
         table=report.table(),
@@ -296,5 +263,5 @@ def model_card(
         figures=f"\n{images}\n" if images else "",
         licence=licence_section(report, gated),
         configuration=report.configuration(),
-        citation={"copy": CITATION, "blend": CITATION + LEARNED}.get(method, ""),
+        citation=method.citation,
     )

@@ -275,7 +275,7 @@ def _draw_losses(axes: "Axes", steps: Sequence[StepReport], losses: Sequence[Seq
 
 def _draw_end(axes: "Axes", report: MergeReport, place: float, judged: str) -> list[float]:
     """Mark the loss after the last fine-tuning, and draw that of fine-tuning alone as a line; return both, if known."""
-    final, control = report.final, report.control
+    final, control = report.run.final, report.run.control
     ends: dict[str, float] = {}
     if final and (final.loss is not None or final.after):
         loss, by = (

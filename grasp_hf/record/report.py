@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -179,28 +180,65 @@ class StepReport:
 
 
 @dataclass
+class RunReport:
+    """What belongs to one run: a merge that is appended to has several runs, and its record keeps the last.
+
+    Attributes:
+        config: The settings.
+        versions: Versions of the packages.
+        recipe: Task and data of the recipe; empty without a recipe.
+        data: Number of samples of each data set, and a digest of their content.
+        ranking: The sources in the order of their estimated gain or loss; empty if they were not ranked.
+        final: The fine-tuning after the last source; `None` if there was none.
+        control: The gain over fine-tuning alone; `None` if it was not asked for.
+        test: Loss (and accuracy) on the test data; empty without test data.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    ranking: list[dict[str, Any]] = field(default_factory=list)
+    final: FinetuneReport | None = None
+    control: ControlReport | None = None
+    test: Evaluation = field(default_factory=dict)
+
+    def next(self, config: dict[str, Any], versions: dict[str, str]) -> "RunReport":
+        """Return the report of a new run, which has the same recipe and data until it says otherwise."""
+        return RunReport(config, versions, deepcopy(self.recipe), deepcopy(self.data))
+
+    def after_source(self, data: dict[str, Any]) -> "RunReport":
+        """Return the report after one more source, learned from `data`: an earlier end of the run is no end any more."""
+        return replace(self, data=data, final=None, control=None, test={})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunReport":
+        """Read what `dataclasses.asdict` made."""
+        control = values.get("control")
+        if control:
+            control = ControlReport(**{**control, "change": ChangeReport(**control["change"])})
+        return cls(**{**values, "final": _read_finetuned(values.get("final")), "control": control})
+
+
+RUN_FIELDS = tuple(RunReport.__dataclass_fields__)
+
+
+@dataclass
 class MergeReport:
     """The whole merge, in order.
 
     Attributes:
-        base: Where the target started, and the commit of its files (`None` for a local folder or a model object).
-        base_sha: See `base`.
-        base_license: What its card declares.
-        base_gated: Whether conditions stand before its files on the Hub.
-        start: Loss (and accuracy) after the initial fine-tuning on what judges the sources; empty where nothing does.
+        base: The model that the merge started from.
+        base_sha: Commit of its files; `None` for a local folder or a model object.
+        base_license: The licence that its card declares.
+        base_gated: Whether its files on the Hub are gated.
+        start: Loss (and accuracy) on the validation samples before the first source; empty if nothing validated.
         starts_from_source: Whether the base is itself the first source, so that an average counts it.
         finetuned: Whether the model was fine-tuned on labels, in this merge or in one that it continues.
-        ranking: The order of the sources by what they promised, where they were ranked.
-        final: The fine-tuning after the last source; `None` where there was none.
-        control: What the merge gained over fine-tuning alone, where that was asked for.
-        test: Loss (and accuracy) on the test data; empty without it.
         steps: One entry per source.
-        config: The configuration of the merge.
-        recipe: Task and data of the recipe, where one was used.
-        data: What the target data was: number of samples and a digest of their content.
-        versions: Versions of the packages that did it.
-        continues: The merge that this one was appended to, a Hub reference pinned to its commit or a folder.
-        continued_steps: How many of the steps are its.
+        run: What belongs to the last run only.
+        continues: The merge that this one was appended to: a Hub reference with its commit, or a folder.
+        continued_steps: Number of steps of that merge.
     """
 
     base: str
@@ -210,17 +248,14 @@ class MergeReport:
     start: Evaluation = field(default_factory=dict)
     starts_from_source: bool = False
     finetuned: bool = False
-    ranking: list[dict[str, Any]] = field(default_factory=list)
-    final: FinetuneReport | None = None
-    control: ControlReport | None = None
-    test: Evaluation = field(default_factory=dict)
     steps: list[StepReport] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    run: RunReport = field(default_factory=RunReport)
     continues: str | None = None
     continued_steps: int = 0
+
+    def as_base(self, run: RunReport) -> "MergeReport":
+        """Return the record of a new merge that starts from the model of this one."""
+        return replace(self, start={}, starts_from_source=False, finetuned=False, steps=[], run=run, continued_steps=0)
 
     @property
     def gated(self) -> list[str]:
@@ -245,10 +280,12 @@ class MergeReport:
             continues = Path(continues).name
         steps = [replace(step, source=step.name) for step in self.steps]
         ranking = [
-            row if row.get("sha") else {**row, "reference": Path(str(row["reference"])).name} for row in self.ranking
+            row if row.get("sha") else {**row, "reference": Path(str(row["reference"])).name}
+            for row in self.run.ranking
         ]
-        named = {key: names_of_paths(getattr(self, key)) for key in ("config", "recipe")}
-        return replace(self, base=base, continues=continues, steps=steps, ranking=ranking, **named)
+        config, recipe = names_of_paths(self.run.config), names_of_paths(self.run.recipe)
+        run = replace(self.run, config=config, recipe=recipe, ranking=ranking)
+        return replace(self, base=base, continues=continues, steps=steps, run=run)
 
     def configuration(self) -> str:
         """Return the last run as a recipe in YAML, every Hub reference pinned to its commit, with a record of the run.
@@ -262,10 +299,10 @@ class MergeReport:
         values = {
             **start,
             "sources": sources,
-            **self.recipe,
-            **self.config,
-            **({"order": "given", "top": None} if self.config else {}),
-            "record": {"data": self.data, "versions": self.versions},
+            **self.run.recipe,
+            **self.run.config,
+            **({"order": "given", "top": None} if self.run.config else {}),
+            "record": {"data": self.run.data, "versions": self.run.versions},
         }
         return yaml.safe_dump(values, sort_keys=False)
 
@@ -298,9 +335,9 @@ class MergeReport:
             + f"; rejected: {', '.join(rejected)}" * bool(rejected)
         ]
         found += [f"{step.name}: {note}" for step in self.steps for note in step.notes]
-        found += [f"at the end {self.final.line()}"] if self.final else []
-        found += [self.control.line()] if self.control else []
-        scores = ", ".join(f"{name} {shown(value)}" for name, value in self.test.items())
+        found += [f"at the end {self.run.final.line()}"] if self.run.final else []
+        found += [self.run.control.line()] if self.run.control else []
+        scores = ", ".join(f"{name} {shown(value)}" for name, value in self.run.test.items())
         return found + ([f"test: {scores}"] if scores else [])
 
     def __str__(self) -> str:
@@ -321,13 +358,9 @@ class MergeReport:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             steps = [_read_step(step) for step in values.pop("steps")]
-            final, control = values.pop("final", None), values.pop("control", None)
-            return cls(
-                **values,
-                steps=steps,
-                final=_read_finetuned(final),
-                control=control and ControlReport(**{**control, "change": ChangeReport(**control["change"])}),
-            )
+            # In records of version 0.1 the fields of the run stand beside the others.
+            run = values.pop("run", None) or {name: values.pop(name) for name in RUN_FIELDS if name in values}
+            return cls(**values, steps=steps, run=RunReport.from_dict(run))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"'{path.name}' is not the record of a merge by grasp_hf {error}") from error
 

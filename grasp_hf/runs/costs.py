@@ -3,6 +3,7 @@
 import math
 
 from ..config.grasp import GraspConfig
+from ..config.methods import METHODS
 from .planned import PlannedSource
 
 DOWNLOAD_RATE = 50e6  # bytes per second; an assumption, for a feeling of the time
@@ -35,7 +36,7 @@ def _temporary_copies(config: GraspConfig, adapters: bool) -> int:
     """Return how many copies of the target the temporary files of a merge with data hold at most."""
     kept = 1 + (config.learns or config.compares_alone)  # as it was before the step, and before the merge
     both = 2 if config.gate else 0  # Fisher information, or both ends of the line
-    gradients = 1 + config.accumulate_gradients if config.method == "copy" else 0
+    gradients = 1 + config.accumulate_gradients if METHODS[config.method].stores_gradients else 0
     transfer = adapters + gradients + (both if config.learns or config.finetunes_between else 0)
     ranking = adapters + 1 + (both if _trains(config) else 0) if config.order == "rank" else 0
     longest = max(config.initial_epochs, config.finetune_epochs, config.final_epochs)

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..data.samples import TaskData
+from ..data.samples import Samples
 from ..errors import ConfigError, GraspError, OutputExistsError, PushError, StaleMergeError
 from ..files import interrupts_held
 from ..hub.push import check_repo_id
 from ..merger import GraspMerger
 from ..record.entries import ControlReport
 from ..record.saving import check_output
-from ..validation.changes import change
-from ..validation.losses import Judgement
+from ..validation.changes import paired_change
+from ..validation.losses import SampleLosses
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Delivery:
 
 
 def merge_sources(
-    merger: GraspMerger, sources: Sequence[str], data: TaskData, to: Delivery, *, control: bool = False
+    merger: GraspMerger, sources: Sequence[str], data: Samples, to: Delivery, *, control: bool = False
 ) -> None:
     """Merge `sources`, evaluate the result on the test split, and save and push it as `to` says.
 
@@ -75,14 +75,14 @@ def merge_sources(
     before = len(merger.report.steps)
     alone, judged_by = _control(merger, sources, data) if control else (None, "")
     try:
-        merger.merge(sources, **data.merge_arguments())
+        merger.merge(sources, **data.keywords())
         if alone:
             judges = data.test if judged_by == "test data" else data.validation
             merged = merger.judge(judges, data_collator=data.collator)
-            gain = change(alone, merged).report()
-            merger.report.control = ControlReport(judged_by, alone.evaluation(), merged.evaluation(), gain)
+            gain = paired_change(alone, merged).report()
+            merger.record_end(control=ControlReport(judged_by, alone.evaluation(), merged.evaluation(), gain))
         if data.test is not None:
-            merger.report.test = merger.evaluate(data.test, data_collator=data.collator)
+            merger.record_end(test=merger.evaluate(data.test, data_collator=data.collator))
         logger.info("\n%s\n", merger.report)
     except BaseException:
         done = len(merger.report.steps) - before
@@ -131,7 +131,7 @@ def _keep(merger: GraspMerger, to: Delivery) -> Path | None:
     return None
 
 
-def _control(merger: GraspMerger, sources: Sequence[str], data: TaskData) -> tuple[Judgement, str]:
+def _control(merger: GraspMerger, sources: Sequence[str], data: Samples) -> tuple[SampleLosses, str]:
     """Fine-tune the start alone, and return its losses with the name of the samples that they are of."""
     judges, name = (data.test, "test data") if data.test is not None else (data.validation, "evaluation data")
     if judges is None or data.train is None:
@@ -141,4 +141,4 @@ def _control(merger: GraspMerger, sources: Sequence[str], data: TaskData) -> tup
     if not merger.config.total_epochs(len(sources)):
         raise ConfigError("--control: expected epochs of fine-tuning, which it compares with; set final_epochs")
     logger.info("control: fine-tuning alone")
-    return merger.finetuned_alone(len(sources), judges, **data.merge_arguments()), name
+    return merger.finetuned_alone(len(sources), judges, **data.keywords()), name

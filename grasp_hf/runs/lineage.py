@@ -45,7 +45,7 @@ def append_recipe(
     values, record, _ = _recorded(merged, token)
     values |= {"base_model": merged, "sources": list(sources)}
     # What is saved pins the order that was found, so that it can be replayed.
-    values |= {key: record.config[key] for key in ("order", "top") if key in record.config}
+    values |= {key: record.run.config[key] for key in ("order", "top") if key in record.run.config}
     recipe = _recorded_recipe(merged, values, overrides)
     if recipe.config.needs_data and not recipe.data:
         raise ConfigError(
@@ -116,15 +116,15 @@ def reproduce(merged: str, overrides: Sequence[str] = (), *, token: str | None =
             f"'{recipe.base_model}' holds another one now"
         )
     for split, dataset in {"train": data.train, "eval": data.validation}.items():
-        recorded, found = record.data.get(split) or {}, described(dataset) or {}
-        if not record.recipe.get("data"):  # given from Python, with columns of its own
+        recorded, found = record.run.data.get(split) or {}, described(dataset) or {}
+        if not record.run.recipe.get("data"):  # given from Python, with columns of its own
             found.pop("digest", None)
         if other := {key: value for key, value in found.items() if value != recorded.get(key, value)}:
             raise ConfigError(
                 f"'{merged}' cannot be reproduced: the {split} data is not the recorded one: got {other}, expected "
                 f"{recorded}; name the same data with data.path=... or data.data_dir=..."
             )
-    merger.merge(sources, token=token, **data.merge_arguments())
+    merger.merge(sources, token=token, **data.keywords())
     published = file_tensors(located)
     return Replay(merger.report, _differences(merger.model, published), len(published))
 

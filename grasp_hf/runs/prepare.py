@@ -6,7 +6,7 @@ from transformers import default_data_collator
 
 from ..config.recipe import Recipe
 from ..data.digests import shared_samples
-from ..data.samples import TaskData
+from ..data.samples import Samples
 from ..errors import shortened
 from ..hub.download import locate
 from ..merger import GraspMerger
@@ -18,7 +18,7 @@ from ..sources.rows import label_names
 logger = logging.getLogger(__name__)
 
 
-def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, list[str], TaskData]:
+def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, list[str], Samples]:
     """Load the base model and the data of `recipe`, and return the merger, the sources still to merge, and the data.
 
     A base model that knows other labels than the data gets a new head with the data's label names. A recipe that needs
@@ -31,9 +31,8 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     start = recipe.locate(recipe.base_model) if recipe.base_model else sources.pop(0)
     if not recipe.data and not recipe.config.needs_data:
         merger = GraspMerger.from_pretrained(start, config=recipe.config, task=recipe.task, token=token)
-        if not merger.report.continues:
-            merger.report.starts_from_source = recipe.base_model is None
-        return merger, sources, TaskData(None, None, None, default_data_collator)
+        merger.describe_run(starts_from_source=recipe.base_model is None)
+        return merger, sources, Samples(collator=default_data_collator)
     from ..data.section import DataSection  # datasets, which a merge without data never imports
     from ..data.splits import labelled_splits
     from ..data.tasks import check_prepared, with_images, with_tokens
@@ -69,8 +68,9 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     merger = GraspMerger.from_pretrained(
         start, config=recipe.config, task=recipe.task, token=token, new_head=new_head, **model_kwargs
     )
-    if not merger.report.continues:
-        merger.report.starts_from_source = recipe.base_model is None
-    merger.report.recipe = {"task": task_of(cls), "data": without_secrets(section.given())}
-    data = TaskData(splits["train"], splits.get("validation"), splits.get("test"), collator)
+    merger.describe_run(
+        starts_from_source=recipe.base_model is None,
+        recipe={"task": task_of(cls), "data": without_secrets(section.given())},
+    )
+    data = Samples(splits["train"], splits.get("validation"), splits.get("test"), collator)
     return merger, sources, data

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from scipy.special import stdtrit
 
 from ..record.entries import ChangeReport
-from .losses import Judgement
+from .losses import SampleLosses
 
 NORMAL_95 = 1.96
 ROUNDING = 1e-6  # a mean of no more than this part of its standard error is none
@@ -50,7 +50,7 @@ class Change:
         return max(found, self.samples + 1) if abs(self.mean) <= self.half_interval else found
 
 
-def change(before: Judgement, after: Judgement, *, calibrated: bool = True) -> Change:
+def paired_change(before: SampleLosses, after: SampleLosses, *, calibrated: bool = True) -> Change:
     """Return the difference of the mean loss, calibrated or not, with the standard error of a ratio of sums (linearised)."""
     difference = after.calibrated - before.calibrated if calibrated else after.losses - before.losses
     terms = before.terms
@@ -63,7 +63,7 @@ def change(before: Judgement, after: Judgement, *, calibrated: bool = True) -> C
     return Change(mean, math.sqrt(variance) / total, samples)
 
 
-def resolution(samples: int, least: int = LEAST_SAMPLES) -> str:
+def detectable_difference(samples: int, least: int = LEAST_SAMPLES) -> str:
     """Return what a number of samples shows of two classifiers that disagree on every second of them, and what it takes.
 
     Where the two answer alike more often, less is enough.

@@ -1,46 +1,46 @@
-"""First, do no harm: what a transfer or a fine-tuning changed is kept only as far as the labels speak for it."""
+"""The gate: which candidate is chosen, and whether it stays in the model."""
 
 from collections.abc import Mapping
 
 from ..record.entries import DOUBT
-from .changes import Change, change
-from .losses import Judgement
+from .changes import Change, paired_change
+from .losses import SampleLosses
 
 
-def verdict(change: Change, floor: float, *after: Judgement) -> tuple[bool, str]:
-    """Return whether a transfer stays, and why.
+def verdict(change: Change, floor: float, *after: SampleLosses) -> tuple[bool, str]:
+    """Return whether a source stays, and the reason.
 
-    It stays where it harms by no more than its standard error, and nothing is worse than the `floor`.
-
-    Few labels cannot prove that one source helps, and a mean of sources that each seem to do no harm is better than the
-    few that seem to help (see the README's trials); so the doubt is in favour of the source. The floor, the loss before
-    the first source since the last fine-tuning, keeps many small doubts from adding up.
+    It stays if it does not raise the loss by more than the standard error of the change, and if no loss is above the
+    `floor`. Few labels cannot prove that one source helps, and a mean of many sources that do no visible harm is better
+    than a mean of the few that seem to help. So the source gets the benefit of the doubt. The floor is the loss before the
+    first source since the last fine-tuning; it keeps many small doubts from adding up.
 
     Args:
-        change: Between the model without the source and with it.
+        change: From the model without the source to the model with it.
         floor: A mean calibrated loss.
-        after: The model with it, in each of the ways that it was judged in.
+        after: The losses with the source: as validated, and as merged.
     """
     if change.harms:
         return False, "the calibrated loss rises by more than its standard error"
-    if not all(judgement.calibrated_loss <= floor for judgement in after):
+    if not all(losses.calibrated_loss <= floor for losses in after):
         return False, "worse than before the first source"
     if change.samples > 1 and change.mean < -change.half_interval:
         return True, "lowers the loss"
     return True, DOUBT
 
 
-def plainest(options: Mapping[str, Judgement], plain: str) -> str:
-    """Return which of several models to take: the `plain` one, unless another is ahead of it beyond its standard error.
+def choose_candidate(losses: Mapping[str, SampleLosses], plain: str) -> str:
+    """Return the name of the candidate to merge: `plain`, unless another is better by more than a standard error.
 
-    Of those, the one with the lowest calibrated loss. The lowest of several noisy losses is often the luckiest one, so that
-    a model that chose more has to show it: the one-standard-error rule of Breiman et al. (Classification and Regression
-    Trees, 1984, section 3.4.3), with the standard error of the paired difference.
+    Among several such candidates it is the one with the lowest calibrated loss. The lowest of several noisy losses is
+    often only the luckiest, so a candidate that chose more has to prove its lead. This is the one-standard-error rule of
+    Breiman et al. (Classification and Regression Trees, 1984, section 3.4.3), with the standard error of the paired
+    difference.
 
     Args:
-        options: The losses of each model on the same samples.
-        plain: The name of the one that needs no proof; where it is none of them, the lowest loss decides alone.
+        losses: The losses of each candidate on the same samples.
+        plain: The candidate that needs no proof. Where it is not among them, the lowest loss decides alone.
     """
-    simple = options.get(plain)
-    ahead = {name: own for name, own in options.items() if simple is None or change(own, simple).harms}
-    return min(ahead, key=lambda name: ahead[name].calibrated_loss, default=plain)
+    simple = losses.get(plain)
+    better = {name: own for name, own in losses.items() if simple is None or paired_change(own, simple).harms}
+    return min(better, key=lambda name: better[name].calibrated_loss, default=plain)

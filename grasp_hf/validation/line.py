@@ -1,6 +1,7 @@
 """The line between the weights before and after a fine-tuning, and how far to go on it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -9,111 +10,152 @@ from torch.utils.data import Subset
 from ..record.entries import FinetuneReport
 from ..tensors.mixing import interpolate_
 from ..tensors.placing import overwrite_
-from .changes import change
+from .changes import paired_change
 from .labels import halves
-from .losses import Judgement, joined
+from .losses import SampleLosses, concatenate
 
-SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+FRACTIONS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 Train = Callable[[Any, int], None]  # fine-tunes the model in place: on which samples, with which seed
-Judge = Callable[[Any], Judgement]
+Evaluate = Callable[[Any], SampleLosses]  # the losses of the model as it is now on some samples
+Weights = Mapping[str, Tensor]
+
+
+@dataclass
+class Line:
+    """The weights of a model on the line between two sets of weights, evaluated at `FRACTIONS` of the way.
+
+    The line is that of WiSE-FT (arXiv:2109.01903).
+
+    Args:
+        tensors: The tensors of the model; changed in place.
+        end: Buffer for the weights after a fine-tuning.
+        train: Fine-tunes the model.
+        evaluate: Returns the losses of the model as it is now.
+    """
+
+    tensors: Weights
+    end: Weights
+    train: Train
+    evaluate: Evaluate
+
+    def finetune_(self, start: Weights, samples: Any, seed: int) -> None:
+        """Change the model: fine-tune it from `start`; `end` holds the result."""
+        overwrite_(self.tensors, start)
+        self.train(samples, seed)
+        overwrite_(self.end, self.tensors)
+
+    def set_interpolated_(self, start: Weights, fraction: float) -> None:
+        """Change the model: put it at `fraction` of the way from `start` to `end`."""
+        for name, tensor in self.tensors.items():
+            interpolate_(tensor, start[name], self.end[name], fraction)
+
+    def losses_from_(self, start: Weights, parts: Sequence[tuple[Any, Any]], seed: int) -> dict[float, SampleLosses]:
+        """Change the model: fine-tune it from `start` once for each part, and return the losses at each fraction.
+
+        Args:
+            start: Weights before the fine-tuning.
+            parts: Pairs of samples that teach and samples that validate.
+            seed: Seeds the first fine-tuning; each later one gets the next number.
+
+        Returns:
+            Fraction -> losses of all validation samples, those of each part in the model of that part.
+        """
+        lines = []
+        for number, (samples, validation) in enumerate(parts):
+            self.finetune_(start, samples, seed + number)
+            points = []
+            for fraction in FRACTIONS:
+                self.set_interpolated_(start, fraction)
+                points.append(self.evaluate(validation))
+            lines.append(points)
+        return {
+            fraction: concatenate(*points)
+            for fraction, points in zip(FRACTIONS, zip(*lines, strict=True), strict=True)
+        }
 
 
 def finetune_on_line_(
-    tensors: Mapping[str, Tensor],
-    rooms: Sequence[Mapping[str, Tensor]],
+    tensors: Weights,
+    buffers: Sequence[Weights],
     train: Train,
-    judge: Judge,
+    evaluate: Evaluate,
     labels: Any,
-    held_out: Any,
+    validation: Any,
     seed: int,
-    alone: Mapping[str, Tensor] | None = None,
+    alone: Weights | None = None,
 ) -> FinetuneReport:
-    """Fine-tune, then go back on the line between the weights before and after (WiSE-FT, arXiv:2109.01903) if need be.
+    """Fine-tune the model, then go back on the line between the weights before and after as far as the losses say.
 
-    Few samples cannot tell neighbouring points apart, and the doubt is in favour of the training: taken is the farthest
-    point whose loss is not above the lowest one beyond the 95 % interval of their difference. That loss is not calibrated,
-    because fine-tuning also mends the scale of the logits, or spoils it. But a point where both losses, calibrated and
-    not, are above those of the start is never taken: such a training has taught nothing but confidence.
+    Few samples cannot tell neighbouring points apart, and the training gets the benefit of the doubt: the farthest point is
+    taken whose loss is not above the lowest one by more than the 95 % interval of their difference. That loss is not
+    calibrated, because a fine-tuning also mends the scale of the logits, or spoils it. A point is never taken where both
+    losses, calibrated and not, are above those of the start: such a training has taught nothing but confidence.
 
-    With held-out samples they judge. Without, the labels are cut into two halves at random: each half trains a model,
-    which the other half judges along its line, and the point that both together allow is taken on the line of a third
-    training, on all labels. That is a cross-validation: the halves make as many steps as the training itself.
+    Evaluation data validate where there are any. Otherwise the labels are cut into two halves at random. Each half trains
+    a model, which the other half validates along its line. The point that both halves together allow is taken on the line
+    of a third training, on all labels. This is a cross-validation, in which each half makes as many steps as the whole.
 
-    A merge may be the better model, and yet the worse one to start a training from. With `alone`, the weights without any
-    source, the same is done from there, and the model is that of the start whose point has the lower loss: a merge is
-    never worse on the samples that judge than fine-tuning alone. That costs as many trainings again to judge by.
+    A merge may be the better model and yet the worse start of a training. With `alone`, the weights without any source,
+    the same is done from there, and the start is chosen whose point has the lower loss. A merge is then never worse than
+    fine-tuning alone on the samples that validate. This doubles the trainings that are only for validation.
 
     Args:
-        tensors: The model's, changed in place.
-        rooms: Room for two sets of them.
+        tensors: The tensors of the model; changed in place.
+        buffers: Two buffers for a set of them each.
         train: Fine-tunes the model.
-        judge: Returns the losses of the model as it is now.
+        evaluate: Returns the losses of the model as it is now.
         labels: Samples to train on.
-        held_out: Samples to judge by; `None` judges by the labels.
-        seed: Of the training, and of the halves.
-        alone: See above.
+        validation: Evaluation data; `None` validates by the labels.
+        seed: Seeds the training and the choice of the halves.
+        alone: Weights fine-tuned without any source; kept if their loss is lower.
 
     Returns:
-        The mean loss at each point, the point taken, what judged, and how much better that is than the start alone.
+        The mean loss at each point, the point taken, what validated, and the gain over `alone`.
     """
-    before, after = rooms
-    overwrite_(before, tensors)
-
-    def train_from(start: Mapping[str, Tensor], samples: Any, seed: int) -> None:
-        overwrite_(tensors, start)
-        train(samples, seed)
-        overwrite_(after, tensors)
-
-    def trained_line(start: Mapping[str, Tensor], samples: Any, judges: Any, seed: int) -> list[Judgement]:
-        train_from(start, samples, seed)
-        line = []
-        for share in SHARES:
-            _go(tensors, start, after, share)
-            line.append(judge(judges))
-        return line
-
-    if held_out is not None or len(labels) < 2:
-        judged_by = "the label that it learned" if held_out is None else "evaluation data"
-        parts = [(labels, labels if held_out is None else held_out)]
+    start, end = buffers
+    overwrite_(start, tensors)
+    line = Line(tensors, end, train, evaluate)
+    if validation is not None:
+        judged_by, parts = "evaluation data", [(labels, validation)]
+    elif len(labels) < 2:
+        judged_by, parts = "the label that it learned", [(labels, labels)]
     else:
         judged_by = "two halves of the labels"
         one, other = (Subset(labels, half) for half in halves(range(len(labels)), seed))
         parts = [(one, other), (other, one)]
-
-    def line_from(start: Mapping[str, Tensor]) -> list[Judgement]:
-        lines = [trained_line(start, *part, seed + number) for number, part in enumerate(parts)]
-        return [joined(*points) for points in zip(*lines, strict=True)]
-
-    other_line = line_from(alone) if alone is not None else None
-    line = line_from(before)
-    share = _farthest(line)
-    report = FinetuneReport(share, {str(at): point.loss for at, point in zip(SHARES, line, strict=True)}, judged_by)
-    start, trained = before, len(parts) == 1
-    if alone is not None and other_line is not None:
-        at = _farthest(other_line)
-        without, merged = other_line[SHARES.index(at)], line[SHARES.index(share)]
-        report.alone, report.gain = without.loss, change(without, merged, calibrated=False).report()
+    points_alone = None if alone is None else line.losses_from_(alone, parts, seed)
+    points = line.losses_from_(start, parts, seed)
+    fraction = taken = farthest_fraction(points)
+    origin, is_trained = start, len(parts) == 1
+    loss_alone = gain = None
+    without_sources = False
+    if alone is not None and points_alone is not None:
+        fraction_alone = farthest_fraction(points_alone)
+        without, merged = points_alone[fraction_alone], points[fraction]
+        loss_alone, gain = without.loss, paired_change(without, merged, calibrated=False).report()
         if without.loss < merged.loss:
-            report.without_sources, share, start, trained = True, at, alone, False
-    if share and not trained:
-        train_from(start, labels, seed)
-    _go(tensors, start, after, share)
-    return report
+            without_sources, taken, origin, is_trained = True, fraction_alone, alone, False
+    if taken and not is_trained:
+        line.finetune_(origin, labels, seed)
+    line.set_interpolated_(origin, taken)
+    return FinetuneReport(
+        share=fraction,
+        losses={str(at): point.loss for at, point in points.items()},
+        judged_by=judged_by,
+        alone=loss_alone,
+        gain=gain,
+        without_sources=without_sources,
+    )
 
 
-def _farthest(line: Sequence[Judgement]) -> float:
-    """Return the largest share that the samples do not tell from the best, and that is no worse than the start."""
-    lowest = min(line, key=lambda judgement: judgement.loss)
+def farthest_fraction(points: Mapping[float, SampleLosses]) -> float:
+    """Return the largest fraction that the samples do not tell from the best one, and that is no worse than the start."""
+    start, lowest = points[0.0], min(points.values(), key=lambda point: point.loss)
 
-    def allowed(point: Judgement) -> bool:
-        to_it = change(lowest, point, calibrated=False)
-        better = point.loss <= line[0].loss or point.calibrated_loss <= line[0].calibrated_loss
-        return better and to_it.mean <= to_it.half_interval
+    def is_allowed(point: SampleLosses) -> bool:
+        from_lowest = paired_change(lowest, point, calibrated=False)
+        improves = point.loss <= start.loss or point.calibrated_loss <= start.calibrated_loss
+        return improves and from_lowest.mean <= from_lowest.half_interval
 
-    return max(share for share, point in zip(SHARES, line, strict=True) if allowed(point))
-
-
-def _go(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> None:
-    for name, tensor in tensors.items():
-        interpolate_(tensor, start[name], end[name], share)
+    return max(fraction for fraction, point in points.items() if is_allowed(point))

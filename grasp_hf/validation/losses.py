@@ -20,11 +20,11 @@ from ..models.batches import IGNORED, Batch, Collator, batch_loss, is_class_ids,
 from ..models.gradients import preserved_randomness, preserved_state
 
 SCALES = tuple(2 ** (half / 2) for half in range(-6, 9))  # of the logits, from 1/8 to 16
-EVIDENCE = 512  # labels that choose among sources and judge them, at most; fine-tuning is judged by all
+MOST_VALIDATION_LABELS = 512  # labels that choose among sources and judge them, at most; fine-tuning is judged by all
 
 
 @dataclass(frozen=True)
-class Judgement:
+class SampleLosses:
     """The losses of one model on labelled samples.
 
     Attributes:
@@ -56,10 +56,10 @@ class Judgement:
         return {"loss": self.loss, **({} if self.correct is None else {"accuracy": self.correct / len(self.losses)})}
 
 
-def joined(*parts: Judgement) -> Judgement:
+def concatenate(*parts: SampleLosses) -> SampleLosses:
     """Return the losses of one or several models on different samples as one."""
     correct = [part.correct for part in parts if part.correct is not None]
-    return Judgement(
+    return SampleLosses(
         torch.cat([part.losses for part in parts]),
         torch.cat([part.terms for part in parts]),
         torch.cat([part.calibrated for part in parts]),
@@ -79,9 +79,9 @@ def repeatable() -> Iterator[None]:
 
 @torch.no_grad()
 @repeatable()
-def judge(
+def sample_losses(
     model: PreTrainedModel, dataset: Any, collator: Collator, accelerator: Accelerator, batch_size: int
-) -> Judgement:
+) -> SampleLosses:
     """Return the losses of `model`, in its mode, on every sample of `dataset`.
 
     Where a model gives a whole batch one loss only (a regression, tags of tokens, spans), samples go through it one by one.
@@ -100,7 +100,7 @@ def judge(
             losses.append(own.cpu())
             terms.append(count.cpu())
         elif batch_size > 1:
-            return judge(model, dataset, collator, accelerator, 1)
+            return sample_losses(model, dataset, collator, accelerator, 1)
         else:
             weight = labelled_terms(model, batch)
             losses.append(torch.tensor([float(mean) * weight], dtype=torch.float64))
@@ -112,14 +112,14 @@ def judge(
     if logits and not losses:
         return _of_classes(torch.cat(logits), torch.cat(labels))
     summed = torch.cat(losses)
-    return Judgement(summed, torch.cat(terms), summed, None)
+    return SampleLosses(summed, torch.cat(terms), summed, None)
 
 
-def _of_classes(logits: Tensor, labels: Tensor) -> Judgement:
+def _of_classes(logits: Tensor, labels: Tensor) -> SampleLosses:
     scaled = [cross_entropy(logits * scale, labels, reduction="none").double() for scale in SCALES]
     losses = cross_entropy(logits, labels, reduction="none").double()
     best = min([losses, *scaled], key=lambda values: float(values.sum()))
-    return Judgement(losses, torch.ones_like(losses), best, int((logits.argmax(-1) == labels).sum()))
+    return SampleLosses(losses, torch.ones_like(losses), best, int((logits.argmax(-1) == labels).sum()))
 
 
 def _token_losses(logits: Tensor, labels: Tensor, *, shifted: bool) -> tuple[Tensor, Tensor]:
@@ -145,8 +145,8 @@ def _is_language(model: PreTrainedModel, batch: Batch, output: Any) -> bool:
     return logits.ndim == 3 and logits.shape[:2] == labels.shape
 
 
-def losses_of(model: PreTrainedModel, samples: Any, collator: Collator, batch_size: int) -> Judgement:
+def evaluation_losses(model: PreTrainedModel, samples: Any, collator: Collator, batch_size: int) -> SampleLosses:
     """Return the losses of the model as it is now, in eval mode, on `samples`; its mode comes back."""
     with preserved_state(model):
         model.eval()
-        return judge(model, samples, collator, Accelerator(), batch_size)
+        return sample_losses(model, samples, collator, Accelerator(), batch_size)

@@ -105,7 +105,7 @@ def in_turns(
 def alignment(folders: list[Path], method: str) -> dict[str, float]:
     """Time one step of measuring and transferring a source."""
     texts = make_texts(BATCH * BATCHES)
-    config = GraspConfig(method=method, num_batches=BATCHES, **STILL)  # type: ignore[arg-type]
+    config = GraspConfig(method=method, num_batches=BATCHES, **STILL)
     merger = GraspMerger.from_pretrained(str(folders[0]), config=config)
     plain = BertForSequenceClassification.from_pretrained(folders[0]).eval()
     batches = [

@@ -3,7 +3,7 @@
 from typing import Any
 
 from grasp_hf.record.entries import unit_reports
-from grasp_hf.record.report import MergeReport, StepReport
+from grasp_hf.record.report import RUN_FIELDS, MergeReport, RunReport, StepReport
 from grasp_hf.tensors.mixing import Mix
 
 SHA = "a" * 40
@@ -28,4 +28,8 @@ def step(
 
 
 def report_of(*steps: StepReport, **fields: Any) -> MergeReport:
-    return MergeReport("org/base", SHA, steps=list(steps), config={"method": "copy"}, **fields)
+    """Return the record of a merge by `copy`; `fields` are those of the merge and of its run."""
+    run = {name: fields.pop(name) for name in RUN_FIELDS if name in fields}
+    return MergeReport(
+        "org/base", SHA, steps=list(steps), run=RunReport(**{"config": {"method": "copy"}, **run}), **fields
+    )

@@ -1,0 +1,183 @@
+"""What all steps of one merge share: the data, the device, the files, and the way back."""
+
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config.grasp import GraspConfig
+from ..config.methods import METHODS
+from ..data.digests import described
+from ..data.samples import Samples
+from ..files import interrupts_held, workspace
+from ..hub.pull import Puller
+from ..hub.reference import Source
+from ..models.batches import Collator, check_dataset, keeping_model_columns
+from ..models.gradients import checkpointing, preserved_state
+from ..sources.load import LoadedSource, load_source
+from ..tensors.placing import overwrite_
+from ..tensors.scratch import Scratch
+from ..tensors.units import movable_tensors
+from ..validation.labels import Labels
+from .checks import check_loss
+from .step import Step
+
+
+class Run:
+    """One merge at work. `Run.open` gives it a temporary directory.
+
+    Args:
+        model: The target; changed in place by the steps.
+        config: How to merge.
+        samples: The data.
+        directory: Temporary directory of the run.
+        learned: Whether the model was fine-tuned on the labels.
+        processing_class: The target's tokenizer or processor.
+        base_of: Returns, for a source, the model that an adapter must be an adapter of.
+        base_token: Hub token that the base was loaded with.
+
+    Attributes:
+        labels: The labelled samples, with the losses of the model on them.
+        scratch: The temporary files.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: GraspConfig,
+        samples: Samples,
+        directory: Path,
+        *,
+        learned: bool,
+        processing_class: Any,
+        base_of: Callable[[Source], Source | None],
+        base_token: str | None,
+    ) -> None:
+        self.model, self.config, self.samples = model, config, samples
+        self._processing_class, self._base_of, self._base_token = processing_class, base_of, base_token
+        self.scratch = Scratch(directory, movable_tensors(model))
+        if config.learns or config.compares_alone:
+            self.scratch.base.copy_(movable_tensors(model))
+        collator = collator_for(model, config, processing_class, samples.collator)
+        self.labels = Labels(model, samples, collator, config, learned=learned)
+        self._has_finite_loss = False
+        self._description: dict[str, Any] | None = None
+
+    @classmethod
+    @contextmanager
+    def open(cls, model: PreTrainedModel, config: GraspConfig, samples: Samples, **options: Any) -> Iterator["Run"]:
+        """Yield a run with a temporary directory in `TMPDIR`, which is removed at the end; `options` are as for `Run`."""
+        with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as directory:
+            yield cls(model, config, samples, directory, **options)
+
+    @contextmanager
+    def step(self, *, sharded: bool = False) -> Iterator[Step]:
+        """Check the data, move the model to the accelerator, and restore its weights if the block raises.
+
+        Args:
+            sharded: Whether the source comes in shards, so that a step can fail after weights have moved.
+
+        Raises:
+            DataError: The data is not fit for the model.
+        """
+        samples = {"train_dataset": self.samples.train, "eval_dataset": self.samples.validation}
+        for name, dataset in samples.items():
+            if dataset is not None or (name == "train_dataset" and self.config.needs_data):
+                check_dataset(dataset, name)
+        asked = self.config.training_arguments
+        checkpoints = bool(asked.get("gradient_checkpointing") or asked.get("activation_checkpointing"))
+        can_fail = sharded or any(dataset is not None for dataset in samples.values())
+        step = Step(self.model, self.config, self.labels, self.scratch, can_fail=can_fail)
+        with preserved_state(self.model), checkpointing(self.model, checkpoints):
+            self.model.to(Accelerator().device)
+            if not can_fail:
+                yield step
+                return
+            self.scratch.start.copy_(movable_tensors(self.model))
+            try:
+                if not self._has_finite_loss:
+                    for name, dataset in samples.items():
+                        if dataset is not None:
+                            check_loss(self.labels, dataset, name)
+                self._has_finite_loss = True
+                yield step
+            except BaseException as error:
+                with interrupts_held():  # a second interrupt must not leave half of the weights
+                    self.restore_()
+                # A caught exception would keep the source, or the optimizer, alive through the frames that it names.
+                traceback.clear_frames(error.__traceback__)
+                raise
+
+    @contextmanager
+    def trial(self) -> Iterator[Step]:
+        """Let the block fine-tune the model, then restore all that the run knows of it."""
+        check_dataset(self.samples.train, "train_dataset")
+        learned = self.labels.learned
+        with self.step() as step:
+            yield step
+            self.restore_()
+            self.labels.learned = learned
+            self.scratch.make_room()
+
+    def restore_(self) -> None:
+        """Change the model back to what it was before the present step."""
+        overwrite_(movable_tensors(self.model), self.scratch.start)
+        self.labels.changed()
+
+    def puller(self, token: str | None, *, commits: Mapping[str, str] | None = None, whole: bool = False) -> Puller:
+        """Return the downloader of the sources.
+
+        Args:
+            token: Hub token.
+            commits: Commit of each source that is already known, by reference.
+            whole: Whether sources must come whole, and not in shards.
+        """
+        undo_bytes = None
+        if not whole and METHODS[self.config.method].reads_once:
+            has_data = self.samples.train is not None or self.samples.validation is not None
+            # With data, every step keeps a copy of the weights, so that a source that fails can be undone.
+            undo_bytes = 0 if has_data else sum(tensor.nbytes for tensor in movable_tensors(self.model).values())
+        prefetch, trusted = self.config.prefetch, self.config.trust_remote_code
+        return Puller(token=token, prefetch=prefetch, trusted=trusted, undo_bytes=undo_bytes, commits=commits)
+
+    def load(self, located: Source, *, scratch: Scratch | None = None, check_finite: bool = True) -> LoadedSource:
+        """Read a source as the model would hold it.
+
+        Args:
+            located: The source.
+            scratch: Temporary files for it; those of the run if left out, which hold one source at a time.
+            check_finite: Whether to raise on a weight that is NaN or infinite.
+        """
+        return load_source(
+            located,
+            self.model,
+            base=self._base_of(located),
+            directory=(scratch or self.scratch).source_folder(),
+            processing_class=self._processing_class,
+            accepted_bases=self.config.accepted_bases,
+            check_finite=check_finite,
+            token=self._base_token,
+        )
+
+    def describe_data(self) -> dict[str, Any]:
+        """Return what the record says of the data: number of samples and digest of each split. It is read once."""
+        if self._description is None:
+            splits = {"train": self.samples.train, "eval": self.samples.validation}
+            self._description = {name: described(dataset) for name, dataset in splits.items()}
+        return self._description
+
+
+def collator_for(
+    model: PreTrainedModel, config: GraspConfig, processing_class: Any, data_collator: Collator | None
+) -> Collator:
+    """Return the collator that makes batches which the model takes; `None` is the one that the Trainer would take."""
+    if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase):
+        data_collator = DataCollatorWithPadding(processing_class)
+    if data_collator is not None and config.training_arguments.get("remove_unused_columns") is False:
+        return data_collator
+    return keeping_model_columns(model, data_collator)

@@ -1,0 +1,83 @@
+"""What a step found of one source and did with it, and how that is recorded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..hub.reference import Source
+from ..methods.candidates import Candidate
+from ..record.card import declared_license
+from ..record.entries import FinetuneReport, unit_reports
+from ..record.report import StepReport
+from ..tensors.units import Unit
+from ..validation.changes import Change
+from ..validation.losses import SampleLosses
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What a step found of one source, and did with it.
+
+    Attributes:
+        units: The units that could have moved.
+        candidate: The candidate that was chosen.
+        accepted: Whether the source stays in the model.
+        reason: Why the gate decided so; empty where it decided nothing.
+        notes: How head and vocabulary of the source were matched with the target's.
+        other_units: Number of units that could not move.
+        validated_by: The samples that validated.
+        losses: Mean calibrated loss of each candidate, by name.
+        chosen: Name of the chosen candidate; empty where nothing validated.
+        before: Losses before the source.
+        after: Losses of the chosen candidate.
+        change: From the one to the other, sample by sample.
+    """
+
+    units: Sequence[Unit]
+    candidate: Candidate
+    accepted: bool = True
+    reason: str = ""
+    notes: list[str] = field(default_factory=list)
+    other_units: int = 0
+    validated_by: str = ""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    chosen: str = ""
+    before: SampleLosses | None = None
+    after: SampleLosses | None = None
+    change: Change | None = None
+
+    def report(
+        self, source: Source, tensors: Mapping[str, Tensor], finetuned: FinetuneReport | None, **end: Any
+    ) -> StepReport:
+        """Return the step for the record.
+
+        Args:
+            source: The source.
+            tensors: The tensors of the target.
+            finetuned: The fine-tuning after the source, if any.
+            end: What is known at the end of the step only: `after`, `seconds` and `peak_memory`.
+        """
+        sizes = {unit.name: sum(tensors[name].numel() for name in unit.tensors) for unit in self.units}
+        return StepReport(
+            source=str(source.ref),
+            sha=source.sha,
+            kind=source.kind,
+            num_bytes=source.num_bytes,
+            license=declared_license(source.folder),
+            gated=source.gated,
+            accepted=self.accepted,
+            reason=self.reason,
+            notes=self.notes,
+            units=unit_reports(sizes, self.candidate.mixes, self.candidate.scores, self.accepted),
+            other_units=self.other_units,
+            judged_by=self.validated_by,
+            options=dict(self.losses),
+            taken=self.chosen,
+            before=self.before.evaluation() if self.before else {},
+            after_transfer=self.after.evaluation() if self.after else {},
+            change=self.change.report() if self.change else None,
+            finetuned=finetuned,
+            **end,
+        )

@@ -1,0 +1,85 @@
+"""What every method shares: what it may use, and the form of what it returns."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..config.grasp import GraspConfig
+from ..models.batches import Batch
+from ..tensors.mixing import Mix
+from ..tensors.products import Scores
+from ..tensors.scratch import Scratch
+from ..tensors.units import Unit
+from ..validation.labels import Labels
+
+Mixes = Mapping[str, Mix]
+Fractions = Callable[[str], Iterable[Tensor] | None]
+
+AVERAGE = "average"  # the candidate that needs no proof
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to merge a source.
+
+    Attributes:
+        mixes: The mix of each unit.
+        validated: The mixes evaluated on each of `Labels.validation_parts`. Learned coefficients come from the fit that did
+            not see that part.
+        scores: A score in [-1, 1] of each unit, for the report; `None` where it is undefined.
+        fractions: Returns, for the name of a tensor, how much of the source each of its elements takes, in [0, 1]; `None`
+            leaves the tensor to the mix of its unit.
+        when_merged: Called once when the source stays in the model.
+    """
+
+    mixes: Mixes
+    validated: Sequence[Mixes]
+    scores: Scores
+    fractions: Fractions | None = None
+    when_merged: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a method may use to find its candidates for one source.
+
+    Attributes:
+        name: The source, for progress bars and messages.
+        model: The target, on the device; a method may change its weights, and puts them back.
+        source: The source's values by runtime name.
+        units: The units that may move.
+        average: How much of the source a mean of all sources so far would take, by unit: `1 / k` for the k-th.
+        config: How to merge.
+        labels: The labelled samples, with the losses of the model on them.
+        scratch: Temporary files. `scratch.start` holds the target before this source, `scratch.base` (for methods that
+            learn) the target before the first one, `scratch.kept` what the method keeps between sources.
+        seed: Seeds the shuffling of the batches.
+    """
+
+    name: str
+    model: PreTrainedModel
+    source: Mapping[str, Tensor]
+    units: Sequence[Unit]
+    average: Mapping[str, float]
+    config: GraspConfig
+    labels: Labels
+    scratch: Scratch
+    seed: int
+
+    def candidate(self, mixes: Mixes, scores: Scores, fractions: Fractions | None = None) -> Candidate:
+        """Return a candidate that no label taught, so that every part validates the same mixes."""
+        return Candidate(mixes, [mixes] * len(self.labels.validation_parts), scores, fractions)
+
+    def average_mixes(self) -> dict[str, Mix]:
+        """Return the mix of each unit in a mean of all sources so far."""
+        return {unit: Mix.on_line(fraction) for unit, fraction in self.average.items()}
+
+    def batches(self, labels: Any) -> Iterator[Batch]:
+        """Yield `config.num_batches` batches of `labels` with a progress bar."""
+        batches = self.labels.batches(labels, self.seed)
+        bar = tqdm(batches, desc=f"measuring {self.name}", total=self.config.num_batches, leave=False, disable=None)
+        yield from bar
