@@ -304,7 +304,7 @@ class GraspMerger:
                             merged = self._merge_located(located, **arguments)
                     except GraspError as error:
                         message = f"while merging source {number}/{len(sources)} '{source}': {error}"
-                        raise type(error)(message) from error
+                        raise error.reworded(message) from error
                     logger.info("%d/%d %s", number, len(sources), merged.line())
             if sources and config.final_epochs and train_dataset is not None:
                 taken = [step for step in self.report.steps[earlier:] if step.changed]
@@ -418,7 +418,7 @@ class GraspMerger:
         if problems := [row.problem for row in ranked if row.problem]:
             kinds = {row.error for row in ranked if row.problem}
             error = kinds.pop() if len(kinds) == 1 else IncompatibleSourceError
-            raise error("nothing was merged, for these sources cannot be:\n- " + "\n- ".join(problems))
+            raise error("nothing was merged, for these sources cannot be", problems=problems)
         self.report.ranking = [row.summary() for row in ranked]
         logger.info("ranked by %s:\n%s", by, ranking_table(ranked))
         return [row.reference for row in ranked[: self.config.top]]
