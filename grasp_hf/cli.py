@@ -221,7 +221,7 @@ def _plan(options: argparse.Namespace) -> int:
     rows = plan(recipe)
     print(plan_table(rows, recipe))
     _write_json(options.json, map(asdict, rows))
-    return int(any(row.problems for row in rows))
+    return int(bool(problem_list(rows)))
 
 
 def _rank(options: argparse.Namespace) -> int:
@@ -265,7 +265,7 @@ def _delivery(options: argparse.Namespace) -> Delivery:
 def _planned(recipe: Recipe, options: argparse.Namespace) -> tuple[GraspMerger, list[str], Samples]:
     """Return what `prepare` does, once the plan is without problems and the Hub takes what will be pushed."""
     if problems := problem_list(plan(recipe)):
-        raise ConfigError("nothing was merged, because of these problems:\n" + "\n".join(problems))
+        raise ConfigError("nothing was merged, because of these problems", problems=problems)
     if options.push_to_hub:
         create_repo(Destination(options.push_to_hub, private=options.private or None))
     return prepare(recipe)
@@ -318,7 +318,7 @@ def _size(text: str) -> int | str | None:
 def _compare(options: argparse.Namespace) -> int:
     recipe = Recipe.from_yaml(options.recipe, options.overrides)
     if problems := problem_list(plan(recipe)):
-        raise ConfigError("nothing was compared, because of these problems:\n" + "\n".join(problems))
+        raise ConfigError("nothing was compared, because of these problems", problems=problems)
     done = compare(recipe, options.output, sizes=options.sizes, seeds=options.seeds, methods=options.methods)
     print(f"\n{done}\n\nsaved: {options.output}")
     return 0

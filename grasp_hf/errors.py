@@ -1,10 +1,48 @@
 """What can go wrong, named. Every error of this package is a `GraspError`; a user's mistake is also a `ValueError`."""
 
 from collections.abc import Sequence
+from typing import Self
 
 
 class GraspError(Exception):
-    """Base of every error that this package raises."""
+    """Base of every error that this package raises.
+
+    Args:
+        message: What went wrong; with `problems` the heading of their list.
+        subject: The reference that the message is about; it is named in front of it.
+        problems: What went wrong, where there may be several things.
+
+    Attributes:
+        subject: As given, as text; `None` where the message is about no reference, or names it itself.
+
+    Example:
+        >>> print(ConfigError("the configuration has problems", problems=["top: got 0", "seed: got -1"]))
+        the configuration has problems:
+        - top: got 0
+        - seed: got -1
+    """
+
+    def __init__(self, message: str = "", *, subject: object = None, problems: Sequence[str] = ()) -> None:
+        text = f"{message}:\n- " + "\n- ".join(problems) if problems else message
+        super().__init__(text if subject is None else f"'{subject}': {text}")
+        self.subject = None if subject is None else str(subject)
+        self._without_subject = text
+        self._listed = list(problems)
+
+    @property
+    def problems(self) -> list[str]:
+        """Every problem by itself; of an error that lists none, its message."""
+        return [*self._listed] or [str(self)]
+
+    def problems_of(self, subject: str) -> list[str]:
+        """Return the problems for a line that begins with `subject`: a message about it does not name it again."""
+        return [*self._listed] or [self._without_subject if self.subject == subject else str(self)]
+
+    def reworded(self, message: str) -> Self:
+        """Return an error of the same class with another message and the same list of problems, to raise `from` this."""
+        error = type(self)(message)
+        error._listed = self._listed
+        return error
 
 
 class ConfigError(GraspError, ValueError):

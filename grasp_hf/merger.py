@@ -323,7 +323,7 @@ class GraspMerger:
             with puller.pull(source, *references[number : number + 1]) as located:
                 return self._merge_located(run, located)
         except GraspError as error:
-            raise type(error)(f"while merging source {number}/{len(references)} '{source}': {error}") from error
+            raise error.reworded(f"while merging source {number}/{len(references)} '{source}': {error}") from error
 
     def _finish(self, run: Run, steps: Sequence[StepReport]) -> None:
         """Fine-tune after the last source, from the merge and, where the gate wants it, from the weights without sources."""

@@ -26,6 +26,7 @@ from grasp_hf.config.recipe import Recipe
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, SourceNotFoundError
 from grasp_hf.record.saving import read_record
 from grasp_hf.runs.costs import cost_lines
+from grasp_hf.runs.plan import plan
 from grasp_hf.runs.planned import PlannedSource
 from grasp_hf.runs.prepare import prepare
 from grasp_hf.tensors.units import movable_tensors
@@ -179,6 +180,19 @@ def test_a_plan_says_what_the_data_lacks(world: Path, capsys: pytest.CaptureFixt
     assert main(["plan", recipe]) == 1
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
     assert [line.partition(":")[0] for line in told] == ["- data.colour", "- data.path", "- data.label"]
+
+
+def test_a_plan_names_each_model_once(world: Path) -> None:
+    (world / "damaged").mkdir()
+    (world / "damaged" / "config.json").write_text("{")
+    (world / "damaged" / "model.safetensors").write_bytes(b"")
+    recipe = write_recipe(world, sources=["damaged", "fine-1"], data={**DATA, "label": "animal"})
+    base, damaged, fine = plan(Recipe.from_yaml(recipe))
+    assert base.problems == [] and fine.problem_lines() == []
+    assert base.problem_lines() == ["data: the data set has no column 'animal' for labels; found image, label"]
+    assert damaged.problems[0].startswith("model.safetensors cannot be read as safetensors: ")
+    assert damaged.problem_lines() == [f"{world / 'damaged'}: {damaged.problems[0]}"]
+    assert [row.row()["problems"] for row in (base, damaged, fine)] == ["1", "1", "none"]
 
 
 def test_a_plan_without_data_matches_the_labels_of_the_base(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from grasp_hf import GraspConfig, Recipe
 from grasp_hf.data.digests import described
 from grasp_hf.data.pictures import picture
 from grasp_hf.data.section import DataSection
-from grasp_hf.data.splits import class_names, load_splits, names_for_model, require_column, with_label_ids
+from grasp_hf.data.splits import Content, class_names, load_splits, names_for_model, require_column, with_label_ids
 from grasp_hf.data.tasks import with_images, with_tokens
 from grasp_hf.errors import ConfigError, DataError
 from grasp_hf.record.redaction import without_secrets
@@ -281,7 +281,7 @@ def test_a_picture_that_cannot_be_read_is_named(left: int, tmp_path: Path) -> No
 def test_a_row_without_text() -> None:
     splits = DatasetDict(train=Dataset.from_dict({"text": ["red", None], "labels": [1, 0]}))
     with pytest.raises(DataError, match="split 'train'.*'text'"):
-        require_column(splits, "text", "texts")
+        require_column(splits, "text", Content.TEXTS)
 
 
 def quick(**changes: Any) -> GraspConfig:
@@ -399,7 +399,7 @@ def test_several_labels_per_row(values: list) -> None:
 
 def test_texts_that_are_numbers() -> None:
     with pytest.raises(DataError, match=r"column 'text' of split 'train' holds Value.*; expected texts"):
-        require_column(DatasetDict(train=Dataset.from_dict({"text": [1, 2]})), "text", "texts")
+        require_column(DatasetDict(train=Dataset.from_dict({"text": [1, 2]})), "text", Content.TEXTS)
 
 
 def test_splits_that_are_not_used_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

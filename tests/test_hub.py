@@ -203,8 +203,12 @@ def test_a_look_up_and_a_plan_download_no_weights(hub: HubServer, shas: dict[str
     assert [row.kind for row in rows] == ["full", "full", "adapter", "full", "full", ""]
     assert [row.sha for row in rows] == [*(shas[n] for n in ("base", "v1", "adapter", "both", "pickled")), None]
     assert [row.architecture for row in rows] == ["vit", "vit", "LORA", "vit", "vit", ""]
-    assert [len(row.problems) for row in rows] == [1, 0, 0, 0, 0, 1]
-    assert "data.path: missing" in rows[0].problems[0]
+    assert [len(row.problems) for row in rows] == [0, 0, 0, 0, 0, 1]
+    assert rows[5].problems[0].startswith("no such model on the Hub")  # the row says which
+    assert rows[0].data_problems == [
+        "data.path: missing, expected imagefolder, csv, json, parquet, a folder or a Hub id"
+    ]
+    assert not any(row.data_problems for row in rows[1:])
     for row in rows[:5]:
         source = locate(row.reference)
         assert row.num_bytes == source.num_bytes > 0

@@ -281,7 +281,7 @@ def test_all_problems_are_in_one_error(tmp_path: Path) -> None:
     text = "merge_method: ties\nbase_model: org/base+org/x\nmodels:\n- org/a\n- model: org/b+org/c\n- model: a@b@c\n"
     with pytest.raises(ConfigError, match="mergekit.yaml, a mergekit configuration, has problems:\n- ") as caught:
         recipe_of(text, tmp_path)
-    problems = [line.split(": ")[0] for line in str(caught.value).split("\n- ")[1:]]
+    problems = [line.split(": ")[0] for line in caught.value.problems]
     assert sorted(problems) == ["base_model", "merge_method", "models[0]", "models[1].model", "models[2].model"]
 
 

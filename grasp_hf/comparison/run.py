@@ -277,7 +277,9 @@ def _run_seed(
                 if not isinstance(error, GraspError) and not _lacks_memory(error):
                     raise
                 if kind_of(method) != "existing":
-                    raise type(error)(f"while running '{title_of(method)}' with seed {seed}: {error}") from error
+                    message = f"while running '{title_of(method)}' with seed {seed}: {error}"
+                    told = error.reworded(message) if isinstance(error, GraspError) else type(error)(message)
+                    raise told from error
                 merged, final, problem = {}, {}, str(error) or "out of memory"
             result = Result(method, count, seed, merged, final, time.perf_counter() - began, problem)
             done.results.append(result)

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 METRICS = ("loss", "accuracy", "eval_loss", "eval_accuracy")  # that can choose the best epoch
+KIND_NAMES = {type(None): "null", list: "list of str"}  # of those that Python calls otherwise
 OWN_ARGUMENTS = {  # of the Trainer, that a merge sets itself
     "output_dir": "checkpoints lie in the temporary directory (TMPDIR), and are removed",
     "push_to_hub": "push the merge, with push_to_hub() or --push-to-hub",
@@ -33,8 +34,7 @@ def _type_problem(value: Any, hint: Any) -> str | None:
         fits = False
     if fits:
         return None
-    names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-    names = names.replace("list", "list of str")
+    names = " or ".join(KIND_NAMES.get(kind, kind.__name__) for kind in kinds)
     advice = " (YAML reads 5e-5 as text: write 5.0e-5)" if isinstance(value, str) and float in kinds else ""
     return f"expected {names}{advice}"
 

@@ -124,7 +124,7 @@ class GraspConfig:
             problems += lora_problems(self.lora)
         problems += [problem for name in ("training_arguments", "lora") if (problem := self._unwritable(name))]
         if problems:
-            raise ConfigError("the configuration has problems:\n- " + "\n- ".join(problems))
+            raise ConfigError("the configuration has problems", problems=problems)
 
     def _unwritable(self, name: str) -> str | None:
         """Say which value the record of a merge could not hold."""
@@ -135,26 +135,34 @@ class GraspConfig:
         return None
 
     def _range_problems(self) -> list[str]:
-        checks = {
-            "threshold: expected a cosine in [-1, 1]": -1 <= self.threshold <= 1,
-            "num_batches: expected at least 1": self.num_batches >= 1,
-            "batch_size: expected at least 1": self.batch_size >= 1,
-            "coefficient_lr: expected a number in (0, 1]": 0 < self.coefficient_lr <= 1,
-            "initial_epochs: expected a finite number of 0 or more": 0 <= self.initial_epochs < math.inf,
-            "finetune_epochs: expected a finite number of 0 or more": 0 <= self.finetune_epochs < math.inf,
-            "final_epochs: expected a finite number of 0 or more": 0 <= self.final_epochs < math.inf,
-            "seed: expected 0 to 2**32 - 1000": 0 <= self.seed <= 2**32 - 1000,
-            "top: expected at least 1, and an order other than 'given' with it": self.top is None
-            or (self.top >= 1 and self.order != "given"),
-            "accumulate_gradients: expected method='copy' with it, and not published": not self.accumulate_gradients
-            or (self.method == "copy" and not self.published),
-            "lora: expected none with published": self.lora is None or not self.published,
-            "published: expected method='copy' and unit='parameter' with it": not self.published
-            or (self.method, self.unit) == ("copy", "parameter"),
-        }
-        return [
-            f"{message}, got {getattr(self, message.split(':')[0])!r}" for message, fine in checks.items() if not fine
+        epochs = "expected a finite number of 0 or more"
+        checks = [
+            ("threshold", "expected a cosine in [-1, 1]", -1 <= self.threshold <= 1),
+            ("num_batches", "expected at least 1", self.num_batches >= 1),
+            ("batch_size", "expected at least 1", self.batch_size >= 1),
+            ("coefficient_lr", "expected a number in (0, 1]", 0 < self.coefficient_lr <= 1),
+            ("initial_epochs", epochs, 0 <= self.initial_epochs < math.inf),
+            ("finetune_epochs", epochs, 0 <= self.finetune_epochs < math.inf),
+            ("final_epochs", epochs, 0 <= self.final_epochs < math.inf),
+            ("seed", "expected 0 to 2**32 - 1000", 0 <= self.seed <= 2**32 - 1000),
+            (
+                "top",
+                "expected at least 1, and an order other than 'given' with it",
+                self.top is None or (self.top >= 1 and self.order != "given"),
+            ),
+            (
+                "accumulate_gradients",
+                "expected method='copy' with it, and not published",
+                not self.accumulate_gradients or (self.method == "copy" and not self.published),
+            ),
+            ("lora", "expected none with published", self.lora is None or not self.published),
+            (
+                "published",
+                "expected method='copy' and unit='parameter' with it",
+                not self.published or (self.method, self.unit) == ("copy", "parameter"),
+            ),
         ]
+        return [f"{name}: {expected}, got {getattr(self, name)!r}" for name, expected, fine in checks if not fine]
 
     @property
     def needs_data(self) -> bool:

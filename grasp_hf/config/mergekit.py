@@ -69,7 +69,7 @@ def translate(values: dict[str, Any], *, name: str = "recipe") -> dict[str, Any]
     reader = _Reader(values, own)
     recipe = reader.recipe()
     if reader.problems:
-        raise ConfigError(f"{name}, a mergekit configuration, has problems:\n- " + "\n- ".join(reader.problems))
+        raise ConfigError(f"{name}, a mergekit configuration, has problems", problems=reader.problems)
     if unused := reader.not_used():
         logger.warning("%s is a mergekit configuration; not used of it: %s", name, ", ".join(unused))
     if reader.method == "average" and reader.has_adapters:

@@ -117,9 +117,9 @@ class Recipe:
             try:
                 config = GraspConfig.paper(**settings) if values.get("preset") == "paper" else GraspConfig(**settings)
             except ConfigError as error:
-                problems += str(error).split("\n- ")[1:]
+                problems += error.problems
         if problems or config is None:
-            raise ConfigError(f"{name} has problems:\n- " + "\n- ".join(problems))
+            raise ConfigError(f"{name} has problems", problems=problems)
         recipe = cls(**recipe_values, config=config, folder=folder)
         trusted = [recipe.locate(reference) for reference in config.trust_remote_code]
         return dataclasses.replace(recipe, config=dataclasses.replace(config, trust_remote_code=trusted))

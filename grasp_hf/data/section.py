@@ -61,7 +61,7 @@ class DataSection:
                 f"data.{' or data.'.join(FILES)}: missing, expected where the files for '{recipe.data['path']}' are"
             )
         if problems:
-            raise ConfigError("the recipe has problems:\n- " + "\n- ".join(problems))
+            raise ConfigError("the recipe has problems", problems=problems)
 
         def located(value: Any) -> Any:
             if isinstance(value, dict):

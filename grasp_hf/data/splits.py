@@ -1,6 +1,7 @@
 """From the `data:` section to splits with labels as class ids."""
 
 import logging
+from enum import Enum
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
@@ -12,6 +13,13 @@ from ..sources.rows import label_names
 from .section import FILES, SPLITS, DataSection
 
 logger = logging.getLogger(__name__)
+
+
+class Content(Enum):
+    """What a model takes, as messages call it."""
+
+    IMAGES = "images"
+    TEXTS = "texts"
 
 
 def load_splits(section: DataSection) -> DatasetDict:
@@ -121,19 +129,21 @@ def _encoded(split: Dataset, split_name: str, column: str, ids: dict[str, int]) 
     return encoded.remove_columns([*replaced]).rename_column(unused, "labels")
 
 
-def require_column(splits: DatasetDict, column: str, what: str) -> None:
+def require_column(splits: DatasetDict, column: str, content: Content) -> None:
     """Raise `DataError` where a split has no such column, or a row with nothing in it."""
     for name, split in splits.items():
         if column not in split.column_names:
             raise DataError(
-                f"split '{name}' has no column '{column}' for {what}; found {', '.join(split.column_names)}"
+                f"split '{name}' has no column '{column}' for {content.value}; found {', '.join(split.column_names)}"
             )
         feature = split.features[column]
-        if what == "texts" and not (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
-            raise DataError(f"column '{column}' of split '{name}' holds {feature}; expected {what}")
+        if content is Content.TEXTS and not (
+            isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+        ):
+            raise DataError(f"column '{column}' of split '{name}' holds {feature}; expected {content.value}")
         if split.data.column(column).null_count:
             raise DataError(
-                f"split '{name}' has rows without anything in column '{column}'; expected {what} in every row"
+                f"split '{name}' has rows without anything in column '{column}'; expected {content.value} in every row"
             )
 
 
@@ -151,7 +161,7 @@ def labelled_splits(
     section = DataSection.from_recipe(recipe)
     splits = load_splits(section)
     has_images = cls.main_input_name == "pixel_values"
-    inputs = (section.image, "images") if has_images else (section.text, "texts")
+    inputs = (section.image, Content.IMAGES) if has_images else (section.text, Content.TEXTS)
     if cls.can_generate():
         require_column(splits, *inputs)
         return splits, {}

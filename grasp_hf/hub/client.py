@@ -124,7 +124,7 @@ def named_errors(ref: SourceRef, token: str | None = None, file: str = "") -> It
         problem = "is gated: accept its conditions on its page, then log in with `hf auth login` or pass a token"
         raise SourceNotFoundError(f"'{ref}' {problem}") from error
     except RepositoryNotFoundError as error:
-        raise SourceNotFoundError(f"'{ref}': {_what_it_is(ref, token)}") from error
+        raise SourceNotFoundError(_what_it_is(ref, token), subject=ref) from error
     except RevisionNotFoundError as error:
         raise SourceNotFoundError(
             f"'{ref.name}' has no revision '{ref.revision}': expected a branch, tag or sha"
@@ -141,9 +141,9 @@ def named_errors(ref: SourceRef, token: str | None = None, file: str = "") -> It
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if status == 401:
             problem = "the Hub refused the token: log in again with `hf auth login`, or pass another one"
-            raise SourceNotFoundError(f"'{ref}': {problem}") from error
+            raise SourceNotFoundError(problem, subject=ref) from error
         if 400 <= status < 500 and status not in BUSY:
-            raise SourceNotFoundError(f"'{ref}': the Hub refused it: {first_line(error)}") from error
+            raise SourceNotFoundError(f"the Hub refused it: {first_line(error)}", subject=ref) from error
         advice = "" if isinstance(error, Corrupt) else "; run it again when the network and the disk allow"
         which = f"{file}: " if file and not isinstance(error, Corrupt) else ""
         raise DownloadError(f"'{ref}' could not be downloaded: {which}{first_line(error)}{advice}") from error

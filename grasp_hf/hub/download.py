@@ -241,7 +241,7 @@ def cached_source(ref: SourceRef, token: str | None = None, trusted: Collection[
         )  # the cache names files by what is in them
         if len(checksum) == 64 and not RemoteFile(path.stat().st_size, checksum, "").matches(path):
             raise DownloadError(
-                f"'{ref}': {path.name} is damaged in the cache; run it again when the Hub can be reached"
+                f"{path.name} is damaged in the cache; run it again when the Hub can be reached", subject=ref
             )
     return _told(source)
 

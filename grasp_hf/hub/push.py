@@ -182,7 +182,7 @@ def push_files(
         commit = _commit(to, [*operations, *deletions], intended, stale, head, requests, message)
         arrived = _listing(to, commit.oid)
         if not _holds(arrived, intended, stale):
-            raise PushError(f"'{to.repo_id}': what its commit {commit.oid} holds is not what was sent; push again")
+            raise PushError(f"what its commit {commit.oid} holds is not what was sent; push again", subject=to.repo_id)
         return commit
 
 
@@ -197,7 +197,7 @@ def _upload(to: Destination, operation: CommitOperationAdd) -> None:
         if isinstance(error.__cause__, (HfHubHTTPError, HTTPError, OSError)):  # what the client hides
             raise error.__cause__ from None
         raise PushError(
-            f"'{to.repo_id}': {operation.path_in_repo} could not be uploaded: {error}; push again"
+            f"{operation.path_in_repo} could not be uploaded: {error}; push again", subject=to.repo_id
         ) from error
 
 

@@ -53,7 +53,7 @@ class SourceRef:
         name, _, revision = text.partition("@")
         if name and Path(name).expanduser().is_dir():
             raise SourceNotFoundError(
-                f"'{text}': '{name}' is a folder, which has no revisions; leave out '@{revision}'"
+                f"'{name}' is a folder, which has no revisions; leave out '@{revision}'", subject=text
             )
         if not name or name.startswith((".", "/", "~")) or "//" in name or name.endswith("/") or text.endswith("@"):
             raise SourceNotFoundError(
@@ -176,7 +176,7 @@ class Source:
                     found |= {file.get_slice(name).get_dtype() for name in file.keys()}
             except (SafetensorError, OSError) as error:
                 raise IncompatibleSourceError(
-                    f"'{self.ref}': {path.name} cannot be read as safetensors: {error}"
+                    f"{path.name} cannot be read as safetensors: {error}", subject=self.ref
                 ) from error
         return found
 
@@ -189,8 +189,9 @@ class Source:
         found = self.dtypes()
         if quantized := found & QUANTIZED:
             raise IncompatibleSourceError(
-                f"'{self.ref}': its weights are quantized ({', '.join(sorted(quantized))}), expected float weights; name "
-                "the model that it was made from, or dequantize it and save it first"
+                f"its weights are quantized ({', '.join(sorted(quantized))}), expected float weights; name the model that "
+                "it was made from, or dequantize it and save it first",
+                subject=self.ref,
             )
         return {name for name in found if name in FLOATING}
 
@@ -211,7 +212,9 @@ def shards_of(index: Path, ref: SourceRef) -> list[str]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"{index.name} cannot be read as an index of weight files ({type(error).__name__}: {error})"
-        raise IncompatibleSourceError(f"'{ref}': {problem}; save the model again") from error
+        raise IncompatibleSourceError(f"{problem}; save the model again", subject=ref) from error
     if outside := [name for name in names if Path(name).name != name]:
-        raise IncompatibleSourceError(f"'{ref}': {index.name} names '{outside[0]}', expected files in its own folder")
+        raise IncompatibleSourceError(
+            f"{index.name} names '{outside[0]}', expected files in its own folder", subject=ref
+        )
     return names

@@ -145,7 +145,7 @@ def rank_for_merge(run: Run, references: Sequence[str], *, finetuned: bool, toke
     if problems := [row.problem for row in rows if row.problem]:
         kinds = {row.error for row in rows if row.problem}
         error = kinds.pop() if len(kinds) == 1 else IncompatibleSourceError
-        raise error("nothing was merged, because these sources cannot be:\n- " + "\n- ".join(problems))
+        raise error("nothing was merged, because these sources cannot be", problems=problems)
     logger.info("ranked by %s:\n%s", by, ranking_table(rows))
     return rows
 
@@ -186,7 +186,9 @@ def rank_source(
     try:
         sums = {name: row for name, row in products.sums().items() if row is not None}
     except NonFiniteError as error:
-        raise NonFiniteError(f"'{source.ref}': a weight is NaN or infinite; expected finite ones ({error})") from error
+        raise NonFiniteError(
+            f"a weight is NaN or infinite; expected finite ones ({error})", subject=source.ref
+        ) from error
     whole = [sum(row[index] for row in sums.values()) for index in range(3)]
     return RankedSource(
         reference=str(source.ref),

@@ -157,7 +157,7 @@ def gradient_alignment(
     check_dataset(dataset, "dataset")
     problems = tie_problems(target, source) + tensor_problems(movable_tensors(target), movable_tensors(source))
     if problems:
-        raise IncompatibleSourceError("the two models cannot be compared:\n- " + "\n- ".join(problems))
+        raise IncompatibleSourceError("the two models cannot be compared", problems=problems)
     accelerator = Accelerator()
     collator = keeping_model_columns(target, data_collator)
     batches = sample_batches(dataset, collator, accelerator, config, seed=config.seed)

@@ -51,11 +51,12 @@ def load_config(source: Source) -> PretrainedConfig:
                 f"'{source.ref}' needs Python code of its own; read it, and let it run with "
                 f"trust_remote_code: ['{source.ref}']"
             ) from error
-        raise IncompatibleSourceError(f"'{source.ref}': its config.json cannot be used: {error}") from error
+        raise IncompatibleSourceError(f"its config.json cannot be used: {error}", subject=source.ref) from error
     if getattr(config, "quantization_config", None):
         raise IncompatibleSourceError(
-            f"'{source.ref}': its weights are quantized, expected float weights; name the model that it was made from, or "
-            "dequantize it and save it first"
+            "its weights are quantized, expected float weights; name the model that it was made from, or dequantize it "
+            "and save it first",
+            subject=source.ref,
         )
     return config
 

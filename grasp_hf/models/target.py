@@ -46,9 +46,7 @@ def load_target(
         torch.manual_seed(seed)
         model, fresh = load_pretrained(source, cls, dtype=dtype, **model_kwargs)
         if problems := fresh_problems(model, fresh, needs_head=needs_head):
-            raise IncompatibleSourceError(
-                f"'{source.ref}' cannot be the start of a merge:\n- " + "\n- ".join(problems)
-            )
+            raise IncompatibleSourceError(f"'{source.ref}' cannot be the start of a merge", problems=problems)
         if new_head:
             fresh |= dict.fromkeys(_reinitialize_head_(model, source), "")
     if fresh:

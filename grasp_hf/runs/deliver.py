@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -73,14 +74,14 @@ def merge_sources(
         control: Whether to fine-tune the start without any source too, and to record what the sources gain over it.
     """
     before = len(merger.report.steps)
-    alone, judged_by = _control(merger, sources, data) if control else (None, "")
+    alone = _finetuned_alone(merger, sources, data) if control else None
     try:
         merger.merge(sources, **data.keywords())
         if alone:
-            judges = data.test if judged_by == "test data" else data.validation
-            merged = merger.judge(judges, data_collator=data.collator)
+            samples, name = _control_samples(data)
+            merged = merger.judge(samples, data_collator=data.collator)
             gain = paired_change(alone, merged).report()
-            merger.record_end(control=ControlReport(judged_by, alone.evaluation(), merged.evaluation(), gain))
+            merger.record_end(control=ControlReport(name, alone.evaluation(), merged.evaluation(), gain))
         if data.test is not None:
             merger.record_end(test=merger.evaluate(data.test, data_collator=data.collator))
         logger.info("\n%s\n", merger.report)
@@ -111,7 +112,7 @@ def push(merger: GraspMerger, to: Delivery, kept: Path | None) -> None:
             if not isinstance(error, StaleMergeError):
                 where += f": `grasp-hf push {kept} {to.repo_id}` goes on"
         if isinstance(error, PushError):
-            raise type(error)(f"{error}; {where}") from error
+            raise error.reworded(f"{error}; {where}") from error
         logger.info("not pushed; %s", where)
         raise
     logger.info("pushed: %s", url)
@@ -131,14 +132,19 @@ def _keep(merger: GraspMerger, to: Delivery) -> Path | None:
     return None
 
 
-def _control(merger: GraspMerger, sources: Sequence[str], data: Samples) -> tuple[SampleLosses, str]:
-    """Fine-tune the start alone, and return its losses with the name of the samples that they are of."""
-    judges, name = (data.test, "test data") if data.test is not None else (data.validation, "evaluation data")
-    if judges is None or data.train is None:
+def _control_samples(data: Samples) -> tuple[Any, str]:
+    """Return the samples on which a merge is compared with fine-tuning alone, and their name for the report."""
+    return (data.test, "test data") if data.test is not None else (data.validation, "evaluation data")
+
+
+def _finetuned_alone(merger: GraspMerger, sources: Sequence[str], data: Samples) -> SampleLosses:
+    """Fine-tune the start without any source, and return its losses on the samples of `_control_samples`."""
+    samples, _ = _control_samples(data)
+    if samples is None or data.train is None:
         raise ConfigError(
             "--control: expected data with the splits 'train' and 'test' (or 'validation') to compare on"
         )
     if not merger.config.total_epochs(len(sources)):
         raise ConfigError("--control: expected epochs of fine-tuning, which it compares with; set final_epochs")
     logger.info("control: fine-tuning alone")
-    return merger.finetuned_alone(len(sources), judges, **data.keywords()), name
+    return merger.finetuned_alone(len(sources), samples, **data.keywords())

@@ -150,10 +150,10 @@ def _recorded(merged: str, token: str | None) -> tuple[dict[str, Any], MergeRepo
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{merged}': its {CONFIG_FILE} cannot be read: {error}") from error
+        raise ConfigError(f"its {CONFIG_FILE} cannot be read: {error}", subject=merged) from error
     if not isinstance(values, dict):
         raise ConfigError(
-            f"'{merged}': its {CONFIG_FILE} holds {type(values).__name__}, expected the keys of a recipe"
+            f"its {CONFIG_FILE} holds {type(values).__name__}, expected the keys of a recipe", subject=merged
         )
     values.pop("record", None)
     return values, record, located

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config.recipe import Recipe
-from ..errors import GraspError
+from ..errors import ConfigError, GraspError
 from ..hub.download import cached_bytes, look_up
 from ..hub.licenses import strictest
 from ..hub.listing import Listing
@@ -75,7 +75,7 @@ def plan(recipe: Recipe, *, token: str | None = None) -> list[PlannedSource]:
             else:
                 _plan_full(planned, one, target)
         except GraspError as error:
-            planned.problems.append(str(error))
+            planned.problems += error.problems_of(planned.reference)
     return rows
 
 
@@ -98,21 +98,21 @@ def _find(planned: PlannedSource, token: str | None, trusted: Collection[str]) -
             )
         return _Found(source, listing, headers)
     except GraspError as error:
-        planned.problems.append(str(error))
+        planned.problems += error.problems_of(planned.reference)
         return None
 
 
 def plan_table(rows: list[PlannedSource], recipe: Recipe | None = None) -> str:
     """Return the plan as a Markdown table; below it the cost, the units, every note and every problem in full."""
     table = [row.row() for row in rows]
-    told = [column for column in table[0] if any(line[column] != "–" for line in table)]
+    told = [column for column in table[0] if any(line[column] for line in table)]
     blocks = [
-        [markdown_table([{column: line[column] for column in told} for line in table])],
+        [markdown_table([{column: line[column] or "–" for column in told} for line in table])],
         cost_lines(rows, recipe.config) if recipe and rows[0].kind else [],
         [line for row in rows for line in row.partition],
         [f"- {row.reference}: {note}" for row in rows for note in row.notes],
         licence_lines(rows),
-        problem_list(rows),
+        [f"- {problem}" for problem in problem_list(rows)],
     ]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
@@ -141,13 +141,7 @@ def partition_lines(model: PreTrainedModel, unit: str) -> list[str]:
 
 def problem_list(rows: list[PlannedSource]) -> list[str]:
     """Return every problem of the plan as a line that names its model, or the data."""
-    return [
-        f"- {problem}"
-        if problem.startswith(("data: ", "data."))
-        else f"- {row.reference}: " + problem.removeprefix(f"'{row.reference}': ")
-        for row in rows
-        for problem in row.problems
-    ]
+    return [problem for row in rows for problem in row.problem_lines()]
 
 
 @dataclass
@@ -180,30 +174,34 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
     cls = model_class(config, recipe.task, str(base.ref))
     _describe(planned, config, generates=cls.can_generate())
     needs_data = bool(recipe.data) or recipe.config.needs_data
-    has_labels = not needs_data
     if needs_data:
-        from ..data.splits import labelled_splits  # datasets, which a merge without data never imports
-        from ..data.tasks import check_prepared
-
-        try:
-            check_prepared(cls, base)
-            required_processing_class(base)
-            _, labels = labelled_splits(recipe, config, cls)
-            config.update(labels)
-            has_labels = True
-        except GraspError as error:
-            problems = _each_problem(error)
-            planned.problems += [text if text.startswith("data.") else f"data: {text}" for text in problems]
+        planned.data_problems = _take_labels_(config, recipe, base, cls)
     with torch.device("meta"):
         model = cls(config)
     planned.problems += fresh_problems(model, _fresh(found, model, config), needs_head=not needs_data)
     planned.partition = partition_lines(model, recipe.config.unit)
+    has_labels = not planned.data_problems
     return _Target(base, model, has_labels, load_processing_class(base), recipe.config.accepted_bases, token)
 
 
-def _each_problem(error: GraspError) -> list[str]:
-    """Return the problems that an error lists, or its message where it lists none."""
-    return str(error).split("\n- ")[1:] or [str(error)]
+def _take_labels_(config: PretrainedConfig, recipe: Recipe, base: Source, cls: type[PreTrainedModel]) -> list[str]:
+    """Change `config` to the label names of the data; return the problems of the data, with which it stays as it is."""
+    from ..data.section import DataSection  # datasets, which a merge without data never imports
+    from ..data.splits import labelled_splits
+    from ..data.tasks import check_prepared
+
+    try:
+        DataSection.from_recipe(recipe)
+    except ConfigError as error:
+        return error.problems  # each names its key, such as data.path
+    try:
+        check_prepared(cls, base)
+        required_processing_class(base)
+        _, labels = labelled_splits(recipe, config, cls)
+    except GraspError as error:
+        return [f"data: {problem}" for problem in error.problems]
+    config.update(labels)
+    return []
 
 
 def _fresh(found: _Found, model: PreTrainedModel, config: PretrainedConfig) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..errors import shortened
 
@@ -26,12 +27,13 @@ class PlannedSource:
         num_bytes: Size of its weights.
         cached_bytes: How much of them lies on this machine already.
         problems: Everything that keeps it from being merged.
+        data_problems: Of the base: everything that keeps its data from being used.
         notes: What will happen to its head and its vocabulary, where there is something to say.
         partition: Of the base: the units that are decided together, those that differ in a number only on one line.
     """
 
     reference: str
-    role: str
+    role: Literal["base", "source"]
     kind: str = ""
     sha: str | None = None
     architecture: str = ""
@@ -45,6 +47,7 @@ class PlannedSource:
     num_bytes: int = 0
     cached_bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    data_problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     partition: list[str] = field(default_factory=list)
 
@@ -53,22 +56,26 @@ class PlannedSource:
         """Size of the weights that are not on this machine."""
         return self.num_bytes - self.cached_bytes
 
-    def row(self) -> dict[str, str]:
-        """Return its line of the plan."""
+    def problem_lines(self) -> list[str]:
+        """Return every problem as a line that names the data, or this model."""
+        return self.data_problems + [f"{self.reference}: {problem}" for problem in self.problems]
+
+    def row(self) -> dict[str, str | None]:
+        """Return its line of the plan; `None` where nothing is known."""
         name = Path(self.reference).name if Path(self.reference).is_dir() else self.reference
-        licence = f"{self.license or '–'}{', gated' if self.gated else ''}"
+        revision = self.sha or ("local" if self.kind else None)
         return {
             "": self.role,
             "model": name,
-            "kind": self.kind or "–",
-            "architecture": self.architecture or "–",
-            "adapter of": self.adapter_of or "–",
-            "dtype": ", ".join(self.dtypes) or "–",
-            "labels": shortened(self.labels, 3) if self.labels else "–",
-            "tokens": str(self.vocabulary or "–"),
-            "licence": licence,
-            "revision": (self.sha or ("local" if self.kind else "–"))[:7],
-            "MB": f"{self.num_bytes / 1e6:.1f}" if self.kind else "–",
-            "to download": f"{self.bytes_to_download / 1e6:.1f}" if self.kind else "–",
-            "problems": str(len(self.problems) or "none"),
+            "kind": self.kind or None,
+            "architecture": self.architecture or None,
+            "adapter of": self.adapter_of or None,
+            "dtype": ", ".join(self.dtypes) or None,
+            "labels": shortened(self.labels, 3) if self.labels else None,
+            "tokens": str(self.vocabulary) if self.vocabulary else None,
+            "licence": f"{self.license or '–'}, gated" if self.gated else self.license or None,
+            "revision": revision and revision[:7],
+            "MB": f"{self.num_bytes / 1e6:.1f}" if self.kind else None,
+            "to download": f"{self.bytes_to_download / 1e6:.1f}" if self.kind else None,
+            "problems": str(len(self.problem_lines()) or "none"),
         }

@@ -52,8 +52,8 @@ def load_adapter_config(source: Source) -> PeftConfig:
     try:
         return PeftConfig.from_pretrained(str(source.folder))
     except (ValueError, KeyError, TypeError, OSError, JSONDecodeError) as error:
-        message = f"'{source.ref}': its adapter_config.json cannot be used: {type(error).__name__}: {error}"
-        raise IncompatibleSourceError(message) from error
+        message = f"its adapter_config.json cannot be used: {type(error).__name__}: {error}"
+        raise IncompatibleSourceError(message, subject=source.ref) from error
 
 
 def adapter_problems(

@@ -58,7 +58,7 @@ def _remote(listing: Listing, name: str, token: str | None) -> Iterable[tuple[st
                 f"reading the header of {name} of '{listing.ref}'",
             )
     except (SafetensorsParsingError, NotASafetensorsRepoError, json.JSONDecodeError) as error:
-        raise IncompatibleSourceError(f"'{listing.ref}': {name} cannot be read as safetensors: {error}") from error
+        raise IncompatibleSourceError(f"{name} cannot be read as safetensors: {error}", subject=listing.ref) from error
     return [(key, tensor.dtype, tensor.shape) for key, tensor in header.tensors.items()]
 
 
@@ -69,4 +69,4 @@ def _local(source: Source, name: str) -> Iterable[tuple[str, str, list[int]]]:
             return [(key, part.get_dtype(), part.get_shape()) for key, part in slices.items()]
     except (SafetensorError, OSError) as error:
         path = name.rpartition("/")[2]
-        raise IncompatibleSourceError(f"'{source.ref}': {path} cannot be read as safetensors: {error}") from error
+        raise IncompatibleSourceError(f"{path} cannot be read as safetensors: {error}", subject=source.ref) from error

@@ -129,7 +129,7 @@ def _values_in_shards(
             with safe_open(path, "pt") as weights:
                 values = {names[key]: weights.get_tensor(key) for key in weights.keys() if names[key] in like}
         except UNREADABLE as error:
-            raise IncompatibleSourceError(f"'{source.ref}': {path.name} cannot be read: {error}") from error
+            raise IncompatibleSourceError(f"{path.name} cannot be read: {error}", subject=source.ref) from error
         _check_finite(source, values)
         yield values
         values.clear()  # a file's room is free when it is removed and nothing maps it any more
@@ -138,14 +138,14 @@ def _values_in_shards(
 def _compared(source: Source, read: SourceFiles, target: PreTrainedModel, processing_class: Any) -> Fit:
     found = fit_source(source, read, target, processing_class)
     if found.problems:
-        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(found.problems))
+        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=found.problems)
     return found
 
 
 def _check_finite(source: Source, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not _is_finite(tensor):
-            raise NonFiniteError(f"'{source.ref}': {name} holds NaN or infinite weights; expected finite ones")
+            raise NonFiniteError(f"{name} holds NaN or infinite weights; expected finite ones", subject=source.ref)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -161,7 +161,7 @@ def _read_full(
     config = load_config(source)
     architecture = architecture_problems(config, target)
     if config.model_type != target.config.model_type:
-        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(architecture))
+        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=architecture)
     source.float_dtypes()
     try:
         raw = file_tensors(source) if headers is None else headers
@@ -181,7 +181,7 @@ def _read_adapter(
 ) -> SourceFiles:
     config = load_adapter_config(source)
     if problems := adapter_problems(config, source, base, accepted_bases, token=token):
-        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged:\n- " + "\n- ".join(problems))
+        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=problems)
     assert base is not None  # else it were among the problems
     kwargs: dict[str, Any] = {}
     labels: list[str] | None = None
@@ -201,7 +201,8 @@ def _read_adapter(
         raise
     except NotImplementedError as error:
         raise IncompatibleSourceError(
-            f"'{source.ref}': an adapter of type {config.peft_type} cannot be merged into weights; expected LoRA or alike"
+            f"an adapter of type {config.peft_type} cannot be merged into weights; expected LoRA or alike",
+            subject=source.ref,
         ) from error
     except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be applied to '{base.ref}': {error}") from error

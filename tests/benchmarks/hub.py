@@ -83,7 +83,7 @@ recipe = Recipe.from_dict({
 })
 began = time.perf_counter()
 rows = plan(recipe)
-assert not any(row.problems for row in rows), rows
+assert not any(row.problem_lines() for row in rows), rows
 print(time.perf_counter() - began)
 """
 
