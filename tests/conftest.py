@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -34,6 +35,12 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",  # tiny models: threads that wait for each other cost fifty times the work
 }
+
+
+def pytest_collection_finish() -> None:
+    """Leave the imported modules out of garbage collection: each `Trainer.train` collects, and would walk them all."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:
