@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..internals import use_plain_attention_
 from ..models.batches import IGNORED, Collator, batch_loss, class_terms
 from ..record.entries import Evaluation
 from ..tensors.placing import overwrite_, placed
@@ -76,7 +77,7 @@ class LogitFusion(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig, members: Sequence[PreTrainedModel]) -> None:
         self._generates = members[0].can_generate()
         config = deepcopy(config)
-        config._attn_implementation = "eager"  # there is no attention outside of the members
+        use_plain_attention_(config)  # there is no attention outside of the members
         super().__init__(config)
         self.main_input_name = members[0].main_input_name
         self._names = [f"member_{k}" for k in range(len(members))]

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FILE_BUILDERS
-
 from ..config.recipe import Recipe
 from ..data.digests import contents, digest
 from ..data.samples import Samples
 from ..errors import DataError, shortened
 from ..hub.download import look_up
 from ..hub.reference import Source
+from ..internals import file_formats
 from ..merger import GraspMerger
 from ..models.classes import is_headless, load_config
 from ..record.card import trained_on_test
@@ -81,7 +80,7 @@ def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], 
 def hub_dataset(recipe: Recipe) -> str | None:
     """Return the name of the recipe's data set on the Hub, as cards call it; `None` for files and folders."""
     path = recipe.data.get("path")
-    if not isinstance(path, str) or path in FILE_BUILDERS or Path(recipe.locate(path)).exists():
+    if not isinstance(path, str) or path in file_formats() or Path(recipe.locate(path)).exists():
         return None
     return path
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from filelock import FileLock, Timeout
 
 from ..config.recipe import Recipe
@@ -24,6 +23,7 @@ from ..data.samples import Samples
 from ..errors import ConfigError, DataError, GraspError, OutputExistsError
 from ..files import LOCK, workspace
 from ..hub.download import look_up
+from ..internals import lacks_memory
 from ..record.entries import Evaluation
 from ..record.redaction import without_secrets
 from ..runs.prepare import prepare
@@ -289,7 +289,7 @@ def _run_seed(
 
 
 def _lacks_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or lacks_memory(error)
 
 
 def _permutation(count: int, seed: int) -> list[int]:

@@ -4,10 +4,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FILE_BUILDERS
-
 from ..config.recipe import Recipe
 from ..errors import ConfigError
+from ..internals import file_formats
 
 SPLITS = ("train", "validation", "test")
 FILES = ("data_dir", "data_files")
@@ -56,7 +55,7 @@ class DataSection:
         if "path" not in recipe.data:
             problems.append("data.path: missing, expected imagefolder, csv, json, parquet, a folder or a Hub id")
         problems += [problem for key in recipe.data if (problem := cls._type_problem(key, recipe.data[key]))]
-        if recipe.data.get("path") in FILE_BUILDERS and not any(recipe.data.get(key) for key in FILES):
+        if recipe.data.get("path") in file_formats() and not any(recipe.data.get(key) for key in FILES):
             problems.append(
                 f"data.{' or data.'.join(FILES)}: missing, expected where the files for '{recipe.data['path']}' are"
             )

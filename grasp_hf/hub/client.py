@@ -18,10 +18,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import _http, get_session
+from huggingface_hub.utils import get_session
 from huggingface_hub.utils import tqdm as hub_tqdm
 
 from ..errors import DownloadError, SourceNotFoundError, first_line
+from ..internals import client_factory, replace_client_factory
 from .reference import SourceRef
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     several threads share the limit of the first.
     """
     with _limits_lock:
-        make = _http._GLOBAL_CLIENT_FACTORY
+        make = client_factory()
 
         def limited() -> Any:
             client = make()
@@ -73,14 +74,16 @@ def time_limit(seconds: float) -> Iterator[None]:
             _limits.append(_limits[0])
         else:
             _limits.append((make, get_session().timeout))
-            _http._GLOBAL_CLIENT_FACTORY, get_session().timeout = limited, seconds
+            replace_client_factory(limited)
+            get_session().timeout = seconds
     try:
         yield
     finally:
         with _limits_lock:
             before = _limits.pop()
             if not _limits:
-                _http._GLOBAL_CLIENT_FACTORY, get_session().timeout = before
+                replace_client_factory(before[0])
+                get_session().timeout = before[1]
 
 
 class Corrupt(OSError):

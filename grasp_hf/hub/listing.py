@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub.file_download import repo_folder_name
-
+from ..internals import cache_folder_name
 from .reference import INDEX, Source, SourceRef, main_weights
 
 TOKENIZERS = ("*.model", "*.spm", "*.tiktoken", "bpe.codes")  # those that are neither JSON nor text
@@ -83,7 +82,7 @@ class Listing:
     @property
     def cache_name(self) -> str:
         """The repository's folder in a cache of the client."""
-        return repo_folder_name(repo_id=self.repo_id, repo_type="model")
+        return cache_folder_name(self.repo_id)
 
     @property
     def names(self) -> list[str]:

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, default_data_collator
-from transformers.trainer_utils import RemoveColumnsCollator
 
 from ..config.grasp import GraspConfig
 from ..errors import DataError, NonFiniteLossError
+from ..internals import keeping_columns
 
 IGNORED = -100  # the label that transformers leaves out of a loss
 Batch = dict[str, Any]
@@ -47,7 +47,7 @@ def keeping_model_columns(model: PreTrainedModel, collator: Collator | None) -> 
     parameters = inspect.signature(model.forward).parameters
     if model.main_input_name not in parameters:
         return collator or default_data_collator
-    return RemoveColumnsCollator(collator or default_data_collator, [*parameters, "label", "label_ids", "labels"])
+    return keeping_columns(collator or default_data_collator, [*parameters, "label", "label_ids", "labels"])
 
 
 def sample_batches(

@@ -7,14 +7,12 @@ from typing import Any, cast
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, pipelines
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..errors import IncompatibleSourceError
 from ..hub.reference import Source
-
-TASKS: dict[str, Any] = pipelines.SUPPORTED_TASKS
+from ..internals import class_names, class_of, has_own_code, own_class, task_classes
 
 
 @contextmanager
@@ -70,13 +68,13 @@ def _raw_config(source: Source) -> str:
 
 def _custom_class(config: PretrainedConfig, autos: Sequence[Any]) -> type[PreTrainedModel] | None:
     """Return the class that a trusted model brings along for one of `autos`, or for its architecture."""
-    if not type(config).__module__.startswith("transformers_modules"):
+    if not has_own_code(config):
         return None
     named = getattr(config, "auto_map", None) or {}
     for auto, reference in named.items():
         wanted = auto in {found.__name__ for found in autos} if autos else None
         if wanted or (wanted is None and reference.rpartition(".")[2] in (config.architectures or [])):
-            found: Any = get_class_from_dynamic_module(reference, config._name_or_path)
+            found: Any = own_class(reference, config)
             found.register_for_auto_class(auto)  # its code is saved with it
             type(config).register_for_auto_class()
             return cast(type[PreTrainedModel], found)
@@ -104,37 +102,29 @@ def model_class(config: PretrainedConfig, task: str | None = None, name: str = "
         return found
     if task.startswith("AutoModelFor") and hasattr(transformers, task):
         autos = [getattr(transformers, task)]
-    elif task in TASKS:
-        autos = TASKS[task]["pt"]
+    elif task in (tasks := task_classes()):
+        autos = [*tasks[task]]
     else:
         raise IncompatibleSourceError(
-            f"unknown task '{task}', expected the name of an AutoModelFor class, or one of {', '.join(sorted(TASKS))}"
+            f"unknown task '{task}', expected the name of an AutoModelFor class, or one of {', '.join(sorted(tasks))}"
         )
     if custom := _custom_class(config, autos):
         return custom
     for auto in autos:
-        if type(config) in auto._model_mapping:
-            found = auto._model_mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+        if found := class_of(auto, config):
+            return found
     raise IncompatibleSourceError(f"'{name}' is a {config.model_type}, which has no model for the task '{task}'")
 
 
 def is_headless(config: PretrainedConfig) -> bool:
     """Whether a checkpoint names an architecture without a task on top, such as `BertModel`."""
-    return (config.architectures or [""])[0] in _class_names(transformers.AutoModel)
+    return (config.architectures or [""])[0] in class_names(transformers.AutoModel)
 
 
 def task_of(cls: type[PreTrainedModel]) -> str | None:
     """Return the pipeline name of the task that a model class solves; `None` where there is none."""
-    for task, details in TASKS.items():
-        for auto in details["pt"]:
-            if cls.__name__ in _class_names(auto) and auto is not transformers.AutoModel:
-                return str(task)
+    for task, autos in task_classes().items():
+        for auto in autos:
+            if cls.__name__ in class_names(auto) and auto is not transformers.AutoModel:
+                return task
     return None
-
-
-def _class_names(auto: Any) -> set[str]:
-    names: set[str] = set()
-    for value in auto._model_mapping._model_mapping.values():
-        names |= set(value) if isinstance(value, tuple | list) else {value}
-    return names

@@ -13,13 +13,19 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
 from ..config.grasp import GraspConfig
 from ..errors import ConfigError, NonFiniteError
+from ..internals import (
+    average_each_batch_,
+    checkpoints_in_runtime_names,
+    child_modules,
+    forget_adapter_,
+    normalizes_batches,
+    restore_child_modules_,
+)
 from ..tensors.units import head_tensors, movable_tensors
 from .batches import Batch, Collator, is_class_ids
 from .classes import quiet_transformers
@@ -28,7 +34,6 @@ from .trainer_patches import (
     EpochStatistics,
     TrainingProgress,
     WholeEvaluationTrainer,
-    checkpoints_in_runtime_names,
     only_weights_changed,
     trainer_refusals,
 )
@@ -131,7 +136,7 @@ def _ready(
             directory=Path(folder),
             samples=len(train_dataset),
             evaluates=eval_dataset is not None,
-            normalizes_batches=any(isinstance(module, _BatchNorm) for module in model.modules()),
+            normalizes_batches=normalizes_batches(model),
         )
         with trainer_refusals():
             trainer = _trainer(trained, train_dataset, eval_dataset, collator, arguments, published=config.published)
@@ -156,7 +161,7 @@ def adapted(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int) -> I
     if lora is None:
         yield model
         return
-    children = {module: dict(module._modules) for module in model.modules()}
+    children = {module: child_modules(module) for module in model.modules()}
     tensors = movable_tensors(model)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
@@ -188,9 +193,9 @@ def adapted(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int) -> I
             if merged[name] is not tensor:
                 tensor.data.copy_(merged[name].data)
     finally:
-        vars(model).pop("peft_config", None)
+        forget_adapter_(model)
         for module, own in children.items():
-            module._modules.update(own)
+            restore_child_modules_(module, own)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
 
@@ -230,7 +235,7 @@ def _trainer(
     if not model.can_generate():
         # The Trainer takes every classifier for one that divides its loss by the samples of all accumulated batches;
         # most do not, and their gradients would be gradient_accumulation_steps times too large.
-        trainer.model_accepts_loss_kwargs = False
+        average_each_batch_(trainer)
     return trainer
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import GradientCheckpointingLayer, PreTrainedModel
 
 from ..errors import ConfigError
 from .batches import Batch, batch_loss, labelled_terms

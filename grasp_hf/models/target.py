@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import IncompatibleSourceError, shortened
 from ..hub.reference import UNREADABLE, Source
+from ..internals import computed_patterns, initialize_, tied_names
 from ..tensors.units import head_tensors, movable_tensors
 from .classes import load_config, model_class, quiet_transformers
 
@@ -51,7 +52,7 @@ def load_target(
             fresh |= dict.fromkeys(_reinitialize_head_(model, source), "")
     if fresh:
         logger.warning("%s: new weights, which must be trained: %s", source.ref, ", ".join(sorted(fresh)))
-    model.name_or_path = model.config._name_or_path = source.ref.name
+    model.name_or_path = model.config.name_or_path = source.ref.name
     return model
 
 
@@ -72,8 +73,7 @@ def _shapes(got: Sequence[int], expected: Sequence[int]) -> str:
 
 def is_computed(model: PreTrainedModel, name: str) -> bool:
     """Tell whether a tensor is never saved, because every model computes the same one."""
-    patterns = [*(model._keys_to_ignore_on_save or ()), *(model._keys_to_ignore_on_load_missing or ())]
-    return any(re.search(pattern, name) for pattern in patterns)
+    return any(re.search(pattern, name) for pattern in computed_patterns(model))
 
 
 def fresh_problems(model: PreTrainedModel, fresh: Mapping[str, str], *, needs_head: bool) -> list[str]:
@@ -107,10 +107,7 @@ def _reinitialize_head_(model: PreTrainedModel, source: Source) -> set[str]:
             f"{type(model).__name__}; expected a base model with the data's label names in its config.json"
         )
     for module_name in {name.rpartition(".")[0] for name in names}:
-        module = model.get_submodule(module_name)
-        for marked in (module, *module.parameters(recurse=False)):
-            vars(marked).pop("_is_hf_initialized", None)  # transformers leaves alone what was loaded
-        model._init_weights(module)
+        initialize_(model.get_submodule(module_name), model)
     return names
 
 
@@ -125,7 +122,7 @@ def load_pretrained(
     except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be loaded as a {cls.__name__}: {error}") from error
     model, info = loaded
-    tied = set(model.get_expanded_tied_weights_keys(all_submodels=True))
+    tied = set(tied_names(model))
     fresh = dict.fromkeys(info["missing_keys"], "")
     fresh |= {name: _shapes(got, expected) for name, got, expected in info["mismatched_keys"]}
     return model, {name: shapes for name, shapes in fresh.items() if name not in tied}

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..errors import ConfigError, GraspError
+from ..internals import forget_original_forward_, forward_hooks, restore_forward_hooks_
 
 
 @contextmanager
@@ -22,11 +23,11 @@ def only_weights_changed(model: PreTrainedModel) -> Iterator[None]:
     """
     forward = vars(model).get("forward")
     configs = [(config, dict(vars(config))) for config in (model.config, model.config.get_text_config())]
-    hooks = {module: dict(module._forward_hooks) for module in model.modules()}
+    hooks = {module: forward_hooks(module) for module in model.modules()}
     try:
         yield
     finally:
-        vars(model).pop("_original_forward", None)
+        forget_original_forward_(model)
         vars(model).pop("forward", None)
         if forward is not None:
             vars(model)["forward"] = forward
@@ -34,8 +35,7 @@ def only_weights_changed(model: PreTrainedModel) -> Iterator[None]:
             vars(config).clear()
             vars(config).update(values)
         for module, own_hooks in hooks.items():
-            module._forward_hooks.clear()
-            module._forward_hooks.update(own_hooks)
+            restore_forward_hooks_(module, own_hooks)
 
 
 @contextmanager
@@ -47,24 +47,6 @@ def trainer_refusals() -> Iterator[None]:
         raise
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"training_arguments: {error}") from error
-
-
-@contextmanager
-def checkpoints_in_runtime_names(model: PreTrainedModel) -> Iterator[None]:
-    """Let the Trainer's checkpoints use the names that the model has in memory.
-
-    transformers saves renamed models (ViT, Mixtral, old BERT) under their original names, and the Trainer loads its
-    best checkpoint by names in memory and skips what it does not find: most weights of a ViT stayed those of the last
-    epoch (transformers issue 48805).
-    """
-    conversions = vars(model).get("_weight_conversions")
-    vars(model)["_weight_conversions"] = []
-    try:
-        yield
-    finally:
-        del vars(model)["_weight_conversions"]
-        if conversions is not None:
-            vars(model)["_weight_conversions"] = conversions
 
 
 class WholeEvaluationTrainer(Trainer):

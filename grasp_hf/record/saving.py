@@ -8,14 +8,12 @@ from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..errors import ConfigError, OutputExistsError
 from ..files import write_whole
+from ..internals import saved_state
 from ..models.classes import quiet_transformers
 from .card import model_card
 from .figures import save_figures
@@ -112,14 +110,6 @@ def save_record(
     if processing_class is not None:
         processing_class.save_pretrained(directory)
     report.to_json(directory / REPORT_FILE)
-
-
-def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the tensors of `model` as `save_pretrained` writes them: under the names of files, tied ones once."""
-    state = model.state_dict()
-    for name in model._keys_to_ignore_on_save or ():
-        state.pop(name, None)
-    return dict(revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model)))
 
 
 def saved_shards(directory: Path, model: PreTrainedModel, max_shard_size: int | str) -> Iterator[Path]:

@@ -14,9 +14,10 @@ from ..data.digests import described
 from ..errors import ConfigError
 from ..hub.download import locate
 from ..hub.reference import Source
+from ..internals import saved_state
 from ..record.redaction import without_secrets
 from ..record.report import MergeReport
-from ..record.saving import CONFIG_FILE, read_record, saved_state
+from ..record.saving import CONFIG_FILE, read_record
 from ..sources.checkpoint import file_tensors
 from .prepare import prepare
 

@@ -9,20 +9,24 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, load_peft_weights
-from peft.utils.other import get_pattern_key
-from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from ..errors import IncompatibleSourceError
 from ..hub.download import commit_of
 from ..hub.reference import Source, SourceRef
+from ..internals import (
+    adapter_weights_in_runtime_names,
+    matching_pattern,
+    merging_layer,
+    parameter_prefix,
+    runtime_name,
+    unloads_itself,
+    weight_conversions,
+)
 from ..tensors.mapped import MappedTensors
 
 PREFIX = "base_model.model."
@@ -97,10 +101,7 @@ def adapter_problems(
 
 def _merges(kind: PeftType) -> bool:
     """Whether PEFT can merge adapters of this type into weights: whether some layer of its kind says how."""
-    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
-    layers = (
-        [tuner.tuner_layer_cls] if hasattr(tuner, "merge_and_unload") and hasattr(tuner, "tuner_layer_cls") else []
-    )
+    layers = [*filter(None, [merging_layer(kind)])]
     for layer in layers:
         layers += layer.__subclasses__()
     return any(layer.merge is not BaseTunerLayer.merge for layer in layers)
@@ -143,9 +144,7 @@ def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> A
     adapted = PeftModel.from_pretrained(base, str(folder))
     # Saving embedding layers is left out because PEFT would ask the Hub about the base model.
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    weights = convert_peft_adapter_state_dict_for_transformers(
-        adapted, adapted.active_peft_config, load_peft_weights(str(folder), device="cpu")
-    )
+    weights = adapter_weights_in_runtime_names(adapted, load_peft_weights(str(folder), device="cpu"))
     # The weights below an adapted embedding or output layer are saved along, although they are the base model's.
     expected, found = ({key for key in keys if ".base_layer." not in key} for keys in (state, weights))
     if found != expected:
@@ -170,7 +169,7 @@ def _merge_into_file(adapted: PeftModel, path: Path) -> None:
     """Let PEFT merge one adapted layer after the other, and put the result of each in a file at `path`."""
     modules = dict(adapted.get_base_model().named_modules())
     # What PEFT unwraps in a way of its own, such as single trained tokens, is one embedding: it is left to PEFT.
-    own_way = tuple(f"{name}." for name, m in modules.items() if hasattr(m, "unload_and_optionally_merge_module"))
+    own_way = tuple(f"{name}." for name, m in modules.items() if unloads_itself(m))
     layers = {
         name: module
         for name, module in modules.items()
@@ -221,10 +220,10 @@ def _in_runtime_names(base: PreTrainedModel, adapter: Source, directory: Path) -
     a ViT, now `attention.q_proj`). Its weights are renamed as transformers renames those of a checkpoint, and its
     configuration names each module in full.
     """
-    renamings = [entry for entry in get_model_conversion_mapping(base) if isinstance(entry, WeightRenaming)]
+    renamings, _ = weight_conversions(base)
     weights = load_peft_weights(str(adapter.folder), device="cpu")
     renamed = {
-        key: PREFIX + rename_source_key(key.removeprefix(PREFIX), renamings, [])[0] if key.startswith(PREFIX) else key
+        key: PREFIX + runtime_name(key.removeprefix(PREFIX), renamings)[0] if key.startswith(PREFIX) else key
         for key in weights
     }
     modules = {name for name, _ in base.named_modules()}
@@ -232,14 +231,14 @@ def _in_runtime_names(base: PreTrainedModel, adapter: Source, directory: Path) -
     if not moved:
         return adapter.folder
     config: Any = copy.deepcopy(load_adapter_config(adapter))
-    mark = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
+    mark = f".{parameter_prefix(config.peft_type)}"
     old_names = {}
     for key, new in renamed.items():
         if mark in key:
             old_names[new.partition(mark)[0].removeprefix(PREFIX)] = key.partition(mark)[0].removeprefix(PREFIX)
 
     def by_old_name(patterns: dict[str, int]) -> dict[str, int]:
-        keys = {new: get_pattern_key(list(patterns), old) for new, old in old_names.items()}
+        keys = {new: matching_pattern(patterns, old) for new, old in old_names.items()}
         return {new: patterns[key] for new, key in keys.items() if key in patterns}
 
     config.target_modules = sorted(old_names)

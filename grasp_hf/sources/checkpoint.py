@@ -5,17 +5,15 @@ import zipfile
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers import PreTrainedModel, WeightConverter
 
 from ..errors import IncompatibleSourceError, shortened
 from ..hub.reference import Source
+from ..internals import collect_, convert, in_loading_order, runtime_name, tied_names, weight_conversions
 from ..tensors.mapped import MappedTensors
 from ..tensors.units import movable_tensors
 
@@ -52,28 +50,25 @@ def runtime_tensors(
     Raises:
         IncompatibleSourceError: A part of what is fused is not there.
     """
-    conversions = get_model_conversion_mapping(target)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    renamings, converters = weight_conversions(target)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     expected = target.state_dict()
     found: dict[str, Tensor] = {}
     fused: dict[str, WeightConverter] = {}
     without_place: list[str] = []
-    for key in sorted(raw, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, target.base_model_prefix, expected)
+    for key in in_loading_order(raw):
+        name, pattern = runtime_name(key, renamings, converters, target.base_model_prefix, expected)
         if name not in expected:
             without_place.append(name)
         elif pattern is None:
             found[name] = raw[key]
         else:
-            converter: Any = fused.setdefault(name, deepcopy(by_pattern[pattern]))
-            converter.add_tensor(name, key, pattern, raw[key])
+            collect_(fused.setdefault(name, deepcopy(by_pattern[pattern])), name, key, pattern, raw[key])
     found |= _fuse(fused, target, expected, directory)
     prefix = f"{target.base_model_prefix}."  # the name of a further layer lacks it where the file's do
     problems = _further([name if name.startswith(prefix) else prefix + name for name in without_place], expected)
     problems = problems or _further(without_place, expected)
-    for alias, name in target.get_expanded_tied_weights_keys(all_submodels=True).items():
+    for alias, name in tied_names(target).items():
         other = found.pop(alias, None)
         if other is not None and not (found.setdefault(name, other).is_meta or torch.equal(found[name], other)):
             problems.append(f"{alias} and {name} differ; in the target they are tied")
@@ -91,13 +86,12 @@ def _fuse(
     room = {} if planned else dict(MappedTensors(directory / "fused", {name: like[name] for name in converters}))
     for first, converter in converters.items():
         try:
-            values: dict[str, Any] = converter.convert(first, model=target, config=target.config)
+            values = convert(converter, first, target)
         except (ValueError, RuntimeError) as error:
             problem = "cannot be made of what is in the files, where a part is missing or of another shape"
             raise IncompatibleSourceError(f"{first} {problem}: {error}") from error
         for name, value in values.items():
-            fused = value[0] if isinstance(value, list) else value
-            room[name] = fused if planned else room[name].copy_(fused)
+            room[name] = value if planned else room[name].copy_(value)
     return room
 
 

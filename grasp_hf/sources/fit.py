@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import shortened
 from ..hub.reference import Source
+from ..internals import tied_names
 from ..models.processors import load_processing_class
 from ..models.target import is_computed
 from ..tensors.units import head_tensors, movable_tensors
@@ -102,7 +103,7 @@ def architecture_problems(config: PretrainedConfig, target: PreTrainedModel) -> 
 
 def tie_problems(target: PreTrainedModel, source: PreTrainedModel) -> list[str]:
     """Say where weights are tied in one of two models only."""
-    ties, others = (model.get_expanded_tied_weights_keys(all_submodels=True) for model in (target, source))
+    ties, others = (tied_names(model) for model in (target, source))
     pairs = sorted(f"{a} = {b}" for a, b in set(ties.items()) ^ set(others.items()))
     return [f"weights are tied in one model and not in the other: {shortened(pairs)}"] if pairs else []
 

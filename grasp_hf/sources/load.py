@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..errors import IncompatibleSourceError, NonFiniteError
 from ..hub.pull import ShardedSource
 from ..hub.reference import UNREADABLE, Source
+from ..internals import tied_names
 from ..models.classes import load_config, quiet_transformers
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
@@ -216,7 +217,7 @@ def _read_adapter(
         for name, tensor in movable_tensors(applied.model).items()
         if name not in fresh or inside(name, applied.whole)
     }
-    ties = target.get_expanded_tied_weights_keys(all_submodels=True)
+    ties = tied_names(target)
     touched = {name for name in own if inside(name, applied.touched)}
     return SourceFiles(own, touched | {name for alias, name in ties.items() if inside(alias, applied.touched)}, labels)
 

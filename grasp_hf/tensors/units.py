@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..internals import is_persistent
+
 NUMBERED = re.compile(r".*?\.\d+(?=\.|$)")
 
 
@@ -33,7 +35,7 @@ def movable_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
-            if name.removeprefix(f"{prefix}.") not in module._non_persistent_buffers_set:
+            if is_persistent(module, name.removeprefix(f"{prefix}.")):
                 tensors[name] = buffer
     return tensors
 

@@ -1,0 +1,400 @@
+"""Private and undocumented names of transformers, peft, datasets, huggingface_hub, accelerate and torch.
+
+An upstream release may rename these without notice. Every use goes through a function here, so that a change upstream
+is repaired in one file. `tests/test_internals.py` calls each function and fails when a name is gone or means something
+else; it also fails when another module of the package uses such a name.
+
+The file lies beside `errors.py` because the rooms `hub` and `tensors`, which lie below `models`, need it too. It imports
+each library inside its functions: a library that a command does not use costs no start-up time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import PeftModel, PeftType
+    from torch import Tensor, nn
+    from transformers import PretrainedConfig, PreTrainedModel, Trainer, WeightConverter
+    from transformers.core_model_loading import WeightRenaming
+
+
+# torch
+
+
+def is_persistent(module: nn.Module, buffer: str) -> bool:
+    """Whether `state_dict()` holds a buffer of `module`.
+
+    torch has no query for one buffer, and a whole `state_dict()` lists tied tensors twice and runs hooks.
+    """
+    return buffer not in module._non_persistent_buffers_set
+
+
+def child_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return a copy of the table of children of `module`.
+
+    `named_children()` leaves out empty places and a child that is there twice.
+    """
+    return dict(module._modules)
+
+
+def restore_child_modules_(module: nn.Module, children: Mapping[str, nn.Module | None]) -> None:
+    """Change the children of `module` back to what `child_modules` returned.
+
+    PEFT replaces layers in place, and its `unload()` keeps layers that were trained whole.
+    """
+    module._modules.update(children)
+
+
+def forward_hooks(module: nn.Module) -> dict[int, Callable]:
+    """Return a copy of the table of forward hooks of `module`; torch has no public list of them."""
+    return dict(module._forward_hooks)
+
+
+def restore_forward_hooks_(module: nn.Module, hooks: Mapping[int, Callable]) -> None:
+    """Change the forward hooks of `module` back to what `forward_hooks` returned.
+
+    torch removes a hook by its handle only, and the handles of the Trainer and of PEFT are out of reach.
+    """
+    module._forward_hooks.clear()
+    module._forward_hooks.update(hooks)
+
+
+def normalizes_batches(model: nn.Module) -> bool:
+    """Whether some layer of `model` is a BatchNorm of any number of dimensions; torch has no public class for all."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+# transformers: models and their configurations
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Return the name of the weight that each tied name stands for: `{"lm_head.weight": "transformer.wte.weight"}`.
+
+    transformers documents no list of tied weights, and `named_parameters()` does not say which name is the main one.
+    """
+    return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+
+
+def computed_patterns(model: PreTrainedModel) -> list[str]:
+    """Return regular expressions for the names of tensors that no checkpoint need hold, as the model computes them.
+
+    The class keeps them in attributes for `save_pretrained` and `from_pretrained`, and documents no other way.
+    """
+    return [*(model._keys_to_ignore_on_save or ()), *(model._keys_to_ignore_on_load_missing or ())]
+
+
+def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the tensors of `model` as `save_pretrained` writes them: under the names of files, tied ones once.
+
+    Publicly they come only as files, all at once; we write them shard by shard.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    state = model.state_dict()
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    return dict(revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model)))
+
+
+def initialize_(module: nn.Module, model: PreTrainedModel) -> None:
+    """Change the own parameters of `module`, a part of `model`, to fresh random ones, as its class draws them.
+
+    `init_weights()` draws all of a model, and leaves alone what carries the mark of loaded weights.
+    """
+    for marked in (module, *module.parameters(recurse=False)):
+        vars(marked).pop("_is_hf_initialized", None)
+    model._init_weights(module)
+
+
+@contextmanager
+def checkpoints_in_runtime_names(model: PreTrainedModel) -> Iterator[None]:
+    """Let the Trainer's checkpoints use the names that the model has in memory.
+
+    transformers saves renamed models (ViT, Mixtral, old BERT) under their original names, and the Trainer loads its
+    best checkpoint by names in memory and skips what it does not find: most weights of a ViT stayed those of the last
+    epoch (transformers issue 48805).
+    """
+    conversions = vars(model).get("_weight_conversions")
+    vars(model)["_weight_conversions"] = []
+    try:
+        yield
+    finally:
+        del vars(model)["_weight_conversions"]
+        if conversions is not None:
+            vars(model)["_weight_conversions"] = conversions
+
+
+def use_plain_attention_(config: PretrainedConfig) -> None:
+    """Change `config` so that a model class without attention of its own accepts it.
+
+    A config that was loaded names the attention of its members, and the public ways to choose another one need a model.
+    """
+    config._attn_implementation = "eager"
+
+
+# transformers: auto classes, tasks, models with code of their own
+
+
+def task_classes() -> dict[str, tuple[Any, ...]]:
+    """Return the auto classes of each pipeline task: `{"text-classification": (AutoModelForSequenceClassification,)}`.
+
+    `pipelines.get_supported_tasks` names the tasks without their classes.
+    """
+    from transformers import pipelines
+
+    tasks: dict[str, Any] = pipelines.SUPPORTED_TASKS
+    return {task: tuple(details["pt"]) for task, details in tasks.items()}
+
+
+def class_of(auto: Any, config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """Return the model class that an auto class takes for `config`; `None` where it has none.
+
+    The public `from_config` builds the model, with all its weights.
+    """
+    if type(config) not in auto._model_mapping:
+        return None
+    found: Any = auto._model_mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def class_names(auto: Any) -> set[str]:
+    """Return the names of all model classes of an auto class.
+
+    The table of names is inside the one of classes, whose values import every model of transformers when they are read.
+    """
+    names: set[str] = set()
+    for value in auto._model_mapping._model_mapping.values():
+        names |= set(value) if isinstance(value, tuple | list) else {value}
+    return names
+
+
+def has_own_code(config: PretrainedConfig) -> bool:
+    """Whether the class of `config` came with a model, and not with transformers.
+
+    transformers puts such code in a package of its own; the package's name is an undocumented constant.
+    """
+    from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+    return type(config).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
+
+
+def own_class(reference: str, config: PretrainedConfig) -> Any:
+    """Return the class that `reference` (`modeling_x.XForY`) names in the folder of a loaded `config`; its code runs.
+
+    An auto class finds it only for its own task, and builds the model.
+    """
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    return get_class_from_dynamic_module(reference, str(config.name_or_path))
+
+
+# transformers: names in files and names in memory
+
+
+def weight_conversions(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """Return what `from_pretrained` does to the names of files: renamings, and conversions of several tensors into one.
+
+    No public function loads a checkpoint into a model that exists, or says how its names change. PEFT uses this one.
+    """
+    from transformers import WeightConverter
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    entries = get_model_conversion_mapping(model)
+    renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
+    return renamings, [entry for entry in entries if isinstance(entry, WeightConverter)]
+
+
+def runtime_name(
+    name: str,
+    renamings: list[WeightRenaming],
+    converters: list[WeightConverter] | None = None,
+    prefix: str | None = None,
+    expected: dict[str, Tensor] | None = None,
+) -> tuple[str, str | None]:
+    """Return the name in memory of a tensor in a file, and the pattern of the converter that takes it, if any.
+
+    With `prefix`, the name of the base model in a model with a head, and the tensors that are `expected`, the prefix is
+    added or left out as the model needs it. For the reason see `weight_conversions`.
+    """
+    from transformers.core_model_loading import rename_source_key
+
+    new, pattern = rename_source_key(name, renamings, converters or [], prefix, expected)
+    return new, pattern
+
+
+def in_loading_order(names: Iterable[str]) -> list[str]:
+    """Return names of tensors in the order in which `from_pretrained` reads them: by their numbers, 2 before 10.
+
+    A converter stacks the tensors in the order in which it meets them.
+    """
+    from transformers.core_model_loading import dot_natural_key
+
+    return sorted(names, key=dot_natural_key)
+
+
+def collect_(converter: WeightConverter, name: str, key: str, pattern: str, tensor: Tensor) -> None:
+    """Give `converter` one more tensor, called `key` in its file, of those that become `name`.
+
+    The class is public, but only `from_pretrained` is meant to call its methods.
+    """
+    adding: Any = converter  # its own annotation is that of a reader in the background
+    adding.add_tensor(name, key, pattern, tensor)
+
+
+def convert(converter: WeightConverter, name: str, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return what `converter` makes of the tensors that it was given, by name in memory; `name` is the first of them.
+
+    The converter is empty afterwards. For the reason see `collect_`.
+    """
+    made: dict[str, Any] = converter.convert(name, model=model, config=model.config)
+    return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+
+# transformers: the Trainer
+
+
+def keeping_columns(collator: Callable, columns: Sequence[str]) -> Callable[[list], dict[str, Any]]:
+    """Return `collator` behind a filter that keeps only `columns` of each sample.
+
+    It is the one that the Trainer uses, so that what we measure and what is trained see the same inputs.
+    """
+    from transformers.trainer_utils import RemoveColumnsCollator
+
+    return RemoveColumnsCollator(collator, [*columns])
+
+
+def average_each_batch_(trainer: Trainer) -> None:
+    """Change `trainer` so that it divides the loss by the number of accumulated batches.
+
+    It takes every model whose `forward` has keyword arguments for one that does so itself, and no argument says
+    otherwise.
+    """
+    trainer.model_accepts_loss_kwargs = False
+
+
+# accelerate
+
+
+def forget_original_forward_(model: nn.Module) -> None:
+    """Remove from `model` the reference to the `forward` that accelerate wrapped in autocast.
+
+    accelerate has `unwrap_model` for that, which also takes off decorators that transformers itself puts on `forward`.
+    """
+    vars(model).pop("_original_forward", None)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether `error` says that a device is out of memory.
+
+    The public `find_executable_batch_size` uses the same test, but runs the function again.
+    """
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return bool(should_reduce_batch_size(error))
+
+
+# peft
+
+
+def merging_layer(kind: PeftType) -> Any:
+    """Return the class of the layers of an adapter of this type; `None` where PEFT cannot merge the type into weights.
+
+    PEFT has no public list of the types that merge.
+    """
+    from peft import PEFT_TYPE_TO_TUNER_MAPPING
+
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
+    return getattr(tuner, "tuner_layer_cls", None) if hasattr(tuner, "merge_and_unload") else None
+
+
+def unloads_itself(module: nn.Module) -> bool:
+    """Whether PEFT takes off the adapter of `module` by a method of the module, such as that of single trained tokens.
+
+    `merge_and_unload()` looks for the method by name; there is no common class.
+    """
+    return hasattr(module, "unload_and_optionally_merge_module")
+
+
+def parameter_prefix(kind: PeftType) -> str:
+    """Return how the parameters of an adapter of this type begin, such as `lora_`; PEFT keeps it in the tuner's class."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    return str(PEFT_TYPE_TO_PREFIX_MAPPING[kind])
+
+
+def matching_pattern(patterns: Collection[str], name: str) -> str:
+    """Return the one of `patterns` (keys of `rank_pattern` or `alpha_pattern`) that a module matches, else its name.
+
+    The rule is PEFT's own, written nowhere else.
+    """
+    from peft.utils.other import get_pattern_key
+
+    return str(get_pattern_key(list(patterns), name))
+
+
+def adapter_weights_in_runtime_names(adapted: PeftModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of an adapter's file as `PeftModel.load_adapter` hands them to the model.
+
+    `load_adapter` applies them at once, so that weights which belong nowhere cannot be told from others.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    return dict(convert_peft_adapter_state_dict_for_transformers(adapted, adapted.active_peft_config, dict(weights)))
+
+
+def forget_adapter_(model: nn.Module) -> None:
+    """Remove from a base model the configuration that PEFT leaves on it.
+
+    PEFT removes it where it merges or unloads an adapter. After an error it stays, and the next adapter warns of several.
+    """
+    vars(model).pop("peft_config", None)
+
+
+# datasets
+
+
+def file_formats() -> frozenset[str]:
+    """Return the names that `load_dataset` takes for files of a format, such as `imagefolder` and `csv`.
+
+    datasets documents them page by page, and has no public list.
+    """
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    return frozenset(_PACKAGED_DATASETS_MODULES)
+
+
+# huggingface_hub
+
+
+def cache_folder_name(repo_id: str) -> str:
+    """Return the name of a model's folder in the cache: `models--org--name`.
+
+    The layout is documented; the function that makes the name is not.
+    """
+    from huggingface_hub.file_download import repo_folder_name
+
+    return str(repo_folder_name(repo_id=repo_id, repo_type="model"))
+
+
+def client_factory() -> Callable[[], Any]:
+    """Return the function that makes the HTTP sessions of huggingface_hub; the public API can only set it."""
+    from huggingface_hub.utils import _http
+
+    return _http._GLOBAL_CLIENT_FACTORY
+
+
+def replace_client_factory(make: Callable[[], Any]) -> None:
+    """Let huggingface_hub make its next HTTP session by `make`.
+
+    The public `set_client_factory` also closes the session that downloads in other threads are using.
+    """
+    from huggingface_hub.utils import _http
+
+    _http._GLOBAL_CLIENT_FACTORY = make
