@@ -517,7 +517,7 @@ def test_a_merge_with_its_control(
     assert main(["merge", recipe, "--output", str(world / "merged"), "--control"]) == 0
     printed = capsys.readouterr().out
     control = json.loads((world / "merged" / "grasp_report.json").read_text())["control"]
-    assert control["judged_by"] == judges
+    assert control["validated_by"] == judges
     samples = len(LABELS) * (5 if splits else 6)
     assert control["change"]["samples"] == samples and control["change"]["loss"] != 0
     line = f"against fine-tuning alone, on {samples} samples of the {judges}: loss {control['alone']['loss']:.3f} -> "

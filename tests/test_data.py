@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoTokenizer, PreTrainedModel
 
 from grasp_hf import GraspConfig, Recipe
-from grasp_hf.data.digests import described
+from grasp_hf.data.digests import fingerprint
 from grasp_hf.data.pictures import picture
 from grasp_hf.data.section import DataSection
 from grasp_hf.data.splits import Content, class_names, load_splits, names_for_model, require_column, with_label_ids
@@ -521,6 +521,8 @@ def test_what_means_nothing_in_a_saved_data_set(key: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("column", ["label", "labels"])
 def test_a_description_knows_the_labels_whatever_their_column_is_called(column: str) -> None:
-    described_as = [described(Dataset.from_dict({"text": ["a", "b"], column: labels})) for labels in ([0, 1], [1, 0])]
+    described_as = [
+        fingerprint(Dataset.from_dict({"text": ["a", "b"], column: labels})) for labels in ([0, 1], [1, 0])
+    ]
     assert described_as[0] != described_as[1]
-    assert described_as[0] == described(Dataset.from_dict({"text": ["a", "b"], column: [0, 1]}))
+    assert described_as[0] == fingerprint(Dataset.from_dict({"text": ["a", "b"], column: [0, 1]}))

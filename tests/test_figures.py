@@ -93,7 +93,7 @@ def test_the_progress_shows_what_was_rejected() -> None:
 
 
 @pytest.mark.parametrize(
-    ("judged_by", "without_sources", "star", "names"),
+    ("validated_by", "without_sources", "star", "names"),
     [
         ("evaluation data", False, 0.3, ["at the end", "fine-tuning alone"]),
         ("evaluation data", True, 0.35, ["at the end", "fine-tuning alone"]),
@@ -101,10 +101,10 @@ def test_the_progress_shows_what_was_rejected() -> None:
     ],
 )
 def test_the_progress_ends_with_the_fine_tuning_and_its_control(
-    judged_by: str, without_sources: bool, star: float, names: list[str]
+    validated_by: str, without_sources: bool, star: float, names: list[str]
 ) -> None:
     losses = {"0.0": 0.6, "0.5": 0.3, "1.0": 0.4}
-    final = FinetuneReport(0.5, losses, judged_by, alone=0.35, without_sources=without_sources)
+    final = FinetuneReport(0.5, losses, validated_by, alone=0.35, without_sources=without_sources)
     figure: Any = progress_figure(report_of(step(), start={"loss": 1.0}, final=final))
     (axes,) = figure.axes
     assert axes.get_title() == "Loss along the merge\non evaluation data"
@@ -124,8 +124,8 @@ def test_the_progress_ends_where_no_gate_judged_the_fine_tuning() -> None:
 
 def test_the_progress_draws_a_control_that_was_asked_for_where_the_same_samples_judge() -> None:
     change = ChangeReport(-0.1, 0.05, 24, None)
-    for judged_by, drawn in {"evaluation data": True, "test data": False}.items():
-        control = ControlReport(judged_by, {"loss": 0.7}, {"loss": 0.6}, change)
+    for validated_by, drawn in {"evaluation data": True, "test data": False}.items():
+        control = ControlReport(validated_by, {"loss": 0.7}, {"loss": 0.6}, change)
         figure: Any = progress_figure(report_of(step(), final=FinetuneReport(), control=control))
         assert ("fine-tuning alone" in {line.get_label() for line in figure.axes[0].lines}) == drawn
 

@@ -72,12 +72,12 @@ class Mean:
         """Take it in."""
         mixes = self.measure(source, share, batches)
         values, fisher = movable_tensors(source), running_fisher(self.scratch)
-        blend_(self.tensors, self.scratch.start, values, self.units, mixes, share=fisher.share)
+        blend_(self.tensors, self.scratch.start, values, self.units, mixes, fractions=fisher.fractions)
         fisher.take()
 
     def share(self, name: str) -> Tensor | None:
         """Return how much of each element of a tensor goes in."""
-        found = running_fisher(self.scratch).share(name)
+        found = running_fisher(self.scratch).fractions(name)
         return None if found is None else torch.cat([*found])
 
 
@@ -122,8 +122,8 @@ def test_statistics_go_in_as_the_weights_of_their_unit(tmp_path: Path) -> None:
     batches, (one, other) = batches_of("resnet"), [perturbed(tiny_model("resnet"), n).eval() for n in range(2)]
     mean = Mean(one, tmp_path)
     before = {name: tensor.clone() for name, tensor in mean.tensors.items()}
-    mixes, share = mean.measure(other, 0.5, batches), running_fisher(mean.scratch).share
-    blend_(mean.tensors, mean.scratch.start, movable_tensors(other), mean.units, mixes, share=share)
+    mixes, share = mean.measure(other, 0.5, batches), running_fisher(mean.scratch).fractions
+    blend_(mean.tensors, mean.scratch.start, movable_tensors(other), mean.units, mixes, fractions=share)
     seen = 0
     for unit in mean.units:
         weights = [share for share in map(mean.share, unit.tensors) if share is not None]
@@ -258,9 +258,9 @@ def calibrated(merger: GraspMerger) -> float:
 def test_a_merge_takes_the_fisher_average_where_the_labels_judge_it_best(world: Path) -> None:
     merger = merged(world)
     first, second = merger.report.steps
-    assert list(first.options) == ["blend", "average"] and first.taken == "average"  # the only model of a mean
-    assert list(second.options) == ["blend", "average", "fisher"] and second.taken == "fisher" and second.accepted
-    assert second.decision == "averaged by Fisher" and f"{second.options['fisher']:.3f} fisher" in second.line()
+    assert list(first.candidates) == ["blend", "average"] and first.chosen == "average"  # the only model of a mean
+    assert list(second.candidates) == ["blend", "average", "fisher"] and second.chosen == "fisher" and second.accepted
+    assert second.decision == "averaged by Fisher" and f"{second.candidates['fisher']:.3f} fisher" in second.line()
     assert "averaged, as learned coefficients were not clearly better: 1, 2" in merger.report.conclusions()[0]
 
     sources = [GraspMerger.from_pretrained(str(world / name)).model.eval() for name in "12"]
@@ -268,7 +268,7 @@ def test_a_merge_takes_the_fisher_average_where_the_labels_judge_it_best(world: 
     for name, found in merger.model.named_parameters():
         (a, b), (f, g) = ([s.get_parameter(name) for s in sources], [fisher[name] for fisher in fishers])
         torch.testing.assert_close(found, (f * a + g * b) / (f + g), rtol=1e-4, atol=1e-5, msg=name)
-    assert second.options["fisher"] == pytest.approx(calibrated(merger), abs=1e-6)
+    assert second.candidates["fisher"] == pytest.approx(calibrated(merger), abs=1e-6)
     assert second.after["loss"] == pytest.approx(mean_loss(merger.model, LABELS), abs=1e-6)
     takes = {name: fishers[1][name] / (fishers[0][name] + fishers[1][name]) for name in fishers[0]}
     for unit in second.units:
@@ -291,7 +291,7 @@ def test_the_next_source_meets_the_sum_of_those_before(world: Path) -> None:
             if tensors[name].is_floating_point():
                 share = takes.get(name, torch.tensor(mean))
                 tensors[name].data.copy_(torch.lerp(tensors[name].detach(), third[name].detach(), share))
-    assert step.options["fisher"] == pytest.approx(calibrated(merger), rel=1e-3)
+    assert step.candidates["fisher"] == pytest.approx(calibrated(merger), rel=1e-3)
 
 
 def test_fine_tuning_makes_the_mean_forget_its_parts(world: Path) -> None:
@@ -303,12 +303,12 @@ def test_fine_tuning_makes_the_mean_forget_its_parts(world: Path) -> None:
     steps = merger.merge(names, train_dataset=LABELS, eval_dataset=held_out).steps
     for name in names:
         other.merge_source(name, train_dataset=LABELS, eval_dataset=held_out)
-    assert "blend" not in {step.taken for step in [*steps, *other.report.steps][1:]}  # counts from each merge's start
-    assert steps[2].options["fisher"] == other.report.steps[2].options["fisher"]
+    assert "blend" not in {step.chosen for step in [*steps, *other.report.steps][1:]}  # counts from each merge's start
+    assert steps[2].candidates["fisher"] == other.report.steps[2].candidates["fisher"]
 
 
 def test_without_the_gate_no_average_is_looked_at(world: Path) -> None:
-    assert [step.options for step in merged(world, gate=False).report.steps] == [{}, {}]
+    assert [step.candidates for step in merged(world, gate=False).report.steps] == [{}, {}]
 
 
 def test_a_model_without_classes_has_no_fisher_average(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_a_model_without_classes_has_no_fisher_average(tmp_path: Path) -> None:
         str(tmp_path / "base"), config=GraspConfig(**{**NO_TUNING, "gate": True}, num_batches=2, batch_size=4)
     )
     report = merger.merge([str(tmp_path / "1"), str(tmp_path / "2")], train_dataset=data)
-    assert [set(step.options) for step in report.steps] == [{"blend", "average"}] * 2
+    assert [set(step.candidates) for step in report.steps] == [{"blend", "average"}] * 2
     assert report.steps[0].accepted
 
 

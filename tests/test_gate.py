@@ -139,10 +139,10 @@ def test_where_nothing_is_plain_the_lowest_loss_decides_alone() -> None:
 def test_without_noise_the_lowest_point_of_the_line_is_taken(best: float) -> None:
     line = Line(lambda weight, samples: noisy(weight, samples, 4 * best, 0.0))
     report = line.finetune([4.0, 4.0], [1.0, 2.0, 3.0])
-    assert report.share == best and line.weight == pytest.approx(4 * best)
+    assert report.fraction == best and line.weight == pytest.approx(4 * best)
     expected = {str(share): (4 * (share - best)) ** 2 for share in FRACTIONS}
     assert report.losses == pytest.approx(expected, abs=1e-6)
-    assert report.judged_by == "evaluation data"
+    assert report.validated_by == "evaluation data"
     assert [weight for weight, _ in line.judged] == pytest.approx([4 * share for share in FRACTIONS])
     assert all(samples == [1.0, 2.0, 3.0] for _, samples in line.judged)
 
@@ -166,12 +166,12 @@ def test_of_the_points_that_noise_does_not_tell_from_the_best_the_farthest_is_ta
     held_out = [0.0] * 10
     as_good = [s for s in FRACTIONS if abs(s - best) <= best]
     alike = [s for s in as_good if 4 * abs(s - best) <= noise / 3 * t.ppf(0.975, 9)]
-    assert line.finetune([4.0, 4.0], held_out).share == share == max(alike)
+    assert line.finetune([4.0, 4.0], held_out).fraction == share == max(alike)
 
 
 def test_a_fine_tuning_that_harms_is_taken_back_bit_for_bit() -> None:
     line = Line(lambda weight, samples: [abs(weight - 0.1)] * len(samples), start=0.1)
-    assert line.finetune([4.0, 4.0], [0.0, 0.0]).share == 0.0
+    assert line.finetune([4.0, 4.0], [0.0, 0.0]).fraction == 0.0
     assert torch.equal(line.tensors["w"], torch.tensor([0.1])) and int(line.tensors["count"]) == 3
 
 
@@ -183,7 +183,7 @@ def test_calibration_does_not_choose_the_point() -> None:
         return SampleLosses(found.losses, found.terms, -found.losses, None)
 
     report = finetune_on_line_(line.tensors, line.rooms, line.train, judge, [4.0], [0.0, 0.0], 7)
-    assert report.share == 0.0
+    assert report.fraction == 0.0
 
 
 @pytest.mark.parametrize(("calibrated", "share"), [(lambda weight: weight, 0.0), (lambda weight: -weight, 1.0)])
@@ -198,7 +198,7 @@ def test_what_is_worse_than_the_start_with_and_without_calibration_is_not_taken(
         return SampleLosses(found.losses, found.terms, torch.full_like(found.losses, calibrated(line.weight)), None)
 
     report = finetune_on_line_(line.tensors, line.rooms, line.train, judge, [4.0], [0.0] * 10, 7)
-    assert report.share == share
+    assert report.fraction == share
 
 
 def test_without_held_out_samples_each_half_of_the_labels_judges_the_model_of_the_other() -> None:
@@ -214,7 +214,7 @@ def test_without_held_out_samples_each_half_of_the_labels_judges_the_model_of_th
         judged = line.judged[len(FRACTIONS) * number : len(FRACTIONS) * (number + 1)]
         assert [samples for _, samples in judged] == [half] * len(FRACTIONS)
         assert [weight for weight, _ in judged] == pytest.approx([share * end for share in FRACTIONS])
-    assert report.share == 1.0 and report.judged_by == "two halves of the labels"
+    assert report.fraction == 1.0 and report.validated_by == "two halves of the labels"
     assert line.weight == pytest.approx(sum(labels) / 11)
     assert report.losses["1.0"] == pytest.approx(-(ends[0] * len(second) + ends[1] * len(first)) / 11)
 
@@ -242,13 +242,13 @@ def test_all_labels_train_to_the_point_that_the_halves_allow() -> None:
     ends = [sum(half) / 50 for half in (first, second)]
     expected = {str(share): sum(abs(end * share - 2) for end in ends) / 2 for share in FRACTIONS}
     assert report.losses == pytest.approx(expected, abs=1e-6)
-    assert whole == (labels, 7) and report.share == 0.5 and line.weight == pytest.approx(2.0)
+    assert whole == (labels, 7) and report.fraction == 0.5 and line.weight == pytest.approx(2.0)
 
 
 def test_a_training_that_both_halves_speak_against_is_not_made() -> None:
     line = Line(lambda weight, samples: [abs(weight - 0.1)] * len(samples), start=0.1)
     report = line.finetune([3.0, 4.0, 5.0, 6.0])
-    assert report.share == 0.0 and len(line.trained) == 2
+    assert report.fraction == 0.0 and len(line.trained) == 2
     assert torch.equal(line.tensors["w"], torch.tensor([0.1])) and int(line.tensors["count"]) == 3
 
 
@@ -267,12 +267,14 @@ def test_the_better_start_of_a_training_is_taken(
     line.train = train  # type: ignore[method-assign]
     labels = [4.0, 4.0, 4.0, 4.0]
     report = line.finetune(labels, held_out, alone)
-    assert (report.share, report.without_sources) == (0.75, wins)
+    assert (report.fraction, report.without_sources) == (0.75, wins)
     assert (report.losses["0.75"], report.alone) == pytest.approx((0.04, loss), abs=1e-5)
     assert line.weight == pytest.approx(4.0 if wins else 4.2)
     both_by_halves = [(labels[:2], 7), (labels[:2], 8)] * 2 + [(labels, 7)]
     assert line.trained == (both_by_halves if held_out is None else [(labels, 7)] * (3 if wins else 2))
-    against = f"; fine-tuning alone against the merge, on 4 samples of {report.judged_by}: loss {loss:.3f} -> 0.040 ("
+    against = (
+        f"; fine-tuning alone against the merge, on 4 samples of {report.validated_by}: loss {loss:.3f} -> 0.040 ("
+    )
     assert against in report.line()
     assert (
         report.line().startswith(f"fine-tuned without the sources of this merge, which were taken back{against}")
@@ -283,8 +285,8 @@ def test_the_better_start_of_a_training_is_taken(
 def test_a_single_label_judges_what_it_taught_and_the_report_says_so() -> None:
     line = Line(lambda weight, samples: [(weight - 4) ** 2] * len(samples))
     report = line.finetune([4.0])
-    assert report.judged_by == "the label that it learned"
-    assert report.share == 1.0
+    assert report.validated_by == "the label that it learned"
+    assert report.fraction == 1.0
 
 
 LEARNING: dict[str, Any] = {"batch_size": 8, "training_arguments": {"learning_rate": 0.01}}
@@ -324,7 +326,7 @@ def test_where_no_source_helps_the_result_is_that_of_fine_tuning_alone(evaluates
         assert row["loss before"] in step.line() and row["transferred"] in step.line() and step.reason == HARMS
         assert step.line().startswith(f"{step.name} (full): rejected ({HARMS}), coefficient ")
         labels = "two halves of the labels"
-        assert step.judged_by == (f"{labels} and evaluation data" if evaluates else labels)
+        assert step.validated_by == (f"{labels} and evaluation data" if evaluates else labels)
         assert step.change.samples == (48 if evaluates else 24)
     assert f"0 of 2 sources merged; rejected: noise-1 ({HARMS}), noise-2 ({HARMS})" in report.conclusions()
 
@@ -357,13 +359,13 @@ def test_sources_that_only_make_a_worse_start_are_taken_back(method: Any, evalua
     assert step.after_transfer["loss"] < step.before["loss"], "it is better before the fine-tuning"
     assert report.run.final is not None and report.run.final.without_sources and report.run.final.alone is not None
     assert torch.equal(merger.judge(judges).losses, found.losses), "and fine-tuning alone is better in the end"
-    merged, gain = report.run.final.losses[str(report.run.final.share)], report.run.final.gain
+    merged, gain = report.run.final.losses[str(report.run.final.fraction)], report.run.final.gain
     assert report.run.final.alone < merged and report.run.final.loss == report.run.final.alone
     assert gain is not None and gain.samples == (24 if evaluates else 32) and gain.half_interval
     assert gain.loss == pytest.approx(merged - report.run.final.alone)
     assert report.conclusions()[1].startswith(
         "at the end fine-tuned without the sources of this merge, which were taken back; fine-tuning alone against the merge, on "
-        f"{gain.samples} samples of {report.run.final.judged_by}: loss {report.run.final.alone:.3f} -> {merged:.3f} ({gain}"
+        f"{gain.samples} samples of {report.run.final.validated_by}: loss {report.run.final.alone:.3f} -> {merged:.3f} ({gain}"
     )
     assert (step.decision, step.reason, step.moved) == ("rejected", ALONE, 0)
     assert {unit.decision for unit in step.units} <= {"undone", "kept", "undefined"}
@@ -418,7 +420,7 @@ def test_a_source_that_has_learned_the_task_is_taken_and_noise_is_not(tmp_path: 
     report = merger.merge([noise, expert], train_dataset=tiny_data("vit", 24, seed=5))
     assert [(step.name, step.accepted) for step in report.steps] == [("expert", True), ("noise", False)]
     helped = report.steps[0].change
-    assert helped is not None and report.steps[0].taken == "average", "which of one source is that source"
+    assert helped is not None and report.steps[0].chosen == "average", "which of one source is that source"
     labels = tiny_data("vit", 24, seed=5)
     parts = [labels.select(half) for half in halves(24, merger.config.seed)]
     before, after = (
@@ -485,7 +487,7 @@ def test_labels_that_the_model_has_learned_do_not_judge(tmp_path: Path, caplog: 
     merger = GraspMerger.from_pretrained(base, config=config)
     report = merger.merge([noise, noise], train_dataset=tiny_data("resnet", 12))
     assert "the gate is off for this merge" in caplog.text
-    assert [(bool(step.before), step.judged_by) for step in report.steps] == [
+    assert [(bool(step.before), step.validated_by) for step in report.steps] == [
         (True, "two halves of the labels"),
         (False, ""),
     ]
@@ -506,14 +508,14 @@ def test_labels_judge_what_is_appended_to_a_merge_that_has_learned_none(
     again.save_pretrained(tmp_path / "again")
     config = GraspConfig(final_epochs=0, order="given", **LEARNING)
     assert "the gate is off for this merge" not in caplog.text
-    for name, judged_by in {
+    for name, validated_by in {
         "average": "two halves of the labels",
         "again": "two halves of the labels",
         "tuned": "",
     }.items():
         merger = GraspMerger.from_pretrained(str(tmp_path / name), config=config)
         step = merger.merge([noise], train_dataset=tiny_data("resnet", 60)).steps[-1]
-        assert (step.judged_by, step.accepted) == (judged_by, not judged_by), name
+        assert (step.validated_by, step.accepted) == (validated_by, not validated_by), name
     assert caplog.text.count("the gate is off for this merge") == 1
 
 

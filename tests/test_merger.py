@@ -208,7 +208,7 @@ def test_labels_that_were_learned_judge_no_source(tmp_path: Path) -> None:
     config = GraspConfig(**BETWEEN)
     merger = GraspMerger(tiny_model("bert"), config)
     step = merger.merge([source], train_dataset=tiny_data("bert", 24)).steps[0]
-    assert step.accepted and step.change is None and step.judged_by == ""
+    assert step.accepted and step.change is None and step.validated_by == ""
     assert step.before == step.after_transfer == step.after == {}
     assert "loss" not in step.line().split("fine-tuned")[0] and step.row()["loss before"] == "–"
 

@@ -27,7 +27,7 @@ def test_a_report_comes_back_from_json_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_line_says_how_many_samples_would_tell_a_change_from_nothing(tmp_path: Path) -> None:
-    noisy = StepReport("org/a", "sha", "full", reason=DOUBT, judged_by="labels", before={"loss": 1.0})
+    noisy = StepReport("org/a", "sha", "full", reason=DOUBT, validated_by="labels", before={"loss": 1.0})
     noisy.after_transfer, noisy.change = {"loss": 0.9}, Change(-0.1, 0.2, 10).report()
     expected = math.ceil(10 * (1.96 * 0.2 / 0.1) ** 2)
     assert (
@@ -54,8 +54,8 @@ def test_a_report_names_the_sources_that_stay_in_doubt_and_what_is_kept_beside_t
 
 
 def test_a_line_says_why_the_lowest_loss_is_not_taken() -> None:
-    options = {"blend": 0.5, "average": 0.51}
-    clear, noisy = (step_of(options=options, taken=taken).line() for taken in options)
+    losses = {"blend": 0.5, "average": 0.51}
+    clear, noisy = (step_of(candidates=losses, chosen=chosen).line() for chosen in losses)
     assert "calibrated: 0.500 blend or 0.510 average (average, as the difference is within the noise)" in noisy
     assert "calibrated: 0.500 blend or 0.510 average" in clear and "within the noise" not in clear
 
@@ -78,11 +78,11 @@ def test_a_source_that_brings_nothing_is_not_merged_where_what_was_there_is_resc
 def test_a_report_tells_how_heads_were_matched_and_by_whom_sources_were_judged() -> None:
     first = step_of("org/a", notes=["the head stays: no label in common"])
     later = step_of("org/b")
-    first.judged_by = "two halves of the labels"
+    first.validated_by = "two halves of the labels"
     report = report_of(first, later, later)
     assert "org/a: the head stays: no label in common" in report.conclusions()
-    assert report.judged_by == "two halves of the labels, later on evaluation data"
-    assert report_of().judged_by == ""
+    assert report.validated_by == "two halves of the labels, later on evaluation data"
+    assert report_of().validated_by == ""
 
 
 def test_checkpoints_of_two_trainings_have_two_names() -> None:

@@ -97,7 +97,7 @@ def test_each_half_of_the_labels_judges_what_the_other_taught(evaluates: bool, w
     base, source = deepcopy(merger.model), GraspMerger.from_pretrained(str(world / "beginner")).model
     held_out = {"eval_dataset": HELD_OUT} if evaluates else {}
     step = merger.merge([str(world / "beginner")], train_dataset=LABELS, **held_out).steps[0]
-    assert step.accepted and step.taken == "blend"
+    assert step.accepted and step.chosen == "blend"
 
     one, other = (LABELS.select(half) for half in halves(21, merger.config.seed))
     units = [unit.name for unit in step.units]
@@ -114,8 +114,8 @@ def test_each_half_of_the_labels_judges_what_the_other_taught(evaluates: bool, w
         torch.cat([calibrated_losses(model, part) for model, part in zip(models, samples, strict=False)])
         for models in (mixed, [source] * 3)
     )
-    assert step.options["blend"] == pytest.approx(float(blend.mean()), abs=1e-5)
-    assert step.options["average"] == pytest.approx(float(average.mean()), abs=1e-5)
+    assert step.candidates["blend"] == pytest.approx(float(blend.mean()), abs=1e-5)
+    assert step.candidates["average"] == pytest.approx(float(average.mean()), abs=1e-5)
     assert len(blend) == (27 if evaluates else 21)
     ahead = average - blend
     assert float(ahead.mean()) > float(ahead.std()) / math.sqrt(len(ahead)), "which is why the blend is taken"
@@ -138,11 +138,11 @@ def test_coefficients_that_fail_before_the_other_half_give_way_to_the_average(wo
     merger = merger_of(world, method="average")
     merger.merge(sources[:1], train_dataset=data)
     plain = deepcopy(merger).merge(sources[1:], train_dataset=data).steps[-1]
-    assert list(plain.options) == ["average"] and plain.row()["decision"] == "merged"
+    assert list(plain.candidates) == ["average"] and plain.row()["decision"] == "merged"
     wild = merger.with_config(GraspConfig(**{**CONFIG, "gate": True, "coefficient_lr": 1.0}))
     step = wild.merge(sources[1:], train_dataset=data).steps[-1]
-    assert step.options["average"] < step.options["blend"] and step.taken == "average"
-    assert step.row()["decision"] == "averaged" and f"{step.options['blend']:.3f} blend or" in step.line()
+    assert step.candidates["average"] < step.candidates["blend"] and step.chosen == "average"
+    assert step.row()["decision"] == "averaged" and f"{step.candidates['blend']:.3f} blend or" in step.line()
     assert "averaged, as learned coefficients were not clearly better: expert-2" in wild.report.conclusions()[0]
     assert {(unit.keep, unit.coefficient) for unit in step.units} == {(0.5, 0.5)}
 
@@ -182,7 +182,7 @@ def test_a_mean_that_is_worse_than_the_start_is_undone(world: Path, monkeypatch:
     step = merger.merge([str(world / "beginner")], train_dataset=LABELS).steps[0]
     monkeypatch.setattr(Mix, "mean", classmethod(lambda cls, mixes: cls(0.0, -30.0)))
     undone = broken.merge([str(world / "beginner")], train_dataset=LABELS).steps[0]
-    assert step.taken == undone.taken == "blend" and step.options == undone.options
+    assert step.chosen == undone.chosen == "blend" and step.candidates == undone.candidates
     assert step.accepted and not undone.accepted
     assert all(torch.equal(value, before[name]) for name, value in movable_tensors(broken.model).items())
 
@@ -190,7 +190,7 @@ def test_a_mean_that_is_worse_than_the_start_is_undone(world: Path, monkeypatch:
 def test_where_the_model_has_learned_the_labels_evaluation_data_judge_alone(world: Path) -> None:
     merger = merger_of(world, initial_epochs=1)
     step = merger.merge([str(world / "1")], train_dataset=LABELS, eval_dataset=HELD_OUT).steps[0]
-    assert step.judged_by == "evaluation data" and set(step.options) == {"blend", "average"}
+    assert step.validated_by == "evaluation data" and set(step.candidates) == {"blend", "average"}
     assert step.change is not None and step.change.samples == len(HELD_OUT)
     assert merger.judge(HELD_OUT).loss == pytest.approx(step.after["loss"])
 
@@ -211,13 +211,13 @@ def teachers(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
 def test_without_the_gate_all_labels_teach_and_none_judge(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taught = teachers(monkeypatch)
     step = merger_of(world, gate=False).merge([str(world / "1")], train_dataset=LABELS).steps[0]
-    assert step.options == {} and step.change is None and step.moved
+    assert step.candidates == {} and step.change is None and step.moved
     assert taught[-1] == {*range(len(LABELS))}
 
 
 def test_a_single_label_teaches_and_does_not_judge(world: Path) -> None:
     step = merger_of(world).merge([str(world / "1")], train_dataset=LABELS.select([0])).steps[0]
-    assert step.judged_by == "" and step.change is None and step.moved
+    assert step.validated_by == "" and step.change is None and step.moved
 
 
 def test_of_many_labels_some_judge_and_all_the_others_teach(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ def test_of_many_labels_some_judge_and_all_the_others_teach(world: Path, monkeyp
     taught = teachers(monkeypatch)
     step = merger_of(world).merge([str(world / "1")], train_dataset=LABELS).steps[0]
     assert step.change is not None and step.change.samples == 9
-    assert step.judged_by == "two halves of 9 of the labels"
+    assert step.validated_by == "two halves of 9 of the labels"
     first, second = taught[-2:]
     assert len(first) == 17 and len(second) == 16, "21 without one half of the 9"
     assert first | second == {*range(21)} and len(first & second) == 12
@@ -259,16 +259,17 @@ def test_few_judges_are_named_once_in_a_merge_with_what_they_cannot_show(
 def test_labels_that_were_learned_judge_no_further_fine_tuning(world: Path, caplog: pytest.LogCaptureFixture) -> None:
     merger = merger_of(world, final_epochs=2, training_arguments={"learning_rate": 0.01})
     first = merger.merge([str(world / "1")], train_dataset=LABELS).run.final
-    assert first is not None and first.judged_by == "two halves of the labels" and merger.report.finetuned
+    assert first is not None and first.validated_by == "two halves of the labels" and merger.report.finetuned
     before = merger.judge(HELD_OUT).losses
     report = merger.merge([str(world / "expert-1")], train_dataset=LABELS)
-    assert report.run.final is not None and (report.run.final.share, report.run.final.judged_by) == (1.0, "")
-    assert report.run.final.alone is None and report.steps[1].moved and not report.steps[1].judged_by
+    assert report.run.final is not None and (report.run.final.fraction, report.run.final.validated_by) == (1.0, "")
+    assert report.run.final.alone is None and report.steps[1].moved and not report.steps[1].validated_by
     assert not torch.equal(merger.judge(HELD_OUT).losses, before)
     assert "the gate is off for this merge" in caplog.text
     judged = merger.merge([str(world / "2")], train_dataset=LABELS, eval_dataset=HELD_OUT)
     assert (
-        judged.run.final is not None and judged.run.final.judged_by == judged.steps[2].judged_by == "evaluation data"
+        judged.run.final is not None
+        and judged.run.final.validated_by == judged.steps[2].validated_by == "evaluation data"
     )
 
 
@@ -285,7 +286,7 @@ def test_a_fine_tuning_that_was_taken_back_has_taught_nothing(world: Path) -> No
     assert all(torch.equal(before[name], tensor) for name, tensor in merger.model.state_dict().items())
     assert not merger.report.finetuned
     step = merger.merge([str(world / "1")], train_dataset=LABELS, eval_dataset=judges).steps[0]
-    assert step.judged_by == "two halves of the labels and evaluation data"
+    assert step.validated_by == "two halves of the labels and evaluation data"
 
 
 def test_without_the_gate_fine_tuning_keeps_no_weights_to_go_back_to(world: Path) -> None:

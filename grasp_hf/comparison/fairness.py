@@ -6,7 +6,7 @@ from pathlib import Path
 from ..config.recipe import Recipe
 from ..data.digests import contents, digest
 from ..data.samples import Samples
-from ..errors import DataError, shortened
+from ..errors import DataError, first_few
 from ..hub.download import look_up
 from ..hub.reference import Source
 from ..internals import file_formats
@@ -65,8 +65,8 @@ def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], 
         labels, expected = own_labels(located, merger), label_names(merger.model.config)
         if labels is not None and set(labels) != set(expected):
             raise DataError(
-                f"source '{source}' knows other labels than the data: got {shortened(labels, 12)}, expected "
-                f"{shortened(expected, 12)}; give its config.json the names that its classes have in the data "
+                f"source '{source}' knows other labels than the data: got {first_few(labels, 12)}, expected "
+                f"{first_few(expected, 12)}; give its config.json the names that its classes have in the data "
                 "(`id2label`), or leave it out: a merge takes what fits, but a model is not judged by labels it never saw"
             )
         if dataset and (sentence := trained_on_test(located.folder, dataset)):

@@ -41,7 +41,7 @@ def best_source(bench: Workbench) -> None:
     bench.copy(min(losses, key=losses.__getitem__))
 
 
-def published(bench: Workbench, threshold: float) -> None:
+def paper(bench: Workbench, threshold: float) -> None:
     """Run the published loop from the first source; a threshold of 1 copies nothing, one of -1 everything.
 
     It fine-tunes as it was published, all weights, but in batches and at a learning rate of the recipe, as every method
@@ -163,8 +163,8 @@ METHODS = {
     "base-line": _line("base model, fine-tuned through our gate", nothing),
     "best-source-line": _line("best source, fine-tuned through our gate", best_source),
     "average-line": _line("average of all, fine-tuned through our gate", partial(rival, method=average_)),
-    "loop-nothing": Method("published loop, nothing copied", "control", partial(published, threshold=1.0), "1", False),
-    "loop-all": Method("published loop, everything copied", "control", partial(published, threshold=-1.0), "1", False),
+    "loop-nothing": Method("published loop, nothing copied", "control", partial(paper, threshold=1.0), "1", False),
+    "loop-all": Method("published loop, everything copied", "control", partial(paper, threshold=-1.0), "1", False),
     "ensemble": Method("ensemble of all", "existing", ensemble, "1; K to use", False),
     "fusion": Method("Multi-Source fusion", "existing", fusion, "4 K; K to use", False, "K"),
     "pearl": Method("PEARL, with gradients", "existing", pearl),
@@ -178,6 +178,6 @@ METHODS = {
     "lorahub-line": _mixture("learned mixture by source", per_layer=False, line=True),
     "adamerging-line": _mixture("learned mixture by layer", per_layer=True, line=True),
     "gradfix": _rival("GradFix", gradfix_),
-    "published": Method("GRASP as published", "existing", partial(published, threshold=0.3), "6; ours 1", False),
+    "published": Method("GRASP as published", "existing", partial(paper, threshold=0.3), "6; ours 1", False),
     "ours": Method("grasp_hf, as the recipe says", "ours", ours, "1", False),
 }

@@ -11,7 +11,7 @@ MASKS = ("attention_mask", "token_type_ids")
 SAMPLES = 1000  # of which a description is made, evenly spaced: more would cost as much as an epoch
 
 
-def described(dataset: Any) -> dict[str, Any] | None:
+def fingerprint(dataset: Any) -> dict[str, Any] | None:
     """Return the number of samples and, of a `datasets.Dataset`, a digest of up to `SAMPLES` of them."""
     if dataset is None:
         return None

@@ -90,7 +90,7 @@ class Corrupt(OSError):
     """A file arrived with another content than the Hub lists."""
 
 
-def retried(ask: Callable[[], Answer], doing: str) -> Answer:
+def retry(ask: Callable[[], Answer], doing: str) -> Answer:
     """Return the answer of `ask`, which is called again a few times where the network or the Hub failed for a moment."""
     for pause in (*PAUSES, None):
         try:
@@ -119,7 +119,7 @@ def _passing(error: Exception) -> bool:
 
 
 @contextmanager
-def named_errors(ref: SourceRef, token: str | None = None, file: str = "") -> Iterator[None]:
+def hub_errors(ref: SourceRef, token: str | None = None, file: str = "") -> Iterator[None]:
     """Turn the client's errors into one that says which reference and which file of it it was, and what to do."""
     try:
         yield

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download, snapsh
 
 from ..errors import DownloadError, SourceNotFoundError
 from ..files import workspace, write_whole
-from .client import TIMEOUT, Corrupt, Stopped, named_errors, retried, stoppable_progress, time_limit
+from .client import TIMEOUT, Corrupt, Stopped, hub_errors, retry, stoppable_progress, time_limit
 from .licenses import license_of
 from .listing import CONFIG_FILES, NOT_NEEDED, Listing, RemoteFile
 from .reference import ADAPTER_WEIGHTS, FULL_WEIGHTS, INDEX, Source, SourceRef, shards_of
@@ -32,8 +32,8 @@ def resolve(ref: SourceRef, *, token: str | None = None, trusted: Collection[str
     if constants.HF_HUB_OFFLINE:
         return None
     try:
-        with named_errors(ref, token), time_limit(TIMEOUT):
-            info = retried(lambda: _info(ref, token), f"looking up '{ref}'")
+        with hub_errors(ref, token), time_limit(TIMEOUT):
+            info = retry(lambda: _info(ref, token), f"looking up '{ref}'")
     except DownloadError as error:
         logger.warning("the Hub cannot be reached (%s); what is cached of '%s' is used", error.__cause__, ref)
         return None
@@ -92,7 +92,7 @@ def locate(reference: str | SourceRef, *, token: str | None = None, trusted: Col
         source = Source.inspect(ref, Path(ref.name))
         if missing := source.missing_weights:
             raise SourceNotFoundError(f"'{ref}' is not complete: {', '.join(missing)} missing; copy it again")
-        return _told(replace(source, trusted=ref.is_among(trusted)))
+        return _warn_of_pickles(replace(source, trusted=ref.is_among(trusted)))
     listing = resolve_model(ref, token=token, trusted=trusted)
     if listing is None:
         return cached_source(ref, token, trusted)
@@ -107,10 +107,10 @@ def fetch_source(listing: Listing, weights: Sequence[str] | None = None, **optio
     for path in [*listing.configuration, *(listing.weights if weights is None else weights)]:
         folder = fetch(listing, path, **options).parent
     source = Source.inspect(listing.ref, folder, listing.sha)
-    return _told(replace(source, gated=listing.gated, trusted=listing.trusted))
+    return _warn_of_pickles(replace(source, gated=listing.gated, trusted=listing.trusted))
 
 
-def _told(source: Source) -> Source:
+def _warn_of_pickles(source: Source) -> Source:
     """Return `source` after a warning where its weights are pickled."""
     if any(name.endswith(".bin") for name in source.weight_names):
         logger.warning(
@@ -164,7 +164,7 @@ def fetch(
             raise Corrupt(f"{path}: its checksum is not the one that the Hub lists")
         return Path(file)
 
-    with named_errors(listing.ref, token, path), time_limit(TIMEOUT):
+    with hub_errors(listing.ref, token, path), time_limit(TIMEOUT):
         found = try_to_load_from_cache(listing.repo_id, path, revision=listing.sha)
         if isinstance(found, str):
             if expected.matches(Path(found)):
@@ -172,7 +172,7 @@ def fetch(
             damaged = cache_dir is None
         if cache_dir is None:
             _remove_partial(listing, path)
-        return retried(download, f"downloading {path} of '{listing.ref}'")
+        return retry(download, f"downloading {path} of '{listing.ref}'")
 
 
 def _remove_partial(listing: Listing, path: str) -> None:
@@ -216,7 +216,7 @@ def cached_source(ref: SourceRef, token: str | None = None, trusted: Collection[
     inside = f"{ref.subfolder}/" if ref.subfolder else ""
     patterns = [inside + name for name in names if name != "README.md"]
     ignored = [inside + name for name in NOT_NEEDED] + ([] if inside else ["*/*"])
-    with named_errors(ref, token):
+    with hub_errors(ref, token):
         folder = snapshot_download(
             ref.name,
             revision=ref.revision,
@@ -243,7 +243,7 @@ def cached_source(ref: SourceRef, token: str | None = None, trusted: Collection[
             raise DownloadError(
                 f"{path.name} is damaged in the cache; run it again when the Hub can be reached", subject=ref
             )
-    return _told(source)
+    return _warn_of_pickles(source)
 
 
 def look_up(

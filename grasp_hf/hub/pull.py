@@ -15,7 +15,7 @@ from typing import TypeVar
 from huggingface_hub import constants
 
 from ..files import workspace
-from .client import Stopped, named_errors
+from .client import Stopped, hub_errors
 from .download import cached_bytes, cached_source, fetch, fetch_source, locate, resolve_model
 from .listing import Listing
 from .reference import Source, SourceRef
@@ -192,7 +192,7 @@ class Puller:
             read_ahead(source)
             return source, None
         listing = replace(listing, ref=ref)
-        with named_errors(ref):
+        with hub_errors(ref):
             own = self._new_folder()
         sharded = self._needs_less_disk_in_shards(listing)
         with self._removing(own, self._stop):

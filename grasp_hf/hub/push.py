@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from ..errors import GraspError, PushError, SourceNotFoundError, StaleMergeError
 from ..files import workspace
-from .client import retried, time_limit
+from .client import retry, time_limit
 from .download import resolve
 from .listing import Listing, RemoteFile
 from .reference import ADAPTER_WEIGHTS, FULL_WEIGHTS, SourceRef
@@ -80,12 +80,12 @@ def create_repo(to: Destination) -> str:
     """
     check_repo_id(to.repo_id)
     with _pushing(to):
-        repo_id = retried(
+        repo_id = retry(
             lambda: to.api.create_repo(to.repo_id, private=to.private, exist_ok=True).repo_id, "creating it"
         )
         if to.revision is not None and not to.revision.startswith("refs/"):
             branch = to.revision
-            retried(lambda: to.api.create_branch(repo_id, branch=branch, exist_ok=True), "creating the branch")
+            retry(lambda: to.api.create_branch(repo_id, branch=branch, exist_ok=True), "creating the branch")
         return str(repo_id)
 
 
@@ -173,7 +173,7 @@ def push_files(
                     f"'{to.repo_id}' has a newer version than the one that this was made from: expected {continues}, got "
                     f"{head.sha}; append to the new version, or push to another branch or as a pull request (--create-pr)"
                 )
-            retried(lambda op=operation: _upload(to, op), f"uploading {name}")  # type: ignore[misc]
+            retry(lambda op=operation: _upload(to, op), f"uploading {name}")  # type: ignore[misc]
             if operation.path_or_fileobj == b"":  # uploaded: the client holds on to small files only
                 path.unlink()
             operations.append(operation)
@@ -225,7 +225,7 @@ def _commit(
         )
 
     try:
-        return retried(attempt, "the commit")
+        return retry(attempt, "the commit")
     except HfHubHTTPError as error:
         if error.response is None or error.response.status_code != 412:
             raise
@@ -283,7 +283,7 @@ def _listing(to: Destination, revision: str | None) -> Listing:
 
 
 def _pull_requests(to: Destination) -> set[str]:
-    refs = retried(lambda: to.api.list_repo_refs(to.repo_id, include_pull_requests=True), "listing pull requests")
+    refs = retry(lambda: to.api.list_repo_refs(to.repo_id, include_pull_requests=True), "listing pull requests")
     return {ref.ref for ref in refs.pull_requests or []}
 
 
@@ -294,12 +294,12 @@ def tag_version(to: Destination, sha: str) -> str | None:
     """
     try:
         with _pushing(to):
-            tags = retried(lambda: to.api.list_repo_refs(to.repo_id), "listing tags").tags
+            tags = retry(lambda: to.api.list_repo_refs(to.repo_id), "listing tags").tags
             versions = {int(tag.name[1:]): tag.target_commit for tag in tags if re.fullmatch(r"v\d+", tag.name)}
             if known := [f"v{number}" for number, commit in versions.items() if commit == sha]:
                 return known[0]
             name = f"v{max(versions, default=0) + 1}"
-            retried(lambda: to.api.create_tag(to.repo_id, tag=name, revision=sha, exist_ok=True), "tagging")
+            retry(lambda: to.api.create_tag(to.repo_id, tag=name, revision=sha, exist_ok=True), "tagging")
             return name
     except PushError as error:
         logger.warning("the commit %s was pushed, but has no version tag: %s", sha, error)

@@ -15,7 +15,7 @@ from ..errors import GraspError, IncompatibleSourceError, NonFiniteError
 from ..hub.pull import Puller
 from ..hub.reference import Source
 from ..models.gradients import mean_gradient
-from ..record.text import markdown_table, shown
+from ..record.text import format_number, markdown_table
 from ..sources.load import LoadedSource
 from ..tensors.placing import placed
 from ..tensors.products import UnitProducts, cosine
@@ -77,11 +77,11 @@ class RankedSource:
             "source": self.reference if self.sha else Path(self.reference).name,
             "kind": self.kind or "–",
             **(
-                {"calibrated loss": shown(self.loss)}
+                {"calibrated loss": format_number(self.loss)}
                 if self.loss is not None
                 else {
                     "gain": "–" if self.gain is None else f"{self.gain:+.4g}",
-                    "cosine": shown(self.cosine, 4),
+                    "cosine": format_number(self.cosine, 4),
                     "best unit": f"{best.name} {best.gain:+.3g}" if best and best.gain > 0 else "–",
                 }
             ),

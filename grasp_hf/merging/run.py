@@ -12,7 +12,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from ..config.grasp import GraspConfig
 from ..config.methods import METHODS
-from ..data.digests import described
+from ..data.digests import fingerprint
 from ..data.samples import Samples
 from ..files import interrupts_held, workspace
 from ..hub.pull import Puller
@@ -168,7 +168,7 @@ class Run:
         """Return what the record says of the data: number of samples and digest of each split. It is read once."""
         if self._description is None:
             splits = {"train": self.samples.train, "eval": self.samples.validation}
-            self._description = {name: described(dataset) for name, dataset in splits.items()}
+            self._description = {name: fingerprint(dataset) for name, dataset in splits.items()}
         return self._description
 
 

@@ -225,7 +225,7 @@ class Step:
             seed,
             alone,
         )
-        self.labels.learned = self.labels.learned or report.share > 0 or report.without_sources
+        self.labels.learned = self.labels.learned or report.fraction > 0 or report.without_sources
         return report
 
 

@@ -154,7 +154,7 @@ def candidates(inputs: Inputs) -> dict[str, Candidate]:
     fisher = running_fisher(inputs.scratch)
     if (weighted := _fisher_mixes(inputs, fisher)) is None:
         return found
-    found["fisher"] = inputs.candidate(weighted, scores, fisher.share)
+    found["fisher"] = inputs.candidate(weighted, scores, fisher.fractions)
     return {name: replace(candidate, when_merged=fisher.take) for name, candidate in found.items()}
 
 

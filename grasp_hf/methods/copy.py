@@ -18,7 +18,7 @@ from ..models.gradients import gradient_pass, mean_gradient, preserved_state
 from ..sources.fit import tensor_problems, tie_problems
 from ..tensors.mixing import Mix
 from ..tensors.placing import overwrite_, placed
-from ..tensors.products import PUBLISHED_EPSILON, Scores, UnitProducts, cosine, mean_defined
+from ..tensors.products import PAPER_EPSILON, Scores, UnitProducts, cosine, mean_defined
 from ..tensors.scratch import Scratch
 from ..tensors.units import Unit, movable_tensors, partition
 from .candidates import Candidate, Inputs
@@ -32,7 +32,7 @@ def unit_cosines(
     *,
     scratch: Scratch,
     seed: int,
-    published: bool = False,
+    paper: bool = False,
 ) -> Scores:
     """Return the gradient cosine of target and source per unit, the mean over `batches`; `None` where undefined.
 
@@ -41,12 +41,12 @@ def unit_cosines(
     of single batches needs no second gradient set, and is 1 for a model compared with itself. It is not the cosine of
     the summed gradients: the noise of a batch is shared by both models and pulls it up. `summed_cosines` computes that.
 
-    With `published` the target is in train mode, its dropout drawn from `seed`, and its batch statistics change; the
+    With `paper` the target is in train mode, its dropout drawn from `seed`, and its batch statistics change; the
     denominator has 1e-8 added.
     """
     tensors = movable_tensors(target)
     scores: dict[str, list[float | None]] = {unit.name: [] for unit in units}
-    epsilon = PUBLISHED_EPSILON if published else 0.0
+    epsilon = PAPER_EPSILON if paper else 0.0
     with preserved_state(target), torch.random.fork_rng():
         torch.manual_seed(seed)
         for batch in batches:
@@ -61,7 +61,7 @@ def unit_cosines(
                 if name in stored and name in products:
                     products.add(name, gradient, scratch.gradients[name].to(gradient.device))
 
-            target.train(published)
+            target.train(paper)
             gradient_pass(target, batch, store)
             target.eval()
             with placed(tensors, source_values, scratch.start):
@@ -110,7 +110,7 @@ def configured_cosines(
     """Return the gradient cosine of target and source per unit, over single batches or all together, as `config` says."""
     if config.accumulate_gradients:
         return summed_cosines(target, source_values, units, batches, scratch=scratch)
-    return unit_cosines(target, source_values, units, batches, scratch=scratch, seed=seed, published=config.published)
+    return unit_cosines(target, source_values, units, batches, scratch=scratch, seed=seed, paper=config.published)
 
 
 def candidates(inputs: Inputs) -> dict[str, Candidate]:

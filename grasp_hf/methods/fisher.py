@@ -20,14 +20,14 @@ LEAST_FISHER = 1e-30  # far below any Fisher that counts, far above the smallest
 
 
 def fisher_(
-    room: Mapping[str, Tensor],
+    buffer: Mapping[str, Tensor],
     model: PreTrainedModel,
     batches: Sequence[Batch],
     names: Collection[str],
     *,
     seed: int,
 ) -> None:
-    """Write the diagonal Fisher information of `model`, in eval mode, at the inputs of `batches` to `room`.
+    """Write the diagonal Fisher information of `model`, in eval mode, at the inputs of `batches` to `buffer`.
 
     Labels are drawn from the model's own predictions as the definition says (true labels would favour a model that fits
     them worse). Gradients of single terms are then independent with mean 0, so the square of a whole batch's summed
@@ -36,7 +36,7 @@ def fisher_(
     weights there. What has no gradient has a Fisher of 0.
 
     Args:
-        room: One tensor per name, of its shape.
+        buffer: One tensor per name, of its shape.
         model: Comes back unchanged.
         batches: Labelled samples; of the labels it only counts which are ignored.
         names: Tensors to look at; one that is no parameter has no gradient.
@@ -47,7 +47,7 @@ def fisher_(
         NonFiniteError: A loss or the Fisher of a parameter is not finite.
     """
     for name in names:
-        room[name].zero_()
+        buffer[name].zero_()
     with preserved_state(model), torch.random.fork_rng():
         model.eval()
         torch.manual_seed(seed)
@@ -56,12 +56,12 @@ def fisher_(
 
             def square(name: str, gradient: Tensor, weight: int = weight) -> None:
                 if name in names:
-                    gradient = gradient.to(room[name].device, room[name].dtype)
-                    room[name].addcmul_(gradient, gradient, value=float(weight) ** 2)
+                    gradient = gradient.to(buffer[name].device, buffer[name].dtype)
+                    buffer[name].addcmul_(gradient, gradient, value=float(weight) ** 2)
 
             gradient_pass(model, _with_drawn_labels(model, batch), square)
     for name in names:
-        if not torch.isfinite(room[name]).all():
+        if not torch.isfinite(buffer[name]).all():
             raise NonFiniteError(f"the Fisher information of {name} is NaN or infinite")
 
 
@@ -115,7 +115,7 @@ class RunningFisher:
         *,
         seed: int,
     ) -> dict[str, Mix]:
-        """Return what goes in, by unit: the mean of `share`; the plain share where there are statistics only.
+        """Return what goes in, by unit: the mean of `fractions`; the plain share where there are statistics only.
 
         Args:
             model: The mean so far; comes back unchanged.
@@ -142,11 +142,11 @@ class RunningFisher:
             fisher_(self._own, model, batches, self._plain, seed=seed)
         return {unit.name: Mix.on_line(self._mean(unit, shares[unit.name])) for unit in units}
 
-    def share(self, name: str) -> Iterator[Tensor] | None:
+    def fractions(self, name: str) -> Iterator[Tensor] | None:
         """Return how much of each element of a parameter goes in, in [0, 1], as `in_rows` does; `None` for a statistic."""
-        return self._shares(name) if name in self._plain else None
+        return self._fractions(name) if name in self._plain else None
 
-    def _shares(self, name: str) -> Iterator[Tensor]:
+    def _fractions(self, name: str) -> Iterator[Tensor]:
         for own, total in zip(in_rows(self._own[name]), in_rows(self._total[name]), strict=True):
             own = own.float() + LEAST_FISHER  # so that what has no Fisher goes in as in a plain mean
             yield own.div_((own + total).add_(LEAST_FISHER * (1 / self._plain[name] - 1)))
@@ -159,7 +159,7 @@ class RunningFisher:
 
     def _mean(self, unit: Unit, plain: float) -> float:
         weights = [name for name in unit.tensors if name in self._plain]
-        total = sum(float(share.sum()) for name in weights for share in self._shares(name))
+        total = sum(float(share.sum()) for name in weights for share in self._fractions(name))
         return total / sum(self._own[name].numel() for name in weights) if weights else plain
 
 

@@ -139,7 +139,7 @@ def _ready(
             normalizes_batches=normalizes_batches(model),
         )
         with trainer_refusals():
-            trainer = _trainer(trained, train_dataset, eval_dataset, collator, arguments, published=config.published)
+            trainer = _trainer(trained, train_dataset, eval_dataset, collator, arguments, paper=config.published)
         yield trainer
 
 
@@ -207,7 +207,7 @@ def _trainer(
     collator: Collator,
     arguments: TrainingArguments,
     *,
-    published: bool,
+    paper: bool,
 ) -> Trainer:
     """Return the Trainer for one run; raise `ConfigError` where there is nothing to train or to judge by."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -228,7 +228,7 @@ def _trainer(
         data_collator=collator,
         compute_metrics=_accuracy if by_accuracy else None,
         preprocess_logits_for_metrics=_predictions if by_accuracy else None,
-        optimizers=_published_optimizer(model, arguments, len(train_dataset)) if published else (None, None),
+        optimizers=_paper_optimizer(model, arguments, len(train_dataset)) if paper else (None, None),
         callbacks=[TrainingProgress(), EpochStatistics()],
     )
     trainer.remove_callback(PrinterCallback)
@@ -303,7 +303,7 @@ def _accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions == prediction.label_ids))}
 
 
-def _published_optimizer(
+def _paper_optimizer(
     model: PreTrainedModel | PeftModel, arguments: TrainingArguments, samples: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Return AdamW over all parameters with equal weight decay, and a cosine schedule that steps once an epoch."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import IncompatibleSourceError, shortened
+from ..errors import IncompatibleSourceError, first_few
 from ..hub.reference import UNREADABLE, Source
 from ..internals import computed_patterns, initialize_, tied_names
 from ..tensors.units import head_tensors, movable_tensors
@@ -84,7 +84,7 @@ def fresh_problems(model: PreTrainedModel, fresh: Mapping[str, str], *, needs_he
     trained = {name for name in fresh if name in head_tensors(model) or TRAINED_LATER.search(name)}
 
     def listed(names: Collection[str]) -> str:
-        return f"{len(names)} of its tensors: {shortened([name + fresh[name] for name in sorted(names)])}"
+        return f"{len(names)} of its tensors: {first_few([name + fresh[name] for name in sorted(names)])}"
 
     problems = []
     if body := fresh.keys() - trained:

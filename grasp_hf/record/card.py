@@ -176,7 +176,7 @@ def licence_section(report: MergeReport, gated: Collection[str] = ()) -> str:
 def _evaluation_rows(report: MergeReport, task: str | None) -> list[EvalResult]:
     """Return the last held-out loss and accuracy as rows of the card's metadata."""
     last, kind = report.run.final.after if report.run.final else {}, "held-out"
-    if not report.run.final and report.steps and report.steps[-1].judged_by == "evaluation data":
+    if not report.run.final and report.steps and report.steps[-1].validated_by == "evaluation data":
         last = report.steps[-1].after
     if report.run.test:  # which chose nothing
         last, kind = report.run.test, "test"
@@ -243,7 +243,7 @@ def model_card(
         with_pipeline: Whether a tokenizer or processor is saved with the model, which a pipeline needs.
         gated: Names of the parents whose files are behind conditions.
     """
-    name, judged = str(report.run.config.get("method")), report.judged_by
+    name, judged = str(report.run.config.get("method")), report.validated_by
     method = METHODS[name]
     images = "\n\n".join(f"![{CAPTIONS.get(name, name)}]({name})" for name in figures)
     return ModelCard.from_template(

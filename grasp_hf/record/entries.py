@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..tensors.mixing import Mix
-from .text import shown
+from .text import format_number
 
 Evaluation = dict[str, float]
 Decision = Literal["moved", "rescaled", "kept", "undefined", "undone"]
@@ -89,19 +89,19 @@ class FinetuneReport:
     """One fine-tuning, and how much of it was kept.
 
     Attributes:
-        share: Where the model is now on the line from the weights before (0) to those after (1).
+        fraction: Where the model is now on the line from the weights before (0) to those after (1).
         losses: Mean loss at points of that line, by share; where halves of the labels judged, of each in the
             other's model.
-        judged_by: What these losses are of; empty where nothing judged, so that all of it was kept.
+        validated_by: What these losses are of; empty where nothing judged, so that all of it was kept.
         after: Held-out loss (and accuracy) at the end; empty without evaluation data.
         alone: Loss of the same without any source; `None` where that was not tried.
         gain: From that to the merge, sample by sample, not calibrated: where the change is below 0, the sources helped.
         without_sources: Whether they did not, so that the model is that one; share and losses are of the merge then.
     """
 
-    share: float = 1.0
+    fraction: float = 1.0
     losses: dict[str, float] = field(default_factory=dict)
-    judged_by: str = ""
+    validated_by: str = ""
     after: Evaluation = field(default_factory=dict)
     alone: float | None = None
     gain: ChangeReport | None = None
@@ -109,8 +109,8 @@ class FinetuneReport:
 
     @property
     def loss(self) -> float | None:
-        """The loss of the model that was kept, of those that `judged_by` names; `None` where nothing judged."""
-        return self.alone if self.without_sources else self.losses.get(str(self.share))
+        """The loss of the model that was kept, of those that `validated_by` names; `None` where nothing judged."""
+        return self.alone if self.without_sources else self.losses.get(str(self.fraction))
 
     def line(self) -> str:
         """Return one line of text for the terminal."""
@@ -118,11 +118,11 @@ class FinetuneReport:
             return "fine-tuned"
         if self.without_sources:
             return f"fine-tuned without the sources of this merge, which were taken back{self._against_alone()}"
-        kept = f"kept {100 * self.share:.0f} % of the way" if self.share else "taken back whole"
+        kept = f"kept {100 * self.fraction:.0f} % of the way" if self.fraction else "taken back whole"
         last = self.losses[max(self.losses, key=float)]
         return (
-            f"fine-tuned, {kept}: loss {shown(self.losses['0.0'])} before, {shown(self.losses[str(self.share)])} "
-            f"there, {shown(last)} at its end, on {self.judged_by}{self._against_alone()}"
+            f"fine-tuned, {kept}: loss {format_number(self.losses['0.0'])} before, {format_number(self.losses[str(self.fraction)])} "
+            f"there, {format_number(last)} at its end, on {self.validated_by}{self._against_alone()}"
         )
 
     def _against_alone(self) -> str:
@@ -130,8 +130,8 @@ class FinetuneReport:
         if self.gain is None:
             return ""
         return (
-            f"; fine-tuning alone against the merge, on {self.gain.samples} samples of {self.judged_by}: loss "
-            f"{shown(self.alone)} -> {shown(self.losses[str(self.share)])} ({self.gain}{self.gain.doubt})"
+            f"; fine-tuning alone against the merge, on {self.gain.samples} samples of {self.validated_by}: loss "
+            f"{format_number(self.alone)} -> {format_number(self.losses[str(self.fraction)])} ({self.gain}{self.gain.doubt})"
         )
 
 
@@ -140,24 +140,26 @@ class ControlReport:
     """What the merge gained over fine-tuning the start alone, with the same labels and as many epochs.
 
     Attributes:
-        judged_by: The samples that both were judged by: `evaluation data`, or `test data`.
+        validated_by: The samples that both were judged by: `evaluation data`, or `test data`.
         alone: Loss (and accuracy) of the start, fine-tuned without any source.
         merged: The same of the merge.
         change: From the one to the other, sample by sample.
     """
 
-    judged_by: str
+    validated_by: str
     alone: Evaluation
     merged: Evaluation
     change: ChangeReport
 
     def line(self) -> str:
         """Return one line of text for the terminal."""
-        values = ", ".join(f"{name} {shown(self.alone[name])} -> {shown(self.merged[name])}" for name in self.alone)
+        values = ", ".join(
+            f"{name} {format_number(self.alone[name])} -> {format_number(self.merged[name])}" for name in self.alone
+        )
         doubt = self.change.doubt
-        if self.judged_by == "evaluation data":
+        if self.validated_by == "evaluation data":
             doubt += "; they also chose what was kept, which flatters both: add a split 'test'"
         return (
-            f"against fine-tuning alone, on {self.change.samples} samples of the {self.judged_by}: {values}; calibrated loss "
+            f"against fine-tuning alone, on {self.change.samples} samples of the {self.validated_by}: {values}; calibrated loss "
             f"{self.change}{doubt}"
         )

@@ -112,7 +112,7 @@ def progress_figure(report: MergeReport) -> "Figure | None":
     axes = figure.add_subplot()
     _draw_path(axes, report.steps, losses, start)
     _draw_losses(axes, report.steps, losses, start)
-    judged = report.judged_by or "what judges"
+    judged = report.validated_by or "what judges"
     ends = _draw_end(axes, report, len(losses) + 0.5, judged)
     seen = [loss for row in [*losses, [start, *ends]] for loss in row if math.isfinite(loss)]
     if min(seen) > 0 and max(seen) > 20 * min(seen):
@@ -279,14 +279,14 @@ def _draw_end(axes: "Axes", report: MergeReport, place: float, judged: str) -> l
     ends: dict[str, float] = {}
     if final and (final.loss is not None or final.after):
         loss, by = (
-            (final.loss, final.judged_by) if final.loss is not None else (final.after["loss"], "evaluation data")
+            (final.loss, final.validated_by) if final.loss is not None else (final.after["loss"], "evaluation data")
         )
         on = "" if by == judged else f", on {by}"
         axes.scatter([place], [loss], marker="*", color=GREEN, s=90, label=f"at the end{on}", zorder=2)
         ends["end"] = loss
         if final.alone is not None:
             ends["alone"] = final.alone
-    if "alone" not in ends and control and control.judged_by == judged:
+    if "alone" not in ends and control and control.validated_by == judged:
         on, ends["alone"] = "", control.alone["loss"]
     if "alone" in ends:
         label = f"fine-tuning alone{on}"

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..files import write_whole
 from .entries import DOUBT, ChangeReport, ControlReport, Evaluation, FinetuneReport, UnitReport
 from .redaction import names_of_paths
-from .text import markdown_table, shown
+from .text import format_number, markdown_table
 
 
 @dataclass
@@ -33,14 +33,14 @@ class StepReport:
         notes: How its head and its vocabulary were matched with the target's, where there is something to say.
         units: One row per unit that could have moved.
         other_units: Number of units that could not: untouched by an adapter, or a head that does not fit.
-        judged_by: The samples that the next losses are of: `evaluation data`, `labels` that the model has not been
+        validated_by: The samples that the next losses are of: `evaluation data`, `labels` that the model has not been
             fine-tuned on, or both; empty where there are none. Of `two halves of the labels`, or of some, each judges the
             coefficients that the other has taught; the model before the transfer and at the end of the step has learned
             from both.
-        options: Calibrated loss of each way to take the source in: as the method says and, where it learned coefficients,
-            as an `average`, plain and weighted by Fisher information (`fisher`).
-        taken: The plain average, unless another is ahead of it by more than the standard error of their difference: then the
-            one with the lowest loss.
+        candidates: Calibrated loss of each candidate: that of the method and, where coefficients were learned, the
+            `average` and the average weighted by Fisher information (`fisher`).
+        chosen: The candidate that was chosen: the average, unless another is better by more than the standard error of
+            their difference; then the one with the lowest loss.
         before: Loss (and accuracy) before the transfer.
         after_transfer: The same after the transfer, before the gate's decision.
         change: From the one to the other, sample by sample.
@@ -61,9 +61,9 @@ class StepReport:
     notes: list[str] = field(default_factory=list)
     units: list[UnitReport] = field(default_factory=list)
     other_units: int = 0
-    judged_by: str = ""
-    options: dict[str, float] = field(default_factory=dict)
-    taken: str = ""
+    validated_by: str = ""
+    candidates: dict[str, float] = field(default_factory=dict)
+    chosen: str = ""
     before: Evaluation = field(default_factory=dict)
     after_transfer: Evaluation = field(default_factory=dict)
     change: ChangeReport | None = None
@@ -123,7 +123,7 @@ class StepReport:
         if not self.moved:
             return "nothing taken, what was merged before rescaled" if self.changed else "nothing moved"
         means = {"average": "averaged", "fisher": "averaged by Fisher"}
-        return means.get(self.taken, "merged") if len(self.options) > 1 else "merged"
+        return means.get(self.chosen, "merged") if len(self.candidates) > 1 else "merged"
 
     def row(self) -> dict[str, str]:
         """Return the source's line of the summary table."""
@@ -131,17 +131,17 @@ class StepReport:
         return {
             "source": self.name,
             "kind": self.kind,
-            "score": shown(sum(scores) / len(scores) if scores else None),
+            "score": format_number(sum(scores) / len(scores) if scores else None),
             "moved": f"{self.moved}/{len(self.units)}",
             "undefined": str(sum(unit.decision == "undefined" for unit in self.units)),
-            "coefficient": shown(self.mean_coefficient),
-            "target kept": shown(self.mean_kept),
+            "coefficient": format_number(self.mean_coefficient),
+            "target kept": format_number(self.mean_kept),
             "decision": self.decision,
-            "loss before": shown(self.before.get("loss")),
-            "transferred": shown(self.after_transfer.get("loss")),
+            "loss before": format_number(self.before.get("loss")),
+            "transferred": format_number(self.after_transfer.get("loss")),
             "change (calibrated)": str(self.change or "–"),
-            "accuracy": " → ".join(shown(e.get("accuracy")) for e in (self.before, self.after_transfer)),
-            **({"fine-tuned": shown(self.after.get("loss"))} if self.finetuned else {}),
+            "accuracy": " → ".join(format_number(e.get("accuracy")) for e in (self.before, self.after_transfer)),
+            **({"fine-tuned": format_number(self.after.get("loss"))} if self.finetuned else {}),
             "seconds": f"{self.seconds:.1f}",
         }
 
@@ -153,11 +153,11 @@ class StepReport:
         if self.before:
             loss = f"loss {row['loss before']} -> {row['transferred']}"
             moved = f" ({self.change} calibrated{self.change.doubt})" if self.change else ""
-            parts.append(f"{loss}{moved} on {self.judged_by}")
-        if len(self.options) > 1:
-            options = " or ".join(f"{shown(loss)} {name}" for name, loss in self.options.items())
-            noise = self.options[self.taken] > min(self.options.values())
-            parts.append(f"calibrated: {options}" + f" ({self.taken}, as the difference is within the noise)" * noise)
+            parts.append(f"{loss}{moved} on {self.validated_by}")
+        if len(self.candidates) > 1:
+            options = " or ".join(f"{format_number(loss)} {name}" for name, loss in self.candidates.items())
+            noise = self.candidates[self.chosen] > min(self.candidates.values())
+            parts.append(f"calibrated: {options}" + f" ({self.chosen}, as the difference is within the noise)" * noise)
         if self.finetuned:
             parts.append(f"{self.finetuned.line()}")
         return ", ".join([*parts, f"{row['seconds']} s"]) + "".join(f"\n    {note}" for note in self.notes)
@@ -169,9 +169,9 @@ class StepReport:
                 {
                     "unit": unit.name,
                     "elements": str(unit.elements),
-                    "score": shown(unit.score),
-                    "coefficient": shown(unit.coefficient),
-                    "target kept": shown(1 - unit.coefficient if unit.keep is None else unit.keep),
+                    "score": format_number(unit.score),
+                    "coefficient": format_number(unit.coefficient),
+                    "target kept": format_number(1 - unit.coefficient if unit.keep is None else unit.keep),
                     "decision": unit.decision,
                 }
                 for unit in self.units
@@ -216,7 +216,7 @@ class RunReport:
         """Read what `dataclasses.asdict` made."""
         control = values.get("control")
         if control:
-            control = ControlReport(**{**control, "change": ChangeReport(**control["change"])})
+            control = ControlReport(**{**_renamed(control), "change": ChangeReport(**control["change"])})
         return cls(**{**values, "final": _read_finetuned(values.get("final")), "control": control})
 
 
@@ -268,9 +268,9 @@ class MergeReport:
         return _pinned(self.base, self.base_sha)
 
     @property
-    def judged_by(self) -> str:
+    def validated_by(self) -> str:
         """What the losses of the steps are of; where that changed on the way, one after the other."""
-        return ", later on ".join(dict.fromkeys(step.judged_by for step in self.steps if step.judged_by))
+        return ", later on ".join(dict.fromkeys(step.validated_by for step in self.steps if step.validated_by))
 
     def without_paths(self) -> "MergeReport":
         """Return a copy that names local folders by their last part, for others to read."""
@@ -337,11 +337,11 @@ class MergeReport:
         found += [f"{step.name}: {note}" for step in self.steps for note in step.notes]
         found += [f"at the end {self.run.final.line()}"] if self.run.final else []
         found += [self.run.control.line()] if self.run.control else []
-        scores = ", ".join(f"{name} {shown(value)}" for name, value in self.run.test.items())
+        scores = ", ".join(f"{name} {format_number(value)}" for name, value in self.run.test.items())
         return found + ([f"test: {scores}"] if scores else [])
 
     def __str__(self) -> str:
-        start = f"start: {self.base}, loss {shown(self.start.get('loss'))}"
+        start = f"start: {self.base}, loss {format_number(self.start.get('loss'))}"
         return "\n".join([start, "", self.table(), "", *self.conclusions()])
 
     def to_json(self, path: Path) -> None:
@@ -365,12 +365,21 @@ class MergeReport:
             raise ConfigError(f"'{path.name}' is not the record of a merge by grasp_hf {error}") from error
 
 
+# Names of fields in records of version 0.1.
+_EARLIER_NAMES = {"judged_by": "validated_by", "options": "candidates", "taken": "chosen", "share": "fraction"}
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of an entry under their present names."""
+    return {_EARLIER_NAMES.get(name, name): value for name, value in values.items()}
+
+
 def _read_step(values: dict[str, Any]) -> StepReport:
     """Return a step from what `asdict` made of it; records of earlier versions lack some of it."""
     change = values.get("change")
     return StepReport(
         **{
-            **values,
+            **_renamed(values),
             "units": [UnitReport(**unit) for unit in values["units"]],
             "change": change and ChangeReport(**change),
             "finetuned": _read_finetuned(values.get("finetuned")),
@@ -382,7 +391,7 @@ def _read_finetuned(values: dict[str, Any] | None) -> FinetuneReport | None:
     if values is None:
         return None
     gain = values.get("gain")
-    return FinetuneReport(**{**values, "gain": gain and ChangeReport(**gain)})
+    return FinetuneReport(**{**_renamed(values), "gain": gain and ChangeReport(**gain)})
 
 
 def _pinned(name: str, sha: str | None) -> str:

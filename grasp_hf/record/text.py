@@ -18,6 +18,6 @@ def markdown_table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join([texts[0], rule, *texts[1:]])
 
 
-def shown(value: float | None, digits: int = 3) -> str:
+def format_number(value: float | None, digits: int = 3) -> str:
     """Return a number for a table; a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"

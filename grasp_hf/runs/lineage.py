@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from ..config.recipe import Recipe, override_
-from ..data.digests import described
+from ..data.digests import fingerprint
 from ..errors import ConfigError
 from ..hub.download import locate
 from ..hub.reference import Source
@@ -117,7 +117,7 @@ def reproduce(merged: str, overrides: Sequence[str] = (), *, token: str | None =
             f"'{recipe.base_model}' holds another one now"
         )
     for split, dataset in {"train": data.train, "eval": data.validation}.items():
-        recorded, found = record.run.data.get(split) or {}, described(dataset) or {}
+        recorded, found = record.run.data.get(split) or {}, fingerprint(dataset) or {}
         if not record.run.recipe.get("data"):  # given from Python, with columns of its own
             found.pop("digest", None)
         if other := {key: value for key, value in found.items() if value != recorded.get(key, value)}:
@@ -126,15 +126,15 @@ def reproduce(merged: str, overrides: Sequence[str] = (), *, token: str | None =
                 f"{recorded}; name the same data with data.path=... or data.data_dir=..."
             )
     merger.merge(sources, token=token, **data.keywords())
-    published = file_tensors(located)
-    return Replay(merger.report, _differences(merger.model, published), len(published))
+    pushed = file_tensors(located)
+    return Replay(merger.report, _differences(merger.model, pushed), len(pushed))
 
 
-def _differences(model: Any, published: dict[str, torch.Tensor]) -> dict[str, float]:
+def _differences(model: Any, pushed: dict[str, torch.Tensor]) -> dict[str, float]:
     made = saved_state(model)
-    found = dict.fromkeys(made.keys() ^ published.keys(), float("inf"))
-    for name in made.keys() & published.keys():
-        ours, theirs = made[name].cpu(), published[name]
+    found = dict.fromkeys(made.keys() ^ pushed.keys(), float("inf"))
+    for name in made.keys() & pushed.keys():
+        ours, theirs = made[name].cpu(), pushed[name]
         if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
             found[name] = (
                 float((ours.double() - theirs.double()).abs().max()) if ours.shape == theirs.shape else float("inf")

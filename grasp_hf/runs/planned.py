@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..errors import shortened
+from ..errors import first_few
 
 
 @dataclass
@@ -71,7 +71,7 @@ class PlannedSource:
             "architecture": self.architecture or None,
             "adapter of": self.adapter_of or None,
             "dtype": ", ".join(self.dtypes) or None,
-            "labels": shortened(self.labels, 3) if self.labels else None,
+            "labels": first_few(self.labels, 3) if self.labels else None,
             "tokens": str(self.vocabulary) if self.vocabulary else None,
             "licence": f"{self.license or '–'}, gated" if self.gated else self.license or None,
             "revision": revision and revision[:7],

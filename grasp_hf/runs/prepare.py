@@ -7,7 +7,7 @@ from transformers import default_data_collator
 from ..config.recipe import Recipe
 from ..data.digests import shared_samples
 from ..data.samples import Samples
-from ..errors import shortened
+from ..errors import first_few
 from ..hub.download import locate
 from ..merger import GraspMerger
 from ..models.classes import load_config, model_class, task_of
@@ -49,9 +49,9 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     if new_head and known != [f"LABEL_{index}" for index in range(len(known))]:
         logger.warning(
             "the labels of the data are %s, those of '%s' are %s: it gets a new head",
-            shortened(names),
+            first_few(names),
             base.ref,
-            shortened(known),
+            first_few(known),
         )
     if cls.main_input_name == "pixel_values":
         splits, collator = with_images(splits, section.image, processor)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, WeightConverter
 
-from ..errors import IncompatibleSourceError, shortened
+from ..errors import IncompatibleSourceError, first_few
 from ..hub.reference import Source
 from ..internals import collect_, convert, in_loading_order, runtime_name, tied_names, weight_conversions
 from ..tensors.mapped import MappedTensors
@@ -103,4 +103,4 @@ def _further(names: Collection[str], expected: Collection[str]) -> list[str]:
 
     kinds = {without_numbers(name) for name in expected}
     further = [name for name in names if re.search(r"\.\d+\.", name) and without_numbers(name) in kinds]
-    return [f"{len(further)} tensors of the source are not in the target: {shortened(further)}"] if further else []
+    return [f"{len(further)} tensors of the source are not in the target: {first_few(further)}"] if further else []

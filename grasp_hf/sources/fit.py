@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import shortened
+from ..errors import first_few
 from ..hub.reference import Source
 from ..internals import tied_names
 from ..models.processors import load_processing_class
@@ -105,7 +105,7 @@ def tie_problems(target: PreTrainedModel, source: PreTrainedModel) -> list[str]:
     """Say where weights are tied in one of two models only."""
     ties, others = (tied_names(model) for model in (target, source))
     pairs = sorted(f"{a} = {b}" for a, b in set(ties.items()) ^ set(others.items()))
-    return [f"weights are tied in one model and not in the other: {shortened(pairs)}"] if pairs else []
+    return [f"weights are tied in one model and not in the other: {first_few(pairs)}"] if pairs else []
 
 
 def tensor_problems(
@@ -119,9 +119,9 @@ def tensor_problems(
     missing = [name for name in target if name not in source and name not in ignored]
     extra = [name for name in source if name not in target]
     if missing:
-        problems.append(f"{len(missing)} tensors of the target are not in the source: {shortened(missing)}")
+        problems.append(f"{len(missing)} tensors of the target are not in the source: {first_few(missing)}")
     if extra:
-        problems.append(f"{len(extra)} tensors of the source are not in the target: {shortened(extra)}")
+        problems.append(f"{len(extra)} tensors of the source are not in the target: {first_few(extra)}")
     problems += [
         f"{name}: got shape {tuple(source[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in target.items()

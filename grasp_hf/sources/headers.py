@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import IncompatibleSourceError
-from ..hub.client import named_errors, retried
+from ..hub.client import hub_errors, retry
 from ..hub.listing import Listing
 from ..hub.reference import Source
 
@@ -52,8 +52,8 @@ def header_tensors(
 def _remote(listing: Listing, name: str, token: str | None) -> Iterable[tuple[str, str, list[int]]]:
     api = HfApi(token=token)
     try:
-        with named_errors(listing.ref, token):
-            header = retried(
+        with hub_errors(listing.ref, token):
+            header = retry(
                 lambda: api.parse_safetensors_file_metadata(listing.repo_id, name, revision=listing.sha),
                 f"reading the header of {name} of '{listing.ref}'",
             )

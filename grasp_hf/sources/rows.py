@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import shortened
+from ..errors import first_few
 from ..tensors.units import head_tensors, movable_tensors
 
 
@@ -139,7 +139,7 @@ def match_head(
         if unnamed and "Classification" in type(target).__name__:  # the default names of others mean nothing
             return RowMatches(notes=["head: classes matched by their numbers, for they have no names"])
         return RowMatches()
-    got = f"got {shortened(labels or ['classes without names'], 12)}, expected {shortened(expected, 12)}"
+    got = f"got {first_few(labels or ['classes without names'], 12)}, expected {first_few(expected, 12)}"
     if not names:
         how = "its head cannot be told from the rest of the model"
         return RowMatches(problems=[f"other label names: {got}; and {how}"])

@@ -103,17 +103,17 @@ def blend_(
     units: Sequence[Unit],
     mixes: Mapping[str, Mix],
     base: Mapping[str, Tensor] | None = None,
-    share: Callable[[str], Iterable[Tensor] | None] | None = None,
+    fractions: Callable[[str], Iterable[Tensor] | None] | None = None,
 ) -> None:
-    """Change the tensors of `units` in place to what each unit's mix makes of `start` and the source.
+    """Change the tensors of `units` in place to the mix of `start` and the source that `mixes` names for each unit.
 
-    Where `share` returns how much of the source each element of a tensor takes, that goes before the mix.
+    Where `fractions` returns how much of the source each element of a tensor takes, that replaces the mix.
     """
     for unit in units:
         for name in unit.tensors:
-            shares = share(name) if share else None
-            if shares is not None:
-                weigh_(tensors[name], start[name], source_values[name], shares)
+            own = fractions(name) if fractions else None
+            if own is not None:
+                weigh_(tensors[name], start[name], source_values[name], own)
             else:
                 origin = None if base is None else base[name]
                 mix_(tensors[name], start[name], source_values[name], origin, mixes[unit.name])

@@ -45,7 +45,7 @@ class UnitProducts:
         return found
 
 
-PUBLISHED_EPSILON = 1e-8
+PAPER_EPSILON = 1e-8
 CPU_PIECE = 2**17  # elements; pieces of this size stay in a core's cache
 DEVICE_PIECE = 2**24
 VANISHING = 1e-30  # below this a sum of float32 squares may have lost some of them

@@ -117,11 +117,11 @@ def finetune_on_line_(
     overwrite_(start, tensors)
     line = Line(tensors, end, train, evaluate)
     if validation is not None:
-        judged_by, parts = "evaluation data", [(labels, validation)]
+        validated_by, parts = "evaluation data", [(labels, validation)]
     elif len(labels) < 2:
-        judged_by, parts = "the label that it learned", [(labels, labels)]
+        validated_by, parts = "the label that it learned", [(labels, labels)]
     else:
-        judged_by = "two halves of the labels"
+        validated_by = "two halves of the labels"
         one, other = (Subset(labels, half) for half in halves(range(len(labels)), seed))
         parts = [(one, other), (other, one)]
     points_alone = None if alone is None else line.losses_from_(alone, parts, seed)
@@ -140,9 +140,9 @@ def finetune_on_line_(
         line.finetune_(origin, labels, seed)
     line.set_interpolated_(origin, taken)
     return FinetuneReport(
-        share=fraction,
+        fraction=fraction,
         losses={str(at): point.loss for at, point in points.items()},
-        judged_by=judged_by,
+        validated_by=validated_by,
         alone=loss_alone,
         gain=gain,
         without_sources=without_sources,

@@ -39,7 +39,8 @@ from torch import Tensor
 
 from tests.benchmarks.packages import complete
 
-RENAMED: dict[str, str] = {}  # new names of fields and files, by their old names
+# New names of fields and files, by their old names.
+RENAMED = {"options": "candidates", "share": "fraction"}
 IGNORED = {"seconds", "peak_memory", "versions"}  # fields whose numbers may differ; all that they hold is left out
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = Path(".ci", "constraints.txt")

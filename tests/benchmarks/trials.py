@@ -271,7 +271,7 @@ def weighed(
             start = {key: tensor.detach().clone() for key, tensor in tensors.items()}
             shares = {unit.name: share for unit in units}
             mixes = running.measure(lab.net, source, start, units, shares, batches, seed=0)
-            blend_(tensors, start, source, units, mixes, share=running.share)
+            blend_(tensors, start, source, units, mixes, fractions=running.fractions)
             candidates["fisher"] = lab.state()
         found = {way: lab.losses(candidate, labels, SCALES) for way, candidate in candidates.items()}
         way = min(found, key=lambda way: float(found[way].mean()))

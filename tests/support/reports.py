@@ -23,7 +23,7 @@ def step(
     units = unit_reports(dict.fromkeys(scores, 10), mixes, scores, accepted)
     names = ("before", "after_transfer", "after")
     measured: dict[str, Any] = {name: {"loss": loss} for name, loss in zip(names, losses or (), strict=False)}
-    measured |= {"judged_by": "evaluation data"} if losses else {}
+    measured |= {"validated_by": "evaluation data"} if losses else {}
     return StepReport(source, fields.pop("sha", SHA), "full", accepted=accepted, units=units, **measured, **fields)
 
 
