@@ -117,7 +117,7 @@ def list_runs(recipes: Sequence[str]) -> list[Run]:
         ),
         Run("rank", "rank", ("rank", "recipes/digits/full.yaml", "--json", "rank/ranking.json", "seed=0")),
         compare("compare", "--methods", "best-source", "average", "fisher"),
-        compare("every-row"),
+        compare("every-row", "method=blend"),
     ]
 
 
