@@ -35,9 +35,10 @@ from .models.processors import load_processing_class
 from .models.target import load_target
 from .record.card import declared_license
 from .record.earlier import EarlierMerge
-from .record.entries import ControlReport, Evaluation
+from .record.entries import ControlReport, Evaluation, Reason
 from .record.report import MergeReport, RunReport, StepReport
 from .record.saving import check_output, read_record, save_merge, save_record, saved_shards
+from .record.text import WIDTH, wrap
 from .tensors.units import Unit, movable_tensors
 from .validation.losses import SampleLosses, evaluation_losses
 
@@ -288,7 +289,7 @@ class GraspMerger:
             with run.puller(token, commits=commits) as puller:
                 for number, source in enumerate(references, start=1):
                     step = self._merge_numbered(run, puller, number, source, references)
-                    logger.info("%d/%d %s", number, len(references), step.line())
+                    self._log_step(f"{number}/{len(references)} ", step)
             if references:
                 self._finish(run, self.report.steps[earlier:])
         return self.report
@@ -342,8 +343,19 @@ class GraspMerger:
             return
         if final.without_sources:
             for merged in taken:
-                merged.undo("fine-tuning without any source is better")
-        logger.info("at the end: %s", final.line())
+                merged.undo(Reason.BETTER_ALONE)
+        first, *rest = final.sentences()
+        for sentence in (f"at the end: {first}", *rest):
+            logger.info(wrap(sentence, "", "    "))
+
+    @staticmethod
+    def _log_step(number: str, step: StepReport) -> None:
+        """Log one line for a source, its notes below it, and its details for those who asked for them."""
+        logger.info("%s%s", number, step.summary_line(WIDTH - len(number)))
+        for note in step.notes:
+            logger.info(wrap(note, "    ", "    "))
+        for detail in step.details():
+            logger.debug(wrap(detail, "    ", "    "))
 
     def merge_source(
         self,

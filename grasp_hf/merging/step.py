@@ -13,7 +13,7 @@ from ..errors import NonFiniteLossError
 from ..files import interrupts_held
 from ..methods.candidates import AVERAGE, Candidate, Inputs, Mixes
 from ..methods.table import find_candidates
-from ..record.entries import FinetuneReport
+from ..record.entries import FinetuneReport, Reason
 from ..sources.load import LoadedSource
 from ..tensors.mixing import Mix
 from ..tensors.scratch import Scratch
@@ -25,8 +25,6 @@ from ..validation.line import finetune_on_line_
 from ..validation.losses import SampleLosses, concatenate
 from .mixed import MixedModel
 from .transfer import Transfer
-
-NOT_FINITE = "the loss is NaN or infinite"
 
 
 class Step:
@@ -132,11 +130,11 @@ class Step:
         }
         if after is None or whole is None:
             mixed.undo(before)
-            return Transfer(units, _nothing(units), accepted=False, reason=NOT_FINITE, **record)
+            return Transfer(units, _nothing(units), accepted=False, reason=Reason.NOT_FINITE, **record)
         candidate, change = candidates[chosen], paired_change(before, after)
         mixed.put(candidate)
         self.labels.changed(whole)
-        accepted, reason = True, ""
+        accepted, reason = True, Reason.NONE
         if self.config.gate and any(mix.moves for mix in candidate.mixes.values()):
             accepted, reason = verdict(change, self.labels.floor, after, whole)
         if not accepted:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..config.grasp import GraspConfig
 from ..data.samples import Samples
 from ..models.batches import Batch, Collator, sample_batches
+from ..record.entries import EVALUATION_DATA
 from .changes import LEAST_SAMPLES, detectable_difference
 from .losses import MOST_VALIDATION_LABELS, SampleLosses, concatenate, evaluation_losses
 
@@ -93,7 +94,7 @@ class Labels:
                 some = f"{MOST_VALIDATION_LABELS} of the labels"
             names.append(f"two halves of {some}" if self.config.learns else some.removeprefix("the "))
         if self.samples.validation is not None:
-            names.append("evaluation data")
+            names.append(EVALUATION_DATA)
         return " and ".join(names)
 
     def losses(self) -> SampleLosses | None:
