@@ -89,9 +89,10 @@ def alignment_figure(report: MergeReport) -> "Figure | None":
     _draw_decisions(axes, cells)
     grouped = len(labels) < len(columns)
     measured = "score (cosine)" if scored else "coefficient"
-    axes.set_title(
-        f"{'Mean ' + measured if grouped else measured.capitalize()} per source and {'layer' if grouped else 'unit'}"
-    )
+    if grouped:
+        axes.set_title(f"Mean {measured} per source and layer")
+    else:
+        axes.set_title(f"{measured.capitalize()} per source and unit")
     axes.set_xlabel("layer" if grouped else "unit")
     axes.set_ylabel("source, in order of merging" if len(cells) > 5 else "source")
     _label_axis(axes, "x", [_shorten_name(label) for label in labels], most=round(width / 0.17), rotation=90)
@@ -288,7 +289,7 @@ def _draw_losses(axes: "Axes", steps: Sequence[StepReport], losses: Sequence[Seq
     _mark(axes, after, "end of the step", marker="s", color=GREEN)
 
 
-def _mark(axes: "Axes", points: Sequence[Point], label: str, **look: str) -> None:
+def _mark(axes: "Axes", points: Sequence[Point], label: str, **look: Any) -> None:
     known = [point for point in points if math.isfinite(point[1])]
     if known:
         places, losses = zip(*known, strict=True)
