@@ -1,8 +1,8 @@
-"""Scripts that tests run in processes of their own."""
+"""The start of scripts that tests run in separate processes."""
 
 import grasp_hf
 
-# The start of a script: its imports of `grasp_hf.x` skip the package's `__init__`, which takes seconds.
+# After these lines, an import of `grasp_hf.x` skips the package's `__init__`, which takes seconds.
 WITHOUT_TORCH = f"""
 import sys, types
 
