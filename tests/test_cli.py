@@ -628,7 +628,7 @@ def test_a_merge_whose_saving_stopped_is_not_taken_for_a_merge(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, most)
         assert main(["push", str(world / folder), "org/never"]) == 1
-        said = {"merged": f"the merge in '{world / folder}' was not saved to its end", "new": "holds no weights"}
+        said = {"merged": f"the merge in '{world / folder}' was not saved completely", "new": "holds no weights"}
         assert said[folder] in capsys.readouterr().err
         merger.save_pretrained(world / folder)
         again = GraspMerger.from_pretrained(str(world / folder))
