@@ -73,10 +73,11 @@ def test_every_recipe_runs_by_the_command_in_its_header(
     printed = capsys.readouterr().out
     sources = yaml.safe_load(recipe.read_text())["sources"]
     expected = [Path(source).name for source in (sources if "base_model" in recipe.read_text() else sources[1:])]
-    ranking = json.loads((output / REPORT_FILE).read_text())["ranking"]
+    ranking = json.loads((output / REPORT_FILE).read_text())["run"]["ranking"]
     assert sorted(Path(row["reference"]).name for row in ranking) in ([], sorted(expected))
     order = [Path(row["reference"]).name for row in ranking] or expected
-    assert re.findall(r"^\d/\d (\w+) ", printed, flags=re.MULTILINE) == order
+    assert re.findall(r"^\d/\d (\w+): ", printed, flags=re.MULTILINE) == order
+    assert max(map(len, printed.splitlines())) <= 100
     assert re.search(r"^test: loss \d+\.\d+, accuracy 0\.\d+$", printed, flags=re.MULTILINE)
     assert (output / REPORT_FILE).exists()
     AutoModelForImageClassification.from_pretrained(output)

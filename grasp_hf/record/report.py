@@ -199,7 +199,7 @@ class StepReport:
         return markdown_table(
             [
                 {
-                    "unit": unit.name,
+                    "unit": shorten(unit.name, 32),
                     "elements": str(unit.elements),
                     "score": format_number(unit.score),
                     "coefficient": format_number(unit.coefficient),
@@ -365,7 +365,7 @@ class MergeReport:
         found += [f"{step.name}: {note}" for step in self.steps for note in step.notes]
         if self.run.final:
             first, *rest = self.run.final.sentences()
-            found += [f"at the end {first}", *rest]
+            found += [f"at the end: {first}", *rest]
         if self.run.control:
             found.append(self.run.control.sentence())
         if self.run.test:
