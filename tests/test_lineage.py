@@ -218,7 +218,9 @@ def test_an_adapter_of_a_base_that_is_gone(hub: HubServer, tmp_path: Path, monke
     (tmp_path / "base").rename(tmp_path / "moved")
     appended = GraspMerger.from_pretrained(str(tmp_path / "merged"), config=AVERAGE)
     before = {name: value.clone() for name, value in state(appended).items()}
-    with pytest.raises(IncompatibleSourceError, match="needs the model that the merge started from, and that model cannot be found"):
+    with pytest.raises(
+        IncompatibleSourceError, match="needs the model that the merge started from, and that model cannot be found"
+    ):
         appended.merge([adapter])
     assert_equal(state(appended), before)
     assert len(appended.merge(["org/line-2"]).steps) == 2, "other sources do not need it"
