@@ -237,7 +237,7 @@ class GraspMerger:
         """Record where this run started.
 
         Args:
-            starts_from_source: Whether the base is the first source. A continued merge keeps what it recorded.
+            starts_from_source: Whether the base is the first source. A continued merge keeps its record.
             recipe: Task and data of the recipe.
         """
         if not self.report.continues:
@@ -332,9 +332,9 @@ class GraspMerger:
         config = self.config
         if not config.final_epochs or run.samples.train is None:
             return
-        taken = [step for step in steps if step.changed]
+        merged = [step for step in steps if step.changed]
         with run.step() as step:
-            alone = run.scratch.base if config.compares_alone and taken else None
+            alone = run.scratch.base if config.compares_alone and merged else None
             final = step.finetune(config.final_epochs, config.seed, alone=alone)
             if final and run.samples.validation is not None:
                 final = replace(final, after=run.labels.losses_on(run.samples.validation).evaluation())
@@ -343,8 +343,8 @@ class GraspMerger:
         if final is None:
             return
         if final.without_sources:
-            for merged in taken:
-                merged.undo(Reason.BETTER_ALONE)
+            for report in merged:
+                report.undo(Reason.BETTER_ALONE)
         first, *rest = final.sentences()
         for sentence in (f"at the end: {first}", *rest):
             logger.info(wrap(sentence, "", "    "))
@@ -564,7 +564,7 @@ class GraspMerger:
 
 
 def _peak_memory() -> int:
-    """Return the largest memory that this process has held so far, in bytes: of the GPU where there is one."""
+    """Return the largest memory of this process so far, in bytes; with a GPU, the memory of the GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -466,7 +466,9 @@ def test_the_content_of_an_image_is_its_pixels() -> None:
 def test_too_few_test_samples_are_refused_with_what_they_could_show(world: Path, tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", {"train": 2, "test": 16})
     visible = 100 * 1.96 * math.sqrt(0.5 / 48)  # two models that differ on every second sample
-    with pytest.raises(DataError, match=f"'test' has 48 samples.* {visible:.0f} points.* 100.* 768 show 5 points"):
+    with pytest.raises(
+        DataError, match=f"'test' has 48 samples.* {visible:.0f} points.* 100.*768 samples tell 5 points"
+    ):
         compare(with_images(world, tmp_path, images), tmp_path / "out")
 
 
@@ -474,8 +476,8 @@ def test_too_few_validation_samples_are_refused_with_what_they_could_show(world:
     images = write_images(tmp_path / "images", {"train": 2, "validation": 16, "test": 34})
     with pytest.raises(
         DataError,
-        match=r"^the split 'validation' has 48 samples: two models would have to differ by about 20 points to be told "
-        r"apart; expected at least 50, and 768 show 5 points; without that split the labels judge$",
+        match=r"^the split 'validation' has 48 samples: two models must differ by about 20 points of accuracy to be "
+        r"told apart; expected at least 50 samples \(768 samples tell 5 points apart\); without that split the labels judge$",
     ):
         compare(with_images(world, tmp_path, images), tmp_path / "out")
     enough = write_images(tmp_path / "enough", {"train": 2, "validation": 17, "test": 34})

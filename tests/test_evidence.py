@@ -272,10 +272,10 @@ def test_two_sets_of_samples_as_one() -> None:
 
 def test_the_detectable_difference_is_the_interval_of_two_models_that_disagree_on_half_of_the_samples() -> None:
     found = detectable_difference(768)
-    assert found.startswith("768 samples: two models would have to differ by about 5 points ")
-    assert "expected at least 100, and 768 show 5 points" in found
+    assert found.startswith("768 samples: two models must differ by about 5 points ")
+    assert "expected at least 100 samples (768 samples tell 5 points apart)" in found
     one_wins, none = torch.tensor([1.0, -1.0] * 192), torch.zeros(384)
     differences = torch.cat([one_wins, none])  # between right (1) and wrong (0)
     half = 100 * 1.96 * float(differences.std(correction=0)) / math.sqrt(768)
     assert half == pytest.approx(5, abs=0.01)
-    assert "about 14 points" in detectable_difference(100) and "at least 50," in detectable_difference(100, 50)
+    assert "about 14 points" in detectable_difference(100) and "at least 50 samples" in detectable_difference(100, 50)

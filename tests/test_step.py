@@ -242,8 +242,8 @@ def test_a_merge_warns_once_of_few_validation_samples(world: Path, caplog: pytes
     sources = [str(world / "1"), str(world / "2")]
     merger_of(world, method="average").merge(sources, train_dataset=LABELS, eval_dataset=HELD_OUT)
     assert warnings_of(caplog) == [
-        "the sources are validated by labels and evaluation data, 27 samples: two models would have to differ by about 27 "
-        "points to be told apart; expected at least 100, and 768 show 5 points"
+        "the sources are validated by labels and evaluation data, 27 samples: two models must differ by about 27 points of "
+        "accuracy to be told apart; expected at least 100 samples (768 samples tell 5 points apart)"
     ]
     merger_of(world, method="average", initial_epochs=1).merge(sources, train_dataset=LABELS, eval_dataset=HELD_OUT)
     (warning,) = warnings_of(caplog)

@@ -30,7 +30,7 @@ class Candidate:
         mixes: The mix of each unit.
         validated: The mixes evaluated on each of `Labels.validation_parts`. Learned coefficients come from the fit that did
             not see that part.
-        scores: A score in [-1, 1] of each unit, for the report; `None` where it is undefined.
+        scores: A score in [-1, 1] of each unit, for the report; `None` if it is undefined.
         fractions: Returns, for the name of a tensor, how much of the source each of its elements takes, in [0, 1]; `None`
             leaves the tensor to the mix of its unit.
         when_merged: Called once when the source stays in the model.

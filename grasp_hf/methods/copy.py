@@ -42,7 +42,7 @@ def unit_cosines(
     gradients (`summed_cosines`), because both models share the noise of a batch.
 
     Args:
-        target: The model; comes back with its weights, but see `paper`.
+        target: The model; its weights come back unchanged.
         source_values: The source's weights by name.
         units: The units.
         batches: Labelled batches.

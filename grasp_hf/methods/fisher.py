@@ -98,7 +98,7 @@ class RunningFisher:
 
     Args:
         total: Buffer for `F`, one tensor per parameter, in a type with the range of float32.
-        own: Buffer for `F_S`, likewise.
+        own: Buffer for `F_S`, of the same form.
     """
 
     def __init__(self, total: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -149,7 +149,7 @@ class RunningFisher:
         self._known.update(self._average)
 
     def _measure_total(self, model: PreTrainedModel, batches: Sequence[Batch], seed: int) -> None:
-        """Measure `F` where it is not known; it is 0 if the mean holds no model yet."""
+        """Measure `F` for the tensors for which it is not known; it is 0 if the mean holds no model yet."""
         unknown = [name for name in self._average if name not in self._known]
         for name in unknown:
             self._total[name].zero_()

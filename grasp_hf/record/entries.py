@@ -11,7 +11,7 @@ from .text import format_number
 Evaluation = dict[str, float]
 Decision = Literal["moved", "rescaled", "kept", "undefined", "undone"]
 SMALLEST_COEFFICIENT = 5e-4  # a smaller coefficient is printed as 0.000
-EVALUATION_DATA = "evaluation data"  # `validated_by` where the held-out samples validate
+EVALUATION_DATA = "evaluation data"  # `validated_by` if held-out samples validate
 TEST_DATA = "test data"
 
 
@@ -36,10 +36,10 @@ class UnitReport:
         elements: Number of elements of the unit's tensors.
         score: In [-1, 1]. With `copy` the cosine of the two models' gradients; with `blend` the cosine between the change
             that the source learned and the direction of descent. `None` if it is undefined: a gradient is missing or zero.
-        coefficient: How much of the source was to be merged: 0 is nothing, 1 is all of what it changed. For an average
+        coefficient: How much of the source was to be merged: 0 is nothing, 1 is everything that it changed. For an average
             by Fisher information it is the mean over the unit's elements.
         decision: `moved` units took something from the source. `rescaled` ones took nothing from it, only more or less of
-            what was merged before. `kept` and `undefined` ones stay as they are. `undone` ones changed, and the gate
+            what was merged before. `kept` and `undefined` ones did not change. `undone` ones changed, and the gate
             undid the change.
         keep: How much of the target was to stay, on the same scale. `1 - coefficient` is a point between the two models.
     """

@@ -16,12 +16,12 @@ from .entries import ChangeReport, ControlReport, Evaluation, FinetuneReport, Re
 from .redaction import names_of_paths
 from .text import WIDTH, format_number, markdown_table, shorten, wrap
 
-Row = dict[str, str | None]  # column -> text; `None` where the report holds no value
+Row = dict[str, str | None]  # column -> text; `None` if the report holds no value
 
 
 @dataclass
 class StepReport:
-    """One source: where it came from, the measurements, the decision, and how the loss changed.
+    """One source: its origin, the measurements, the decision, and the change of the loss.
 
     Attributes:
         source: The reference as the user gave it.
@@ -38,7 +38,7 @@ class StepReport:
         validated_by: The samples of the next losses: `evaluation data`, `labels` that the model has not been fine-tuned
             on, or both; empty if there are none. Of `two halves of the labels`, each half validates the coefficients that
             the other half taught; the losses before the source and at the end of the step are on both halves.
-        candidates: Calibrated loss of each candidate: that of the method and, where coefficients were learned, the
+        candidates: Calibrated loss of each candidate: that of the method and, if coefficients were learned, the
             `average` and the average weighted by Fisher information (`fisher`).
         chosen: The candidate that was chosen: the average, unless another is better by more than the standard error of
             their difference; then the one with the lowest loss.
@@ -248,7 +248,7 @@ class RunReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunReport":
-        """Read what `dataclasses.asdict` made."""
+        """Return the report from the dictionary that `dataclasses.asdict` made."""
         control = values.get("control")
         if control:
             control = ControlReport(**{**_renamed(control), "change": ChangeReport(**control["change"])})
@@ -389,7 +389,7 @@ class MergeReport:
 
     @classmethod
     def from_json(cls, path: Path) -> "MergeReport":
-        """Read what `to_json` wrote.
+        """Return the record from a file that `to_json` wrote.
 
         Raises:
             ConfigError: The file holds something else.

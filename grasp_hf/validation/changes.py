@@ -79,6 +79,6 @@ def detectable_difference(samples: int, least: int = LEAST_SAMPLES) -> str:
     points = 100 * NORMAL_95 * math.sqrt(0.5 / samples)
     needed = round(0.5 * (NORMAL_95 / 0.05) ** 2)
     return (
-        f"{samples} samples: two models would have to differ by about {points:.0f} points to be told apart; expected at "
-        f"least {least}, and {needed} show 5 points"
+        f"{samples} samples: two models must differ by about {points:.0f} points of accuracy to be told apart; expected "
+        f"at least {least} samples ({needed} samples tell 5 points apart)"
     )

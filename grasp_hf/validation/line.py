@@ -92,7 +92,7 @@ def finetune_on_line_(
     difference. That loss is not calibrated, because a fine-tuning changes the scale of the logits too. A point where both
     losses, calibrated and not, are above those of the start is never kept: there, the training has taught only confidence.
 
-    Evaluation data validate where there are any. Otherwise the labels are cut into two halves at random. Each half trains
+    Evaluation data validate if there are any. Otherwise the labels are cut into two halves at random. Each half trains
     a model, which the other half validates along its line. A third training, on all labels, is then moved to the point
     that both halves together allow. In this cross-validation, each half makes as many passes over its labels as the whole.
 
@@ -111,7 +111,7 @@ def finetune_on_line_(
         alone: Weights fine-tuned without any source; kept if their loss is lower.
 
     Returns:
-        The mean loss at each point, the point kept, what validated, and the gain over `alone`.
+        The mean loss at each point, the point that is kept, the samples that validated, and the gain over `alone`.
     """
     start, end = buffers
     overwrite_(start, tensors)
