@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from datasets import Dataset
 from scipy.stats import t
 from torch.utils.data import ConcatDataset
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError
@@ -289,10 +290,15 @@ LEARNING: dict[str, Any] = {"batch_size": 8, "training_arguments": {"learning_ra
 
 def learned(kind: str, folder: Path, epochs: int = 15) -> str:
     """Save a model that has learned the data, and return its folder."""
+    return saved(expert_of(kind, epochs), folder)
+
+
+@cache
+def expert_of(kind: str, epochs: int) -> PreTrainedModel:
     config = GraspConfig(gate=False, initial_epochs=epochs, final_epochs=0, order="given", **LEARNING)
     expert = GraspMerger(tiny_model(kind), config)
     expert.merge([], train_dataset=tiny_data(kind, 48, seed=1))
-    return saved(expert.model, folder)
+    return expert.model
 
 
 @pytest.mark.parametrize("evaluates", [False, True])
