@@ -141,8 +141,8 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
     transformers itself does so in train mode only. Never reentrant: a reentrant checkpoint would hand out partial
     gradients of a layer that is used more than once.
     """
-    kind = transformers.GradientCheckpointingLayer
-    layers = [m for m in model.modules() if isinstance(m, kind) and m.gradient_checkpointing]
+    checkpointing_layer = transformers.GradientCheckpointingLayer
+    layers = [m for m in model.modules() if isinstance(m, checkpointing_layer) and m.gradient_checkpointing]
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
     caching = [config for config in configs if layers and getattr(config, "use_cache", False)]
     for layer in layers:

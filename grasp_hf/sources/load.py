@@ -183,12 +183,8 @@ def _read_adapter(
     accepted_bases: Collection[str],
     token: str | None,
 ) -> SourceFiles:
-    from .adapters import (  # imports peft, for seconds
-        adapter_problems,
-        apply_adapter_,
-        load_adapter_config,
-        saved_classes,
-    )
+    # Imported here: peft takes seconds, and a merge of full models does not need it.
+    from .adapters import adapter_problems, apply_adapter_, load_adapter_config, saved_classes
 
     config = load_adapter_config(source)
     if problems := adapter_problems(config, source, base, accepted_bases, token=token):
