@@ -1,4 +1,4 @@
-"""Tests and processes: the start of scripts for processes of their own, and folders that all workers share."""
+"""Folders that all workers of a test run share."""
 
 import os
 import shutil
@@ -7,16 +7,6 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-
-import grasp_hf
-
-# The start of a script: its imports of `grasp_hf.x` skip the package's `__init__`, which takes seconds.
-WITHOUT_TORCH = f"""
-import sys, types
-
-package = sys.modules["grasp_hf"] = types.ModuleType("grasp_hf")
-package.__path__ = {grasp_hf.__path__!r}
-"""
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
