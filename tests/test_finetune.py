@@ -20,7 +20,7 @@ from transformers import (
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError, NonFiniteError
-from grasp_hf.models.finetune import adapted, check_finetuning, finetune_, training_arguments
+from grasp_hf.models.finetune import attach_lora, check_finetuning, finetune_, training_arguments
 from tests.support.models import KINDS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 
@@ -177,7 +177,7 @@ def test_an_interrupted_adapter_leaves_the_model_whole(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"q_proj\.weight.* learning_rate"):
         low_rank(model, tmp_path, {"r": 2}, learning_rate=1e30)
     assert dict(model.named_modules()) == modules and model.state_dict().keys() == before.keys()
-    with pytest.raises(KeyboardInterrupt, match="adapted"), adapted(model, {"r": 2}, seed=0):
+    with pytest.raises(KeyboardInterrupt, match="adapted"), attach_lora(model, {"r": 2}, seed=0):
         raise KeyboardInterrupt("adapted")
     assert dict(model.named_modules()) == modules
     assert all(p.requires_grad for p in model.parameters())
@@ -209,7 +209,7 @@ def test_the_statistics_of_a_trained_head_stay_with_it(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_sizes": [16, 16, 16], "num_attention_heads": [1, 1, 1], "depths": [1, 1, 1]}
     model = LevitForImageClassification(LevitConfig(image_size=64, key_dim=[8, 8, 8], **sizes))
     modules = dict(model.named_modules())
-    with adapted(model, {"r": 2}, seed=0) as trained:
+    with attach_lora(model, {"r": 2}, seed=0) as trained:
         trained.train()
         for _ in range(3):
             trained(pixel_values=torch.randn(4, 3, 64, 64) + 1)
@@ -285,7 +285,7 @@ def test_of_tied_weights_an_adapter_trains_no_copy(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = BertForMaskedLM(BertConfig(vocab_size=50, max_position_embeddings=16, intermediate_size=32, **sizes))
     data = masked_data(16)
-    with adapted(model, {"r": 2}, seed=0) as trained:
+    with attach_lora(model, {"r": 2}, seed=0) as trained:
         optimizer = torch.optim.Adam([p for p in trained.parameters() if p.requires_grad], lr=0.01)
         start = float(trained.eval()(**data[:]).loss)
         for _ in range(5):

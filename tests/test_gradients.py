@@ -12,7 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError
-from grasp_hf.models.gradients import checkpointing, gradient_pass, gradients_leaving, preserved_state
+from grasp_hf.models.gradients import checkpointing, gradient_pass, preserved_state, visit_gradients
 from tests.support.models import KINDS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 
@@ -65,7 +65,7 @@ def test_hooks_and_gradients_are_gone_when_the_block_raises() -> None:
 
 def test_hooks_are_there_inside_the_block_only() -> None:
     model = tiny_model("resnet")
-    with gradients_leaving(model, lambda name, gradient: None):
+    with visit_gradients(model, lambda name, gradient: None):
         assert hooks_on(model) == len(list(model.parameters()))
     assert hooks_on(model) == 0
 
