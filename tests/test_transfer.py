@@ -8,7 +8,7 @@ import torch
 from grasp_hf.errors import DiskFullError
 from grasp_hf.methods.blend import CoefficientDescent
 from grasp_hf.tensors.mapped import MappedTensors
-from grasp_hf.tensors.mixing import PIECE, Mix, in_rows, interpolate_, mix_, weigh_
+from grasp_hf.tensors.mixing import PIECE, Mix, interpolate_, interpolate_elements_, mix_, split_rows
 from grasp_hf.tensors.placing import overwrite_, placed
 from grasp_hf.tensors.products import CPU_PIECE, cosine, inner_products, mean_defined
 
@@ -98,7 +98,7 @@ def test_mapped_tensors_live_in_their_file(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_room_is_an_error_when_the_file_is_made(tmp_path: Path) -> None:
-    message = f"^no room for 1,125,899,906.8 MB in '{tmp_path}' .*(No space left|too large).*TMPDIR"
+    message = f"^no space for 1,125,899,906.8 MB in '{tmp_path}' .*(No space left|too large).*TMPDIR"
     with pytest.raises(DiskFullError, match=message):
         MappedTensors(tmp_path / "file", {"a": torch.empty(2**48, device="meta")})
     assert list(tmp_path.iterdir()) == []
@@ -153,7 +153,7 @@ def test_each_element_takes_its_own_share(dtype: torch.dtype) -> None:
     start, end = torch.tensor([1.0, 2.0, 4.0, 8.0]).to(dtype), torch.tensor([3.0, 2.0, -4.0, 0.0]).to(dtype)
     tensor = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
     storage = tensor.data_ptr()
-    weigh_(tensor, start, end, [torch.tensor([0.0, 0.3, 0.5, 1.0])])
+    interpolate_elements_(tensor, start, end, [torch.tensor([0.0, 0.3, 0.5, 1.0])])
     assert tensor.tolist() == [1.0, 2.0, 0.0, 0.0] and tensor.data_ptr() == storage
 
 
@@ -164,14 +164,14 @@ def test_each_element_takes_its_own_share(dtype: torch.dtype) -> None:
 def test_rows_are_worked_on_a_few_at_a_time(shape: tuple[int, ...], number: int) -> None:
     start, end, share = (torch.rand(shape) for _ in range(3))
     tensor = torch.nn.Parameter(torch.zeros(shape))
-    assert len(in_rows(share)) == number
-    weigh_(tensor, start, end, in_rows(share))
+    assert len(split_rows(share)) == number
+    interpolate_elements_(tensor, start, end, split_rows(share))
     assert torch.equal(tensor.detach(), torch.lerp(start, end, share))
 
 
 def test_rows_of_a_transposed_tensor_are_views_of_it() -> None:
     start, end, share = (torch.rand(5, PIECE // 2).T for _ in range(3))
     tensor = torch.nn.Parameter(torch.zeros(5, PIECE // 2).T)
-    assert len(in_rows(share)) == 3
-    weigh_(tensor, start, end, in_rows(share))
+    assert len(split_rows(share)) == 3
+    interpolate_elements_(tensor, start, end, split_rows(share))
     assert torch.equal(tensor.detach(), torch.lerp(start, end, share))

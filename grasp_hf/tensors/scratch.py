@@ -23,8 +23,8 @@ class Scratch:
 
     Attributes:
         directory: Folder of the files.
-        kept: What a method keeps from one source to the next, by a name of its choice. Such an object may use the files
-            `line`. A fine-tuning needs those files for itself, so `make_room` empties this.
+        kept: Objects that a method keeps from one source to the next, by a name of its choice. They may use the files
+            `line`. A fine-tuning needs these files for itself, so `make_room` removes the objects.
     """
 
     def __init__(self, directory: Path, like: Mapping[str, Tensor]) -> None:
