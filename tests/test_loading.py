@@ -93,7 +93,7 @@ def test_a_source_that_fits_is_read_exactly(folders: dict[str, str]) -> None:
 
 
 def test_another_architecture(folders: dict[str, str]) -> None:
-    with pytest.raises(IncompatibleSourceError, match="another architecture: got resnet, expected vit") as caught:
+    with pytest.raises(IncompatibleSourceError, match="different architecture: got resnet, expected vit") as caught:
         read(folders["resnet"], folders["vit"])
     assert str(caught.value).startswith(f"'{folders['resnet']}' cannot be merged:")
 
@@ -110,7 +110,7 @@ def test_all_shapes_that_differ_are_listed_at_once(folders: dict[str, str], tmp_
         **{f"vit.layers.{i}.mlp.fc1.bias": "got shape (48,), expected (32,)" for i in (0, 1)},
         **{f"vit.layers.{i}.mlp.fc2.weight": "got shape (16, 48), expected (16, 32)" for i in (0, 1)},
     }
-    assert problems[1] == "another num_hidden_layers: got 3, expected 2" and len(problems) == 8
+    assert problems[1] == "different num_hidden_layers: got 3, expected 2" and len(problems) == 8
 
 
 def test_a_shallower_source(folders: dict[str, str], tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_weights_tied_in_one_model_only(folders: dict[str, str], tmp_path: Path)
     untied = resized(folders["gpt2"], tmp_path / "untied", tie_word_embeddings=False)
     assert "lm_head.weight" in load_file(f"{untied}/model.safetensors")
     with pytest.raises(
-        IncompatibleSourceError, match="lm_head.weight and transformer.wte.weight differ; in the target"
+        IncompatibleSourceError, match="lm_head.weight and transformer.wte.weight differ, but they are tied"
     ):
         read(untied, folders["gpt2"])
     with pytest.raises(IncompatibleSourceError, match="1 tensors are not in its files, starting with lm_head.weight"):
@@ -186,7 +186,7 @@ def test_a_quantized_source(folders: dict[str, str], tmp_path: Path) -> None:
     other = with_config(folders["bert"], tmp_path / "other", quantization_config=quantization)
     with pytest.raises(
         IncompatibleSourceError,
-        match="its weights are quantized, expected float weights; name the model that it was made from",
+        match="its weights are quantized, expected float weights; name the float model that it was made from",
     ):
         read(other, folders["bert"])
 
@@ -262,7 +262,7 @@ def test_a_config_that_makes_no_model(changes: dict[str, Any], folders: dict[str
 def test_a_setting_that_no_shape_tells(folders: dict[str, str], tmp_path: Path) -> None:
     for kind, key, value, expected in (("bert", "num_attention_heads", 4, 2), ("vit", "hidden_act", "relu", "gelu")):
         other = with_config(folders[kind], tmp_path / key, **{key: value})
-        with pytest.raises(IncompatibleSourceError, match=f"another {key}: got {value}, expected {expected}"):
+        with pytest.raises(IncompatibleSourceError, match=f"different {key}: got {value}, expected {expected}"):
             read(other, folders[kind])
 
 
@@ -306,7 +306,7 @@ def test_an_adapter_of_another_base(folders: dict[str, str], tmp_path: Path) -> 
 
 
 def test_an_adapter_without_a_known_base(folders: dict[str, str], adapter: str) -> None:
-    with pytest.raises(IncompatibleSourceError, match="where the target started is not known; load the target with"):
+    with pytest.raises(IncompatibleSourceError, match="the base of the target is unknown; load the target with"):
         load_source(folder_source(adapter), tiny_model("vit"), base=None, directory=Path())
 
 
@@ -524,7 +524,7 @@ def test_a_target_gets_a_fresh_head_that_the_seed_decides(folders: dict[str, str
     }
     first, second = (GraspMerger.from_pretrained(folders["vit"], **names).model for _ in range(2))
     assert first.get_parameter("classifier.weight").shape == (5, 16)
-    assert "new weights, which must be trained: classifier.bias, classifier.weight" in caplog.text
+    assert "these weights are new and must be trained: classifier.bias, classifier.weight" in caplog.text
     assert torch.equal(
         first.get_parameter("vit.layernorm.weight"), tiny_model("vit").get_parameter("vit.layernorm.weight")
     )
@@ -537,9 +537,10 @@ def test_a_target_that_lacks_what_its_data_trains(
     names = ["bert.pooler.dense.bias", "classifier.weight"]
     some = with_tensors(folders["bert"], tmp_path / "some", dict.fromkeys(names))
     GraspMerger.from_pretrained(some)
-    assert f"new weights, which must be trained: {', '.join(names)}" in caplog.text
+    assert f"these weights are new and must be trained: {', '.join(names)}" in caplog.text
     with pytest.raises(
-        IncompatibleSourceError, match=f"no head that fits, .* none is trained: 2 of its tensors: {', '.join(names)}; "
+        IncompatibleSourceError,
+        match=f"no head that fits, .* trained without data: 2 of its tensors: {', '.join(names)}; ",
     ):
         load_target(folder_source(some), task=None, dtype=torch.float32, seed=0, needs_head=True)
 
@@ -574,7 +575,7 @@ def test_the_class_of_a_task(folders: dict[str, str], tmp_path: Path) -> None:
     model: Any = tiny_model("bert")
     body = saved(model.bert, tmp_path / "body")
     with pytest.raises(
-        IncompatibleSourceError, match=r"architecture \['BertModel'\], which has no task on top; say which"
+        IncompatibleSourceError, match=r"architecture \['BertModel'\], which has no task on top; name the task"
     ):
         GraspMerger.from_pretrained(body)
     merger = GraspMerger.from_pretrained(body, task="text-classification")

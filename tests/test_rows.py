@@ -158,7 +158,7 @@ def test_a_head_whose_class_rows_cannot_be_told_stays(tmp_path: Path) -> None:
     base = saved(roberta(labels), tmp_path / "base")
     source = saved(perturbed(roberta(labels[::-1]), 1), tmp_path / "source")
     tensors, step = merged(base, source, "bert", COPY_ALL)
-    assert step.notes[0].startswith("head stays: which of its rows belong to a class cannot be told: got 15, 14, ")
+    assert step.notes[0].startswith("head stays: its rows cannot be assigned to classes: got 15, 14, ")
     for name, value in roberta(labels).named_parameters():
         assert torch.equal(tensors[name], value) == name.startswith("classifier"), name
 
@@ -276,14 +276,16 @@ def test_a_target_without_a_tokenizer_asks_for_none(tmp_path: Path) -> None:
     name = "bert.embeddings.word_embeddings.weight"
     fine: Any = BertForSequenceClassification.from_pretrained(source)
     assert torch.equal(merger.model.get_parameter(name), fine.get_parameter(name))
-    assert step.notes == ["vocabulary: tokens matched by their numbers, for the target's tokenizer is not known"]
+    assert step.notes == ["vocabulary: tokens matched by their numbers, because the target's tokenizer is unknown"]
 
 
 def test_classes_without_names_are_matched_by_their_numbers_and_the_report_says_so(tmp_path: Path) -> None:
     labels = [f"LABEL_{number}" for number in range(3)]
     source = saved(tiny_model("vit", seed=1, labels=labels), tmp_path / "source")
     merger = GraspMerger(tiny_model("vit", labels=labels), GraspConfig(method="average", **NO_TUNING))
-    assert merger.merge([source]).steps[0].notes == ["head: classes matched by their numbers, for they have no names"]
+    assert merger.merge([source]).steps[0].notes == [
+        "head: classes matched by their numbers, because they have no names"
+    ]
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -292,7 +294,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path, caplog: pyte
         path.write_text("{")
     merger = GraspMerger.from_pretrained(str(base))
     assert merger.processing_class is None
-    assert f"{base}: its tokenizer or processor cannot be loaded, and is left out: " in caplog.text
+    assert f"{base}: its tokenizer or processor cannot be loaded and is not used: " in caplog.text
 
 
 def test_the_tokens_of_a_speech_model_are_matched_by_their_strings(tmp_path: Path) -> None:
