@@ -1,4 +1,4 @@
-"""Every kind of source that does not fit is refused with its name and reason; those that fit are read exactly."""
+"""A source that does not fit is refused with its name and the reason; a source that fits is read exactly."""
 
 import gc
 import json
@@ -32,7 +32,7 @@ LORA: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "modules_to_save
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return a base and a fine-tune of it for each kind of model."""
+    """Return a base and a fine-tuned copy of it for each kind of model."""
     root = tmp_path_factory.mktemp("models")
     made = {kind: saved(tiny_model(kind), root / kind) for kind in ("vit", "bert", "resnet", "gpt2")}
     fine = {f"fine-{kind}": saved(perturbed(tiny_model(kind), seed=1), root / f"fine-{kind}") for kind in made}
@@ -61,7 +61,7 @@ def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 def with_config(folder: str, to: Path, **changes: Any) -> str:
-    """Copy a model with other values in its config.json."""
+    """Copy a model, with changed values in its config.json."""
     path = copied(folder, to) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return str(to)
@@ -70,7 +70,7 @@ def with_config(folder: str, to: Path, **changes: Any) -> str:
 def with_tensors(
     folder: str, to: Path, changes: dict[str, torch.Tensor | None], file: str = "model.safetensors"
 ) -> str:
-    """Copy a model with some tensors of its file replaced, or left out where `None`."""
+    """Copy a model, with some tensors of its file replaced, or removed if `None`."""
     path = copied(folder, to) / file
     tensors = {name: value for name, value in (load_file(path) | changes).items() if value is not None}
     save_file(tensors, path, {"format": "pt"})
@@ -78,7 +78,7 @@ def with_tensors(
 
 
 def resized(folder: str, to: Path, **changes: Any) -> str:
-    """Write a new model of the same class as in `folder` with another config."""
+    """Write a new model of the class in `folder`, with changes in its config."""
     torch.manual_seed(5)
     config = AutoConfig.from_pretrained(folder, **changes)
     return saved(getattr(__import__("transformers"), config.architectures[0])(config), to)
@@ -191,7 +191,7 @@ def test_a_quantized_source(folders: dict[str, str], tmp_path: Path) -> None:
         read(other, folders["bert"])
 
 
-def test_quantized_weights_without_a_word_in_the_config(folders: dict[str, str], tmp_path: Path) -> None:
+def test_quantized_weights_that_the_config_does_not_mention(folders: dict[str, str], tmp_path: Path) -> None:
     packed: dict[str, torch.Tensor | None] = {"vit.layernorm.bias": torch.zeros(16, dtype=torch.uint8)}
     other = with_tensors(folders["vit"], tmp_path / "other", packed)
     with pytest.raises(
@@ -259,7 +259,7 @@ def test_a_config_that_makes_no_model(changes: dict[str, Any], folders: dict[str
         read(other, folders["bert"])
 
 
-def test_a_setting_that_no_shape_tells(folders: dict[str, str], tmp_path: Path) -> None:
+def test_a_setting_that_the_shapes_do_not_show(folders: dict[str, str], tmp_path: Path) -> None:
     for kind, key, value, expected in (("bert", "num_attention_heads", 4, 2), ("vit", "hidden_act", "relu", "gelu")):
         other = with_config(folders[kind], tmp_path / key, **{key: value})
         with pytest.raises(IncompatibleSourceError, match=f"different {key}: got {value}, expected {expected}"):
@@ -438,7 +438,7 @@ def test_a_bad_source_leaves_the_target_as_it_was(problem: str, folders: dict[st
 
 
 def make_bad(problem: str, folders: dict[str, str], to: Path) -> tuple[str, str, type[GraspError]]:
-    """Return a source that does not fit the ViT, what the error should say, and its class."""
+    """Return a source that does not fit the ViT, a pattern for the error, and the class of the error."""
     vit = folders["fine-vit"]
     refused = IncompatibleSourceError
     if problem == "architecture":
@@ -480,7 +480,7 @@ def test_a_failed_first_source_does_not_repeat_the_initial_fine_tuning(
 
 @pytest.fixture
 def no_collection() -> Iterator[None]:
-    """Leave freeing to reference counts alone."""
+    """Switch off garbage collection, so that only reference counts free memory."""
     gc.collect()
     gc.disable()
     yield
@@ -555,7 +555,7 @@ def test_a_target_that_lacks_weights_below_its_head(folders: dict[str, str], tmp
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit", "bert", "swin", "dinov2", "gpt_neox", "gpt2", "mixtral"])
-def test_headers_say_what_a_target_would_draw_anew(kind: str, tmp_path: Path) -> None:
+def test_headers_show_which_tensors_would_be_random(kind: str, tmp_path: Path) -> None:
     model = tiny_model(kind)
     whole = saved(model, tmp_path / "whole")
     tensors = load_file(tmp_path / "whole" / "model.safetensors")
@@ -610,7 +610,7 @@ def test_an_adapter_of_embeddings_or_of_the_output_layer(targets: list[str], tmp
 
 
 def test_the_head_of_an_adapter_has_the_labels_of_its_base(tmp_path: Path) -> None:
-    """The target's labels are the user's: a head that was trained for the base's is not taken for theirs."""
+    """The user gives the target other labels; the adapter's head was trained for the base's and is left out."""
     base = saved(tiny_model("vit", labels=["LABEL_0", "LABEL_1", "LABEL_2"]), tmp_path / "base")
     names: dict[str, Any] = {
         "id2label": dict(enumerate(LABELS)),
@@ -658,7 +658,7 @@ def test_an_adapter_that_names_its_base_from_its_own_folder(folders: dict[str, s
 
 
 def test_an_adapter_of_a_wider_model_is_never_cut_to_fit(tmp_path: Path) -> None:
-    """Leaving out a head of another size must not leave out the rest: PEFT would skip every weight that does not fit."""
+    """Only a head of another size may be left out; PEFT would skip every weight that does not fit."""
     base = saved(tiny_model("vit"), tmp_path / "base")
     config: Any = tiny_model("vit").config
     config.intermediate_size = 64

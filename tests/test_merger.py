@@ -495,7 +495,7 @@ def test_only_an_average_without_fine_tuning_can_do_without_data(tmp_path: Path)
     source = saved(tiny_model("vit"), tmp_path / "source")
     orders = [GraspConfig(**{**STILL, "order": order}) for order in ("loss", "rank")]
     for config in (GraspConfig(**BLEND), GraspConfig(**{**STILL, "final_epochs": 1}), *orders):
-        with pytest.raises(DataError, match="train_dataset is missing; expected labelled samples: only an average"):
+        with pytest.raises(DataError, match="train_dataset is missing; expected labelled samples. Only an average"):
             GraspMerger(tiny_model("vit"), config).merge([source])
 
 

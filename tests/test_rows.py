@@ -1,4 +1,4 @@
-"""Heads and vocabularies: rows are matched by what they mean, never by index."""
+"""The rows of heads and vocabularies are matched by their names, not by their numbers."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_names_are_matched_and_ambiguous_ones_are_not() -> None:
     assert match_labels(["a", "a"], ["a", "a"]).is_identity
     assert list(match_labels(["a", "b"], ["b", "a", "a"]).target) == [1]
     assert not match_labels(["a", "b"], ["a", "b", "c"]).is_identity
-    # A token whose id lies behind the last row of a tensor has no row.
+    # A token whose id is above the last row of a tensor has no match.
     assert list(match_rows({"x": 0, "y": 5}, {"y": 1, "x": 2}, (3, 3)).target) == [0]
 
 
@@ -266,7 +266,7 @@ def test_a_vocabulary_that_cannot_be_compared_is_refused(words: Any, message: st
         merged(base, str(source), "bert", COPY_ALL)
 
 
-def test_a_target_without_a_tokenizer_asks_for_none(tmp_path: Path) -> None:
+def test_a_target_without_a_tokenizer_needs_none_in_the_source(tmp_path: Path) -> None:
     source = Path(text_model(tmp_path / "source", WORDS, seed=1))
     for path in source.glob("tokenizer*"):
         path.unlink()
@@ -298,7 +298,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path, caplog: pyte
 
 
 def test_the_tokens_of_a_speech_model_are_matched_by_their_strings(tmp_path: Path) -> None:
-    """Every fine-tune of a CTC model has a vocabulary of its own, and its head no label names."""
+    """Every fine-tuned CTC model has its own vocabulary, and its head has no label names."""
     convolutions: dict[str, Any] = {"conv_dim": (8, 8), "conv_kernel": (3, 3), "conv_stride": (2, 2)}
     convolutions |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2}
     sizes = {key: value for key, value in SMALL.items() if key not in ("vocab_size", "max_position_embeddings")}

@@ -15,7 +15,7 @@ def is_picture(value: Any) -> bool:
 
 
 def picture_bytes(value: Any) -> bytes:
-    """Return the bytes of a picture's file, or the pixels of a decoded picture; for a missing file, the file's name."""
+    """Return the bytes of a picture's file, or the pixels of a decoded picture; for a missing file, its name."""
     if not isinstance(value, dict):
         return value.tobytes()
     try:

@@ -78,8 +78,8 @@ def find_label_names(split: Dataset, column: str) -> list[str] | int:
     values = split.unique(column)
     if any(value is None for value in values):
         raise DataError(
-            f"column '{column}' holds rows without a label; expected a label in every row (in a CSV file, NA, None and "
-            "nan mean an empty field)"
+            f"column '{column}' holds rows without a label; expected a label in every row (in a CSV file, NA, None "
+            "and nan mean an empty field)"
         )
     feature = split.features[column]
     if isinstance(feature, ClassLabel):
@@ -124,8 +124,8 @@ def _encode_split(split: Dataset, split_name: str, column: str, ids: dict[str, i
     known: dict[Any, int] = {**ids, **{index: index for index in ids.values()}}
     if unknown := sorted({str(value) for value in values if value not in known}):
         raise DataError(
-            f"split '{split_name}' has labels that the model does not know: {', '.join(unknown[:5])}; expected some of "
-            f"{', '.join(list(ids)[:12])}"
+            f"split '{split_name}' has labels that the model does not know: {', '.join(unknown[:5])}; expected some "
+            f"of {', '.join(list(ids)[:12])}"
         )
     replaced = {name for name in (column, "labels") if name in split.column_names}
     unused = max(split.column_names, key=len) + "+"
@@ -178,7 +178,8 @@ def labelled_splits(
             0 in split.unique(section.label) for split in splits.values()
         ):
             raise DataError(
-                f"column '{section.label}' holds class ids up to {found - 1} but no 0; expected ids from 0, or class names"
+                f"column '{section.label}' holds class ids up to {found - 1} but no 0; expected ids from 0, or class "
+                "names"
             )
     require_column(splits, *inputs)
     names = choose_label_names(found, label_names(config))

@@ -92,16 +92,16 @@ def batch_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Any]:
     if isinstance(labels, Tensor) and "Classification" in type(model).__name__ and is_class_ids(labels):
         if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise DataError(
-                f"a batch holds labels from {int(labels.min())} to {int(labels.max())}; expected the class ids of the "
-                f"{type(model).__name__}, 0 to {classes - 1}"
+                f"a batch holds labels from {int(labels.min())} to {int(labels.max())}; expected 0 to {classes - 1}, "
+                f"the class ids of the {type(model).__name__}"
             )
     if not labelled_terms(model, batch):
         raise DataError(f"a batch holds no labelled token: every label is {IGNORED}; remove such samples")
     output = model(**batch)
     if output.get("loss") is None:
         raise DataError(
-            f"{type(model).__name__} returned no loss for a batch with {', '.join(sorted(batch))}; expected a data set "
-            "with labels (a column 'label' or 'labels')"
+            f"{type(model).__name__} returned no loss for a batch with {', '.join(sorted(batch))}; expected a data "
+            "set with labels (a column 'label' or 'labels')"
         )
     if not torch.isfinite(output["loss"]):
         raise NonFiniteLossError(
@@ -131,7 +131,9 @@ def is_class_ids(labels: Tensor) -> bool:
 
 
 def class_terms(model: PreTrainedModel, logits: Any, labels: Any) -> tuple[Tensor, Tensor]:
-    """Return the terms of the mean loss: logits `(n, classes)` in float32, and class ids `(n,)`, some of them `IGNORED`.
+    """Return the terms of the mean loss: logits `(n, classes)` in float32, and class ids `(n,)`.
+
+    Some of the ids may be `IGNORED`.
 
     Raises:
         DataError: The labels do not hold one class id for each row of logits.

@@ -17,7 +17,7 @@ from ..internals import class_names, class_of, has_own_code, own_class, task_cla
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hide the progress bars and load reports of transformers; this package checks the content of the reports itself."""
+    """Hide the progress bars and load reports of transformers; this package checks loaded weights itself."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -36,8 +36,8 @@ def load_config(source: Source) -> PretrainedConfig:
     """Return the model configuration of a full source.
 
     Raises:
-        IncompatibleSourceError: The source is an adapter, its config.json cannot be read, transformers does not have its
-            architecture, or its weights are quantized.
+        IncompatibleSourceError: The source is an adapter, its config.json cannot be read, transformers does not have
+            its architecture, or its weights are quantized.
     """
     if source.kind == "adapter" and not (source.folder / "config.json").is_file():
         raise IncompatibleSourceError(f"'{source.ref}' is an adapter; expected a full model")
@@ -100,8 +100,8 @@ def model_class(config: PretrainedConfig, task: str | None = None, name: str = "
         found = _custom_class(config, ()) or getattr(transformers, (config.architectures or [""])[0], None)
         if found is None or is_headless(config):
             raise IncompatibleSourceError(
-                f"'{name}' names the architecture {config.architectures}, which has no task on top; name the task, for "
-                "example task='text-classification'"
+                f"'{name}' names the architecture {config.architectures}, which has no task on top; name the task, "
+                "for example task='text-classification'"
             )
         return found
     if task.startswith("AutoModelFor") and hasattr(transformers, task):

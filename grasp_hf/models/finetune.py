@@ -117,7 +117,7 @@ def _prepared_trainer(
     seed: int,
     directory: Path,
 ) -> Iterator[Trainer]:
-    """Yield a Trainer for `model`. After the block, merge a LoRA adapter into the weights and remove the checkpoints."""
+    """Yield a Trainer for `model`; after the block, merge its LoRA adapter and remove its checkpoints."""
     with (
         tempfile.TemporaryDirectory(prefix="training-", dir=directory, ignore_cleanup_errors=True) as folder,
         preserved_randomness(),
@@ -184,8 +184,8 @@ def attach_lora(
                 raise ConfigError(f"lora: cannot be applied to a {type(model).__name__}: {error}") from error
         if lost := sorted(tied - dict(model.named_parameters(remove_duplicate=False)).keys()):
             raise ConfigError(
-                f"lora: it would train a copy of {lost[0].rpartition('.')[0]}, whose weights are tied to others, and lose "
-                "the copy afterwards; leave this module out of target_modules and modules_to_save"
+                f"lora: it would train a copy of {lost[0].rpartition('.')[0]}, whose weights are tied to others, and "
+                "lose the copy afterwards; leave this module out of target_modules and modules_to_save"
             )
         yield adapter
         merged = movable_tensors(adapter.merge_and_unload())
@@ -212,14 +212,14 @@ def _build_trainer(
     """Return the Trainer for one run; raise `ConfigError` if nothing is trainable or the metric does not exist."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
-            "every parameter is frozen, expected some to train; set initial_epochs, finetune_epochs and final_epochs to 0, "
-            "or call requires_grad_(True)"
+            "every parameter is frozen, expected some to train; set initial_epochs, finetune_epochs and final_epochs "
+            "to 0, or call requires_grad_(True)"
         )
     by_accuracy = arguments.metric_for_best_model in ("accuracy", "eval_accuracy")
     if by_accuracy and eval_dataset is not None and not _has_classes(model, collator([eval_dataset[0]])):
         raise ConfigError(
-            f"a {type(model).__name__} has no accuracy to choose the best epoch by; set metric_for_best_model: loss in "
-            "training_arguments"
+            f"a {type(model).__name__} has no accuracy to choose the best epoch by; set metric_for_best_model: loss "
+            "in training_arguments"
         )
     trainer = WholeEvaluationTrainer(
         model=model,
@@ -258,7 +258,7 @@ def training_arguments(
     evaluates: bool,
     normalizes_batches: bool,
 ) -> TrainingArguments:
-    """Return the Trainer's arguments: no output, one checkpoint with weights only, and the user's own arguments on top."""
+    """Return the Trainer's arguments: no output, one checkpoint with weights only, and the user's arguments on top."""
     keeping_best = {
         "eval_strategy": "epoch",
         "save_strategy": "best",
@@ -307,7 +307,7 @@ def _accuracy(prediction: Any) -> dict[str, float]:
 def _paper_optimizer(
     model: PreTrainedModel | PeftModel, arguments: TrainingArguments, samples: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """Return the paper's AdamW, with equal weight decay on all parameters, and its cosine schedule, one step an epoch."""
+    """Return the paper's AdamW, with the same weight decay on all parameters, and its cosine schedule by epoch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
     steps = max(1, samples // (arguments.train_batch_size * arguments.gradient_accumulation_steps))
     epochs = arguments.num_train_epochs

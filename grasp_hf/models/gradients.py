@@ -54,9 +54,9 @@ Visit = Callable[[str, Tensor], None]
 
 @contextmanager
 def preserved_state(model: torch.nn.Module) -> Iterator[None]:
-    """Restore after the block the mode of every module and the `requires_grad` of every parameter, and clear gradients.
+    """Restore after the block the mode of every module and the `requires_grad` of every parameter.
 
-    A model that was on one device returns to it.
+    The gradients are cleared. A model that was on one device returns to it.
     """
     modes = {module: module.training for module in model.modules()}
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -123,8 +123,8 @@ def visit_gradients(model: torch.nn.Module, visit: Visit) -> Iterator[None]:
 def gradient_pass(model: PreTrainedModel, batch: Batch, visit: Visit) -> float:
     """Run one forward and backward pass in the model's present mode, hand each gradient to `visit`, return the loss.
 
-    We do not use Accelerate's `backward`, because it scales the loss by settings of the training (gradient accumulation,
-    mixed precision).
+    We do not use Accelerate's `backward`, because it scales the loss by settings of the training (gradient
+    accumulation, mixed precision).
     """
     with visit_gradients(model, visit), checkpointed(model), torch.enable_grad():
         loss, _ = batch_loss(model, batch)

@@ -38,7 +38,7 @@ def required_processing_class(base: Source) -> Any:
     processor = load_processing_class(base)
     if processor is None:
         raise DataError(
-            f"'{base.ref}' holds no tokenizer or image processor, and the data cannot be prepared without one; add its "
-            "files"
+            f"'{base.ref}' holds no tokenizer or image processor, and the data cannot be prepared without one; add "
+            "its files"
         )
     return processor

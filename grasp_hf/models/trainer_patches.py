@@ -18,8 +18,8 @@ def only_weights_changed(model: PreTrainedModel) -> Iterator[None]:
     """Undo after the block what the Trainer and PEFT change on a model besides its weights.
 
     The Trainer sets `use_cache` in the model's configuration. It leaves an autocast wrapper, which would cast later
-    gradient passes, and after an interrupt its hooks. PEFT sets `tie_word_embeddings` to false in the configuration, and
-    leaves hooks if activations are checkpointed.
+    gradient passes, and after an interrupt its hooks. PEFT sets `tie_word_embeddings` to false in the configuration,
+    and leaves hooks if activations are checkpointed.
     """
     forward = vars(model).get("forward")
     configs = [(config, dict(vars(config))) for config in (model.config, model.config.get_text_config())]
@@ -63,7 +63,7 @@ class WholeEvaluationTrainer(Trainer):
 
 
 class EpochStatistics(TrainerCallback):
-    """Restores the buffers of the best epoch, such as BatchNorm statistics: the checkpoint of an adapter lacks them."""
+    """Restores the buffers of the best epoch, such as BatchNorm statistics; an adapter's checkpoint lacks them."""
 
     def __init__(self) -> None:
         self._saved: dict[int, list[Tensor]] = {}

@@ -74,7 +74,7 @@ def adapter_problems(
         config: The adapter's configuration.
         adapter: The adapter's files.
         base: The base of the target; `None` if it is unknown.
-        accepted_bases: Names (`org/name` or `org/name@revision`) that the user declares to be the same model as `base`.
+        accepted_bases: Names (`org/name` or `org/name@revision`) that the user declares to be the model `base`.
         token: Hub token, to look up the commit of a revision.
     """
     problems = []
@@ -91,14 +91,14 @@ def adapter_problems(
         pass
     elif named != base.ref.name and not _names_folder(named, adapter, base):
         problems.append(
-            f"it is an adapter of '{named}', expected an adapter of '{base.ref.name}'; if both are the same model, accept "
-            f"it by name: accepted_bases=['{named}']"
+            f"it is an adapter of '{named}', expected an adapter of '{base.ref.name}'; if both are the same model, "
+            f"accept it by name: accepted_bases=['{named}']"
         )
     elif config.revision and base.sha and not _names_commit(named, config.revision, base, token):
         revised = f"{named}@{config.revision}"
         problems.append(
-            f"it is an adapter of '{named}' at revision '{config.revision}', expected '{base.ref}'; if both are the same "
-            f"model, accept it by name: accepted_bases=['{revised}']"
+            f"it is an adapter of '{named}' at revision '{config.revision}', expected '{base.ref}'; if both are the "
+            f"same model, accept it by name: accepted_bases=['{revised}']"
         )
     return problems
 
@@ -160,8 +160,9 @@ def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> A
     if found != expected:
         first = min(found ^ expected)
         raise IncompatibleSourceError(
-            f"'{adapter.ref}' does not fit its own configuration on this model: its file lacks {len(expected - found)} "
-            f"weights and holds {len(found - expected)} that belong to no module, starting with {first}"
+            f"'{adapter.ref}' does not fit its own configuration on this model: its file lacks "
+            f"{len(expected - found)} weights and holds {len(found - expected)} that belong to no module, starting "
+            f"with {first}"
         )
     for key in sorted(expected):
         if weights[key].shape != state[key].shape:
@@ -178,7 +179,7 @@ def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> A
 def _merge_into_file(adapted: PeftModel, path: Path) -> None:
     """Let PEFT merge the adapted layers sequentially, and write each result to a file at `path`."""
     modules = dict(adapted.get_base_model().named_modules())
-    # `merge_and_unload()` merges the few modules that unload themselves, such as embeddings with single trained tokens.
+    # `merge_and_unload()` merges the modules that unload themselves, such as embeddings with single trained tokens.
     unloading = tuple(f"{name}." for name, m in modules.items() if unloads_itself(m))
     layers = {
         name: module
@@ -227,8 +228,8 @@ def _use_runtime_names(base: PreTrainedModel, adapter: Source, directory: Path) 
     """Return the adapter's folder, or a new folder in `directory` with the modules' names in memory.
 
     An adapter that was trained under transformers 4 uses the names of that version (`attention.attention.query` of a
-    ViT, now `attention.q_proj`). The new folder holds the weights under the names that transformers gives to those of a
-    checkpoint, and a configuration that lists the full name of each module.
+    ViT, now `attention.q_proj`). The new folder holds the weights under the names that transformers would give them
+    when it loads a checkpoint, and a configuration that lists the full name of each module.
     """
     renamings, _ = weight_conversions(base)
     weights = load_peft_weights(str(adapter.folder), device="cpu")

@@ -44,8 +44,8 @@ def runtime_tensors(
     `directory`, or left on the meta device if the target is there.
 
     Returns:
-        The tensors, and a list of problems: tensors of layers that the target does not have, and different tensors that
-        are tied in the target.
+        The tensors, and a list of problems: tensors of layers that the target does not have, and different tensors
+        that are tied in the target.
 
     Raises:
         IncompatibleSourceError: A tensor that must be fused with others is missing or has another shape.

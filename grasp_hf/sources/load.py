@@ -32,8 +32,8 @@ class LoadedSource:
 
     Attributes:
         tensors: Values by runtime name, in the target's shapes, on the CPU, mapped from files. A head that the source
-            lacks, or that does not fit, is left out. A row without a counterpart holds the target's values. The tensors
-            are on the meta device if the values come shard by shard.
+            lacks, or that does not fit, is left out. A row without a counterpart holds the target's values. If the
+            values come shard by shard, these tensors are on the meta device.
         candidates: Names of the tensors that may move: all of a full model, the touched ones of an adapter.
         notes: Remarks for the report: how the head and the vocabulary were matched.
         shards: The values, one set per shard in the order of arrival. Asking for the next set empties the last one.
@@ -122,7 +122,7 @@ def _load_in_shards(source: ShardedSource, target: PreTrainedModel, processing_c
 def _read_shards(
     source: ShardedSource, names: Mapping[str, str], like: Mapping[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of each shard that are in `like`, by runtime name; `names` maps from the names in the files."""
+    """Yield the tensors of each shard that are in `like`; `names` maps names in files to runtime names."""
     for path in source.shards():
         try:
             with safe_open(path, "pt") as weights:
@@ -218,7 +218,7 @@ def _read_adapter(
 
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:
-    """Return the label names of an adapter: those of a config.json in its folder, otherwise those of its base model."""
+    """Return the label names in the config.json of an adapter; if it has none, those of its base model."""
     return label_names(load_config(adapter if (adapter.folder / "config.json").is_file() else base))
 
 

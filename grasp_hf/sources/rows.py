@@ -178,7 +178,7 @@ def match_tokens(
         got: The source's token ids by token; `None` if it has no tokenizer.
     """
     if got is None:
-        problem = "it holds no tokenizer, so its tokens cannot be matched with the target's; save its tokenizer in its folder"
+        problem = "it holds no tokenizer, so its tokens cannot be matched with the target's; add its tokenizer files"
         return RowMatches(problems=[problem])
     tensors = movable_tensors(target)
     names = {name for name in token_tensors(target) if name in source}

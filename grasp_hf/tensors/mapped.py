@@ -15,8 +15,8 @@ ALIGNMENT = 64  # bytes
 class MappedTensors(Mapping[str, Tensor]):
     """Buffers for tensors in one new file, which is mapped into memory.
 
-    Writing to a tensor writes to the file. The constructor reserves the disk space, so that a full disk is an error there
-    and not a crash later.
+    Writing to a tensor writes to the file. The constructor reserves the disk space: a full disk is an error there and
+    not a crash later.
 
     Args:
         path: The file. An existing file is replaced; tensors that are mapped from the old file keep their values.
@@ -41,8 +41,8 @@ class MappedTensors(Mapping[str, Tensor]):
         except OSError as error:
             path.unlink(missing_ok=True)
             raise DiskFullError(
-                f"no space for {size / 1e6:,.1f} MB in '{path.parent}' ({error.strerror}); free some space there, or set "
-                "TMPDIR to a folder on a larger disk"
+                f"no space for {size / 1e6:,.1f} MB in '{path.parent}' ({error.strerror}); free some space there, or "
+                "set TMPDIR to a folder on a larger disk"
             ) from error
         memory = torch.from_file(str(path), shared=True, size=max(size, 1), dtype=torch.uint8)
         self._tensors = {

@@ -29,9 +29,9 @@ class Unit:
 def movable_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     """Return every parameter and persistent buffer of `model` by its runtime name; tied weights appear once.
 
-    Runtime names are the names in `named_parameters()`. The names in a checkpoint file can differ, because transformers
-    renames some tensors when it loads them. Non-persistent buffers, such as position ids, are not part of a checkpoint
-    and never move.
+    Runtime names are the names in `named_parameters()`. The names in a checkpoint file can differ, because
+    transformers renames some tensors when it loads them. Non-persistent buffers, such as position ids, are not part
+    of a checkpoint and never move.
     """
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     for prefix, module in model.named_modules():
@@ -69,7 +69,7 @@ def partition(model: torch.nn.Module, unit: str) -> list[Unit]:
 
 
 def units_within(units: Sequence[Unit], candidates: Collection[str]) -> list[Unit]:
-    """Return the units with only those of their tensors that are `candidates`, without the units that are then empty."""
+    """Return the units with only those of their tensors that are `candidates`; units without any are left out."""
     cut = [Unit(unit.name, tuple(name for name in unit.tensors if name in candidates)) for unit in units]
     return [unit for unit in cut if unit.tensors]
 
