@@ -26,7 +26,7 @@ def fingerprint(dataset: Any) -> dict[str, Any] | None:
 
 
 def digest(hashes: set[str], dataset: Any) -> str:
-    """Return one hash of all samples of `dataset`, whose `sample_hashes` are given, and of their labels in order."""
+    """Return one hash of the `sample_hashes` of `dataset` and of its labels in order."""
     labels = [
         label
         for column in ("labels", "label")

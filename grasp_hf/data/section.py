@@ -83,7 +83,7 @@ class DataSection:
 
     @property
     def location_overrides(self) -> str:
-        """The overrides of a command that change the location of the files, such as `data.data_dir=…`."""
+        """The overrides on the command line that set the location of the files, such as `data.data_dir=…`."""
         if isinstance(self.data_files, dict):
             return " ".join(f"data.data_files.{split}=…" for split in self.data_files)
         key = next((key for key in FILES[::-1] if getattr(self, key)), "path")

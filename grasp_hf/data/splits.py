@@ -66,7 +66,7 @@ def find_label_names(split: Dataset, column: str) -> list[str] | int:
     A `ClassLabel` has an order of its own; labels that are texts are sorted.
 
     Raises:
-        DataError: The column is missing, a row has no label, or the labels are no names or class ids.
+        DataError: The column is missing, a row has no label, or the labels are neither names nor class ids.
     """
     if column not in split.column_names:
         raise DataError(f"the data set has no column '{column}' for labels; found {', '.join(split.column_names)}")
@@ -134,7 +134,7 @@ def _encode_split(split: Dataset, split_name: str, column: str, ids: dict[str, i
 
 
 def require_column(splits: DatasetDict, column: str, content: Content) -> None:
-    """Raise `DataError` if a split lacks the column, or the column has other content or an empty row."""
+    """Raise `DataError` unless every split has `column` without empty rows; a column of texts must hold texts."""
     for name, split in splits.items():
         if column not in split.column_names:
             raise DataError(

@@ -51,7 +51,7 @@ def tokenize_texts(
         positions: The largest number of tokens that the model takes; `None` for no limit.
 
     Raises:
-        DataError: No text of a split for a language model has two tokens.
+        DataError: A split for a language model has no text of at least two tokens.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

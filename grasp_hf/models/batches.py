@@ -53,7 +53,7 @@ def keep_model_columns(model: PreTrainedModel, collator: Collator | None) -> Col
 def sample_batches(
     dataset: Any, collator: Collator, accelerator: Accelerator, config: GraspConfig, *, seed: int
 ) -> Iterator[Batch]:
-    """Yield `config.num_batches` shuffled training batches on the accelerator's device, epoch after epoch.
+    """Yield `config.num_batches` shuffled training batches on the accelerator's device, from as many epochs as needed.
 
     The paper drops a last batch that is not full. We keep it, so that every sample of a small data set is used.
     """

@@ -134,10 +134,10 @@ def gradient_pass(model: PreTrainedModel, batch: Batch, visit: Visit) -> float:
 
 @contextmanager
 def checkpointed(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block, keep only the inputs of the layers for which activation checkpointing is on, in any mode.
+    """Inside the block, keep only the inputs of the layers that have activation checkpointing switched on.
 
-    transformers itself checkpoints in train mode only. Our checkpoints are never reentrant: a reentrant one would hand
-    over partial gradients of a layer that is used more than once.
+    transformers itself does this in train mode only; the block does it in any mode. The checkpoints are never
+    reentrant: a reentrant one would hand over partial gradients of a layer that is used more than once.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()

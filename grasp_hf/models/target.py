@@ -84,14 +84,14 @@ def _describe_shapes(got: Sequence[int], expected: Sequence[int]) -> str:
 
 
 def is_computed(model: PreTrainedModel, name: str) -> bool:
-    """Whether no checkpoint needs to hold a tensor, because the model computes it."""
+    """Whether the model computes a tensor, so that no checkpoint needs to hold it."""
     return any(re.search(pattern, name) for pattern in computed_patterns(model))
 
 
 def fresh_problems(model: PreTrainedModel, fresh: Mapping[str, str], *, needs_head: bool) -> list[str]:
-    """List the problems of `fresh`, the random tensors that `fresh_tensors` returns, for the start of a merge.
+    """List the problems of a merge that starts with the random tensors `fresh`, as `fresh_tensors` returns them.
 
-    Training on the data replaces a random head. It is therefore a problem only with `needs_head`.
+    A random head is a problem only with `needs_head`; otherwise it is trained on the data.
     """
     trained = {name for name in fresh if name in head_tensors(model) or TRAINED_LATER.search(name)}
 

@@ -80,7 +80,7 @@ def adapter_problems(
     problems = []
     kind = PeftType(config.peft_type)
     if config.is_prompt_learning or not _can_merge(kind):
-        problems.append(cannot_merge(kind.value))
+        problems.append(type_problem(kind.value))
     named = config.base_model_name_or_path or ""
     if base is None:
         problems.append(
@@ -103,8 +103,8 @@ def adapter_problems(
     return problems
 
 
-def cannot_merge(kind: str) -> str:
-    """Return the problem of an adapter whose type PEFT cannot merge."""
+def type_problem(kind: str) -> str:
+    """Return the problem of an adapter of a type that PEFT cannot merge."""
     return f"an adapter of type {kind} cannot be merged into weights; expected LoRA or a similar type"
 
 

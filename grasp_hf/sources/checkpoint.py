@@ -96,7 +96,7 @@ def _fuse(
 
 
 def _extra_layer_problems(names: Collection[str], expected: Collection[str]) -> list[str]:
-    """List those of `names` that differ from expected names only in a layer number."""
+    """Return a problem that lists the names of additional layers: they differ from expected names only in numbers."""
 
     def without_numbers(name: str) -> str:
         return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

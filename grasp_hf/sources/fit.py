@@ -112,7 +112,7 @@ def architecture_problems(config: PretrainedConfig, target: PreTrainedModel) -> 
 
 
 def tie_problems(target: PreTrainedModel, source: PreTrainedModel) -> list[str]:
-    """List the pairs of weights that are tied in only one of two models."""
+    """Return a problem that lists the weights that are tied in only one of two models; empty if there are none."""
     ties, others = (tied_names(model) for model in (target, source))
     pairs = sorted(f"{a} = {b}" for a, b in set(ties.items()) ^ set(others.items()))
     return [f"weights are tied in one model but not in the other: {first_few(pairs)}"] if pairs else []

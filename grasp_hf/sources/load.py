@@ -19,7 +19,7 @@ from ..models.classes import load_config, quiet_transformers
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
 from ..tensors.units import head_tensors, movable_tensors
-from .adapters import adapter_problems, apply_adapter_, cannot_merge, count_saved_classes, load_adapter_config
+from .adapters import adapter_problems, apply_adapter_, count_saved_classes, load_adapter_config, type_problem
 from .checkpoint import file_tensors, runtime_tensors
 from .fit import Fit, SourceFiles, architecture_problems, fit_source
 from .headers import header_tensors
@@ -36,7 +36,7 @@ class LoadedSource:
             values come shard by shard, these tensors are on the meta device.
         candidates: Names of the tensors that may move: all of a full model, the touched ones of an adapter.
         notes: Remarks for the report: how the head and the vocabulary were matched.
-        shards: The values, one set per shard in the order of arrival. Asking for the next set empties the last one.
+        shards: The values, one set per shard in the order of arrival; a set is emptied when the next one is requested.
     """
 
     tensors: dict[str, Tensor]
@@ -69,11 +69,12 @@ def load_source(
         processing_class: The target's tokenizer; its tokens are matched with the source's by their strings.
         accepted_bases: Names of models that the user declares to be the same as `base`.
         check_finite: Whether to read every weight once and check that it is finite.
-        token: Hub token that the base was loaded with.
+        token: Hub token with which the base was loaded.
 
     Raises:
         IncompatibleSourceError: The source does not fit; the error lists all problems.
-        NonFiniteError: A weight is NaN or infinite. If the values come shard by shard, the error comes with the shard.
+        NonFiniteError: A weight is NaN or infinite. Values that come shard by shard are checked when they arrive, and
+            the iteration over `shards` raises the error.
     """
     if isinstance(source, ShardedSource):
         if loaded := _load_in_shards(source, target, processing_class):
@@ -199,7 +200,7 @@ def _read_adapter(
     except IncompatibleSourceError:
         raise
     except NotImplementedError as error:
-        raise IncompatibleSourceError(cannot_merge(PeftType(config.peft_type).value), subject=source.ref) from error
+        raise IncompatibleSourceError(type_problem(PeftType(config.peft_type).value), subject=source.ref) from error
     except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be applied to '{base.ref}': {error}") from error
 

@@ -66,7 +66,7 @@ def interpolate_(tensor: Tensor, start: Tensor, end: Tensor, coefficient: float)
 def mix_(tensor: Tensor, start: Tensor, end: Tensor, base: Tensor | None, mix: Mix) -> None:
     """Change `tensor` in place to the mix of `start` (the target), `end` (the source) and `base`.
 
-    Statistics, the tensors that are not parameters, are only averaged. For a mix with another sum than 1, they are the
+    Statistics, the tensors that are not parameters, are only averaged: if the mix does not sum to 1, they become the
     average of `start` and `end` with the weights `keep` and `take`. `base` may be `None` if the mix sums to 1.
     """
     total = mix.keep + mix.take
@@ -121,8 +121,8 @@ def blend_(
         units: The units to change.
         mixes: The mix by name of unit.
         base: The base's values; `None` if all mixes sum to 1.
-        fractions: Returns the fractions of the elements of a tensor, as `interpolate_elements_` takes them, which
-            replace the mix; `None` for a tensor of which the mix is used.
+        fractions: Returns by name the fractions of a tensor's elements, as `interpolate_elements_` takes them; they
+            replace the mix of the unit. A tensor for which it returns `None` takes the mix.
     """
     for unit in units:
         for name in unit.tensors:

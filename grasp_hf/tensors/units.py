@@ -46,11 +46,11 @@ def partition(model: torch.nn.Module, unit: str) -> list[Unit]:
 
     `unit` is one of
 
-    - `"layer"`: a unit holds all tensors of one transformer block or stage, which ends with the first number in a name
-      (`bert.encoder.layer.3`); tensors outside of blocks are divided as with `"module"`;
-    - `"module"`: a unit holds all tensors that a module owns directly; a tensor of the model itself is a unit;
-    - `"tensor"`: a unit is one parameter; a module with statistics is one unit;
-    - `"parameter"`: a unit is one parameter; statistics are in no unit.
+    - `"layer"`: one unit per transformer block or stage: all tensors with the same name up to its first number
+      (`bert.encoder.layer.3`). Tensors outside of blocks are divided as with `"module"`.
+    - `"module"`: one unit per module that owns tensors directly; a tensor of the model itself is a unit.
+    - `"tensor"`: one unit per parameter; a module with statistics is one unit.
+    - `"parameter"`: one unit per parameter; statistics are in no unit.
     """
     parameters = dict(model.named_parameters())
     groups: dict[str, list[str]] = {}
