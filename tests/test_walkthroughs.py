@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -19,6 +18,7 @@ from grasp_hf.cli import main
 from grasp_hf.demo.run import run_demo
 from grasp_hf.errors import OutputExistsError
 from grasp_hf.record.saving import REPORT_FILE
+from tests.support.processes import made_once
 
 ROOT = Path(__file__).parent.parent
 # Those of the benchmarks need models and data that `tests.benchmarks` makes.
@@ -28,11 +28,15 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """A folder with the demo in it, as its recipes expect it, and what the demo said."""
-    folder = tmp_path_factory.mktemp("clone")
-    shutil.copytree(ROOT / "recipes", folder / "recipes")
-    yield folder, run_demo(folder / "grasp-demo")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with the demo in it, as its recipes expect it, and the text that the demo printed."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(ROOT / "recipes", folder / "recipes")
+        (folder / "printed.txt").write_text(run_demo(folder / "grasp-demo"))
+
+    folder = made_once(tmp_path_factory, "demo", make)
+    return folder, (folder / "printed.txt").read_text()
 
 
 def test_the_demo_shows_every_source_every_control_and_an_honest_verdict(demo: tuple[Path, str]) -> None:

@@ -8,10 +8,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import numpy as np
-from peft import LoraConfig
-from transformers import TrainingArguments
-
 METRICS = ("loss", "accuracy", "eval_loss", "eval_accuracy")  # that can choose the best epoch
 KIND_NAMES = {type(None): "null", list: "list of str"}  # of those that Python calls otherwise
 OWN_ARGUMENTS = {  # of the Trainer, that a merge sets itself
@@ -50,7 +46,7 @@ def value_problems(cls: type, values: dict[str, Any], beside: Collection[str] = 
         if key not in hints:
             known = {*hints, *beside}
             advice = _meant(key, known) or f", expected one of {', '.join(sorted(known))}"
-            if key in {field.name for field in dataclasses.fields(TrainingArguments)}:
+            if key in _training_arguments():
                 advice = f", did you mean training_arguments.{key}"
             found.append(f"{key}: unknown key{advice}")
         elif problem := _type_problem(value, hints[key]):
@@ -66,6 +62,8 @@ def _meant(key: Any, known: Collection[str]) -> str:
 
 def plain_value(value: Any) -> Any:
     """Return numpy scalars, enumerations, sets and paths in `value` as what YAML and JSON can hold."""
+    import numpy as np
+
     if isinstance(value, dict):
         return {key: plain_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -79,10 +77,19 @@ def plain_value(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _training_arguments() -> dict[str, Any]:
+    """Return the type of each training argument."""
+    from transformers import TrainingArguments
+
+    types = typing.get_type_hints(TrainingArguments)
+    return {field.name: types[field.name] for field in dataclasses.fields(TrainingArguments)}
+
+
 def training_argument_problems(values: dict[str, Any]) -> list[str]:
     """List what `transformers.TrainingArguments` would not take: unknown names, and text where a number is due."""
-    hints = typing.get_type_hints(TrainingArguments)
-    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    if not values:
+        return []
+    known = _training_arguments()
     found = []
     for key, value in values.items():
         if key not in known:
@@ -97,8 +104,8 @@ def training_argument_problems(values: dict[str, Any]) -> list[str]:
             found.append(f"training_arguments.{key}: expected none; {advice}")
         elif key == "metric_for_best_model" and value not in METRICS:
             found.append(f"training_arguments.{key}: got {value!r}, expected {' or '.join(METRICS[:2])}")
-        elif set(get_args(hints[key]) or (hints[key],)) <= {int, float, bool, type(None)}:
-            if problem := _type_problem(value, hints[key]):
+        elif set(get_args(known[key]) or (known[key],)) <= {int, float, bool, type(None)}:
+            if problem := _type_problem(value, known[key]):
                 found.append(f"training_arguments.{key}: got {value!r}, {problem}")
             elif key.endswith("_batch_size") and value is not None and value < 1:
                 found.append(f"training_arguments.{key}: got {value!r}, expected at least 1")
@@ -107,6 +114,8 @@ def training_argument_problems(values: dict[str, Any]) -> list[str]:
 
 def lora_problems(values: dict[str, Any]) -> list[str]:
     """List what `peft.LoraConfig` would not take."""
+    from peft import LoraConfig
+
     try:
         LoraConfig(**values)
     except (TypeError, ValueError) as error:

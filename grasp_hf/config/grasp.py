@@ -39,52 +39,58 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class GraspConfig:
-    """How each source is measured, transferred and followed by fine-tuning.
+    """The settings of a merge: how sources are merged, validated and ordered, and how the model is fine-tuned.
 
     Attributes:
-        method: `"blend"` learns on the training data how much of the target and how much of the source each unit takes,
-            counted from the weights that `merge` found, `B + k (T - B) + t (S - B)`, from the mean of all sources on;
-            `"average"` keeps the mean of all accepted sources so far, unit by unit, `T + (S - T) / n`, and needs no
-            gradients (and in the given order, without fine-tuning, no data); `"copy"` replaces the units whose gradients
-            agree.
-        unit: Tensors decided together. `"layer"`: a transformer block or a stage, and outside of those as `"module"`.
-            `"module"`: the tensors of one module, a normalisation layer with its statistics. `"tensor"`: each tensor
-            alone, but a normalisation layer still whole. `"parameter"`: each parameter alone, statistics never moved,
-            as published.
-        threshold: `copy` takes units whose gradient cosine is strictly greater than this; in [-1, 1].
-        num_batches: Batches of training data that each source is measured on, but for an average. `copy` averages the
-            cosine of each batch; `blend` makes one descent step on the coefficients per batch, for each half of the labels,
-            and adds up Fisher information.
-        accumulate_gradients: Let `copy` take the cosine of the gradients over all batches together, which is that of
-            one large batch. Needs room for a second set of gradients on disk.
-        batch_size: Samples per batch, in measuring and (unless `training_arguments` says otherwise) in fine-tuning.
-        coefficient_lr: First step size of Adam on the coefficients of `blend`; it falls to 0. Adam moves a coefficient by at
-            most about one step per batch, so `num_batches * coefficient_lr / 2` bounds how far one source can pull.
-        gate: Undo a transfer that harms by more than its standard error on the samples that judge it, or ends above the
-            loss before the first source, and keep of each fine-tuning only what lowers the loss of samples that it did
-            not see (see `grasp_hf.validation.gate`). Judges are the evaluation data and, as long as the model was not fine-tuned
-            on them, the labels; each half of those judges coefficients that the other labels taught `blend`. What goes
-            in is the mean of all accepted sources, that of `average`, unless the learned coefficients (their mean), or
-            a mean weighted by Fisher information (arXiv:2111.09832), are ahead of it by more than a standard error.
+        method: How a source is merged. `"blend"` learns on the training data, for each unit, how much of the merge so
+            far (`T`) and how much of the source (`S`) it takes: `B + k (T - B) + t (S - B)`, where `B` is the model
+            that the merge began with. It starts from the mean of all sources. `"average"` keeps the mean of all
+            accepted sources, unit by unit: `T + (S - T) / n`. It needs no gradients; in the given order and without
+            fine-tuning it needs no data. `"copy"` replaces the units whose gradients in the two models agree.
+        unit: Tensors that are decided together. `"layer"` is a transformer block or a stage, and outside of those the
+            same as `"module"`. `"module"` is the tensors of one module; a normalisation layer includes its statistics.
+            `"tensor"` is each tensor alone, but a normalisation layer stays whole. `"parameter"` is each parameter
+            alone; statistics never move, as in the published procedure.
+        threshold: `copy` takes the units whose gradient cosine is above this value; in [-1, 1].
+        num_batches: Batches of training data that each source is measured on. `average` needs none. `copy` averages
+            the cosines of the batches. `blend` makes one descent step on the coefficients for each batch, in each half
+            of the labels, and adds up Fisher information.
+        accumulate_gradients: `copy` takes one cosine, of the gradients over all batches together. That is the cosine
+            of one large batch. It needs disk space for a second set of gradients.
+        batch_size: Samples in a batch. It holds for measuring and, unless `training_arguments` says otherwise, for
+            fine-tuning.
+        coefficient_lr: First step size of Adam on the coefficients of `blend`; in (0, 1]. It falls to 0. Adam moves a
+            coefficient by at most about one step for each batch, so `num_batches * coefficient_lr / 2` bounds how far
+            one source can pull.
+        gate: Undo a transfer that does harm, and keep of a fine-tuning only what lowers the loss of unseen samples. A
+            transfer does harm if the loss on the validation samples rises by more than its standard error, or ends
+            above the loss before the first source (see `grasp_hf.validation.gate`). The validation samples are the
+            evaluation data and, as long as the model was not fine-tuned on them, the labels; each half of the labels
+            then validates coefficients that the other labels taught. The mean of all accepted sources is merged, as by
+            `average`, unless the mean of the learned coefficients, or a mean weighted by Fisher information
+            (arXiv:2111.09832), is ahead of it by more than a standard error.
         initial_epochs: Epochs of fine-tuning before the first source.
         finetune_epochs: Epochs of fine-tuning after each source.
         final_epochs: Epochs of fine-tuning after the last source. `num_train_epochs` in `training_arguments` replaces
-            those of the three that are not 0.
-        lora: Fine-tune a LoRA adapter instead of all weights, and merge it into the model at the end of each step:
-            arguments of `peft.LoraConfig`, such as `{r: 8, target_modules: all-linear}`. The head is trained whole, and
-            frozen layers are adapted too unless `target_modules` leaves them out.
-        order: `"given"`; `"loss"`: the source first whose own loss on the labels (or evaluation data) is lowest; or
-            `"rank"`: the most promising first, by the first-order gain (see `GraspMerger.rank`). The last two read every
-            source twice.
-        top: Merge only this many sources, the first in that order; not with `order="given"`.
-        prefetch: Bring the following source to this machine while one is merged: at most two are on the disk then, else one.
-        accepted_bases: Names (`org/name` or `org/name@revision`) that adapters may give as their base although the
-            target started from another: you declare that they are the same weights.
-        trust_remote_code: References whose own Python code may run: their configuration and model classes. Read the code
-            first.
-        seed: Seed of the batches; fine-tuning after source k is seeded with `seed + k`.
-        published: Follow arXiv:2606.14900 to the letter, see `paper`.
-        training_arguments: Anything that `transformers.TrainingArguments` takes; what stands here wins.
+            those of the three settings that are not 0.
+        lora: Fine-tune a LoRA adapter instead of all weights. The adapter is merged into the model at the end of each
+            fine-tuning. The values are arguments of `peft.LoraConfig`, such as `{r: 8, target_modules: all-linear}`.
+            The head is trained whole. Frozen layers are adapted too, unless `target_modules` leaves them out.
+        order: Which source is merged first. `"given"` keeps the order of the list. `"loss"` begins with the source
+            whose own loss on the labels (or on the evaluation data) is lowest. `"rank"` begins with the highest
+            first-order gain (see `GraspMerger.rank`). The last two read every source twice.
+        top: Merge only this many sources, the first of the order. It does not go with `order="given"`.
+        prefetch: Fetch the next source while one is merged. At most two sources are then on the disk, otherwise one.
+        accepted_bases: Base models of adapters that you declare to be the same as the target's. Each is a name,
+            `org/name` or `org/name@revision`, that an adapter gives as its base although the target started from
+            another.
+        trust_remote_code: Models whose own Python code may run. Each is a reference; the code is that of their
+            configuration and model classes. Read it first.
+        seed: Seeds the shuffling of the batches. Fine-tuning after source k is seeded with `seed + k`.
+        published: Follow arXiv:2606.14900 to the letter. `GraspConfig.paper` (in a recipe, `preset: paper`) sets this
+            and everything that belongs to it.
+        training_arguments: Arguments of `transformers.TrainingArguments` for fine-tuning. They override the other
+            settings. Paths of checkpoints (`output_dir`), `push_to_hub` and tokens are refused.
 
     Raises:
         ConfigError: A value has the wrong type or is out of range; all problems are listed.

@@ -78,9 +78,8 @@ def adapter_problems(
         token: Hub token, to look up the commit of a revision.
     """
     problems = []
-    kind = PeftType(config.peft_type)
-    if config.is_prompt_learning or not _can_merge(kind):
-        problems.append(type_problem(kind.value))
+    if config.is_prompt_learning or not _can_merge(PeftType(config.peft_type)):
+        problems.append(type_problem(config))
     named = config.base_model_name_or_path or ""
     if base is None:
         problems.append(
@@ -103,8 +102,9 @@ def adapter_problems(
     return problems
 
 
-def type_problem(kind: str) -> str:
+def type_problem(config: PeftConfig) -> str:
     """Return the problem of an adapter of a type that PEFT cannot merge."""
+    kind = PeftType(config.peft_type).value
     return f"an adapter of type {kind} cannot be merged into weights; expected LoRA or a similar type"
 
 

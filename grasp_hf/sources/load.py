@@ -1,15 +1,15 @@
 """Load a source as tensors with the target's names and shapes, and check them before they are used."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftType
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..errors import IncompatibleSourceError, NonFiniteError
 from ..hub.pull import ShardedSource
@@ -19,11 +19,14 @@ from ..models.classes import load_config, quiet_transformers
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
 from ..tensors.units import head_tensors, movable_tensors
-from .adapters import adapter_problems, apply_adapter_, count_saved_classes, load_adapter_config, type_problem
 from .checkpoint import file_tensors, runtime_tensors
 from .fit import Fit, SourceFiles, architecture_problems, fit_source
 from .headers import header_tensors
 from .rows import class_tensors, label_names
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -179,6 +182,9 @@ def _read_adapter(
     accepted_bases: Collection[str],
     token: str | None,
 ) -> SourceFiles:
+    # Imported here, because peft takes seconds to import and a merge of full models does not need it.
+    from .adapters import adapter_problems, apply_adapter_, count_saved_classes, load_adapter_config, type_problem
+
     config = load_adapter_config(source)
     if problems := adapter_problems(config, source, base, accepted_bases, token=token):
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=problems)
@@ -200,7 +206,7 @@ def _read_adapter(
     except IncompatibleSourceError:
         raise
     except NotImplementedError as error:
-        raise IncompatibleSourceError(type_problem(PeftType(config.peft_type).value), subject=source.ref) from error
+        raise IncompatibleSourceError(type_problem(config), subject=source.ref) from error
     except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be applied to '{base.ref}': {error}") from error
 
