@@ -156,7 +156,7 @@ def test_a_plan_lists_all_problems_of_all_sources(world: Path, capsys: pytest.Ca
     text = capsys.readouterr().out
     problems = [line for line in text.splitlines() if line.startswith("- ") and "head stays" not in line]
     expected = [
-        ("resnet", "another architecture: got resnet, expected vit"),
+        ("resnet", "different architecture: got resnet, expected vit"),
         ("stray", "it is an adapter of 'org/elsewhere', expected an adapter of '"),
         ("empty", "holds no config.json and no adapter_config.json"),
         ("damaged", "adapter_model.safetensors cannot be read as safetensors"),
@@ -228,7 +228,9 @@ def test_a_base_whose_files_lack_weights(damage: str, world: Path, capsys: pytes
         expected = f"1 of its tensors: {name} (got shape (7,), expected (16,))"
     else:
         del tensors[name]
-        expected = "mlp.experts.gate_up_proj cannot be made of what is in the files" if damage == "expert" else name
+        expected = (
+            "mlp.experts.gate_up_proj cannot be made from the tensors in the files" if damage == "expert" else name
+        )
     if tensors:
         save_file(tensors, base / "model.safetensors", {"format": "pt"})
     recipe = write_recipe(world, sources=["fine-1"], **AVERAGE)
@@ -250,7 +252,8 @@ def test_a_base_without_a_head_needs_data(world: Path, capsys: pytest.CaptureFix
     assert main(["plan", write_recipe(world, **common, **AVERAGE)]) == 1
     text = capsys.readouterr().out
     assert (
-        "body: its files hold no head that fits, and without data none is trained: 2 of its tensors: classif" in text
+        "body: its files hold no head that fits, and no head is trained without data: 2 of its tensors: classif"
+        in text
     )
 
 
@@ -707,7 +710,9 @@ def test_samples_in_two_splits_are_told(world: Path, capsys: pytest.CaptureFixtu
     shutil.copy(images / "train" / LABELS[0] / "0.png", images / "train" / LABELS[0] / "again.png")
     shutil.copy(images / "train" / LABELS[0] / "1.png", images / "test" / LABELS[0] / "same.png")
     assert main(["merge", write_recipe(world, sources=["fine-1"]), "--output", str(world / "merged")]) == 0
-    told = "1 samples of the split 'train' stand there again; 1 samples of the split 'test' also stand in the split 'train'"
+    told = (
+        "1 samples of the split 'train' are duplicates; 1 samples of the split 'test' also occur in the split 'train'"
+    )
     assert f"{told}; what judges a merge then knows" in capsys.readouterr().err
 
 

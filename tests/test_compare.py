@@ -42,8 +42,8 @@ from grasp_hf.comparison.run import code_digest, compare
 from grasp_hf.comparison.workbench import Workbench
 from grasp_hf.config.grasp import GraspConfig
 from grasp_hf.config.recipe import Recipe
-from grasp_hf.data.digests import contents
-from grasp_hf.data.tasks import with_images as with_pixels
+from grasp_hf.data.digests import sample_hashes
+from grasp_hf.data.tasks import prepare_images
 from grasp_hf.errors import ConfigError, DataError, OutputExistsError
 from grasp_hf.runs.prepare import prepare
 from grasp_hf.tensors.units import movable_tensors
@@ -267,7 +267,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[str], lis
 
     def note(bench: Workbench) -> dict[str, float]:
         names = [Path(source).name for source in bench.sources]
-        seen.append((names, bench.data.train["labels"], contents(bench.data.train)))
+        seen.append((names, bench.data.train["labels"], sample_hashes(bench.data.train)))
         return {"loss": 1.0, "accuracy": 0.5}
 
     methods = {name: Method(name, "control", note, finetuned=False) for name in ("one", OURS)}
@@ -450,13 +450,13 @@ def test_validation_samples_among_the_labels_are_refused(world: Path, tmp_path: 
 
 def test_the_content_of_a_sample_is_what_the_model_sees() -> None:
     rows = {"input_ids": [[1, 2], [1, 2, 3]], "attention_mask": [[1, 1], [1, 1, 1]], "labels": [0, 1]}
-    found = contents(Dataset.from_dict(rows))
-    other = contents(Dataset.from_dict({**rows, "labels": [1, 1], "attention_mask": [[1, 0], [1, 1, 1]]}))
+    found = sample_hashes(Dataset.from_dict(rows))
+    other = sample_hashes(Dataset.from_dict({**rows, "labels": [1, 1], "attention_mask": [[1, 0], [1, 1, 1]]}))
     assert len(found) == 2 and found == other
-    assert not found & contents(Dataset.from_dict({**rows, "input_ids": [[2, 1], [1, 2, 4]]}))
+    assert not found & sample_hashes(Dataset.from_dict({**rows, "input_ids": [[2, 1], [1, 2, 4]]}))
     images = tiny_data("vit", 6)
-    assert len(contents(images)) == 6
-    assert contents(images) == contents(images.with_format(None))
+    assert len(sample_hashes(images)) == 6
+    assert sample_hashes(images) == sample_hashes(images.with_format(None))
 
 
 def test_the_content_of_an_image_is_its_pixels() -> None:
@@ -472,8 +472,8 @@ def test_the_content_of_an_image_is_its_pixels() -> None:
 
     splits = DatasetDict(train=split("RGB", "a"), test=split("P", "b"))
     processor = ViTImageProcessorPil(size={"height": 4, "width": 4})
-    train, test = with_pixels(splits, "image", processor)[0].values()
-    assert contents(train) == contents(test) and len(contents(train)) == 2
+    train, test = prepare_images(splits, "image", processor)[0].values()
+    assert sample_hashes(train) == sample_hashes(test) and len(sample_hashes(train)) == 2
 
 
 def test_too_few_test_samples_are_refused_with_what_they_could_show(world: Path, tmp_path: Path) -> None:

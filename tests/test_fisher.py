@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import DataError, NonFiniteError
 from grasp_hf.methods.fisher import _with_drawn_labels, fisher_, running_fisher
-from grasp_hf.models.batches import Batch, keeping_model_columns, sample_batches
+from grasp_hf.models.batches import Batch, keep_model_columns, sample_batches
 from grasp_hf.tensors.mapped import MappedTensors
 from grasp_hf.tensors.mixing import Mix, blend_
 from grasp_hf.tensors.scratch import Scratch
@@ -242,7 +242,7 @@ def merged(world: Path, sources: str = "12", **settings: Any) -> GraspMerger:
 
 def fisher_of(source: PreTrainedModel, merger: GraspMerger, seed: int) -> Tensors:
     """Return the Fisher information of a source as the step with that seed sees it."""
-    collate = keeping_model_columns(merger.model, None)
+    collate = keep_model_columns(merger.model, None)
     batches = [*sample_batches(LABELS, collate, Accelerator(), merger.config, seed=seed)]
     room = {name: torch.zeros_like(tensor) for name, tensor in source.named_parameters()}
     fisher_(room, source, batches, room, seed=seed)

@@ -19,7 +19,7 @@ from ..data.samples import Samples
 from ..files import interrupts_held, workspace
 from ..hub.pull import Puller
 from ..hub.reference import Source
-from ..models.batches import Collator, check_dataset, keeping_model_columns
+from ..models.batches import Collator, check_dataset, keep_model_columns
 from ..models.gradients import checkpointing, preserved_state
 from ..sources.load import LoadedSource, load_source
 from ..tensors.placing import overwrite_
@@ -185,4 +185,4 @@ def collator_for(
         data_collator = DataCollatorWithPadding(processing_class)
     if data_collator is not None and config.training_arguments.get("remove_unused_columns") is False:
         return data_collator
-    return keeping_model_columns(model, data_collator)
+    return keep_model_columns(model, data_collator)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config.grasp import GraspConfig
 from ..errors import IncompatibleSourceError
 from ..files import workspace
-from ..models.batches import Batch, Collator, check_dataset, keeping_model_columns, sample_batches
+from ..models.batches import Batch, Collator, check_dataset, keep_model_columns, sample_batches
 from ..models.gradients import gradient_pass, mean_gradient, preserved_state
 from ..sources.fit import tensor_problems, tie_problems
 from ..tensors.mixing import Mix
@@ -163,7 +163,7 @@ def gradient_alignment(
     if problems:
         raise IncompatibleSourceError("the two models cannot be compared", problems=problems)
     accelerator = Accelerator()
-    collator = keeping_model_columns(target, data_collator)
+    collator = keep_model_columns(target, data_collator)
     batches = sample_batches(dataset, collator, accelerator, config, seed=config.seed)
     with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as directory, preserved_state(target):
         target.to(accelerator.device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import NonFiniteError
 from ..models.batches import IGNORED, Batch, batch_loss, class_terms, labelled_terms, predicts_next
 from ..models.gradients import gradient_pass, preserved_state
-from ..tensors.mixing import Mix, in_rows
+from ..tensors.mixing import Mix, split_rows
 from ..tensors.placing import placed
 from ..tensors.scratch import Scratch
 from ..tensors.units import Unit, movable_tensors
@@ -147,11 +147,11 @@ class RunningFisher:
         return {unit.name: Mix.on_line(self._mean(unit, shares[unit.name])) for unit in units}
 
     def fractions(self, name: str) -> Iterator[Tensor] | None:
-        """Return how much of each element of a parameter goes in, in [0, 1], as `in_rows` does; `None` for a statistic."""
+        """Return how much of each element of a parameter goes in, in [0, 1], as `split_rows` does; `None` for a statistic."""
         return self._fractions(name) if name in self._plain else None
 
     def _fractions(self, name: str) -> Iterator[Tensor]:
-        for own, total in zip(in_rows(self._own[name]), in_rows(self._total[name]), strict=True):
+        for own, total in zip(split_rows(self._own[name]), split_rows(self._total[name]), strict=True):
             own = own.float() + LEAST_FISHER  # so that what has no Fisher goes in as in a plain mean
             yield own.div_((own + total).add_(LEAST_FISHER * (1 / self._plain[name] - 1)))
 
