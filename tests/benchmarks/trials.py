@@ -280,7 +280,7 @@ def weighed(
             taken.append(name)
             weighted += [name] * (way == "fisher")
             if rule != "mean":
-                running.take()
+                running.add()
     return state, taken, weighted
 
 
