@@ -1,4 +1,4 @@
-"""What errors say, and the problems that they carry."""
+"""Messages of errors, and the problems that they carry."""
 
 import copy
 import errno

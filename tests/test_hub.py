@@ -1,4 +1,4 @@
-"""Models of the Hub: which commit, which files, whose token, and what is pushed back."""
+"""Models on the Hub: their commits, files and tokens, and the files that are pushed back."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ COPY_ALL = GraspConfig(**{**vars(MEASURE_ONLY), "method": "copy", "threshold": -
 
 @pytest.fixture(scope="session")
 def shas(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Publish a base, two versions of a fine-tune, an adapter, and repositories in which something is missing."""
+    """Publish a base, two versions of a fine-tune, an adapter, and incomplete repositories."""
     root = tmp_path_factory.mktemp("models")
     base = saved(tiny_model("vit"), root / "base")
     made = {"base": hub.add_repo("org/hub-base", base)}
@@ -65,13 +65,13 @@ def shas(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Give a test a cache of its own, so that every file it needs is downloaded."""
+    """Give a test its own cache, so that it downloads every file."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     yield tmp_path / "cache"
 
 
 def downloads(hub: HubServer, since: int) -> list[str]:
-    """Return the paths of all contents asked for since request number `since`."""
+    """Return the paths of all files requested from request number `since` on."""
     return [
         path for method, path in hub.requests[since:] if method == "GET" and ("/resolve/" in path or "/lfs" in path)
     ]
@@ -111,7 +111,7 @@ def test_an_adapter_by_id(hub: HubServer, shas: dict[str, str]) -> None:
 
 
 def test_reading_an_adapter_asks_the_hub_nothing(hub: HubServer, tmp_path: Path) -> None:
-    # peft looks up the vocabulary of the base on the Hub, without a token and on the main branch.
+    # PEFT would request the vocabulary of the base from the main branch, without a token.
     hub.add_repo("org/hub-bert", saved(tiny_model("bert"), tmp_path / "bert"), private=True)
     adapter = saved_adapter(tiny_model("bert"), "org/hub-bert", tmp_path / "lora", target_modules=["query"])
     merger = GraspMerger.from_pretrained("org/hub-bert", token=TOKEN, config=COPY_ALL)
@@ -186,7 +186,9 @@ def test_pickled_weights_where_there_are_no_others(
     assert torch.equal(
         merger.model.get_parameter("classifier.weight"), tiny_model("vit").get_parameter("classifier.weight")
     )
-    assert "org/hub-pickled has no safetensors weights; its pickled weights are read with weights_only" in caplog.text
+    assert (
+        "org/hub-pickled has no safetensors weights; its pickled weights are loaded with weights_only" in caplog.text
+    )
 
 
 def test_a_look_up_and_a_plan_download_no_weights(hub: HubServer, shas: dict[str, str], cache: Path) -> None:
@@ -204,7 +206,7 @@ def test_a_look_up_and_a_plan_download_no_weights(hub: HubServer, shas: dict[str
     assert [row.sha for row in rows] == [*(shas[n] for n in ("base", "v1", "adapter", "both", "pickled")), None]
     assert [row.architecture for row in rows] == ["vit", "vit", "LORA", "vit", "vit", ""]
     assert [len(row.problems) for row in rows] == [0, 0, 0, 0, 0, 1]
-    assert rows[5].problems[0].startswith("no such model on the Hub")  # the row says which
+    assert rows[5].problems[0].startswith("no such model on the Hub")  # the row names the reference
     assert rows[0].data_problems == [
         "data.path: missing, expected imagefolder, csv, json, parquet, a folder or a Hub id"
     ]
@@ -225,7 +227,7 @@ def test_the_hub_out_of_reach(hub: HubServer, shas: dict[str, str], cache: Path)
     locate("org/hub-fine")
     hub.fail("/api/models/org/hub-fine", 500, times=50)
     try:
-        assert locate("org/hub-fine").sha == shas["v2"], "the copy in the cache serves"
+        assert locate("org/hub-fine").sha == shas["v2"], "the cached copy is used"
         assert look_up("org/hub-fine")[0].sha == shas["v2"]
     finally:
         hub.failures.clear()
@@ -259,11 +261,12 @@ def test_without_a_network_the_cache_serves(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     since = len(hub.requests)
     assert locate("org/hub-fine").sha == shas["v2"]
-    for reference in ("org/hub-base", "org/hub-lora"):  # only its configuration is here, nothing of it is
+    for reference in ("org/hub-base", "org/hub-lora"):  # the cache has the configuration, and nothing
         for find in (locate, look_up):
             with pytest.raises(
                 DownloadError,
-                match=f"'{reference}' could not be downloaded, and no complete copy is cached(: HF_HUB_OFFLINE is set, unset it|; run it again)",
+                match=f"'{reference}' could not be downloaded, and no complete copy is cached"
+                "(: HF_HUB_OFFLINE is set; unset it|; run it again)",
             ):
                 find(reference)
     assert look_up("org/hub-fine")[0].sha == shas["v2"]
@@ -396,7 +399,7 @@ def test_a_repository_that_lacks_a_shard(hub: HubServer, cache: Path, tmp_path: 
     lost.unlink()
     hub.add_repo("org/hub-lost-shard", tmp_path / "model")
     with pytest.raises(
-        SourceNotFoundError, match=f"'org/hub-lost-shard' is not complete: .* names {lost.name}, which"
+        SourceNotFoundError, match=f"'org/hub-lost-shard' is not complete: .* lists {lost.name}, which"
     ):
         locate("org/hub-lost-shard")
 
@@ -467,9 +470,9 @@ def test_a_cache_that_others_keep_is_not_written_to(hub: HubServer, shas: dict[s
     refs = cache / "models--org--hub-base" / "refs"
     written = (refs / "main").stat().st_mtime_ns
     assert locate("org/hub-base").sha == shas["base"]
-    assert (refs / "main").stat().st_mtime_ns == written, "it says so already"
+    assert (refs / "main").stat().st_mtime_ns == written, "the file is not written again"
     shutil.rmtree(refs)
-    refs.write_text("")  # so that nothing can be written below it, not even by root
+    refs.write_text("")  # a file, so that not even root can write below it
     assert look_up("org/hub-base")[0].sha == shas["base"]
 
 

@@ -265,7 +265,7 @@ MERGE_FIRST = r"merge it into '{}' first \(merge_and_unload\(\) of PEFT\) and na
         ),
         (
             "merge_method: passthrough\nslices:\n  - sources: [{model: org/a, layer_range: [0, 24]}]\n",
-            "slices: a model made of layers or parts of others is not supported, expected models: whole models of one architecture",
+            "slices: a model made of layers or parts of others is not supported, expected models: whole models",
         ),
         (
             "merge_method: slerp\nbase_model: org/a\nslices:\n  - sources:\n"

@@ -72,7 +72,7 @@ def _suggest(key: Any, known: Collection[str]) -> str:
 
 
 def plain_value(value: Any) -> Any:
-    """Return `value` in types that YAML and JSON can hold: numpy scalars, enumerations, sets and paths are converted."""
+    """Return `value` with numpy scalars, enumerations, sets and paths converted to types that YAML and JSON can hold."""
     if isinstance(value, dict):
         return {key: plain_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -87,7 +87,7 @@ def plain_value(value: Any) -> Any:
 
 
 def training_argument_problems(values: dict[str, Any]) -> list[str]:
-    """Return the problems of arguments for `transformers.TrainingArguments`: unknown names, and values of a wrong type."""
+    """Return the problems of arguments for `transformers.TrainingArguments`: unknown names and wrong values."""
     hints = typing.get_type_hints(TrainingArguments)
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     found = []

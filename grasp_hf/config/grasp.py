@@ -44,50 +44,52 @@ class GraspConfig:
     In the formulas, `B` are the weights before the merge, `T` those of the target, `S` those of a source.
 
     Attributes:
-        method: How a source is merged, see the table `grasp_hf.config.methods.METHODS`.
-            `"blend"` computes `B + k (T - B) + t (S - B)` with learned `k` and `t` in each unit, starting from the mean.
-            `"average"` needs no data, unless there is fine-tuning or an `order` other than `"given"`.
+        method: How each source is merged into the target.
+            The table `grasp_hf.config.methods.METHODS` has a summary of each method. `"blend"` learns `k` and `t` in
+            each unit of `B + k (T - B) + t (S - B)`, starting from the mean. `"average"` needs no data, unless there
+            is fine-tuning or an `order` other than `"given"`.
         unit: Tensors that are merged with one decision: a layer, a module, a tensor or a parameter.
-            `"layer"`: a transformer block or a stage; any other tensor belongs to its module. `"module"`: the tensors of
-            one module; a normalisation layer includes its statistics. `"tensor"`: each tensor alone, except that a
+            `"layer"`: a transformer block or a stage; any other tensor belongs to its module. `"module"`: the tensors
+            of one module; a normalisation layer includes its statistics. `"tensor"`: each tensor alone, except that a
             normalisation layer with statistics stays whole. `"parameter"`: each parameter alone; statistics are never
             merged, as in the paper.
         threshold: Cosine of gradients above which `copy` takes a unit; in [-1, 1].
             The cosine must be strictly greater.
         num_batches: Batches of training data that measure each source.
-            `copy` takes the mean cosine of the batches. `blend` takes one descent step on the coefficients per batch, for
-            each half of the labels, and adds up Fisher information over the batches. `average` uses no batches.
+            `copy` takes the mean cosine of the batches. `blend` takes one descent step on the coefficients per batch,
+            for each half of the labels, and adds up Fisher information over the batches. `average` uses no batches.
         accumulate_gradients: Take one cosine of the summed gradients of all batches, only with `copy`.
             The cosine is the one of a single large batch. The sum needs disk space for a second set of gradients.
         batch_size: Samples per batch, in measuring and in fine-tuning.
             `training_arguments` can set another size for fine-tuning.
         coefficient_lr: First step size of Adam on the coefficients of `blend`; it falls linearly to 0.
-            Adam moves a coefficient by at most about one step size per batch. One source therefore moves a coefficient by
-            at most about `num_batches * coefficient_lr / 2`.
+            Adam moves a coefficient by at most about one step size per batch. One source therefore moves a coefficient
+            by at most about `num_batches * coefficient_lr / 2`.
         gate: Undo sources and fine-tunes that make the validation loss worse.
             A source is undone if it raises the loss by more than the standard error of the change, or if the loss ends
             above the loss before the first source. Each fine-tune is kept only as far as it lowers the loss of samples
             that it did not see. The validation samples are the evaluation data, and also the labels until the model is
             fine-tuned on them. With `blend`, each half of the labels validates the coefficients learned from the other
             half. `blend` merges the plain mean, as `average` does, unless another candidate is better by more than a
-            standard error. The other candidates are the mean of the learned coefficients, and the mean weighted by Fisher
-            information (arXiv:2111.09832). See `grasp_hf.validation.gate`.
+            standard error. The other candidates are the mean of the learned coefficients, and the mean weighted by
+            Fisher information (arXiv:2111.09832). See `grasp_hf.validation.gate`.
         initial_epochs: Epochs of fine-tuning before the first source.
         finetune_epochs: Epochs of fine-tuning after each source.
         final_epochs: Epochs of fine-tuning after the last source.
             `num_train_epochs` in `training_arguments` replaces those of `initial_epochs`, `finetune_epochs` and
             `final_epochs` that are not 0.
         lora: Arguments of `peft.LoraConfig`, to fine-tune an adapter instead of all weights.
-            An example is `{r: 8, target_modules: all-linear}`. The adapter is merged into the model after each fine-tune.
-            The head is trained whole. Frozen layers are adapted too, unless `target_modules` leaves them out.
+            An example is `{r: 8, target_modules: all-linear}`. The adapter is merged into the model after each
+            fine-tune. The head is trained whole. Frozen layers are adapted too, unless `target_modules` leaves them
+            out.
         order: Order of the sources: `"given"`, `"loss"` or `"rank"`.
-            `"given"`: the order of the list. `"loss"`: the source with the lowest loss on the labels (or the evaluation
-            data) first. `"rank"`: the source with the largest estimated gain first, to first order in the weights, see
-            `GraspMerger.rank`. With `"loss"` and `"rank"` every source is read twice.
+            `"given"`: the order of the list. `"loss"`: the source with the lowest loss on the labels (or the
+            evaluation data) first. `"rank"`: the source with the largest estimated gain first, to first order in the
+            weights, see `GraspMerger.rank`. With `"loss"` and `"rank"` every source is read twice.
         top: Number of sources to merge, the first ones of `order`; all if left out.
             It needs an `order` other than `"given"`.
         prefetch: Download the next source while the current one is merged.
-            The disk then holds at most two sources at a time, otherwise one.
+            The disk then holds at most two sources at a time, otherwise only one.
         accepted_bases: Further base models whose adapters may be merged.
             The names are `org/name` or `org/name@revision`. You declare that these models have the same weights as the
             model that the target started from.
@@ -200,7 +202,10 @@ class GraspConfig:
 
     @property
     def compares_alone(self) -> bool:
-        """Whether the last fine-tune is compared with one without any source, which needs the weights from before the merge."""
+        """Whether the last fine-tune is compared with one without any source.
+
+        The comparison needs a copy of the weights from before the merge.
+        """
         return self.gate and self.trains(self.final_epochs) and not self.finetunes_between
 
     def trains(self, epochs: float) -> bool:
@@ -226,14 +231,14 @@ class GraspConfig:
 
         The flaws of that code are reproduced:
 
-        - The target is measured in train mode: dropout is on, and the measurement changes its batch statistics. The source
-          is measured in eval mode.
+        - The target is measured in train mode: dropout is on, and the measurement changes its batch statistics. The
+          source is measured in eval mode.
         - A single batch measures a source, and 1e-8 is added to the denominator of the cosine.
         - Parameters are copied one by one, heads included, without the statistics that belong to them.
         - Nothing is undone.
 
-        Fine-tuning uses AdamW with a cosine schedule that steps once per epoch. The epoch with the best accuracy on the
-        evaluation data is kept.
+        Fine-tuning uses AdamW with a cosine schedule that steps once per epoch. The epoch with the best accuracy on
+        the evaluation data is kept.
 
         Args:
             overrides: Fields that replace those of the paper. `training_arguments` is merged with the paper's.

@@ -3,18 +3,20 @@
 The keys of mergekit are translated as follows:
 
 - `models` and `base_model` become the sources and the model that the target starts from. `models` is a list of
-  `model: org/name@revision+org/adapter@revision`. A base model that is also in `models` is not a source. mergekit names an
-  adapter together with its base model; here the adapter alone is the source. An adapter of another base model is refused.
-- `merge_method: linear` with equal weights becomes `method: average`, without fine-tuning and without the gate. The base
-  model is part of the mean if it is part of mergekit's: if it is in `models`, or if `parameters` gives it a weight.
-- Any other `merge_method` (`ties`, `slerp`, ...) has no counterpart. With `data`, the same models are merged by the method
-  of the recipe; the default is `blend`, which learns coefficients from the data. With `method: average`, the result is
-  their mean. The base model is part of the mean of a method between two models, such as `slerp`. It is not part of the
-  mean of a method that uses differences from a base model, such as `ties`.
+  `model: org/name@revision+org/adapter@revision`. A base model that is also in `models` is not a source. mergekit
+  names an adapter together with its base model; here the adapter alone is the source. An adapter of another base model
+  is refused.
+- `merge_method: linear` with equal weights becomes `method: average`, without fine-tuning and without the gate. The
+  base model is part of the mean if it is part of mergekit's: if it is in `models`, or if `parameters` gives it a
+  weight.
+- Any other `merge_method` (`ties`, `slerp`, ...) has no counterpart. With `data`, the same models are merged by the
+  method of the recipe; the default is `blend`, which learns coefficients from the data. With `method: average`, the
+  result is their mean. The base model is part of the mean of a method between two models, such as `slerp`. It is not
+  part of the mean of a method that uses differences from a base model, such as `ties`.
 - `slices` and `modules`, which build a model from layers of other models, are refused.
-- `parameters` (`weight`, `density`, `normalize`, `int8_mask`, ...), `dtype` and `out_dtype` (everything is computed and
-  saved in float32), `tokenizer`, `tokenizer_source` and `chat_template` (those of the target are kept) and `name`: a
-  warning lists the keys that are not used.
+- `parameters` (`weight`, `density`, `normalize`, `int8_mask`, ...), `dtype` and `out_dtype` (everything is computed
+  and saved in float32), `tokenizer`, `tokenizer_source` and `chat_template` (those of the target are kept) and `name`:
+  a warning lists the keys that are not used.
 
 A file may also contain keys of a recipe (`method`, `data`, `finetune_epochs`, ...). These keys win.
 """
@@ -43,8 +45,8 @@ MEAN_SETTINGS = {
     "gate": False,
 }
 SEVERAL_DOCUMENTS = (
-    "holds several YAML documents, expected one; mergekit runs them in turn: write one file for each document, and name "
-    "the output folder of each merge as a model of the next"
+    "holds several YAML documents, expected one; mergekit runs them in turn: write one file for each document, and "
+    "name the output folder of each merge as a model of the next"
 )
 
 
@@ -74,8 +76,8 @@ def translate(values: dict[str, Any], *, name: str = "recipe") -> dict[str, Any]
         logger.warning("%s is a mergekit configuration; these keys are not used: %s", name, ", ".join(unused))
     if reader.method == "average" and reader.has_adapters:
         logger.warning(
-            "%s: an adapter is part of the mean only in the units that it adapts; in the other units, mergekit adds its base "
-            "model to the mean",
+            "%s: an adapter is part of the mean only in the units that it adapts; in the other units, mergekit adds its "
+            "base model to the mean",
             name,
         )
     return recipe
@@ -172,8 +174,8 @@ class _Reader:
         if pieces := [key for key in ("slices", "modules") if self.values.get(key) is not None]:
             for key in pieces:
                 problem = (
-                    f"{key}: a model made of layers or parts of others is not supported, expected models: whole models of "
-                    "one architecture"
+                    f"{key}: a model made of layers or parts of others is not supported, expected models: whole models "
+                    "of one architecture"
                 )
                 if key == "slices":
                     problem += " (write slices that cover all layers as models)"
@@ -224,8 +226,8 @@ class _Reader:
         if entry.adapter and not _is_same_model(entry.model, base):
             expected = f"the base model '{base}'" if base else "one base model for all adapters, named in base_model"
             self.problems.append(
-                f"{entry.where}.model: '{entry.adapter}' is named as an adapter of '{entry.model}', expected an adapter of "
-                f"{expected}; merge it into '{entry.model}' first (merge_and_unload() of PEFT) and name the result"
+                f"{entry.where}.model: '{entry.adapter}' is named as an adapter of '{entry.model}', expected an adapter "
+                f"of {expected}; merge it into '{entry.model}' first (merge_and_unload() of PEFT) and name the result"
             )
         return entry.adapter or entry.model
 
@@ -244,8 +246,8 @@ class _Reader:
             )
         elif self.merge_method != "linear" and self.chosen is None and not self.own.get("data"):
             self.problems.append(
-                f"merge_method: {self.merge_method} is not supported; add data: to merge the same models with coefficients "
-                "learned from labelled data, or set method=average for their mean"
+                f"merge_method: {self.merge_method} is not supported; add data: to merge the same models with "
+                "coefficients learned from labelled data, or set method=average for their mean"
             )
 
     def _check_weights(self, counted: Sequence[_Entry | None]) -> None:

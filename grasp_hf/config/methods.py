@@ -41,12 +41,12 @@ class Method:
         card: Sentences on the model card about what was done.
         citation: Section of the card that cites the works behind the method, in Markdown.
         needs_data: Whether the method measures sources on labelled samples.
-        learns: Whether the method learns coefficients from labels. Each half of the labels then validates the coefficients
-            learned from the other half, and a file keeps the weights from before the merge.
+        learns: Whether the method learns coefficients from labels. Each half of the labels then validates the
+            coefficients learned from the other half, and a file keeps the weights from before the merge.
         counts_units: Whether the method keeps a mean. The merge then counts the sources in each unit.
         stores_gradients: Whether the method keeps a set of gradients in a file.
-        reads_once: Whether the method reads each weight of a source only once. A large source may then be downloaded shard
-            by shard.
+        reads_once: Whether the method reads each weight of a source only once. A large source may then be downloaded
+            shard by shard.
     """
 
     summary: str
@@ -68,10 +68,10 @@ METHODS = {
     ),
     "blend": Method(
         summary="Learns coefficients of the target and the source in each unit from the training data.",
-        card="Each unit is a mix of the merge so far and the next source. The two coefficients of each mix were learned on "
-        "the target data, as [AdaMerging](https://arxiv.org/abs/2310.02575) learns them for all sources at once. If the "
-        "learned coefficients were not clearly better on the data than the mean of all sources so far, the mean was used "
-        "instead: the plain mean or, if clearly better, the mean weighted by "
+        card="Each unit is a mix of the merge so far and the next source. The two coefficients of each mix were learned "
+        "on the target data, as [AdaMerging](https://arxiv.org/abs/2310.02575) learns them for all sources at once. If "
+        "the learned coefficients were not clearly better on the data than the mean of all sources so far, the mean was "
+        "used instead: the plain mean or, if clearly better, the mean weighted by "
         "[Fisher information](https://arxiv.org/abs/2111.09832).",
         citation=GRASP + ADAMERGING,
         learns=True,
