@@ -131,7 +131,7 @@ def test_when_a_model_is_fine_tuned(values: dict[str, Any], trained: list[int], 
     assert config.finetunes_between == between
 
 
-def test_the_epochs_of_a_whole_merge_are_those_of_its_control() -> None:
+def test_the_epochs_of_a_whole_merge() -> None:
     assert GraspConfig().total_epochs(5) == 3
     assert GraspConfig(initial_epochs=2, finetune_epochs=0.5, final_epochs=1).total_epochs(4) == 5
     assert GraspConfig.paper().total_epochs(2) == 9
@@ -147,7 +147,7 @@ def test_the_epochs_of_a_whole_merge_are_those_of_its_control() -> None:
         ({"order": "given", "final_epochs": 0, "method": "blend"}, True),
     ],
 )
-def test_what_needs_data(values: dict[str, Any], needed: bool) -> None:
+def test_which_settings_need_data(values: dict[str, Any], needed: bool) -> None:
     assert GraspConfig(**values).needs_data == needed
 
 
@@ -356,7 +356,7 @@ def test_keys_that_are_merged_may_be_replaced(tmp_path: Path) -> None:
     assert Recipe.from_yaml(tmp_path / "recipe.yaml").record == {"path": "csv", "text": "b"}
 
 
-def test_a_folder_whose_code_may_run_is_looked_up_in_the_recipe_s_folder(tmp_path: Path) -> None:
+def test_a_trusted_folder_is_looked_up_in_the_recipe_s_folder(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     text = "base_model: org/base\nsources: [own]\ntrust_remote_code: [own, org/other]\n"
     (tmp_path / "recipe.yaml").write_text(text)

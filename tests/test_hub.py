@@ -131,7 +131,9 @@ def test_reading_an_adapter_asks_the_hub_nothing(hub: HubServer, tmp_path: Path)
         ("org/hub--bad", "'org/hub--bad' is not a Hub id"),
     ],
 )
-def test_what_is_not_there(find: Any, reference: str, message: str, hub: HubServer, shas: dict[str, str]) -> None:
+def test_a_missing_model_is_explained(
+    find: Any, reference: str, message: str, hub: HubServer, shas: dict[str, str]
+) -> None:
     with pytest.raises(SourceNotFoundError, match=message):
         find(reference)
 
@@ -233,7 +235,7 @@ def test_the_hub_out_of_reach(hub: HubServer, shas: dict[str, str], cache: Path)
         hub.failures.clear()
 
 
-def test_a_plan_tells_the_licence_of_the_merge_and_what_is_pickled(
+def test_a_plan_shows_the_licence_of_the_merge_and_pickled_weights(
     hub: HubServer, cache: Path, tmp_path: Path
 ) -> None:
     for name, licence in {"free": "mit", "shared": "cc-by-sa-4.0", "pickled": "cc-by-nc-4.0"}.items():
@@ -253,7 +255,7 @@ def test_a_plan_tells_the_licence_of_the_merge_and_what_is_pickled(
     assert text.count("pickled: weights_only") == 1
 
 
-def test_without_a_network_the_cache_serves(
+def test_without_a_network_the_cache_is_used(
     hub: HubServer, shas: dict[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     locate("org/hub-fine")
@@ -281,7 +283,9 @@ def merger_of_three(local: str) -> GraspMerger:
 
 
 @pytest.mark.parametrize("private", [None, True])
-def test_a_push_comes_back_equal(private: bool | None, hub: HubServer, shas: dict[str, str], tmp_path: Path) -> None:
+def test_a_pushed_model_is_loaded_unchanged(
+    private: bool | None, hub: HubServer, shas: dict[str, str], tmp_path: Path
+) -> None:
     local = saved(perturbed(tiny_model("vit"), seed=9), tmp_path / "here")
     merger = merger_of_three(local)
     repo_id = f"org/hub-merged-{private}"
@@ -317,7 +321,7 @@ def pushed_texts(hub: HubServer, repo_id: str) -> dict[str, bytes]:
     return texts
 
 
-def test_what_is_pushed_names_no_folder_of_this_machine(hub: HubServer, shas: dict[str, str], tmp_path: Path) -> None:
+def test_pushed_files_name_no_folder_of_this_machine(hub: HubServer, shas: dict[str, str], tmp_path: Path) -> None:
     local = saved(perturbed(tiny_model("vit"), seed=9), tmp_path / "here")
     base = saved(tiny_model("vit"), tmp_path / "base")
     merger = GraspMerger.from_pretrained(base, config=COPY_ALL)
@@ -345,14 +349,14 @@ def test_the_tokenizer_is_pushed_too(hub: HubServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("token", [None, "hf_bob", "hf_nobody"])
-def test_a_push_without_the_right_to_it(token: str | None, hub: HubServer, shas: dict[str, str]) -> None:
+def test_a_push_without_write_access(token: str | None, hub: HubServer, shas: dict[str, str]) -> None:
     merger = GraspMerger.from_pretrained("org/hub-base")
     with pytest.raises(GraspError, match="org/hub-forbidden"):
         merger.push_to_hub("org/hub-forbidden", token=token)
     assert "org/hub-forbidden" not in hub.repos
 
 
-def test_the_token_is_written_nowhere(
+def test_no_file_and_no_message_contains_the_token(
     hub: HubServer, shas: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -393,7 +397,7 @@ def test_the_index_of_a_repository_says_which_files_are_the_model(
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in movable_tensors(merger.model).items())
 
 
-def test_a_repository_that_lacks_a_shard(hub: HubServer, cache: Path, tmp_path: Path) -> None:
+def test_a_repository_without_one_of_its_shards(hub: HubServer, cache: Path, tmp_path: Path) -> None:
     tiny_model("vit").save_pretrained(tmp_path / "model", max_shard_size="8KB")
     lost = sorted((tmp_path / "model").glob("model-*.safetensors"))[1]
     lost.unlink()
@@ -455,7 +459,7 @@ def test_a_branch_that_moves_after_the_ranking_changes_nothing(
     assert {row["sha"] for row in report.run.ranking} == {*shas.values()}
 
 
-def test_without_a_network_a_card_is_not_missed(
+def test_without_a_network_the_model_card_may_be_missing(
     hub: HubServer, shas: dict[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     huggingface_hub.snapshot_download("org/hub-both", allow_patterns=["*.safetensors", "*.json"], cache_dir=cache)
@@ -464,7 +468,7 @@ def test_without_a_network_a_card_is_not_missed(
     assert commit_of(SourceRef("org/hub-both", "main")) == shas["both"]
 
 
-def test_a_cache_that_others_keep_is_not_written_to(hub: HubServer, shas: dict[str, str], cache: Path) -> None:
+def test_a_read_only_cache(hub: HubServer, shas: dict[str, str], cache: Path) -> None:
     locate("org/hub-base")
 
     refs = cache / "models--org--hub-base" / "refs"
@@ -496,7 +500,7 @@ def test_a_merge_in_a_subfolder_is_continued_by_its_whole_name(hub: HubServer, t
     assert again.report.continues == f"org/hub-nested/sub@{sha}"
 
 
-def test_of_a_folder_a_subfolder_is_read_and_a_revision_is_refused(tmp_path: Path) -> None:
+def test_a_local_folder_may_have_a_subfolder_but_no_revision(tmp_path: Path) -> None:
     saved(tiny_model("vit"), tmp_path / "model")
     saved(perturbed(tiny_model("vit"), seed=1), tmp_path / "model" / "inner")
     merger = GraspMerger.from_pretrained(str(tmp_path / "model"), subfolder="inner")
@@ -508,7 +512,7 @@ def test_of_a_folder_a_subfolder_is_read_and_a_revision_is_refused(tmp_path: Pat
         GraspMerger.from_pretrained(str(tmp_path / "model"), revision="v1")
 
 
-def test_what_is_continued_from_a_folder_is_pushed_without_its_path(
+def test_a_merge_continued_from_a_folder_is_pushed_without_its_path(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "clients").mkdir()

@@ -49,7 +49,7 @@ def gone(what: str) -> str:
 # torch
 
 
-def test_buffers_of_no_checkpoint_are_told() -> None:
+def test_buffers_outside_checkpoints_are_recognized() -> None:
     module = nn.Module()
     module.register_buffer("kept", torch.zeros(1))
     module.register_buffer("computed", torch.zeros(1), persistent=False)
@@ -59,7 +59,7 @@ def test_buffers_of_no_checkpoint_are_told() -> None:
     assert found == {"kept": True, "computed": False}, gone("_non_persistent_buffers_set")
 
 
-def test_children_come_back() -> None:
+def test_children_are_restored() -> None:
     first, model = nn.Linear(1, 1), nn.Module()
     model.first, model.again = first, first
     model.add_module("empty", None)
@@ -72,7 +72,7 @@ def test_children_come_back() -> None:
     assert model.first is first, gone("Module._modules")
 
 
-def test_forward_hooks_come_back() -> None:
+def test_forward_hooks_are_restored() -> None:
     called: list[str] = []
     model = nn.Linear(1, 1)
     model.register_forward_hook(lambda *_: called.append("own"))
@@ -87,7 +87,7 @@ def test_forward_hooks_come_back() -> None:
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(2), nn.BatchNorm3d(2), nn.SyncBatchNorm(2)])
-def test_every_batch_norm_is_told(layer: nn.Module) -> None:
+def test_every_batch_norm_is_recognized(layer: nn.Module) -> None:
     assert internals.normalizes_batches(nn.Sequential(nn.Linear(1, 1), layer)), gone("_BatchNorm")
 
 
@@ -104,7 +104,7 @@ def test_tied_names() -> None:
     assert internals.tied_names(tiny_model("vit")) == {}, gone("get_expanded_tied_weights_keys")
 
 
-def test_what_is_computed_is_neither_saved_nor_missed(tmp_path: Path) -> None:
+def test_computed_tensors_are_neither_saved_nor_missed(tmp_path: Path) -> None:
     class Computing(BertForSequenceClassification):
         _keys_to_ignore_on_load_missing = [r"classifier\.b.*"]
         _keys_to_ignore_on_save = ["classifier.bias"]
@@ -125,7 +125,7 @@ def test_what_is_computed_is_neither_saved_nor_missed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["vit", "gpt2", "gpt_neox", "mixtral"])
-def test_saved_state_is_what_save_pretrained_writes(kind: str, tmp_path: Path) -> None:
+def test_saved_state_equals_the_files_of_save_pretrained(kind: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     model = tiny_model(kind)
@@ -354,7 +354,7 @@ def test_autocast_leaves_the_wrapped_forward_on_a_model(tmp_path: Path) -> None:
         (ValueError("CUDA out of memory."), False),
     ],
 )
-def test_lack_of_memory_is_told(error: Exception, expected: bool) -> None:
+def test_lack_of_memory_is_recognized(error: Exception, expected: bool) -> None:
     assert internals.lacks_memory(error) is expected, gone("should_reduce_batch_size")
 
 

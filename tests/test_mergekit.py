@@ -116,7 +116,7 @@ def recipe_of(text: str, folder: Path, *overrides: str) -> Recipe:
         (LINEAR + DATA, ["preset=paper"], ["org/a", "org/b@v2"], None, GraspConfig.paper()),
     ],
 )
-def test_what_a_configuration_becomes(
+def test_the_recipe_of_a_configuration(
     text: str, overrides: list[str], sources: list[str], base: str | None, config: GraspConfig, tmp_path: Path
 ) -> None:
     recipe = recipe_of(text, tmp_path, *overrides)
@@ -171,7 +171,7 @@ def test_the_keys_of_a_recipe_win(tmp_path: Path) -> None:
         (LINEAR_OF_ADAPTERS, [], ["an adapter is part of the mean only in the units that it adapts"]),
     ],
 )
-def test_a_warning_names_what_is_not_used(
+def test_a_warning_lists_the_keys_that_are_not_used(
     text: str, overrides: list[str], warnings: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="grasp_hf"):
@@ -278,7 +278,7 @@ MERGE_FIRST = r"merge it into '{}' first \(merge_and_unload\(\) of PEFT\) and na
         (f"{LINEAR}\n---\n{TIES}", "holds several YAML documents, expected one; .* write one file for each"),
     ],
 )
-def test_what_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_refused_configurations(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe_of(text, tmp_path)
 
@@ -303,7 +303,7 @@ def test_the_configuration_is_not_changed() -> None:
     assert values == yaml.safe_load(TIES + DATA)
 
 
-def test_an_alias_that_is_not_defined_is_no_second_document(tmp_path: Path) -> None:
+def test_an_undefined_alias_is_not_reported_as_a_second_document(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not valid YAML: .*undefined alias"):
         recipe_of("models: *all\n", tmp_path)
 

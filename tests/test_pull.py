@@ -111,7 +111,7 @@ def check_weights(source: Source, folder: Path) -> None:
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
-PASSING: dict[str, tuple[str, str, dict[str, Any]]] = {
+TEMPORARY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cut": (WEIGHTS, "cut", {"after": 3 * CHUNK}),
     "cut at once": (WEIGHTS, "cut", {"after": 0}),
     "cut five times": (WEIGHTS, "cut", {"after": CHUNK, "times": 5}),
@@ -142,9 +142,9 @@ PASSING: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("what", PASSING)
-def test_a_fault_that_passes(what: str, hub: HubServer, folders: dict[str, Path], home: Path, impatient: None) -> None:
-    pattern, kind, options = PASSING[what]
+@pytest.mark.parametrize("what", TEMPORARY)
+def test_a_temporary_fault(what: str, hub: HubServer, folders: dict[str, Path], home: Path, impatient: None) -> None:
+    pattern, kind, options = TEMPORARY[what]
     hub.fault(pattern, kind, **options)
     with Puller() as puller, puller.pull(SIX[0]) as source:
         assert hub.failures == [], "the fault happened"
@@ -152,9 +152,7 @@ def test_a_fault_that_passes(what: str, hub: HubServer, folders: dict[str, Path]
         assert (source.folder / "config.json").read_bytes() == (folders[SIX[0]] / "config.json").read_bytes()
 
 
-def test_a_cut_download_goes_on_where_it_was(
-    hub: HubServer, folders: dict[str, Path], home: Path, impatient: None
-) -> None:
+def test_a_cut_download_is_resumed(hub: HubServer, folders: dict[str, Path], home: Path, impatient: None) -> None:
     hub.fault(WEIGHTS, "cut", after=4 * CHUNK + 100)
     since = len(hub.exchanges)
     with Puller() as puller, puller.pull(SIX[0]) as source:
@@ -162,7 +160,7 @@ def test_a_cut_download_goes_on_where_it_was(
         check_weights(source, folders[SIX[0]])
 
 
-def test_a_server_that_ignores_where_to_go_on(
+def test_a_server_that_ignores_the_range_of_a_request(
     hub: HubServer, folders: dict[str, Path], home: Path, impatient: None
 ) -> None:
     hub.fault(WEIGHTS, "cut", after=4 * CHUNK)
@@ -199,7 +197,7 @@ LASTING: dict[str, tuple[str, str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", LASTING)
-def test_a_fault_that_lasts(what: str, hub: HubServer, folders: dict[str, Path], home: Path, impatient: None) -> None:
+def test_a_lasting_fault(what: str, hub: HubServer, folders: dict[str, Path], home: Path, impatient: None) -> None:
     pattern, kind, options, message = LASTING[what]
     before = files_in(home)
     hub.fault(pattern, kind, **options, times=1000)
@@ -214,9 +212,7 @@ def test_a_fault_that_lasts(what: str, hub: HubServer, folders: dict[str, Path],
     assert files_in(home) == before
 
 
-def test_a_hub_that_goes_down_in_the_middle_and_comes_back(
-    hub: HubServer, folders: dict[str, Path], home: Path
-) -> None:
+def test_a_hub_that_restarts_during_a_download(hub: HubServer, folders: dict[str, Path], home: Path) -> None:
     hub.fault(WEIGHTS, "slow", bytes_per_second=20_000)
     bodies = len(hub.exchanges)
 
@@ -232,7 +228,7 @@ def test_a_hub_that_goes_down_in_the_middle_and_comes_back(
     thread.join()
 
 
-def test_a_hub_that_goes_down_and_stays(hub: HubServer, folders: dict[str, Path], home: Path, impatient: None) -> None:
+def test_a_hub_that_stays_down(hub: HubServer, folders: dict[str, Path], home: Path, impatient: None) -> None:
     hub.fault(WEIGHTS, "slow", bytes_per_second=20_000)
     before, bodies, enough = files_in(home), len(hub.exchanges), threading.Event()
 
@@ -444,7 +440,7 @@ def test_one_source_many_times(hub: HubServer, folders: dict[str, Path], home: P
     assert folders[SIX[1]].is_dir()
 
 
-def test_an_error_of_the_following_source_is_raised_in_its_turn(
+def test_an_error_of_the_next_source_is_raised_when_it_is_pulled(
     hub: HubServer, folders: dict[str, Path], home: Path
 ) -> None:
     missing = "org/pull-missing"
@@ -471,7 +467,7 @@ def test_an_error_of_the_following_source_is_raised_in_its_turn(
     ("kind", "error"),
     [("slow", ValueError), ("slow", KeyboardInterrupt), ("stall", KeyboardInterrupt), ("stall", None)],
 )
-def test_a_download_that_nobody_waits_for_is_stopped(
+def test_a_download_that_is_no_longer_needed_is_stopped(
     kind: str, error: type[BaseException] | None, hub: HubServer, folders: dict[str, Path], home: Path
 ) -> None:
     before, since = files_in(home), len(hub.exchanges)
@@ -544,7 +540,7 @@ with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as scratch:
 """
 
 
-def test_what_a_killed_run_leaves_is_removed_by_the_next(
+def test_files_of_a_killed_run_are_removed_by_the_next_run(
     hub: HubServer, folders: dict[str, Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     temporary = tmp_path / "temporary"
@@ -626,7 +622,7 @@ def test_a_renamed_source(
 
 
 @pytest.mark.parametrize(("repo_type", "name"), [("dataset", "a data set"), ("space", "a Space")])
-def test_something_else_than_a_model(
+def test_a_repository_that_is_not_a_model(
     repo_type: str, name: str, hub: HubServer, folders: dict[str, Path], home: Path
 ) -> None:
     hub.add_repo(f"org/pull-{repo_type}", folders[SIX[4]], repo_type=repo_type)
@@ -636,7 +632,7 @@ def test_something_else_than_a_model(
             pass
 
 
-def test_a_refused_token_is_told_even_where_all_is_cached(
+def test_a_refused_token_is_an_error_even_if_all_files_are_cached(
     hub: HubServer, folders: dict[str, Path], home: Path
 ) -> None:
     for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
@@ -692,7 +688,7 @@ def test_offline_a_copy_without_all_its_shards_is_not_used(
 
 
 @pytest.mark.parametrize("going_on", [False, True])
-def test_what_a_killed_download_left_in_the_users_cache_goes(going_on: bool, hub: HubServer, home: Path) -> None:
+def test_parts_of_a_killed_download_in_the_users_cache_are_removed(going_on: bool, hub: HubServer, home: Path) -> None:
     sha = checksum(hub, SIX[0])
     cache, name = Path(huggingface_hub.constants.HF_HUB_CACHE), f"models--{SIX[0].replace('/', '--')}"
     left = cache / name / "blobs" / f"{sha}.0123abcd.incomplete"
@@ -797,7 +793,7 @@ def weighed(home: Path) -> Iterator[dict[str, int]]:
 
 
 @pytest.mark.parametrize(("data", "prefetch", "at_once"), [(True, True, 2), (True, False, 1), (False, True, 2)])
-def test_an_average_takes_shards_one_by_one(
+def test_an_average_reads_shards_one_by_one(
     data: bool, prefetch: bool, at_once: int, hub: HubServer, parts: dict[str, Path], home: Path
 ) -> None:
     expected = averaged([str(parts[repo_id]) for repo_id in IN_PARTS], data)
@@ -813,7 +809,9 @@ def test_an_average_takes_shards_one_by_one(
     assert [step.units for step in merger.report.steps] == [step.units for step in expected.report.steps]
 
 
-def test_shards_come_together_where_that_needs_less_disk(hub: HubServer, parts: dict[str, Path], home: Path) -> None:
+def test_shards_are_downloaded_together_if_that_needs_less_disk(
+    hub: HubServer, parts: dict[str, Path], home: Path
+) -> None:
     expected = averaged([str(parts[repo_id]) for repo_id in IN_PARTS])
     whole = sum(path.stat().st_size for path in shards_of(parts[IN_PARTS[0]]))
     with weighed(home) as most:  # no copy of the target is needed, which is as large as the source
@@ -869,7 +867,9 @@ def test_a_lasting_fault_in_a_later_shard(
     assert equal(merger, averaged([str(parts[repo_id]) for repo_id in IN_PARTS], data))
 
 
-def test_a_passing_fault_in_a_later_shard(hub: HubServer, parts: dict[str, Path], home: Path, impatient: None) -> None:
+def test_a_temporary_fault_in_a_later_shard(
+    hub: HubServer, parts: dict[str, Path], home: Path, impatient: None
+) -> None:
     for kind, path in zip(("cut", "corrupt", "status"), shards_of(parts[IN_PARTS[0]])[1:4], strict=True):
         pattern = f"{WEIGHTS}{checksum(hub, IN_PARTS[0], path.name)}"
         hub.fault(pattern, kind, skip=1, after=120_000, at=-1, status=503)
@@ -897,7 +897,7 @@ def test_a_weight_that_is_not_finite_in_a_shard(
     assert all(torch.equal(tensor, before[name]) for name, tensor in merger.model.state_dict().items())
 
 
-def test_a_shard_that_nobody_waits_for(hub: HubServer, parts: dict[str, Path], home: Path) -> None:
+def test_a_shard_that_is_no_longer_needed(hub: HubServer, parts: dict[str, Path], home: Path) -> None:
     second, since = shards_of(parts[IN_PARTS[0]])[1], len(hub.exchanges)
     pattern = f"{WEIGHTS}{checksum(hub, IN_PARTS[0], second.name)}"
     hub.fault(pattern, "slow", bytes_per_second=20_000)
@@ -927,7 +927,7 @@ def test_shards_that_do_not_fit_are_refused_by_their_headers(
     assert len(whole) == 1, "only the first shard was downloaded"
 
 
-def test_shards_whose_rows_are_matched_by_name_come_together(
+def test_shards_whose_rows_are_matched_by_name_are_downloaded_together(
     hub: HubServer, parts: dict[str, Path], home: Path
 ) -> None:
     sources = ["org/pull-permuted-parts", *IN_PARTS]

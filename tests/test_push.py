@@ -82,7 +82,7 @@ def commits(hub: HubServer, since: int) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("kind", "size"), PLACES)
-def test_what_arrives_is_what_transformers_writes(
+def test_the_pushed_files_are_those_that_transformers_writes(
     kind: str, size: str, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merger, repo_id = merger_of(kind, tmp_path / "model"), f"org/push-{kind}-{size}".lower()
@@ -160,7 +160,7 @@ def test_any_request_may_fail(kind: str, hub: HubServer, merger: GraspMerger, tm
 
 
 @pytest.mark.parametrize(("kind", "options"), [("status", {}), ("drop", {}), ("status", {"status": 403})])
-def test_the_hub_may_go_away_at_any_request(
+def test_the_hub_may_go_down_at_any_request(
     kind: str, options: dict[str, int], hub: HubServer, merger: GraspMerger, tmp_path: Path
 ) -> None:
     expected = expected_weights(merger.model, tmp_path / "expected", "10KB")
@@ -194,7 +194,7 @@ def test_the_hub_may_go_away_at_any_request(
         assert len(sent) <= 4 - len(before), "files on the Hub are not sent again"
 
 
-def test_an_upload_that_the_hub_refuses_in_its_own_words(
+def test_the_error_contains_the_hubs_reason_for_a_refused_upload(
     hub: HubServer, merger: GraspMerger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = [{"oid": "0" * 64, "error": {"code": 413, "message": "storage is full"}}]
@@ -239,7 +239,7 @@ def test_more_commits_for_a_pull_request(hub: HubServer, merger: GraspMerger, tm
     assert list(repo.tags) == ["v1"] and len(repo.commits) == 4
 
 
-def test_a_pull_request_without_changes_names_what_is_there(hub: HubServer, merger: GraspMerger) -> None:
+def test_a_pull_request_without_changes_returns_the_existing_commit(hub: HubServer, merger: GraspMerger) -> None:
     merger.push_to_hub("org/push-pr-same", token=TOKEN)
     repo = hub.repos["org/push-pr-same"]
     url = merger.push_to_hub("org/push-pr-same", token=TOKEN, create_pr=True)
@@ -345,7 +345,7 @@ def test_earlier_weights_are_deleted_in_the_same_commit(hub: HubServer, merger: 
     assert [repo.tags[f"v{number}"] for number in (1, 2, 3)] == list(repo.commits)[2:]
 
 
-def test_a_merge_takes_the_place_of_an_adapter(hub: HubServer, merger: GraspMerger, tmp_path: Path) -> None:
+def test_a_merge_replaces_an_adapter(hub: HubServer, merger: GraspMerger, tmp_path: Path) -> None:
     lora: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}
     hub.add_repo("org/push-adapter", saved_adapter(tiny_model("vit"), "org/base", tmp_path / "adapter", **lora))
     merger.push_to_hub("org/push-adapter", token=TOKEN)
@@ -365,7 +365,7 @@ def test_chat_templates_in_a_folder_arrive(hub: HubServer, tmp_path: Path) -> No
     assert GraspMerger.from_pretrained("org/push-chat").processing_class.chat_template == templates
 
 
-def test_a_temporary_directory_without_room(hub: HubServer, merger: GraspMerger) -> None:
+def test_a_temporary_directory_without_space(hub: HubServer, merger: GraspMerger) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))  # the record fits, and the weights do not
@@ -379,7 +379,7 @@ def test_a_temporary_directory_without_room(hub: HubServer, merger: GraspMerger)
     merger.push_to_hub("org/push-room", token=TOKEN)
 
 
-def test_no_request_waits_for_ever(hub: HubServer, merger: GraspMerger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_request_has_a_time_limit(hub: HubServer, merger: GraspMerger, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit also holds in the new session that the client makes after a refused connection."""
     found, upload, commit = [], HfApi.preupload_lfs_files, HfApi.create_commit
 
@@ -397,7 +397,7 @@ def test_no_request_waits_for_ever(hub: HubServer, merger: GraspMerger, monkeypa
     assert found == [Timeout(push.TIMEOUT)] and get_session().timeout == Timeout(None)
 
 
-def test_versions_go_on_from_the_tags_that_are_there(hub: HubServer, merger: GraspMerger, tmp_path: Path) -> None:
+def test_versions_continue_from_the_existing_tags(hub: HubServer, merger: GraspMerger, tmp_path: Path) -> None:
     hub.add_repo("org/push-tags", merger.report.base, tag="v7")
     repo = hub.repos["org/push-tags"]
     repo.tags |= {"v1.0": repo.resolve("main"), "release": repo.resolve("main")}
