@@ -199,7 +199,7 @@ def own_class(reference: str, config: PretrainedConfig) -> Any:
 
 
 def weight_conversions(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    """Return how `from_pretrained` reads files: the renamings, and the conversions of several tensors into one.
+    """Return the changes by `from_pretrained` to tensors in files: renamings, and conversions of several into one.
 
     No public function loads a checkpoint into an existing model, or lists the changes of its names. PEFT uses this
     function.

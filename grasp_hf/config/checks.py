@@ -22,7 +22,7 @@ OWN_ARGUMENTS = {
 
 
 def _check_type(value: Any, hint: Any) -> str | None:
-    """Return what the type `hint` expects, or `None` if `value` has that type.
+    """Return a text that names the expected type, or `None` if `value` fits the type `hint`.
 
     A number written as text does not count as a number.
     """

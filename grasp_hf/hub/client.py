@@ -94,12 +94,12 @@ class Corrupt(OSError):
     """The checksum of a downloaded file differs from the one that the Hub lists."""
 
 
-def retry(ask: Callable[[], Answer], doing: str) -> Answer:
+def retry(ask: Callable[[], Answer], name: str) -> Answer:
     """Return the answer of `ask`, and repeat the call a few times if it fails for a reason that may pass.
 
     Args:
         ask: Makes the request.
-        doing: Names the request in the log, such as `"listing tags"`.
+        name: Name of the request in the log, such as `"listing tags"`.
     """
     for pause in (*PAUSES, None):
         try:
@@ -107,13 +107,13 @@ def retry(ask: Callable[[], Answer], doing: str) -> Answer:
         except (HTTPError, HfHubHTTPError, OSError) as error:
             if pause is None or not _may_pass(error):
                 raise
-            logger.info("%s failed (%s); next attempt in %.0f s", doing, first_line(error), pause)
+            logger.info("%s failed (%s); next attempt in %.0f s", name, first_line(error), pause)
             time.sleep(pause)
     raise AssertionError("unreachable")
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another attempt may succeed. The client itself does not repeat a request after all of these errors."""
+    """Whether another attempt may succeed after `error`; the client itself repeats fewer requests."""
     if isinstance(error, HfHubHTTPError):
         if error.response is None:
             return False
@@ -122,9 +122,8 @@ def _may_pass(error: Exception) -> bool:
             f"{constants.ENDPOINT}/"
         )
         return expired or error.response.status_code in BUSY
-    if isinstance(
-        error, (LocalEntryNotFoundError, OfflineModeIsEnabled)
-    ):  # the client has already repeated its request
+    # The client has already repeated a request that ends with one of these.
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return False
     return isinstance(error, (HTTPError, ConnectionError, TimeoutError, Corrupt)) or "onsistency check" in str(error)
 

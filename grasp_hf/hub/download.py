@@ -277,7 +277,7 @@ def look_up(
     The folder of a source on the Hub may therefore have no weights.
 
     Raises:
-        SourceNotFoundError, DownloadError: As for `locate`.
+        SourceNotFoundError, DownloadError: See `locate`.
     """
     ref = SourceRef.parse(reference)
     if ref.is_local:

@@ -92,7 +92,7 @@ class Listing:
 
     @property
     def exports(self) -> list[str]:
-        """Names of the files in folders below the reference's; exports for other frameworks are found there."""
+        """Relative paths of the files in subfolders, which may be exports for other frameworks."""
         below = (path.removeprefix(self.folder) for path in self.files if path.startswith(self.folder))
         return sorted(path for path in below if "/" in path)
 

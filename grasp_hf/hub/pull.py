@@ -67,16 +67,16 @@ class Puller:
 
     At most two sources are on disk at a time, and only one without `prefetch`. The same holds for the shards of a
     `ShardedSource`. Each source on the Hub is downloaded to a cache of its own under `HF_HOME`, which is removed after
-    use. Files in the user's own Hugging Face cache are read from there, and stay.
+    use. Files in the user's own Hugging Face cache are not downloaded again, and are not removed.
 
     Args:
         token: Hub token; that of your login if left out.
         prefetch: Whether to download the next source while one is used.
         trusted: References whose own Python code may run.
-        undo_bytes: Allow `ShardedSource`, where it needs less disk space. This is the size in bytes of the copy of the
-            weights that a merge must keep then, because a later shard may fail. If left out, every source is
-            downloaded whole.
-        commits: Commit of each reference that was looked up before. A branch may have moved since then.
+        undo_bytes: Size in bytes of the copy of the weights that a merge keeps to undo a source whose later shard
+            fails. With it, a source in several shards becomes a `ShardedSource` if that needs less disk space. Without
+            it, every source is downloaded whole.
+        commits: Commits of references that were looked up before; a branch may have moved since then.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Puller:
             following: The source of the next call. It is downloaded during the block.
 
         Raises:
-            SourceNotFoundError, DownloadError: As for `hub.download.locate`.
+            SourceNotFoundError, DownloadError: See `hub.download.locate`.
         """
         expected, self._next = self._next, None
         if expected and expected[0] == reference:
@@ -191,7 +191,7 @@ class Puller:
         return future
 
     def _download(self, reference: str) -> Pulled:
-        """Return a source with its files on this machine, of a sharded source only the first shard."""
+        """Download a source and return it. Only the first shard of a `ShardedSource` is downloaded here."""
         ref = SourceRef.parse(reference)
         if ref.is_local:
             source = locate(ref, trusted=self._trusted)
@@ -232,7 +232,7 @@ class Puller:
             if stop.is_set():
                 raise Stopped
         except BaseException:
-            # After `__exit__` has lost patience and removed the folder above, the client may have created it again.
+            # If `__exit__` stopped waiting and removed the parent folder, the client may have created it again.
             shutil.rmtree(own.parent if self._stop.is_set() else own, ignore_errors=True)
             raise
 

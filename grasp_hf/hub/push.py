@@ -179,9 +179,8 @@ def push_files(
                     "(--create-pr)"
                 )
             retry(lambda op=operation: _upload(to, op), f"uploading {name}")  # type: ignore[misc]
-            if (
-                operation.path_or_fileobj == b""
-            ):  # the client drops the content of an uploaded file; small files follow in the commit
+            # The client drops the content of an uploaded file. Small files are uploaded with the commit.
+            if operation.path_or_fileobj == b"":
                 path.unlink()
             operations.append(operation)
         stale = [path for path in head.select(REPLACED) if path not in intended]
@@ -195,7 +194,7 @@ def push_files(
 
 
 def _upload(to: Destination, operation: CommitOperationAdd) -> None:
-    """Upload a large file; the client leaves small files for the commit."""
+    """Upload a large file; a small file is uploaded with the commit."""
     try:
         to.api.preupload_lfs_files(
             to.repo_id, [operation], revision=to.revision, create_pr=to.create_pr, num_threads=1
