@@ -1,4 +1,4 @@
-"""What errors say, and the problems that they carry."""
+"""Messages of errors, and the problems that they carry."""
 
 import copy
 import errno
@@ -75,7 +75,9 @@ def test_the_list_of_an_error_cannot_be_changed_from_outside() -> None:
     [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))],
     ids=["copy", "deep", "pickle"],
 )
-def test_a_copy_says_and_carries_the_same(cls: type[GraspError], again: Callable[[GraspError], GraspError]) -> None:
+def test_a_copy_has_the_same_message_and_problems(
+    cls: type[GraspError], again: Callable[[GraspError], GraspError]
+) -> None:
     error = cls("cannot be used", subject="org/a", problems=["no config.json", "no weights"])
     error.add_note("while merging")
     twin = again(error)

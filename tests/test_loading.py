@@ -204,7 +204,7 @@ def test_quantized_weights_that_the_config_does_not_mention(folders: dict[str, s
 def test_a_gguf_file(names: list[str], tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).write_text("{}")
-    with pytest.raises(SourceNotFoundError, match="GGUF file holds quantized weights: name the float model that it"):
+    with pytest.raises(SourceNotFoundError, match="GGUF file has quantized weights: name the float model that it"):
         folder_source(tmp_path)
 
 
