@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
+import grasp_hf
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.cli import main
+from grasp_hf.comparison.methods import METHODS
+from grasp_hf.config.arguments import COMMANDS
 from grasp_hf.config.recipe import Recipe
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, SourceNotFoundError
 from grasp_hf.record.saving import read_record
@@ -69,45 +74,88 @@ def write_recipe(folder: Path, **values: Any) -> str:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
-    code = "from grasp_hf.cli import main; raise SystemExit(main())"
+    code = "from grasp_hf.cli import run; run()"
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("command", ["plan", "rank", "merge", "demo"])
-def test_the_help_of_each_command_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="^0$"):
-        main([command, "-h"])
-    text = capsys.readouterr().out
+def help_of(*command: str) -> str:
+    """Return a help text as a wide terminal shows it."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from grasp_hf.cli import run; run()", *command, "-h"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_shows_an_example(command: str) -> None:
+    text = help_of(command)
     assert f"example:\n  grasp-hf {command} " in text
-    assert "exit codes: 0 done, 1 a source, the data or the configuration is not fit, 2 wrong usage" in text
+    assert "exit codes: 0 success, 1 problem with models, data or settings, 2 wrong usage, 130 interrupted\n" in text
 
 
-def test_the_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_lists_the_commands() -> None:
+    text = help_of()
+    assert re.findall(r"^  (\w+) +\w", text.partition("commands:")[2], flags=re.MULTILINE) == [*COMMANDS]
+
+
+@pytest.mark.parametrize("command", ["rank", "merge", "compare"])
+def test_the_help_lists_every_setting_with_its_default(command: str) -> None:
+    settings = help_of(command).partition("settings (key=value)")[2]
+    found = dict(re.findall(r"^  (\w+)=(\S+) +\S", settings, flags=re.MULTILINE))
+    assert found.keys() == {field.name for field in fields(GraspConfig)}
+    assert (found["method"], found["gate"], found["lora"], found["final_epochs"]) == ("blend", "true", "null", "3")
+
+
+def test_the_help_lists_every_compared_method() -> None:
+    text = help_of("compare").partition("methods: ")[2].partition("\n\n")[0]
+    assert text.replace("\n", " ").replace(",", "").split() == [*METHODS]
+
+
+def test_the_help_fits_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
     with pytest.raises(SystemExit, match="^0$"):
-        main(["--help"])
-    text = capsys.readouterr().out
-    assert all(f"    {command} " in text for command in ("plan", "rank", "merge", "demo"))
+        main(["compare", "-h"])
+    text = capsys.readouterr().out.partition("methods: ")[2]
+    assert len(text.splitlines()) > 30 and max(map(len, text.splitlines())) <= 60
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"grasp-hf {grasp_hf.__version__}\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "plan | rank | merge | append | push | reproduce | compare | demo"),
+        ([], "expected a command: plan, rank, merge, append, push, reproduce, compare, demo"),
         (["merge"], "recipe"),
         (["plan"], "the following arguments are required: recipe"),
         (["merge", "recipe.yaml"], "--output"),
         (["blend", "recipe.yaml"], "invalid choice: 'blend'"),
         (["plan", "recipe.yaml", "--outptu", "x"], "unrecognized arguments: --outptu"),
         (["demo", "--seed", "one"], "expected numbers, got 'one'"),
-        (["merge", "recipe.yaml", "--output", "x", "--private"], "--private: expected --push-to-hub beside it"),
-        (["append", "merged", "org/a", "--output", "x", "--create-pr"], "--create-pr: expected --push-to-hub"),
+        (["merge", "recipe.yaml", "--output", "x", "--private"], "--private: expected --push-to-hub as well"),
+        (["append", "merged", "org/a", "--output", "x", "--create-pr"], "--create-pr: expected --push-to-hub as well"),
     ],
 )
-def test_wrong_usage_is_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_code_2(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit, match="^2$"):
         main(arguments)
     output = capsys.readouterr()
-    assert message in output.err and output.out == ""
+    assert message in " ".join(output.err.split()) and output.out == ""
+    assert max(map(len, output.err.splitlines())) <= 100
 
 
 def test_a_plan_without_problems(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
