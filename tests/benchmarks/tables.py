@@ -1,9 +1,10 @@
-"""The tables of the project's Markdown files, printed by the commands that stand above them.
+"""The tables and lists of the project's Markdown files, printed by the commands that stand above them.
 
 A table stands between `<!-- begin: COMMAND -->` and `<!-- end -->`. `python -m tests.benchmarks.tables` runs every
 `COMMAND` and writes what it prints between the two lines; with `--check` it changes nothing and fails where a file differs.
-Commands read the record in `tests/benchmarks/results/` and run nothing, so each has the option `--table`. The columns of
-the tables are not aligned in the files, so that a new number changes one line.
+Commands read the record in `tests/benchmarks/results/`, or the settings of the package, and measure nothing: each is a
+module of `tests` with the option `--table`. The columns of the tables are not aligned in the files, so that a new number
+changes one line.
 """
 
 import argparse
@@ -18,9 +19,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
-FILES = (Path(__file__).parent / "README.md", ROOT / "README.md")
+FILES = (Path(__file__).parent / "README.md", ROOT / "README.md", ROOT / "recipes" / "README.md")
 PROGRAM = ["python", "-m"]
-PACKAGE = __package__
+PACKAGE = "tests"
 BEGIN = re.compile(r"^<!-- begin: (.+) -->$")
 END = "<!-- end -->"
 
@@ -87,14 +88,12 @@ def differing(files: Sequence[Path], *, write: bool) -> list[Path]:
 def main() -> None:
     """Write or check the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "files", nargs="*", type=Path, default=FILES, help="default: the README here and the project's"
-    )
+    parser.add_argument("files", nargs="*", type=Path, default=FILES, help="default: every README of the project")
     parser.add_argument("--check", action="store_true", help="change nothing, and fail where a table differs")
     args = parser.parse_args()
     found = differing(args.files, write=not args.check)
     for path in found:
-        print(f"{path}: {'its tables differ from the record' if args.check else 'written'}")
+        print(f"{path}: {'its tables are out of date' if args.check else 'written'}")
     if args.check and found:
         sys.exit("run python -m tests.benchmarks.tables to write them")
 
