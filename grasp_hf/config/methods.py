@@ -83,5 +83,4 @@ METHODS = {
         counts_units=False,
         stores_gradients=True,
     ),
-    "softmax": Method("Weighs each source by `exp(-loss)`.", "A mean with the weights softmax(-loss) of the sources."),
 }
