@@ -78,9 +78,7 @@ def adapter_problems(
         token: Hub token, to look up the commit of a revision.
     """
     problems = []
-    if config.peft_type == PeftType.VERA:
-        problems.append("an adapter of type VERA draws its projections from a seed; expected LoRA or a similar type")
-    elif config.is_prompt_learning or not _can_merge(PeftType(config.peft_type)):
+    if config.is_prompt_learning or not _can_merge(PeftType(config.peft_type)):
         problems.append(type_problem(config))
     named = config.base_model_name_or_path or ""
     if base is None:
