@@ -44,8 +44,6 @@ TEXT = """---
 
 {{ count }} merged into one `{{ model_class }}`, one at a time, with grasp_hf.{{ guided }}
 
-It was not evaluated on other tasks than the target task.
-
 ## Usage
 
 {{ usage }}
