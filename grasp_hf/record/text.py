@@ -21,3 +21,16 @@ def markdown_table(rows: Sequence[dict[str, str]]) -> str:
 def format_number(value: float | None, digits: int = 3) -> str:
     """Return a number for a table; a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def format_size(size: float) -> str:
+    """Return a number of bytes in MB, from 1 GB on in GB."""
+    return f"{size / 1e6:.1f} MB" if size < 999.95e6 else f"{size / 1e9:.2f} GB"
+
+
+def shorten(text: str, width: int) -> str:
+    """Return a text of at most `width` characters; a longer one loses its middle, because the ends tell names apart."""
+    if len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return f"{text[: width - 1 - tail]}…{text[-tail:]}"
