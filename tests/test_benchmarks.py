@@ -26,7 +26,7 @@ from tests.benchmarks import emoji, rank, settings, sotu
 from tests.benchmarks.packages import complete, fetch
 from tests.benchmarks.sources import KINDS, source_folder
 from tests.benchmarks.training import score
-from tests.benchmarks.trials import MEANS, Laboratory, agreeing, harms, weighed
+from tests.benchmarks.trials import MEANS, Laboratory, agreeing, harms, merge_by_means
 from tests.support.models import perturbed, tiny_data, tiny_model
 
 
@@ -192,7 +192,7 @@ def test_a_trial_of_means_weighs_a_source_as_the_labels_judge_better() -> None:
     states = {
         name: dict(perturbed(tiny_model("bert"), seed, scale=0.03).state_dict()) for seed, name in enumerate("abc")
     }
-    merges = {rule: weighed(lab, states, ["a", "b", "c"], labels, rule) for rule in MEANS}
+    merges = {rule: merge_by_means(lab, states, ["a", "b", "c"], labels, rule) for rule in MEANS}
     weight = "classifier.weight"
     mean = torch.stack([state[weight] for state in states.values()]).mean(0)
     torch.testing.assert_close(merges["mean"][0][weight], mean)
@@ -201,7 +201,7 @@ def test_a_trial_of_means_weighs_a_source_as_the_labels_judge_better() -> None:
     assert ((low - 1e-6 <= found) & (found <= high + 1e-6)).all() and not torch.allclose(found, mean, atol=1e-3)
     assert [weighted for _, _, weighted in merges.values()][:2] == [[], ["b", "c"]]
     assert {*merges["better"][2]} <= {"b", "c"} and all(taken == ["a", "b", "c"] for _, taken, _ in merges.values())
-    first = {rule: weighed(lab, states, ["a", "b"], labels, rule)[0] for rule in MEANS}
+    first = {rule: merge_by_means(lab, states, ["a", "b"], labels, rule)[0] for rule in MEANS}
     losses = {rule: float(lab.losses(state, labels, SCALES).mean()) for rule, state in first.items()}
     assert losses["better"] == min(losses.values()) and losses["mean"] != losses["fisher"]
 
@@ -300,7 +300,7 @@ def test_the_table_shows_means_and_paired_differences_of_all_runs(kept: Path) ->
         ["sotu: loss", "kind", "64 labels (2 runs)"],
         ["source (mean of all)", "control", "5.000 (-3.500 ± 12.706)"],  # 4 and 6 against 1.5 twice
         ["TIES", "existing", "1.500 (+0.000 ± 6.353)"],
-        ["grasp_hf, as the recipe says", "ours", "1.500"],
+        ["grasp_hf, as in the recipe", "ours", "1.500"],
     ]
 
 
@@ -314,7 +314,7 @@ def test_by_loss_everything_but_the_loss_is_left_out() -> None:
 def test_ranks_are_means_over_runs_and_chance_is_that_of_a_sign_test(kept: Path) -> None:
     assert cells(comparing.overall({"sotu": [ERA]}))[1:] == [
         ["TIES", "existing", "1.5", "1 / 1 (p = 1.000)", "1.5", "1 / 1 (p = 1.000)", "1.00"],
-        ["grasp_hf, as the recipe says", "ours", "1.5", "–", "1.5", "–", "1.00"],
+        ["grasp_hf, as in the recipe", "ours", "1.5", "–", "1.5", "–", "1.00"],
         ["source (mean of all)", "control", "3.0", "2 / 0 (p = 0.500)", "3.0", "2 / 0 (p = 0.500)", "–"],
     ]
 
@@ -327,7 +327,7 @@ def test_the_best_other_row_is_named_with_its_lead_on_ours(kept: Path) -> None:
     known.save(folder)
     comparing.save("sotu", kept)
     assert cells(comparing.leaders({"sotu": [ERA]})) == [
-        ["measure", "ours", "best other row", "best one through our gate"],
+        ["measure", "ours", "best other row", "best row with our gate"],
         ["sotu, 64 labels: loss (2 runs)", "1.500", "DARE (+0.125 ± 4.765)", "base model (-0.750 ± 3.177)"],
     ]
 
@@ -397,7 +397,7 @@ def test_before_fine_tuning_there_are_rows_only(kept: Path, capsys: pytest.Captu
     with patch.object(sys, "argv", ["compare", "sotu", "--table", "--merged", "--show", "ranks"]):
         with pytest.raises(SystemExit):
             comparing.main()
-    assert "--merged: only --show rows" in capsys.readouterr().err
+    assert "--merged: expected --show rows" in capsys.readouterr().err
 
 
 def test_the_table_of_the_ranking_has_a_row_for_each_predictor() -> None:
@@ -505,6 +505,6 @@ def test_settings_have_a_table_for_each_benchmark_and_number_of_labels() -> None
 
 
 def test_an_unknown_setting_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown setting 'gate'; expected some of units: module, .*no gate"):
+    with pytest.raises(ValueError, match="--only: got 'gate'; expected some of units: module, .*no gate"):
         settings.run("sotu", ERA, 64, 0, tmp_path, ["gate"])
     assert not list(tmp_path.iterdir())

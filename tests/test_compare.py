@@ -359,7 +359,7 @@ def test_the_tables_show_the_scores_and_the_costs_of_each_row() -> None:
     assert costs[0] == ["", "kind", "memory (models)", "sources at once"]
     assert costs[2:] == [
         ["base model", "control", "1", "1"],
-        ["ensemble of all", "existing", "1; K to use", "1"],
+        ["ensemble of all", "existing", "1 (K to predict)", "1"],
         ["grasp_hf, as in the recipe", "ours", "1", "1"],
     ]
 

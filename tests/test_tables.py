@@ -87,7 +87,9 @@ def test_a_marker_without_a_partner_is_an_error(text: str, message: str, loss: A
     ],
 )
 def test_a_command_that_does_not_read_the_record_is_refused(command: str) -> None:
-    with pytest.raises(ValueError, match="expected 'python -m tests.benchmarks.NAME … --table', which runs nothing"):
+    with pytest.raises(
+        ValueError, match="expected 'python -m tests.benchmarks.NAME … --table', which measures nothing"
+    ):
         tables.printed(command)
 
 

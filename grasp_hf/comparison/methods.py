@@ -184,11 +184,11 @@ METHODS = {  # records of comparisons name methods by these keys
     "average-line": _gated_row("average of all", partial(run_existing, method=average_)),
     "loop-nothing": _paper_row("the paper's loop, nothing copied", "control", threshold=1.0),
     "loop-all": _paper_row("the paper's loop, everything copied", "control", threshold=-1.0),
-    "ensemble": Method("ensemble of all", "existing", evaluate_ensemble, "1; K to use", finetuned=False),
+    "ensemble": Method("ensemble of all", "existing", evaluate_ensemble, "1 (K to predict)", finetuned=False),
     "fusion": Method(
-        "Multi-Source fusion", "existing", evaluate_fusion, "4 K; K to use", finetuned=False, sources="K"
+        "Multi-Source fusion", "existing", evaluate_fusion, "4 K (K to predict)", finetuned=False, sources="K"
     ),
-    "pearl": Method("PEARL, with gradients", "existing", run_pearl),
+    "pearl": Method("PEARL, with trained adapters", "existing", run_pearl),
     "greedy-soup": _existing_row("greedy soup", greedy_soup_, "K"),
     "task-arithmetic": _existing_row("task arithmetic", task_arithmetic_),
     "ties": _existing_row("TIES", ties_, "K"),
@@ -199,6 +199,6 @@ METHODS = {  # records of comparisons name methods by these keys
     "lorahub-line": _gated_mixture_row("mixture by source", per_layer=False),
     "adamerging-line": _gated_mixture_row("mixture by layer", per_layer=True),
     "gradfix": _existing_row("GradFix", gradfix_),
-    "published": _paper_row("GRASP as in the paper", "existing", threshold=0.3, memory="6; ours 1"),
+    "published": _paper_row("GRASP as in the paper", "existing", threshold=0.3, memory="1 (paper's code: 6)"),
     "ours": Method("grasp_hf, as in the recipe", "ours", run_ours, finetuned=False),
 }

@@ -23,10 +23,11 @@ TABLE = "comparison.md"
 FIGURE = "comparison-{}.png"  # the number of labels
 OURS = "ours"
 TITLE_WIDTH = 40  # characters; with it the tables fit in 100 columns
-LEGEND = (
-    "Mean over the runs ± half of its 95 % interval. merged: before the final fine-tuning. final: after it.\n"
-    "vs ours: the difference on the same labels; positive means better than ours."
-)
+LEGEND = """\
+Each cell: the mean over the runs ± half of its 95 % interval.
+merged: before the final fine-tuning. final: after it.
+vs ours: the difference on the same labels; positive means better than ours."""
+COSTS_LEGEND = "Memory that merging takes, in sizes of the model. K: number of sources."
 
 
 @dataclass
@@ -113,7 +114,7 @@ class Comparison:
         return "\n".join([markdown_table(rows), *(f"- {title_of(name)}: {text}" for name, text in problems.items())])
 
     def costs_table(self) -> str:
-        """Return a row per method: its kind, and the memory and the sources at once that its merge takes."""
+        """Return a row per method: its kind, the memory that its merge takes, and the sources that it needs at once."""
         found = {result.method for result in self.results}
         rows = [
             {
@@ -123,16 +124,16 @@ class Comparison:
                 "sources at once": method.sources,
             }
             for name, method in METHODS.items()
-            if name in found
+            if name in found or name == OURS
         ]
-        return markdown_table(rows) if rows else ""
+        return markdown_table(rows)
 
     def __str__(self) -> str:
         sizes = dict.fromkeys(result.size for result in self.results)
         blocks = [f"{size} labels, {self.measure} on the test split\n\n{self.table(size)}" for size in sizes]
         if blocks:
-            blocks += [LEGEND, self.costs_table()]
-        return "\n\n".join(filter(None, blocks))
+            blocks += [LEGEND, self.costs_table(), COSTS_LEGEND]
+        return "\n\n".join(blocks)
 
     def save(self, directory: Path) -> None:
         """Write the results as JSON and the tables as Markdown to `directory`, which is made if it is missing."""
