@@ -377,7 +377,9 @@ def test_the_tables_fit_in_a_terminal() -> None:
     ]
     text = str(Comparison(found, {}))
     assert all(method.title in text for method in METHODS.values()), "no title of a method is shortened"
-    assert "| source org/long-lon…-long-long-name |" in text and "| source cardiffnlp/twitter-roberta-base " in text
+    assert (
+        "| source org/long-long…long-long-long-name |" in text and "| source cardiffnlp/twitter-roberta-base " in text
+    )
     assert max(map(len, text.splitlines())) <= 100
 
 

@@ -56,7 +56,7 @@ def test_checking_names_the_file_and_fails(loss: Any, tmp_path: Path, capsys: py
     loss(2.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["tables", "--check", str(path)])
-        with pytest.raises(SystemExit, match="run python -m tests.benchmarks.tables to write them"):
+        with pytest.raises(SystemExit, match="run python -m tests.benchmarks.tables to update them"):
             tables.main()
     assert capsys.readouterr().out == f"{path}: its tables differ from the record\n"
 

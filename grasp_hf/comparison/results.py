@@ -114,7 +114,7 @@ class Comparison:
         return "\n".join([markdown_table(rows), *(f"- {title_of(name)}: {text}" for name, text in problems.items())])
 
     def costs_table(self) -> str:
-        """Return a row per method: its kind, the memory that its merge takes, and the sources that it needs at once."""
+        """Return a row per method: its kind, the memory of its merge, and the number of sources at once."""
         found = {result.method for result in self.results}
         rows = [
             {
