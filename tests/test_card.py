@@ -75,15 +75,15 @@ def test_a_parent_without_a_known_licence_makes_it_other_and_is_named() -> None:
     found, warnings = strictest({"org/a": "mit", "org/b": None, "org/c": "unknown", "org/d": "my-own", "org/e": ""})
     assert found == "other"
     assert warnings == [
-        "no licence is declared by `org/b`, `org/e`: without one, only the authors may share it",
+        "no licence is declared by `org/b`, `org/e`: only the authors may share a model without a licence",
         "`unknown` is declared by `org/c`: read its terms before you share the merge",
-        "`my-own`, which is not a licence id known here, is declared by `org/d`: read its terms before you share the "
-        "merge",
+        "`my-own`, which is not in the table of licence ids, is declared by `org/d`: read its terms before you share "
+        "the merge",
     ]
     assert strictest({"org/a": "other", "org/b": "other"})[0] == "other"
     assert strictest({"a": None, "b": None}) == (
         None,
-        ["no licence is declared by `a`, `b`: without one, only the authors may share it"],
+        ["no licence is declared by `a`, `b`: only the authors may share a model without a licence"],
     )
     assert strictest({}) == (None, [])
 

@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
+import grasp_hf
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.cli import main
+from grasp_hf.comparison.methods import METHODS
+from grasp_hf.config.arguments import COMMANDS
 from grasp_hf.config.recipe import Recipe
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, SourceNotFoundError
 from grasp_hf.record.saving import read_record
@@ -70,44 +75,88 @@ def write_recipe(folder: Path, **values: Any) -> str:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a new process."""
-    code = "from grasp_hf.cli import main; raise SystemExit(main())"
+    code = "from grasp_hf.cli import run; run()"
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("command", ["plan", "rank", "merge", "demo"])
-def test_the_help_of_each_command_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="^0$"):
-        main([command, "-h"])
-    text = capsys.readouterr().out
+def help_of(*command: str) -> str:
+    """Return a help text as a wide terminal shows it."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from grasp_hf.cli import run; run()", *command, "-h"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_shows_an_example(command: str) -> None:
+    text = help_of(command)
     assert f"example:\n  grasp-hf {command} " in text
-    assert "exit codes: 0 done, 1 a source, the data or the configuration is not fit, 2 wrong usage" in text
+    assert "exit codes: 0 success, 1 problem with models, data or settings, 2 wrong usage, 130 interrupted\n" in text
 
 
-def test_the_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_lists_the_commands() -> None:
+    text = help_of()
+    assert re.findall(r"^  (\w+) +\w", text.partition("commands:")[2], flags=re.MULTILINE) == [*COMMANDS]
+
+
+@pytest.mark.parametrize("command", ["rank", "merge", "compare"])
+def test_the_help_lists_every_setting_with_its_default(command: str) -> None:
+    settings = help_of(command).partition("settings (key=value)")[2]
+    found = dict(re.findall(r"^  (\w+)=(\S+) +\S", settings, flags=re.MULTILINE))
+    assert found.keys() == {field.name for field in fields(GraspConfig)}
+    assert (found["method"], found["gate"], found["lora"], found["final_epochs"]) == ("blend", "true", "null", "3")
+
+
+def test_the_help_lists_every_compared_method() -> None:
+    text = help_of("compare").partition("methods: ")[2].partition("\n\n")[0]
+    assert text.replace("\n", " ").replace(",", "").split() == [*METHODS]
+
+
+def test_the_help_fits_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
     with pytest.raises(SystemExit, match="^0$"):
-        main(["--help"])
-    text = capsys.readouterr().out
-    assert all(f"    {command} " in text for command in ("plan", "rank", "merge", "demo"))
+        main(["compare", "-h"])
+    text = capsys.readouterr().out.partition("methods: ")[2]
+    assert len(text.splitlines()) > 30 and max(map(len, text.splitlines())) <= 60
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"grasp-hf {grasp_hf.__version__}\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "plan | rank | merge | append | push | reproduce | compare | demo"),
+        ([], "expected a command: plan, rank, merge, append, push, reproduce, compare, demo"),
         (["merge"], "recipe"),
+        (["plan"], "the following arguments are required: recipe"),
         (["merge", "recipe.yaml"], "--output"),
         (["blend", "recipe.yaml"], "invalid choice: 'blend'"),
         (["plan", "recipe.yaml", "--outptu", "x"], "unrecognized arguments: --outptu"),
         (["demo", "--seed", "one"], "expected numbers, got 'one'"),
-        (["merge", "recipe.yaml", "--output", "x", "--private"], "--private: expected --push-to-hub beside it"),
-        (["append", "merged", "org/a", "--output", "x", "--create-pr"], "--create-pr: expected --push-to-hub"),
+        (["merge", "recipe.yaml", "--output", "x", "--private"], "--private: expected --push-to-hub as well"),
+        (["append", "merged", "org/a", "--output", "x", "--create-pr"], "--create-pr: expected --push-to-hub as well"),
     ],
 )
-def test_wrong_usage_is_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_code_2(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit, match="^2$"):
         main(arguments)
     output = capsys.readouterr()
-    assert message in output.err and output.out == ""
+    assert message in " ".join(output.err.split()) and output.out == ""
+    assert max(map(len, output.err.splitlines())) <= 100
 
 
 def test_a_plan_without_problems(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,10 +174,10 @@ def test_a_plan_without_problems(world: Path, capsys: pytest.CaptureFixture[str]
     assert not any(word in output.out for word in ("dtype", "revision", "bird, cat, dog"))
 
 
-def test_a_verbose_plan_shows_all_facts_about_each_model(world: Path) -> None:
+def test_a_verbose_plan_shows_all_facts_about_each_model(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (world / "lora" / "README.md").write_text("---\nlicense: mit\n---\n")
-    recipe = Recipe.from_yaml(world / "recipe.yaml")
-    text = plan_table(plan(recipe), recipe, verbose=True)
+    assert main(["plan", str(world / "recipe.yaml"), "-v"]) == 0
+    text = capsys.readouterr().out
     assert (
         f"""
 base {world / "base"}
@@ -208,7 +257,7 @@ def test_a_plan_lists_all_problems_of_all_sources(world: Path, capsys: pytest.Ca
     text = capsys.readouterr().out
     problems = [line for line in text.splitlines() if line.startswith("- ") and "head stays" not in line]
     expected = [
-        ("resnet", "another architecture: got resnet, expected vit"),
+        ("resnet", "different architecture: got resnet, expected vit"),
         ("stray", "it is an adapter of 'org/elsewhere', expected an adapter of '"),
         ("empty", "holds no config.json and no adapter_config.json"),
         ("damaged", "adapter_model.safetensors cannot be read as safetensors"),
@@ -280,7 +329,9 @@ def test_a_base_whose_files_lack_weights(damage: str, world: Path, capsys: pytes
         expected = f"1 of its tensors: {name} (got shape (7,), expected (16,))"
     else:
         del tensors[name]
-        expected = "mlp.experts.gate_up_proj cannot be made of what is in the files" if damage == "expert" else name
+        expected = (
+            "mlp.experts.gate_up_proj cannot be made from the tensors in the files" if damage == "expert" else name
+        )
     if tensors:
         save_file(tensors, base / "model.safetensors", {"format": "pt"})
     recipe = write_recipe(world, sources=["fine-1"], **AVERAGE)
@@ -302,7 +353,8 @@ def test_a_base_without_a_head_needs_data(world: Path, capsys: pytest.CaptureFix
     assert main(["plan", write_recipe(world, **common, **AVERAGE)]) == 1
     text = capsys.readouterr().out
     assert (
-        "body: its files hold no head that fits, and without data none is trained: 2 of its tensors: classif" in text
+        "body: its files hold no head that fits, and no head is trained without data: 2 of its tensors: classif"
+        in text
     )
 
 
@@ -427,8 +479,11 @@ def test_a_merge_in_a_new_process(world: Path) -> None:
     assert list(model.config.id2label.values()) == ["bird", "cat", "dog"]
 
 
-def test_an_error_in_a_new_process(world: Path) -> None:
-    done = run("merge", write_recipe(world, sources=["fine-1", "nowhere/at/all"]), "--output", str(world / "merged"))
+def test_an_error_by_the_console_script(world: Path) -> None:
+    script = str(Path(sys.executable).with_name("grasp-hf"))
+    recipe = write_recipe(world, sources=["fine-1", "nowhere/at/all"])
+    command = [script, "merge", recipe, "--output", str(world / "merged")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert (
         "error: nothing was merged, because of these problems:\n- nowhere/at/all: no such model on the Hub"
@@ -436,14 +491,6 @@ def test_an_error_in_a_new_process(world: Path) -> None:
     )
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert not (world / "merged").exists()
-
-
-def test_the_console_script_runs_the_same_commands() -> None:
-    script = Path(sys.executable).with_name("grasp-hf")
-    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    done = subprocess.run([script, "plan"], capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 2 and done.stdout == ""
-    assert "the following arguments are required: recipe" in done.stderr
 
 
 def test_a_merge_in_this_process(
@@ -770,7 +817,9 @@ def test_samples_in_two_splits_cause_a_warning(world: Path, capsys: pytest.Captu
     shutil.copy(images / "train" / LABELS[0] / "0.png", images / "train" / LABELS[0] / "again.png")
     shutil.copy(images / "train" / LABELS[0] / "1.png", images / "test" / LABELS[0] / "same.png")
     assert main(["merge", write_recipe(world, sources=["fine-1"]), "--output", str(world / "merged")]) == 0
-    told = "1 samples of the split 'train' stand there again; 1 samples of the split 'test' also stand in the split 'train'"
+    told = (
+        "1 samples of the split 'train' are duplicates; 1 samples of the split 'test' also occur in the split 'train'"
+    )
     assert f"{told}; the reported losses will be too low. Remove the duplicates" in capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import random
 import re
 import shutil
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,6 @@ from scipy.stats import ttest_1samp
 from transformers import Trainer, ViTImageProcessorPil
 
 import grasp_hf
-from grasp_hf import cli
 from grasp_hf.cli import main
 from grasp_hf.comparison import fairness
 from grasp_hf.comparison import methods as methods_module
@@ -40,8 +41,8 @@ from grasp_hf.comparison.run import code_digest, compare
 from grasp_hf.comparison.workbench import Workbench
 from grasp_hf.config.grasp import GraspConfig
 from grasp_hf.config.recipe import Recipe
-from grasp_hf.data.digests import contents
-from grasp_hf.data.tasks import with_images as with_pixels
+from grasp_hf.data.digests import sample_hashes
+from grasp_hf.data.tasks import prepare_images
 from grasp_hf.errors import ConfigError, DataError, OutputExistsError
 from grasp_hf.runs.prepare import prepare
 from grasp_hf.tensors.units import movable_tensors
@@ -55,6 +56,7 @@ from tests.support.models import (
     tiny_model,
     write_images,
 )
+from tests.support.processes import made_once
 
 Everything = tuple[Comparison, Path, dict[str, int]]
 TRAIN, TEST, BATCH, EPOCHS = 24, 102, 4, 2
@@ -64,14 +66,16 @@ FAST = ["base", "average", OURS]
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a base, a full fine-tune and an adapter of it, images, and a recipe of all."""
-    folder = tmp_path_factory.mktemp("compare")
+    return made_once(tmp_path_factory, "comparison-world", make_world)
+
+
+def make_world(folder: Path) -> None:
     base = saved(tiny_model("vit"), folder / "base")
     saved(perturbed(tiny_model("vit"), seed=1), folder / "fine")
     adapter = folder / "lora"
     saved_adapter(tiny_model("vit"), base, adapter, modules_to_save=["classifier"], target_modules=["q_proj"])
     write_images(folder / "images", {"train": TRAIN // 3, "test": TEST // 3})
     write_recipe(folder, folder)
-    return folder
 
 
 def write_recipe(world: Path, to: Path, **values: Any) -> Recipe:
@@ -97,7 +101,13 @@ def recipe(world: Path) -> Recipe:
 @pytest.fixture(scope="session")
 def everything(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Everything:
     """Compare all methods once; return the results, their folder, and the number of training steps of each row."""
-    folder = tmp_path_factory.mktemp("everything") / "comparison"
+    made = made_once(tmp_path_factory, "comparison-of-everything", partial(compare_everything, recipe))
+    comparison, steps = pickle.loads((made / "results.pickle").read_bytes())
+    # A copy, because a comparison locks its folder and another worker may look at it.
+    return comparison, copied(str(made / "comparison"), tmp_path_factory.mktemp("everything") / "comparison"), steps
+
+
+def compare_everything(recipe: Recipe, folder: Path) -> None:
     steps: dict[str, int] = {}
     made = 0
     train, score = Trainer.train, Comparison.save
@@ -117,7 +127,8 @@ def everything(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Ever
         patch.setattr(Trainer, "train", counting)
         patch.setattr(Comparison, "save", saving)
         variants = {"without the gate": {"gate": False}}
-        return compare(recipe, folder, seeds=[3], variants=variants), folder, steps
+        comparison = compare(recipe, folder / "comparison", seeds=[3], variants=variants)
+    (folder / "results.pickle").write_bytes(pickle.dumps((comparison, steps)))
 
 
 def scores(comparison: Comparison) -> dict[tuple[str, int, int], Any]:
@@ -187,9 +198,10 @@ def test_a_file_instead_of_the_folder_of_results(recipe: Recipe, tmp_path: Path)
 
 def test_a_killed_comparison_continues(recipe: Recipe, world: Path, tmp_path: Path) -> None:
     arguments = ["compare", str(world / "recipe.yaml"), "--output", str(tmp_path / "killed"), "--seeds", "0", "1"]
+    arguments += ["--sizes", "6", "--methods", *FAST]
     code = "from grasp_hf.cli import main; raise SystemExit(main())"
     record = tmp_path / "killed" / "comparison.json"
-    with subprocess.Popen([sys.executable, "-c", code, *arguments, "--methods", *FAST]) as process:
+    with subprocess.Popen([sys.executable, "-c", code, *arguments]) as process:
         deadline = time.monotonic() + 120
         while not record.exists() or len(json.loads(record.read_text())["results"]) < 3:
             assert process.poll() is None and time.monotonic() < deadline
@@ -197,9 +209,9 @@ def test_a_killed_comparison_continues(recipe: Recipe, world: Path, tmp_path: Pa
         process.send_signal(signal.SIGKILL)
     before = Comparison.load(tmp_path / "killed")
     assert 3 <= len(before.results) < 10
-    after = compare(recipe, tmp_path / "killed", seeds=[0, 1], methods=FAST)
+    after = compare(recipe, tmp_path / "killed", seeds=[0, 1], sizes=[6], methods=FAST)
     assert after.results[: len(before.results)] == before.results
-    assert scores(after) == scores(compare(recipe, tmp_path / "whole", seeds=[0, 1], methods=FAST))
+    assert scores(after) == scores(compare(recipe, tmp_path / "whole", seeds=[0, 1], sizes=[6], methods=FAST))
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(recipe: Recipe, tmp_path: Path) -> None:
@@ -212,12 +224,12 @@ def test_a_folder_that_another_process_writes_to_is_refused(recipe: Recipe, tmp_
 
 
 def test_a_seed_begins_at_the_base_whatever_was_run_before(recipe: Recipe, tmp_path: Path) -> None:
-    alone = scores(compare(recipe, tmp_path / "alone", seeds=[1], methods=["base"]))
-    both = scores(compare(recipe, tmp_path / "both", seeds=[0, 1], sizes=[6, None], methods=["base"]))
+    alone = scores(compare(recipe, tmp_path / "alone", seeds=[1], sizes=[9], methods=["base"]))
+    both = scores(compare(recipe, tmp_path / "both", seeds=[0, 1], sizes=[6, 9], methods=["base"]))
     assert len(both) == 4 * len(alone) == 4 * 4
     assert {row: reached for row, reached in both.items() if row in alone} == alone
-    compare(recipe, tmp_path / "resumed", seeds=[0], methods=["base"])
-    resumed = scores(compare(recipe, tmp_path / "resumed", seeds=[0, 1], methods=["base"]))
+    compare(recipe, tmp_path / "resumed", seeds=[0], sizes=[9], methods=["base"])
+    resumed = scores(compare(recipe, tmp_path / "resumed", seeds=[0, 1], sizes=[9], methods=["base"]))
     assert len(resumed) == 8 and {row: both[row] for row in resumed} == resumed
 
 
@@ -254,7 +266,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[str], lis
 
     def record(bench: Workbench) -> dict[str, float]:
         names = [Path(source).name for source in bench.sources]
-        seen.append((names, bench.data.train["labels"], contents(bench.data.train)))
+        seen.append((names, bench.data.train["labels"], sample_hashes(bench.data.train)))
         return {"loss": 1.0, "accuracy": 0.5}
 
     methods = {name: Method(name, "control", record, finetuned=False) for name in ("one", OURS)}
@@ -447,13 +459,13 @@ def test_validation_samples_among_the_labels_are_refused(world: Path, tmp_path: 
 
 def test_the_content_of_a_sample_is_what_the_model_sees() -> None:
     rows = {"input_ids": [[1, 2], [1, 2, 3]], "attention_mask": [[1, 1], [1, 1, 1]], "labels": [0, 1]}
-    found = contents(Dataset.from_dict(rows))
-    other = contents(Dataset.from_dict({**rows, "labels": [1, 1], "attention_mask": [[1, 0], [1, 1, 1]]}))
+    found = sample_hashes(Dataset.from_dict(rows))
+    other = sample_hashes(Dataset.from_dict({**rows, "labels": [1, 1], "attention_mask": [[1, 0], [1, 1, 1]]}))
     assert len(found) == 2 and found == other
-    assert not found & contents(Dataset.from_dict({**rows, "input_ids": [[2, 1], [1, 2, 4]]}))
+    assert not found & sample_hashes(Dataset.from_dict({**rows, "input_ids": [[2, 1], [1, 2, 4]]}))
     images = tiny_data("vit", 6)
-    assert len(contents(images)) == 6
-    assert contents(images) == contents(images.with_format(None))
+    assert len(sample_hashes(images)) == 6
+    assert sample_hashes(images) == sample_hashes(images.with_format(None))
 
 
 def test_the_content_of_an_image_is_its_pixels() -> None:
@@ -469,8 +481,8 @@ def test_the_content_of_an_image_is_its_pixels() -> None:
 
     splits = DatasetDict(train=split("RGB", "a"), test=split("P", "b"))
     processor = ViTImageProcessorPil(size={"height": 4, "width": 4})
-    train, test = with_pixels(splits, "image", processor)[0].values()
-    assert contents(train) == contents(test) and len(contents(train)) == 2
+    train, test = prepare_images(splits, "image", processor)[0].values()
+    assert sample_hashes(train) == sample_hashes(test) and len(sample_hashes(train)) == 2
 
 
 def test_too_few_test_samples_are_refused_with_what_they_could_show(world: Path, tmp_path: Path) -> None:
@@ -686,7 +698,7 @@ def test_a_variant_keeps_its_settings(everything: Everything, recipe: Recipe) ->
     ],
 )
 def test_rows_do_not_depend_on_how_the_recipe_merges(
-    settings: dict[str, Any], recipe: Recipe, world: Path, tmp_path: Path
+    settings: dict[str, Any], everything: Everything, world: Path, tmp_path: Path
 ) -> None:
     """The recipe's settings of a merge are ours alone: they change neither the sources alone nor existing methods."""
     other = write_recipe(world, tmp_path, **({"batch_size": BATCH} | settings))
@@ -694,13 +706,11 @@ def test_rows_do_not_depend_on_how_the_recipe_merges(
     found = compare(
         other, tmp_path / "out", seeds=[3], methods=methods if "preset" in settings else ["average", "base"]
     )
-    plain = compare(recipe, tmp_path / "plain", seeds=[3], methods=["average", "base"])
     assert not [result for result in found.results if result.problem]
-    for method in [f"source:{source}" for source in recipe.sources]:
-        one, two = (next(r for r in c.results if r.method == method) for c in (found, plain))
-        assert one.final == two.final
-    average = [next(r for r in c.results if r.method == "average") for c in (found, plain)]
-    assert average[0].merged == average[1].merged
+    rows, plain = ({r.method: r for r in comparison.results} for comparison in (found, everything[0]))
+    for source in other.sources:
+        assert rows[f"source:{source}"].final == plain[f"source:{source}"].final
+    assert rows["average"].merged == plain["average"].merged
 
 
 @pytest.mark.parametrize(
@@ -846,7 +856,7 @@ def test_overrides_may_follow_an_option_with_several_values(
         found.update(arguments, batch_size=recipe.config.batch_size, final_epochs=recipe.config.final_epochs)
         return Comparison([], {})
 
-    monkeypatch.setattr(cli, "compare", recording)
+    monkeypatch.setattr(run_module, "compare", recording)
     assert main(["compare", str(world / "recipe.yaml"), "--output", str(tmp_path / "out"), *options]) == 0
     expected = {"seeds": [4, 5], "sizes": [6, None], "methods": ["base"]}
     assert found == {**expected, "batch_size": 2, "final_epochs": 3}
@@ -864,7 +874,7 @@ def test_an_option_without_its_values_is_wrong_usage(
 ) -> None:
     with pytest.raises(SystemExit, match="^2$"):
         main(["compare", str(world / "recipe.yaml"), "--output", str(tmp_path / "out"), *options])
-    assert message in capsys.readouterr().err
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_command_names_the_problems_of_all_sources_first(

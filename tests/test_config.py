@@ -1,4 +1,4 @@
-"""The configuration and the recipe: what is refused, how it is said, and where paths lead."""
+"""The configuration and the recipe: refused values, their error messages, and relative paths."""
 
 import re
 from pathlib import Path
@@ -31,35 +31,39 @@ def test_defaults() -> None:
     ("field", "value", "message"),
     [
         ("method", "mean", r"method: got 'mean', expected one of 'average', 'blend', 'copy'"),
-        ("top", 0, "top: expected at least 1, and an order other than 'given' with it, got 0"),
+        ("top", 0, "top: got 0, expected at least 1, and order='loss' or order='rank'"),
         ("lora", {"rank": 8}, r"lora: got {'rank': 8}, expected arguments of peft.LoraConfig: .*'rank'"),
-        ("accumulate_gradients", True, "accumulate_gradients: expected method='copy' with it"),
+        (
+            "accumulate_gradients",
+            True,
+            "accumulate_gradients: got True, expected False unless method='copy' and published=False",
+        ),
         ("unit", "block", r"unit: got 'block', expected one of 'layer', 'module', 'tensor', 'parameter'"),
         ("order", None, r"order: got None, expected one of 'given', 'loss', 'rank'"),
-        ("threshold", 1.5, r"threshold: expected a cosine in \[-1, 1\], got 1.5"),
-        ("threshold", -1.01, r"threshold: expected a cosine in \[-1, 1\], got -1.01"),
-        ("threshold", float("nan"), r"threshold: expected a cosine in \[-1, 1\], got nan"),
+        ("threshold", 1.5, r"threshold: got 1.5, expected a cosine in \[-1, 1\]"),
+        ("threshold", -1.01, r"threshold: got -1.01, expected a cosine in \[-1, 1\]"),
+        ("threshold", float("nan"), r"threshold: got nan, expected a cosine in \[-1, 1\]"),
         ("threshold", "3e-1", r"threshold: got '3e-1', expected float \(YAML reads 5e-5 as text: write 5.0e-5\)"),
         ("threshold", True, r"threshold: got True, expected float"),
-        ("num_batches", 0, r"num_batches: expected at least 1, got 0"),
+        ("num_batches", 0, r"num_batches: got 0, expected at least 1"),
         ("num_batches", 2.5, r"num_batches: got 2.5, expected int"),
         ("num_batches", True, r"num_batches: got True, expected int"),
-        ("batch_size", -4, r"batch_size: expected at least 1, got -4"),
+        ("batch_size", -4, r"batch_size: got -4, expected at least 1"),
         ("batch_size", "32", r"batch_size: got '32', expected int$"),
-        ("coefficient_lr", 0, r"coefficient_lr: expected a number in \(0, 1\], got 0"),
-        ("coefficient_lr", 1.1, r"coefficient_lr: expected a number in \(0, 1\], got 1.1"),
+        ("coefficient_lr", 0, r"coefficient_lr: got 0, expected a number in \(0, 1\]"),
+        ("coefficient_lr", 1.1, r"coefficient_lr: got 1.1, expected a number in \(0, 1\]"),
         ("coefficient_lr", "5e-5", r"coefficient_lr: got '5e-5', .*write 5.0e-5"),
         ("gate", 1, r"gate: got 1, expected bool"),
         ("gate", "no", r"gate: got 'no', expected bool"),
-        ("initial_epochs", -1, r"initial_epochs: expected a finite number of 0 or more, got -1"),
+        ("initial_epochs", -1, r"initial_epochs: got -1, expected a finite number of 0 or more"),
         ("initial_epochs", float("inf"), r"initial_epochs"),
-        ("finetune_epochs", -0.5, r"finetune_epochs: expected a finite number of 0 or more, got -0.5"),
-        ("final_epochs", -1, r"final_epochs: expected a finite number of 0 or more, got -1"),
+        ("finetune_epochs", -0.5, r"finetune_epochs: got -0.5, expected a finite number of 0 or more"),
+        ("final_epochs", -1, r"final_epochs: got -1, expected a finite number of 0 or more"),
         ("final_epochs", float("inf"), r"final_epochs"),
         ("seed", 1.0, r"seed: got 1.0, expected int"),
         ("seed", -1, r"seed"),
         ("seed", 2**32, r"seed"),
-        ("published", True, r"published: expected method='copy' and unit='parameter' with it, got True"),
+        ("published", True, r"published: got True, expected False unless method='copy' and unit='parameter'"),
         ("training_arguments", None, r"training_arguments: got None, expected dict"),
         ("training_arguments", {"hub_token": "hf_x"}, r"training_arguments.hub_token: expected none, .* set HF_TOKEN"),
         ("training_arguments", {"metric_for_best_model": "f1"}, r"got 'f1', expected loss or accuracy"),
@@ -103,8 +107,8 @@ def test_all_values_out_of_range_are_listed_at_once() -> None:
     assert names == ["threshold", "num_batches", "coefficient_lr", "finetune_epochs"]
 
 
-def test_the_first_of_the_given_order_are_no_choice() -> None:
-    with pytest.raises(ConfigError, match="top: expected at least 1, and an order other than 'given' with it, got 3"):
+def test_top_needs_an_order_other_than_given() -> None:
+    with pytest.raises(ConfigError, match="top: got 3, expected at least 1, and order='loss' or order='rank'"):
         GraspConfig(order="given", top=3)
 
 
@@ -127,7 +131,7 @@ def test_when_a_model_is_fine_tuned(values: dict[str, Any], trained: list[int], 
     assert config.finetunes_between == between
 
 
-def test_the_epochs_of_a_whole_merge_are_those_of_its_control() -> None:
+def test_the_epochs_of_a_whole_merge() -> None:
     assert GraspConfig().total_epochs(5) == 3
     assert GraspConfig(initial_epochs=2, finetune_epochs=0.5, final_epochs=1).total_epochs(4) == 5
     assert GraspConfig.paper().total_epochs(2) == 9
@@ -143,7 +147,7 @@ def test_the_epochs_of_a_whole_merge_are_those_of_its_control() -> None:
         ({"order": "given", "final_epochs": 0, "method": "blend"}, True),
     ],
 )
-def test_what_needs_data(values: dict[str, Any], needed: bool) -> None:
+def test_which_settings_need_data(values: dict[str, Any], needed: bool) -> None:
     assert GraspConfig(**values).needs_data == needed
 
 
@@ -161,7 +165,7 @@ def test_paper_values_and_overrides() -> None:
     changed = GraspConfig.paper(threshold=0.1, training_arguments={"learning_rate": 1e-3, "bf16": False})
     assert changed.threshold == 0.1
     assert changed.training_arguments == {**paper.training_arguments, "learning_rate": 1e-3, "bf16": False}
-    assert GraspConfig.paper() == paper, "an override must not stay behind"
+    assert GraspConfig.paper() == paper, "an override must not change the presets"
 
 
 def test_a_recipe_with_overrides(tmp_path: Path) -> None:
@@ -232,18 +236,18 @@ def test_all_problems_of_a_recipe_are_in_one_error(tmp_path: Path) -> None:
     assert "threshold" in problems["treshold"] and "config" not in problems["treshold"].split(", ")
 
 
-def test_ranges_are_listed_beside_the_recipe_s_own_problems(tmp_path: Path) -> None:
+def test_ranges_are_listed_with_the_recipe_s_own_problems(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has problems") as caught:
         Recipe.from_yaml(recipe_file(tmp_path, "sources: []\nthreshold: 3\nnum_batches: 0\n"))
     lines = caught.value.problems
     assert lines == [
         "sources: expected a list of at least one reference",
-        "threshold: expected a cosine in [-1, 1], got 3",
-        "num_batches: expected at least 1, got 0",
+        "threshold: got 3, expected a cosine in [-1, 1]",
+        "num_batches: got 0, expected at least 1",
     ]
 
 
-def test_sources_that_are_no_text(tmp_path: Path) -> None:
+def test_sources_that_are_not_text(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sources: got \[1, 'org/a'\], expected .*str"):
         Recipe.from_yaml(recipe_file(tmp_path, "sources: [1, org/a]"))
 
@@ -257,7 +261,7 @@ def test_sources_that_are_no_text(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", r"recipe '.*recipe.yaml'"),
     ],
 )
-def test_a_file_that_is_no_recipe(content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_recipe(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         Recipe.from_yaml(tmp_path / "recipe.yaml")
@@ -298,7 +302,7 @@ def test_data_files_are_looked_up_in_the_recipe_s_folder(tmp_path: Path) -> None
     assert (section.path, section.max_length, section.text, section.label) == ("csv", 7, "text", "label")
 
 
-def test_a_pattern_of_data_files_is_one_of_the_recipe_s_folder(tmp_path: Path) -> None:
+def test_a_pattern_of_data_files_starts_from_the_recipe_s_folder(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\n")
     recipe = Recipe(sources=["a"], data={"path": "csv", "data_files": "*.csv"}, folder=tmp_path)
     assert str(tmp_path.resolve()) in DataSection.from_recipe(recipe).data_files
@@ -332,7 +336,7 @@ def test_a_split_of_another_name() -> None:
 
 
 @pytest.mark.parametrize("value", [True, 0, -3])
-def test_a_length_that_is_none(value: object) -> None:
+def test_a_wrong_max_length(value: object) -> None:
     with pytest.raises(ConfigError, match=r"data.max_length: "):
         DataSection.from_recipe(Recipe(sources=["a"], data={"path": "csv", "max_length": value}))
 
@@ -340,9 +344,9 @@ def test_a_length_that_is_none(value: object) -> None:
 @pytest.mark.parametrize(
     "text", ["sources: [a]\nsources: [b]\n", "sources: [a]\ndata: {path: csv, text: a, text: b}\n"]
 )
-def test_a_key_that_stands_twice(text: str, tmp_path: Path) -> None:
+def test_a_key_that_occurs_twice(text: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
-    with pytest.raises(ConfigError, match="is not valid YAML: the key '(sources|text)' stands twice"):
+    with pytest.raises(ConfigError, match="is not valid YAML: the key '(sources|text)' occurs twice"):
         Recipe.from_yaml(tmp_path / "recipe.yaml")
 
 
@@ -352,7 +356,7 @@ def test_keys_that_are_merged_may_be_replaced(tmp_path: Path) -> None:
     assert Recipe.from_yaml(tmp_path / "recipe.yaml").record == {"path": "csv", "text": "b"}
 
 
-def test_a_folder_whose_code_may_run_is_looked_up_in_the_recipe_s_folder(tmp_path: Path) -> None:
+def test_a_trusted_folder_is_looked_up_in_the_recipe_s_folder(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     text = "base_model: org/base\nsources: [own]\ntrust_remote_code: [own, org/other]\n"
     (tmp_path / "recipe.yaml").write_text(text)
@@ -362,21 +366,21 @@ def test_a_folder_whose_code_may_run_is_looked_up_in_the_recipe_s_folder(tmp_pat
 
 
 @pytest.mark.parametrize("key", ["output_dir", "push_to_hub", "hub_model_id"])
-def test_where_checkpoints_go_is_not_the_user_s(key: str) -> None:
+def test_arguments_of_the_trainer_that_a_merge_sets_itself(key: str) -> None:
     with pytest.raises(ConfigError, match=f"training_arguments.{key}: expected none; "):
         GraspConfig(training_arguments={key: "mine"})
 
 
-def test_what_python_has_and_records_have_not_becomes_plain() -> None:
+def test_types_that_json_lacks_become_plain() -> None:
     arguments = {"run_name": Path("logs"), "lr_scheduler_kwargs": {"betas": (0.9, np.float32(0.5))}}
     config = GraspConfig(training_arguments=arguments, lora={"target_modules": {"value", "query"}})
     assert config.lora == {"target_modules": ["query", "value"]}
     assert config.training_arguments == {"run_name": "logs", "lr_scheduler_kwargs": {"betas": [0.9, 0.5]}}
-    with pytest.raises(ConfigError, match="training_arguments: a value of it cannot be written to the record"):
+    with pytest.raises(ConfigError, match="training_arguments: a value in it cannot be written to the record"):
         GraspConfig(training_arguments={"lr_scheduler_kwargs": {"betas": object()}})
 
 
-def test_a_trainer_argument_in_the_wrong_place_is_told_where_it_belongs() -> None:
+def test_the_error_names_the_place_of_a_misplaced_trainer_argument() -> None:
     with pytest.raises(
         ConfigError, match="- learning_rate: unknown key, did you mean training_arguments.learning_rate"
     ):

@@ -1,4 +1,4 @@
-"""Models of the Hub: which commit, which files, whose token, and what is pushed back."""
+"""Models on the Hub: their commits, files and tokens, and the files that are pushed back."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ COPY_ALL = GraspConfig(**{**vars(MEASURE_ONLY), "method": "copy", "threshold": -
 
 @pytest.fixture(scope="session")
 def shas(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Publish a base, two versions of a fine-tune, an adapter, and repositories in which something is missing."""
+    """Publish a base, two versions of a fine-tune, an adapter, and incomplete repositories."""
     root = tmp_path_factory.mktemp("models")
     base = saved(tiny_model("vit"), root / "base")
     made = {"base": hub.add_repo("org/hub-base", base)}
@@ -65,13 +65,13 @@ def shas(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Give a test a cache of its own, so that every file it needs is downloaded."""
+    """Give a test its own cache, so that it downloads every file."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     yield tmp_path / "cache"
 
 
 def downloads(hub: HubServer, since: int) -> list[str]:
-    """Return the paths of all contents asked for since request number `since`."""
+    """Return the paths of all files requested from request number `since` on."""
     return [
         path for method, path in hub.requests[since:] if method == "GET" and ("/resolve/" in path or "/lfs" in path)
     ]
@@ -111,7 +111,7 @@ def test_an_adapter_by_id(hub: HubServer, shas: dict[str, str]) -> None:
 
 
 def test_reading_an_adapter_asks_the_hub_nothing(hub: HubServer, tmp_path: Path) -> None:
-    # peft looks up the vocabulary of the base on the Hub, without a token and on the main branch.
+    # PEFT would request the vocabulary of the base from the main branch, without a token.
     hub.add_repo("org/hub-bert", saved(tiny_model("bert"), tmp_path / "bert"), private=True)
     adapter = saved_adapter(tiny_model("bert"), "org/hub-bert", tmp_path / "lora", target_modules=["query"])
     merger = GraspMerger.from_pretrained("org/hub-bert", token=TOKEN, config=COPY_ALL)
@@ -131,7 +131,9 @@ def test_reading_an_adapter_asks_the_hub_nothing(hub: HubServer, tmp_path: Path)
         ("org/hub--bad", "'org/hub--bad' is not a Hub id"),
     ],
 )
-def test_what_is_not_there(find: Any, reference: str, message: str, hub: HubServer, shas: dict[str, str]) -> None:
+def test_a_missing_model_is_explained(
+    find: Any, reference: str, message: str, hub: HubServer, shas: dict[str, str]
+) -> None:
     with pytest.raises(SourceNotFoundError, match=message):
         find(reference)
 
@@ -186,7 +188,9 @@ def test_pickled_weights_where_there_are_no_others(
     assert torch.equal(
         merger.model.get_parameter("classifier.weight"), tiny_model("vit").get_parameter("classifier.weight")
     )
-    assert "org/hub-pickled has no safetensors weights; its pickled weights are read with weights_only" in caplog.text
+    assert (
+        "org/hub-pickled has no safetensors weights; its pickled weights are loaded with weights_only" in caplog.text
+    )
 
 
 def test_a_look_up_and_a_plan_download_no_weights(hub: HubServer, shas: dict[str, str], cache: Path) -> None:
@@ -204,7 +208,7 @@ def test_a_look_up_and_a_plan_download_no_weights(hub: HubServer, shas: dict[str
     assert [row.sha for row in rows] == [*(shas[n] for n in ("base", "v1", "adapter", "both", "pickled")), None]
     assert [row.architecture for row in rows] == ["vit", "vit", "LORA", "vit", "vit", ""]
     assert [len(row.problems) for row in rows] == [0, 0, 0, 0, 0, 1]
-    assert rows[5].problems[0].startswith("no such model on the Hub")  # the row says which
+    assert rows[5].problems[0].startswith("no such model on the Hub")  # the row names the reference
     assert rows[0].data_problems == [
         "data.path: missing, expected imagefolder, csv, json, parquet, a folder or a Hub id"
     ]
@@ -225,13 +229,13 @@ def test_the_hub_out_of_reach(hub: HubServer, shas: dict[str, str], cache: Path)
     locate("org/hub-fine")
     hub.fail("/api/models/org/hub-fine", 500, times=50)
     try:
-        assert locate("org/hub-fine").sha == shas["v2"], "the copy in the cache serves"
+        assert locate("org/hub-fine").sha == shas["v2"], "the cached copy is used"
         assert look_up("org/hub-fine")[0].sha == shas["v2"]
     finally:
         hub.failures.clear()
 
 
-def test_a_plan_tells_the_licence_of_the_merge_and_what_is_pickled(
+def test_a_plan_shows_the_licence_of_the_merge_and_pickled_weights(
     hub: HubServer, cache: Path, tmp_path: Path
 ) -> None:
     for name, licence in {"free": "mit", "shared": "cc-by-sa-4.0", "pickled": "cc-by-nc-4.0"}.items():
@@ -253,7 +257,7 @@ def test_a_plan_tells_the_licence_of_the_merge_and_what_is_pickled(
     assert text.count("its weights are pickled") == 1
 
 
-def test_without_a_network_the_cache_serves(
+def test_without_a_network_the_cache_is_used(
     hub: HubServer, shas: dict[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     locate("org/hub-fine")
@@ -261,11 +265,12 @@ def test_without_a_network_the_cache_serves(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     since = len(hub.requests)
     assert locate("org/hub-fine").sha == shas["v2"]
-    for reference in ("org/hub-base", "org/hub-lora"):  # only its configuration is here, nothing of it is
+    for reference in ("org/hub-base", "org/hub-lora"):  # the cache has the configuration, and nothing
         for find in (locate, look_up):
             with pytest.raises(
                 DownloadError,
-                match=f"'{reference}' could not be downloaded, and no complete copy is cached(: HF_HUB_OFFLINE is set, unset it|; run it again)",
+                match=f"'{reference}' could not be downloaded, and no complete copy is cached"
+                "(: HF_HUB_OFFLINE is set; unset it|; run it again)",
             ):
                 find(reference)
     assert look_up("org/hub-fine")[0].sha == shas["v2"]
@@ -280,7 +285,9 @@ def merger_of_three(local: str) -> GraspMerger:
 
 
 @pytest.mark.parametrize("private", [None, True])
-def test_a_push_comes_back_equal(private: bool | None, hub: HubServer, shas: dict[str, str], tmp_path: Path) -> None:
+def test_a_pushed_model_is_loaded_unchanged(
+    private: bool | None, hub: HubServer, shas: dict[str, str], tmp_path: Path
+) -> None:
     local = saved(perturbed(tiny_model("vit"), seed=9), tmp_path / "here")
     merger = merger_of_three(local)
     repo_id = f"org/hub-merged-{private}"
@@ -316,7 +323,7 @@ def pushed_texts(hub: HubServer, repo_id: str) -> dict[str, bytes]:
     return texts
 
 
-def test_what_is_pushed_names_no_folder_of_this_machine(hub: HubServer, shas: dict[str, str], tmp_path: Path) -> None:
+def test_pushed_files_name_no_folder_of_this_machine(hub: HubServer, shas: dict[str, str], tmp_path: Path) -> None:
     local = saved(perturbed(tiny_model("vit"), seed=9), tmp_path / "here")
     base = saved(tiny_model("vit"), tmp_path / "base")
     merger = GraspMerger.from_pretrained(base, config=COPY_ALL)
@@ -344,14 +351,14 @@ def test_the_tokenizer_is_pushed_too(hub: HubServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("token", [None, "hf_bob", "hf_nobody"])
-def test_a_push_without_the_right_to_it(token: str | None, hub: HubServer, shas: dict[str, str]) -> None:
+def test_a_push_without_write_access(token: str | None, hub: HubServer, shas: dict[str, str]) -> None:
     merger = GraspMerger.from_pretrained("org/hub-base")
     with pytest.raises(GraspError, match="org/hub-forbidden"):
         merger.push_to_hub("org/hub-forbidden", token=token)
     assert "org/hub-forbidden" not in hub.repos
 
 
-def test_the_token_is_written_nowhere(
+def test_no_file_and_no_message_contains_the_token(
     hub: HubServer, shas: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -392,13 +399,13 @@ def test_the_index_of_a_repository_says_which_files_are_the_model(
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in movable_tensors(merger.model).items())
 
 
-def test_a_repository_that_lacks_a_shard(hub: HubServer, cache: Path, tmp_path: Path) -> None:
+def test_a_repository_without_one_of_its_shards(hub: HubServer, cache: Path, tmp_path: Path) -> None:
     tiny_model("vit").save_pretrained(tmp_path / "model", max_shard_size="8KB")
     lost = sorted((tmp_path / "model").glob("model-*.safetensors"))[1]
     lost.unlink()
     hub.add_repo("org/hub-lost-shard", tmp_path / "model")
     with pytest.raises(
-        SourceNotFoundError, match=f"'org/hub-lost-shard' is not complete: .* names {lost.name}, which"
+        SourceNotFoundError, match=f"'org/hub-lost-shard' is not complete: .* lists {lost.name}, which"
     ):
         locate("org/hub-lost-shard")
 
@@ -454,7 +461,7 @@ def test_a_branch_that_moves_after_the_ranking_changes_nothing(
     assert {row["sha"] for row in report.run.ranking} == {*shas.values()}
 
 
-def test_without_a_network_a_card_is_not_missed(
+def test_without_a_network_the_model_card_may_be_missing(
     hub: HubServer, shas: dict[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     huggingface_hub.snapshot_download("org/hub-both", allow_patterns=["*.safetensors", "*.json"], cache_dir=cache)
@@ -463,15 +470,15 @@ def test_without_a_network_a_card_is_not_missed(
     assert commit_of(SourceRef("org/hub-both", "main")) == shas["both"]
 
 
-def test_a_cache_that_others_keep_is_not_written_to(hub: HubServer, shas: dict[str, str], cache: Path) -> None:
+def test_a_read_only_cache(hub: HubServer, shas: dict[str, str], cache: Path) -> None:
     locate("org/hub-base")
 
     refs = cache / "models--org--hub-base" / "refs"
     written = (refs / "main").stat().st_mtime_ns
     assert locate("org/hub-base").sha == shas["base"]
-    assert (refs / "main").stat().st_mtime_ns == written, "it says so already"
+    assert (refs / "main").stat().st_mtime_ns == written, "the file is not written again"
     shutil.rmtree(refs)
-    refs.write_text("")  # so that nothing can be written below it, not even by root
+    refs.write_text("")  # a file, so that not even root can write below it
     assert look_up("org/hub-base")[0].sha == shas["base"]
 
 
@@ -495,7 +502,7 @@ def test_a_merge_in_a_subfolder_is_continued_by_its_whole_name(hub: HubServer, t
     assert again.report.continues == f"org/hub-nested/sub@{sha}"
 
 
-def test_of_a_folder_a_subfolder_is_read_and_a_revision_is_refused(tmp_path: Path) -> None:
+def test_a_local_folder_may_have_a_subfolder_but_no_revision(tmp_path: Path) -> None:
     saved(tiny_model("vit"), tmp_path / "model")
     saved(perturbed(tiny_model("vit"), seed=1), tmp_path / "model" / "inner")
     merger = GraspMerger.from_pretrained(str(tmp_path / "model"), subfolder="inner")
@@ -507,7 +514,7 @@ def test_of_a_folder_a_subfolder_is_read_and_a_revision_is_refused(tmp_path: Pat
         GraspMerger.from_pretrained(str(tmp_path / "model"), revision="v1")
 
 
-def test_what_is_continued_from_a_folder_is_pushed_without_its_path(
+def test_a_merge_continued_from_a_folder_is_pushed_without_its_path(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "clients").mkdir()

@@ -1,4 +1,4 @@
-"""The Hub of the tests itself: what each fault and each kind of repository looks like to the real client."""
+"""The test Hub itself: its faults and its kinds of repositories, as seen by the real client."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_connection_ends_early(
     assert other.sent(BLOB, since=1) == broken + len(WEIGHTS)
 
 
-def test_a_body_comes_otherwise(other: HubServer) -> None:
+def test_a_changed_body(other: HubServer) -> None:
     url = f"{other.cdn_url}/lfs/{SHA256}"
     other.fault(BLOB, "short", after=1000)
     assert read(url).content == WEIGHTS[:1000]
@@ -107,7 +107,7 @@ def test_a_status_with_its_headers(hub: HubServer, api: HfApi, tmp_path: Path) -
         hf_hub_download("org/server-model", "README.md", cache_dir=tmp_path)
 
 
-def test_work_is_done_though_the_answer_is_lost(hub: HubServer, api: HfApi) -> None:
+def test_a_request_is_carried_out_although_its_answer_is_lost(hub: HubServer, api: HfApi) -> None:
     hub.fault("POST /api/repos/create", "close")
     with pytest.raises(httpx2.RemoteProtocolError, match="without sending a response"):
         api.create_repo("org/server-lost")
@@ -146,7 +146,7 @@ def test_the_server_goes_down_and_comes_back(other: HubServer, tmp_path: Path) -
     assert read(url).content == WEIGHTS
 
 
-def test_what_is_told_about_a_repository(hub: HubServer, api: HfApi, folder: Path) -> None:
+def test_the_description_of_a_repository(hub: HubServer, api: HfApi, folder: Path) -> None:
     info = api.model_info("org/server-model")
     assert (info.gated, info.private, info.tags) == (False, False, ["merge"])
     assert info.card_data is not None and info.card_data.license == "mit"
@@ -248,4 +248,4 @@ def test_xet(folder: Path, tmp_path: Path) -> None:
         client = [sys.executable, "-c", XET_CLIENT, str(mine), str(tmp_path / "cache")]
         subprocess.run(client, env=environment, check=True, timeout=60)
         pushed = {name for method, name in hub.requests if method == "PUT"}
-        assert (pushed, len(hub.xet_hashes)) == (set(), 1), "the weights went by Xet"
+        assert (pushed, len(hub.xet_hashes)) == (set(), 1), "the weights were sent by Xet"

@@ -408,7 +408,7 @@ def test_texts_that_were_moved(world: Path, capsys: pytest.CaptureFixture[str]) 
     for command in (["reproduce", "merged"], ["append", "merged", "fine", "--output", "longer"]):
         capsys.readouterr()
         assert main(command) == 1
-        assert "a.csv'; say where it is with data.data_files.train=…\n" in capsys.readouterr().err
+        assert "a.csv'; set its location with data.data_files.train=…\n" in capsys.readouterr().err
         assert main([*command, "data.data_files.train=b.csv"]) == 0
 
 

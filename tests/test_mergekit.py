@@ -1,4 +1,4 @@
-"""Configurations of mergekit: what each becomes, what is refused and how, and that a linear one is the mean."""
+"""Configurations of mergekit: their translation, their refusal, and the linear merge, which is the mean."""
 
 import logging
 from pathlib import Path
@@ -116,7 +116,7 @@ def recipe_of(text: str, folder: Path, *overrides: str) -> Recipe:
         (LINEAR + DATA, ["preset=paper"], ["org/a", "org/b@v2"], None, GraspConfig.paper()),
     ],
 )
-def test_what_a_configuration_becomes(
+def test_the_recipe_of_a_configuration(
     text: str, overrides: list[str], sources: list[str], base: str | None, config: GraspConfig, tmp_path: Path
 ) -> None:
     recipe = recipe_of(text, tmp_path, *overrides)
@@ -126,7 +126,7 @@ def test_what_a_configuration_becomes(
     assert recipe.folder == tmp_path
 
 
-def test_our_own_keys_win(tmp_path: Path) -> None:
+def test_the_keys_of_a_recipe_win(tmp_path: Path) -> None:
     text = LINEAR + DATA + "task: text-generation\nfinetune_epochs: 2\ngate: true\nunit: module\n"
     recipe = recipe_of(text, tmp_path, "training_arguments.bf16=true")
     assert recipe.task == "text-generation"
@@ -145,7 +145,7 @@ def test_our_own_keys_win(tmp_path: Path) -> None:
             "tokenizer: {source: union}\nout_dtype: float32\nparameters: {int8_mask: true, normalize: true}\n",
             [],
             [
-                "not used of it: parameters.int8_mask, dtype: bfloat16, tokenizer_source: base, tokenizer, "
+                "these keys are not used: parameters.int8_mask, dtype: bfloat16, tokenizer_source: base, tokenizer, "
                 "chat_template: auto, name: mine"
             ],
         ),
@@ -153,7 +153,7 @@ def test_our_own_keys_win(tmp_path: Path) -> None:
             TIES + DATA,
             [],
             [
-                "not used of it: merge_method: ties (method blend instead), parameters.normalize, "
+                "these keys are not used: merge_method: ties (method blend instead), parameters.normalize, "
                 "parameters.int8_mask, models.parameters.density, models.parameters.weight, "
                 "dtype: float16, tokenizer_source: union"
             ],
@@ -166,12 +166,12 @@ def test_our_own_keys_win(tmp_path: Path) -> None:
         (
             SLERP.replace("model: ./local/b", "model: ./local/b\n    weight: 0.3"),
             ["method=average"],
-            ["not used of it: merge_method: slerp (method average instead), parameters.t, models[1].weight"],
+            ["these keys are not used: merge_method: slerp (method average instead), parameters.t, models[1].weight"],
         ),
-        (LINEAR_OF_ADAPTERS, [], ["an adapter counts in the mean of the units that it adapts only"]),
+        (LINEAR_OF_ADAPTERS, [], ["an adapter is part of the mean only in the units that it adapts"]),
     ],
 )
-def test_a_warning_names_what_is_not_used(
+def test_a_warning_lists_the_keys_that_are_not_used(
     text: str, overrides: list[str], warnings: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="grasp_hf"):
@@ -183,50 +183,53 @@ def test_a_warning_names_what_is_not_used(
         assert message.endswith(expected) == ("not used" in message)
 
 
-NOT_OURS = "is not done here, .* learned from labelled data; add data: .*, or method=average for their mean"
-FIRST_MERGE = r"merge it into '{}' first \(merge_and_unload\(\) of PEFT\) and name the result"
+NOT_SUPPORTED = "is not supported; add data: .* learned from labelled data, or set method=average for their mean"
+MERGE_FIRST = r"merge it into '{}' first \(merge_and_unload\(\) of PEFT\) and name the result"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (TIES, f"merge_method: ties {NOT_OURS}"),
-        (TASK_ARITHMETIC, f"merge_method: task_arithmetic {NOT_OURS}"),
-        (SLERP, f"merge_method: slerp {NOT_OURS}"),
-        (SLERP.replace("slerp", "della_linear") + "data: {}\n", f"merge_method: della_linear {NOT_OURS}"),
+        (TIES, f"merge_method: ties {NOT_SUPPORTED}"),
+        (TASK_ARITHMETIC, f"merge_method: task_arithmetic {NOT_SUPPORTED}"),
+        (SLERP, f"merge_method: slerp {NOT_SUPPORTED}"),
+        (SLERP.replace("slerp", "della_linear") + "data: {}\n", f"merge_method: della_linear {NOT_SUPPORTED}"),
         (
             LINEAR.replace("1.0", "0.7"),
-            "weight: got 0.7, 1, expected one number, equal for all models; leave .* mean, or",
+            "weight: got 0.7, 1, expected the same number for all models; leave .* mean, or",
         ),
         (LINEAR.replace("1.0", "0.7") + DATA, "weight: got 0.7, 1, .* add data: and method: blend"),
-        (LINEAR.replace("1.0", "[0, 1]"), r"weight: got \[0, 1\], 1, expected one number"),
+        (LINEAR.replace("1.0", "[0, 1]"), r"weight: got \[0, 1\], 1, expected the same number for all models"),
         (
             LINEAR.replace("1.0", "[{filter: mlp, value: 1}]"),
-            r"weight: got \[\{'filter': 'mlp', .*expected one number",
+            r"weight: got \[\{'filter': 'mlp', .*expected the same number",
         ),
-        (LINEAR.replace("1.0", "high"), r"weight: got high, 1, expected one number"),
-        (LINEAR.replace("1.0", "true"), r"weight: got True, 1, expected one number"),
-        (LINEAR.replace("weight: 1.0", "density: 1"), r"weight: got none, 1, expected one number"),
-        (LINEAR.replace("1.0", "0").replace("weight: 1", "weight: 0"), "weight: got 0 for all models"),
+        (LINEAR.replace("1.0", "high"), r"weight: got high, 1, expected the same number for all models"),
+        (LINEAR.replace("1.0", "true"), r"weight: got True, 1, expected the same number for all models"),
+        (LINEAR.replace("weight: 1.0", "density: 1"), r"weight: got none, 1, expected the same number for all models"),
+        (
+            LINEAR.replace("1.0", "0").replace("weight: 1", "weight: 0"),
+            "weight: got 0 for all models, expected a number other than 0",
+        ),
         (
             LINEAR + "parameters: {weight: 0.5}\nbase_model: org/c\n",
-            "weight: got 1.0, 1, 0.5, expected one number",
+            "weight: got 1.0, 1, 0.5, expected the same number",
         ),
         (LINEAR + "parameters: {normalize: false}\n", "parameters.normalize: got false with weights that sum to 2"),
         (LINEAR + "parameters: {normalize: [1]}\n", r"parameters.normalize: got \[1\], expected true or false"),
         (LINEAR + "parameters: 3\n", "parameters: got 3, expected keys such as weight"),
         (
             TIES.replace("org/base+", "org/other+") + DATA,
-            r"models\[2\].model: 'org/lora@v2' is named as an adapter of 'org/other', expected one of the base model "
-            "'org/base'; " + FIRST_MERGE.format("org/other"),
+            r"models\[2\].model: 'org/lora@v2' is named as an adapter of 'org/other', expected an adapter of "
+            "the base model 'org/base'; " + MERGE_FIRST.format("org/other"),
         ),
         (
             TIES.replace("org/base+", "org/base@v1+") + DATA,
-            r"models\[2\].model: .* adapter of 'org/base@v1', expected one of the base model 'org/base'",
+            r"models\[2\].model: .* adapter of 'org/base@v1', expected an adapter of the base model 'org/base'",
         ),
         (
             LINEAR_OF_ADAPTERS.replace("v1+org/lora-b", "v2+org/lora-b"),
-            r"models\[1\].model: .* adapter of 'org/base@v2', expected one of one base model for all",
+            r"models\[1\].model: .* adapter of 'org/base@v2', expected an adapter of one base model for all",
         ),
         (
             TIES.replace("base_model: org/base", "base_model: org/base+org/x") + DATA,
@@ -248,31 +251,34 @@ FIRST_MERGE = r"merge it into '{}' first \(merge_and_unload\(\) of PEFT\) and na
             LINEAR.replace("org/a", "{model: {path: org/a, revision: 3}}"),
             r"models\[0\].model: got \{'path': 'org/a', .*3\}",
         ),
-        ("merge_method: linear\nmodels: [org/a, org/b]\n", r"models\[0\]: got 'org/a', expected a key model"),
+        ("merge_method: linear\nmodels: [org/a, org/b]\n", r"models\[0\]: got 'org/a', expected the key model"),
         ("merge_method: linear\nmodels: []\n", r"models: got \[\], expected a list such as"),
         ("merge_method: linear\n", r"models: got None, expected a list such as"),
         ("models: [{model: org/a}, {model: org/b}]\n", "merge_method: got None, expected a name .* under sources"),
-        ("merge_method: linear\nmodels: [{model: org/a}]\n", "sources: one model alone has nothing to merge with"),
+        (
+            "merge_method: linear\nmodels: [{model: org/a}]\n",
+            "sources: got one model and no base_model, expected two models",
+        ),
         (
             f"merge_method: ties\nbase_model: org/a\nmodels: [{{model: org/a}}]\n{DATA}",
-            "models: 'org/a' is the base model; expected another model",
+            "models: 'org/a' is the base model; expected a second model",
         ),
         (
             "merge_method: passthrough\nslices:\n  - sources: [{model: org/a, layer_range: [0, 24]}]\n",
-            "slices: a model made of layers or parts of others is not supported, expected models: whole ones",
+            "slices: a model made of layers or parts of others is not supported, expected models: whole models",
         ),
         (
             "merge_method: slerp\nbase_model: org/a\nslices:\n  - sources:\n"
             "    - {model: org/a, layer_range: [0, 32]}\n"
             f"    - {{model: org/b, layer_range: [0, 32]}}\n{DATA}",
-            r"slices: .* \(slices of all layers, too, can be written as models\)",
+            r"slices: .* \(write slices that cover all layers as models\)",
         ),
         ("merge_method: linear\nmodules: {text_decoder: {models: []}}\n", "modules: a model made of layers or parts"),
         (LINEAR + "tresold: 3\n", "tresold: unknown key"),
         (f"{LINEAR}\n---\n{TIES}", "holds several YAML documents, expected one; .* write one file for each"),
     ],
 )
-def test_what_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_refused_configurations(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe_of(text, tmp_path)
 
@@ -297,13 +303,13 @@ def test_the_configuration_is_not_changed() -> None:
     assert values == yaml.safe_load(TIES + DATA)
 
 
-def test_an_alias_that_is_not_defined_is_no_second_document(tmp_path: Path) -> None:
+def test_an_undefined_alias_is_not_reported_as_a_second_document(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not valid YAML: .*undefined alias"):
         recipe_of("models: *all\n", tmp_path)
 
 
 def merged(folder: Path, configuration: dict[str, Any], *overrides: str) -> dict[str, torch.Tensor]:
-    """Plan and merge `configuration` on the command line, and return the merged weights."""
+    """Run `plan` and `merge` on `configuration`, and return the merged weights."""
     (folder / "mergekit.yaml").write_text(yaml.safe_dump(configuration))
     assert main(["plan", str(folder / "mergekit.yaml"), *overrides]) == 0
     assert main(["merge", str(folder / "mergekit.yaml"), "--output", str(folder / "out"), *overrides]) == 0
@@ -319,7 +325,7 @@ def assert_mean(found: dict[str, torch.Tensor], folders: list[Path]) -> None:
 
 @pytest.fixture
 def models(tmp_path: Path) -> list[Path]:
-    """Return the folders of three models with tokenizers that start from the same weights."""
+    """Return the folders of three models with tokenizers, fine-tuned from the same weights."""
     for seed in range(3):
         saved(perturbed(tiny_model("gpt2"), seed=seed), tmp_path / f"m{seed}")
     return [tmp_path / f"m{seed}" for seed in range(3)]
@@ -332,7 +338,9 @@ def test_a_linear_merge_is_the_mean(models: list[Path], tmp_path: Path, capsys: 
     output = capsys.readouterr()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.out.splitlines()[2:5]]
     assert [row[:2] for row in table] == [["base", "m0"], ["source", "m1"], ["source", "m2"]]
-    assert output.err.count("mergekit.yaml is a mergekit configuration; not used of it: dtype: bfloat16\n") == 2
+    assert (
+        output.err.count("mergekit.yaml is a mergekit configuration; these keys are not used: dtype: bfloat16\n") == 2
+    )
 
 
 def test_the_mean_of_a_slerp_counts_the_base_and_that_of_ties_does_not(models: list[Path], tmp_path: Path) -> None:
@@ -366,5 +374,5 @@ def test_a_linear_merge_of_adapters_that_adapt_the_same_is_the_mean(models: list
 def test_a_refused_configuration_is_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mergekit.yaml").write_text(TIES)
     assert main(["merge", str(tmp_path / "mergekit.yaml"), "--output", str(tmp_path / "out")]) == 1
-    assert "- merge_method: ties is not done here" in capsys.readouterr().err
+    assert "- merge_method: ties is not supported" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

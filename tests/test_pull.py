@@ -1,4 +1,4 @@
-"""Sources arrive whole or not at all, whatever the network, the Hub and the disk do, and no disk fills up."""
+"""Sources arrive whole or not at all through faults of the network, the Hub and the disk; the disk use is bounded."""
 
 import os
 import shutil
@@ -31,10 +31,9 @@ from grasp_hf.tensors.mixing import blend_
 from grasp_hf.tensors.units import movable_tensors
 from tests.support.hub.server import HubServer
 from tests.support.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
-from tests.support.processes import WITHOUT_TORCH
 
 COPY_ALL = GraspConfig(**{**vars(MEASURE_ONLY), "method": "copy", "threshold": -1.0, "gate": False})
-CHUNK = 2**12  # a tiny model has six of them
+CHUNK = 2**12  # a tiny model has six chunks
 WEIGHTS = "GET /lfs/"
 HEAD = "HEAD /org/pull-1/resolve/.*/model.safetensors"
 INFO = "GET /api/models/org/pull-1"
@@ -43,7 +42,7 @@ SIX = [f"org/pull-{number}" for number in range(1, 7)]
 
 @pytest.fixture(scope="session")
 def folders(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Publish six fine-tunes of one base and an adapter, and return the folders that were published."""
+    """Publish six fine-tunes of one base and an adapter, and return their local folders."""
     root = tmp_path_factory.mktemp("models")
     made = {"org/pull-base": saved(tiny_model("vit"), root / "base")}
     for number, repo_id in enumerate(SIX, start=1):
@@ -57,35 +56,35 @@ def folders(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubServer) -> Iterator[Path]:
-    """Give each test its own HF_HOME, with something of the user's in it; both must be as before in the end."""
+    """Give each test its own HF_HOME with a file of the user, which must be unchanged after the test."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
     monkeypatch.setattr(hub, "failures", [])
     mine = tmp_path / "home" / "hub" / "models--org--mine" / "blobs" / "0123"
     mine.parent.mkdir(parents=True)
-    mine.write_text("what the user has")
+    mine.write_text("a file of the user")
     yield tmp_path / "home"
-    assert mine.read_text() == "what the user has"
+    assert mine.read_text() == "a file of the user"
     assert files_in(tmp_path / "home" / "grasp_hf") == {}
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the pauses of the client, which are seconds."""
+    """Shorten the pauses of the client, which are several seconds."""
     quick = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.01))})
     monkeypatch.setattr("huggingface_hub.file_download.time", quick)
     monkeypatch.setattr("huggingface_hub.utils._http.time", quick)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """Return every file in a folder, by its path there."""
+    """Return the content of every file in a folder, by its relative path."""
     found = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found if path.exists()}
 
 
 def weights_here(home: Path) -> set[str]:
-    """Return the checksums of the weights, whole or not, that lie in the package's own folder."""
+    """Return the checksums of the weight files, complete or partial, in the package's own folder."""
     names = (name for _, _, names in os.walk(home / "grasp_hf") for name in names)
     return {name.split(".")[0] for name in names if len(name.split(".")[0]) == 64}
 
@@ -96,22 +95,22 @@ def checksum(hub: HubServer, repo_id: str, name: str = "model.safetensors") -> s
 
 
 def until(condition: Callable[[], Any], seconds: float = 20) -> None:
-    """Wait for something that another thread or process does."""
+    """Wait until another thread or process fulfils a condition."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "the condition is still false"
         time.sleep(0.002)
 
 
 def check_weights(source: Source, folder: Path) -> None:
-    """Check that what was pulled is what was published, by its values."""
+    """Check that the pulled weights equal the published ones."""
     (path,) = source.weight_files
     got, expected = load_file(path), load_file(folder / path.name)
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
-PASSING: dict[str, tuple[str, str, dict[str, Any]]] = {
+TEMPORARY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cut": (WEIGHTS, "cut", {"after": 3 * CHUNK}),
     "cut at once": (WEIGHTS, "cut", {"after": 0}),
     "cut five times": (WEIGHTS, "cut", {"after": CHUNK, "times": 5}),
@@ -142,9 +141,9 @@ PASSING: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("what", PASSING)
-def test_a_fault_that_passes(what: str, hub: HubServer, folders: dict[str, Path], home: Path, impatient: None) -> None:
-    pattern, kind, options = PASSING[what]
+@pytest.mark.parametrize("what", TEMPORARY)
+def test_a_temporary_fault(what: str, hub: HubServer, folders: dict[str, Path], home: Path, impatient: None) -> None:
+    pattern, kind, options = TEMPORARY[what]
     hub.fault(pattern, kind, **options)
     with Puller() as puller, puller.pull(SIX[0]) as source:
         assert hub.failures == [], "the fault happened"
@@ -152,9 +151,7 @@ def test_a_fault_that_passes(what: str, hub: HubServer, folders: dict[str, Path]
         assert (source.folder / "config.json").read_bytes() == (folders[SIX[0]] / "config.json").read_bytes()
 
 
-def test_a_cut_download_goes_on_where_it_was(
-    hub: HubServer, folders: dict[str, Path], home: Path, impatient: None
-) -> None:
+def test_a_cut_download_is_resumed(hub: HubServer, folders: dict[str, Path], home: Path, impatient: None) -> None:
     hub.fault(WEIGHTS, "cut", after=4 * CHUNK + 100)
     since = len(hub.exchanges)
     with Puller() as puller, puller.pull(SIX[0]) as source:
@@ -162,7 +159,7 @@ def test_a_cut_download_goes_on_where_it_was(
         check_weights(source, folders[SIX[0]])
 
 
-def test_a_server_that_ignores_where_to_go_on(
+def test_a_server_that_ignores_the_range_of_a_request(
     hub: HubServer, folders: dict[str, Path], home: Path, impatient: None
 ) -> None:
     hub.fault(WEIGHTS, "cut", after=4 * CHUNK)
@@ -174,8 +171,18 @@ def test_a_server_that_ignores_where_to_go_on(
 
 LASTING: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "cut": (WEIGHTS, "cut", {"after": 100}, "could not be downloaded: model.safetensors: peer closed connection"),
-    "reset": (WEIGHTS, "reset", {"after": 3 * CHUNK}, "could not be downloaded: .*; run it again"),
-    "corrupt": (WEIGHTS, "corrupt", {"at": 20_000}, "could not be downloaded: model.safetensors: its checksum is not"),
+    "reset": (
+        WEIGHTS,
+        "reset",
+        {"after": 3 * CHUNK},
+        "could not be downloaded: .*; check the network and the free disk space, and run it again",
+    ),
+    "corrupt": (
+        WEIGHTS,
+        "corrupt",
+        {"at": 20_000},
+        "could not be downloaded: model.safetensors: its checksum differs .*; run it again",
+    ),
     "corrupt configuration": ("GET .*/config.json", "corrupt", {"at": 100}, "downloaded: config.json: its checksum"),
     "short": (WEIGHTS, "short", {"after": 3 * CHUNK}, "Consistency check failed: file should be of size 25812"),
     "429": (WEIGHTS, "status", {"status": 429}, "could not be downloaded: model.safetensors: .*429"),
@@ -189,7 +196,7 @@ LASTING: dict[str, tuple[str, str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", LASTING)
-def test_a_fault_that_lasts(what: str, hub: HubServer, folders: dict[str, Path], home: Path, impatient: None) -> None:
+def test_a_lasting_fault(what: str, hub: HubServer, folders: dict[str, Path], home: Path, impatient: None) -> None:
     pattern, kind, options, message = LASTING[what]
     before = files_in(home)
     hub.fault(pattern, kind, **options, times=1000)
@@ -197,16 +204,14 @@ def test_a_fault_that_lasts(what: str, hub: HubServer, folders: dict[str, Path],
         with pytest.raises(DownloadError, match=f"^'org/pull-1' .*{message}"):
             with puller.pull(SIX[0]):
                 pass
-        assert not [path for path in home.glob("grasp_hf/run-*/*") if path.name != ".lock"], "nothing is left"
+        assert not [path for path in home.glob("grasp_hf/run-*/*") if path.name != ".lock"], "no file is left"
         hub.failures.clear()
         with puller.pull(SIX[0]) as source:
             check_weights(source, folders[SIX[0]])
     assert files_in(home) == before
 
 
-def test_a_hub_that_goes_down_in_the_middle_and_comes_back(
-    hub: HubServer, folders: dict[str, Path], home: Path
-) -> None:
+def test_a_hub_that_restarts_during_a_download(hub: HubServer, folders: dict[str, Path], home: Path) -> None:
     hub.fault(WEIGHTS, "slow", bytes_per_second=20_000)
     bodies = len(hub.exchanges)
 
@@ -222,7 +227,7 @@ def test_a_hub_that_goes_down_in_the_middle_and_comes_back(
     thread.join()
 
 
-def test_a_hub_that_goes_down_and_stays(hub: HubServer, folders: dict[str, Path], home: Path, impatient: None) -> None:
+def test_a_hub_that_stays_down(hub: HubServer, folders: dict[str, Path], home: Path, impatient: None) -> None:
     hub.fault(WEIGHTS, "slow", bytes_per_second=20_000)
     before, bodies, enough = files_in(home), len(hub.exchanges), threading.Event()
 
@@ -250,9 +255,9 @@ def test_a_hub_that_goes_down_and_stays(hub: HubServer, folders: dict[str, Path]
 
 
 def subprocess_of(script: str, home: Path, **environment: str) -> "subprocess.Popen[str]":
-    """Start a Python process with its own HF_HOME, the package's path being imported without torch."""
+    """Start a Python process with its own HF_HOME; it imports the package without torch."""
     variables = {**os.environ, "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), **environment}
-    command = [sys.executable, "-c", WITHOUT_TORCH + script]
+    command = [sys.executable, "-c", script]
     return subprocess.Popen(
         command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -287,9 +292,11 @@ def test_a_full_disk_is_one_clear_error(hub: HubServer, folders: dict[str, Path]
     assert error.startswith("'org/pull-1' could not be downloaded: model.safetensors: [Errno 27] File too large"), (
         errors
     )
-    assert error.endswith("run it again when the network and the disk allow")
+    assert error.endswith("check the network and the free disk space, and run it again")
     assert (left, int(size)) == ("['.lock']", (folders[SIX[0]] / "model.safetensors").stat().st_size)
-    assert len([done for done in hub.exchanges[since:] if "/lfs/" in done.path]) == 2, "it is not tried in vain"
+    assert len([done for done in hub.exchanges[since:] if "/lfs/" in done.path]) == 2, (
+        "a full disk causes no further attempts"
+    )
     assert files_in(home) == before
 
 
@@ -350,7 +357,7 @@ def test_a_merge_that_a_lasting_fault_stopped_can_go_on(
 
 @contextmanager
 def watched(home: Path) -> Iterator[list[int]]:
-    """Count, all the time, the files of weights in the package's own folder."""
+    """Count the weight files in the package's own folder every millisecond."""
     counts, over = [0], threading.Event()
 
     def watch() -> None:
@@ -377,7 +384,7 @@ def test_the_disk_holds_no_more_than_two_sources(
             with puller.pull(reference, *SIX[number : number + 1]) as source:
                 here = {checksum(hub, name) for name in SIX[number - 1 : number - 1 + most]}
                 until(lambda: weights_here(home) == here)  # noqa: B023
-                time.sleep(0.02)  # nothing else comes
+                time.sleep(0.02)  # no other file arrives
                 assert weights_here(home) == here
                 check_weights(source, folders[reference])
             assert checksum(hub, reference) not in weights_here(home)
@@ -427,12 +434,12 @@ def test_one_source_many_times(hub: HubServer, folders: dict[str, Path], home: P
                 check_weights(source, folders[SIX[0]])
         with puller.pull(str(folders[SIX[1]]), SIX[2]) as source:
             assert source.folder == folders[SIX[1]]
-        with puller.pull(SIX[3]) as source:  # another one than was announced
+        with puller.pull(SIX[3]) as source:  # another source than announced
             check_weights(source, folders[SIX[3]])
     assert folders[SIX[1]].is_dir()
 
 
-def test_an_error_of_the_following_source_is_raised_in_its_turn(
+def test_an_error_of_the_next_source_is_raised_when_it_is_pulled(
     hub: HubServer, folders: dict[str, Path], home: Path
 ) -> None:
     missing = "org/pull-missing"
@@ -459,7 +466,7 @@ def test_an_error_of_the_following_source_is_raised_in_its_turn(
     ("kind", "error"),
     [("slow", ValueError), ("slow", KeyboardInterrupt), ("stall", KeyboardInterrupt), ("stall", None)],
 )
-def test_a_download_that_nobody_waits_for_is_stopped(
+def test_a_download_that_is_no_longer_needed_is_stopped(
     kind: str, error: type[BaseException] | None, hub: HubServer, folders: dict[str, Path], home: Path
 ) -> None:
     before, since = files_in(home), len(hub.exchanges)
@@ -473,7 +480,7 @@ def test_a_download_that_nobody_waits_for_is_stopped(
             left = time.monotonic()
             if error is not None:
                 raise error("left")
-    assert time.monotonic() - left < 4, "all of it takes longer"
+    assert time.monotonic() - left < 4, "the whole download takes longer"
     assert not pulling()
     assert files_in(home) == before
     assert list(home.glob("grasp_hf/*")) == []
@@ -492,7 +499,7 @@ def test_a_connection_that_has_stalled_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
-    # The client waits six times for a stalled download, a minute in all, before it looks at anything else.
+    # The client waits six times for a stalled download, a minute in total, before it checks anything else.
     monkeypatch.setattr("grasp_hf.hub.pull.PATIENCE", 0.2)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     before, since = files_in(home), len(hub.requests)
@@ -514,11 +521,12 @@ def test_a_connection_that_has_stalled_is_not_waited_for(
     assert len(pulling()) == 1 and all(thread.daemon for thread in pulling())
     assert list(home.glob("grasp_hf/*")) == []
     until(lambda: not pulling())
-    assert list(home.glob("grasp_hf/*")) == [], "and nothing comes back"
+    assert list(home.glob("grasp_hf/*")) == [], "no folder comes back"
     assert files_in(home) == before
 
 
 KILLED = """
+import sys
 import tempfile
 from pathlib import Path
 from grasp_hf.hub.pull import Puller
@@ -532,7 +540,7 @@ with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as scratch:
 """
 
 
-def test_what_a_killed_run_leaves_is_removed_by_the_next(
+def test_files_of_a_killed_run_are_removed_by_the_next_run(
     hub: HubServer, folders: dict[str, Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     temporary = tmp_path / "temporary"
@@ -554,7 +562,7 @@ def test_what_a_killed_run_leaves_is_removed_by_the_next(
     merger.merge(SIX[:1], train_dataset=tiny_data("vit", 8))
     (left,) = home.glob("grasp_hf/run-*")
     (scratch,) = temporary.iterdir()
-    assert weights_here(home) == {checksum(hub, SIX[1])}, "those of the living process stay"
+    assert weights_here(home) == {checksum(hub, SIX[1])}, "the files of the running process stay"
     assert (scratch / "weights").stat().st_size == 1000
     _, errors = living.communicate(timeout=60)
     assert living.returncode == 0, errors
@@ -571,7 +579,7 @@ def gated(hub: HubServer, folders: dict[str, Path]) -> str:
 
 def test_a_gated_source(hub: HubServer, folders: dict[str, Path], home: Path, gated: str) -> None:
     for token in (None, "hf_bob"):
-        with pytest.raises(SourceNotFoundError, match=f"'{gated}' is gated: accept its conditions on its page"):
+        with pytest.raises(SourceNotFoundError, match=f"'{gated}' is gated: accept the conditions on its page"):
             with Puller(token=token) as puller, puller.pull(gated):
                 pass
     for token in ("hf_alice", "hf_carol"):
@@ -610,21 +618,21 @@ def test_a_renamed_source(
     with Puller() as puller, puller.pull("org/pull-old") as source:
         assert (str(source.ref), source.sha) == ("org/pull-old", sha)
         check_weights(source, folders[SIX[4]])
-    assert "'org/pull-old' is called 'alice/pull-new' now" in caplog.text
+    assert "'org/pull-old' was renamed on the Hub: it is now 'alice/pull-new'" in caplog.text
 
 
 @pytest.mark.parametrize(("repo_type", "name"), [("dataset", "a data set"), ("space", "a Space")])
-def test_something_else_than_a_model(
+def test_a_repository_that_is_not_a_model(
     repo_type: str, name: str, hub: HubServer, folders: dict[str, Path], home: Path
 ) -> None:
     hub.add_repo(f"org/pull-{repo_type}", folders[SIX[4]], repo_type=repo_type)
-    message = f"'org/pull-{repo_type}': it is {name} on the Hub, expected a model or an adapter"
+    message = f"'org/pull-{repo_type}': got {name} on the Hub, expected a model or an adapter"
     with pytest.raises(SourceNotFoundError, match=message):
         with Puller() as puller, puller.pull(f"org/pull-{repo_type}"):
             pass
 
 
-def test_a_refused_token_is_told_even_where_all_is_cached(
+def test_a_refused_token_is_an_error_even_if_all_files_are_cached(
     hub: HubServer, folders: dict[str, Path], home: Path
 ) -> None:
     for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
@@ -680,7 +688,7 @@ def test_offline_a_copy_without_all_its_shards_is_not_used(
 
 
 @pytest.mark.parametrize("going_on", [False, True])
-def test_what_a_killed_download_left_in_the_users_cache_goes(going_on: bool, hub: HubServer, home: Path) -> None:
+def test_parts_of_a_killed_download_in_the_users_cache_are_removed(going_on: bool, hub: HubServer, home: Path) -> None:
     sha = checksum(hub, SIX[0])
     cache, name = Path(huggingface_hub.constants.HF_HUB_CACHE), f"models--{SIX[0].replace('/', '--')}"
     left = cache / name / "blobs" / f"{sha}.0123abcd.incomplete"
@@ -710,7 +718,9 @@ def test_shards(hub: HubServer, folders: dict[str, Path], home: Path, tmp_path: 
         for path in source.weight_files:
             assert path.read_bytes() == (tmp_path / "shards" / path.name).read_bytes()
         assert hub.failures == []
-    assert len([path for _, path in hub.requests[since:] if "/lfs/" in path]) == len(names) + 2, "each whole one once"
+    assert len([path for _, path in hub.requests[since:] if "/lfs/" in path]) == len(names) + 2, (
+        "each complete shard is downloaded once"
+    )
 
 
 PARTS = {"org/pull-parts": LABELS, "org/pull-more-parts": LABELS, "org/pull-permuted-parts": LABELS[::-1]}
@@ -718,7 +728,7 @@ IN_PARTS = list(PARTS)[:2]
 
 
 def larger_model(seed: int, labels: list[str] = LABELS) -> PreTrainedModel:
-    """Return a model whose shards are larger than what is asked for at first to read a header, 100 KB."""
+    """Return a model whose shards are larger than the first request for a header, 100 KB."""
     names: dict[str, Any] = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
     size: dict[str, Any] = {
         "image_size": 8,
@@ -732,7 +742,7 @@ def larger_model(seed: int, labels: list[str] = LABELS) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def parts(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Publish fine-tunes in shards, the last with its classes in another order, and return what was published."""
+    """Publish fine-tunes in shards, the last one with its classes in another order, and return their local folders."""
     found = {}
     for number, (repo_id, labels) in enumerate(PARTS.items(), start=1):
         found[repo_id] = tmp_path_factory.mktemp("parts")
@@ -746,7 +756,7 @@ def shards_of(folder: Path) -> list[Path]:
 
 
 def averaged(sources: list[str], data: bool = False, merger: GraspMerger | None = None, **config: Any) -> GraspMerger:
-    """Average `sources`, with held-out data if asked for, into `merger` or a new model."""
+    """Average `sources` into `merger` or a new model, with evaluation data if `data` is set."""
     settings = {**vars(COPY_ALL), **AVERAGE, **config}
     merger = merger or GraspMerger(larger_model(0), GraspConfig(**settings))
     merger.merge(sources, eval_dataset=tiny_data("vit", 4) if data else None)
@@ -755,7 +765,7 @@ def averaged(sources: list[str], data: bool = False, merger: GraspMerger | None 
 
 @contextmanager
 def weighed(home: Path) -> Iterator[dict[str, int]]:
-    """Find the most bytes of weights in the package's own folder, and of removed files that are still mapped."""
+    """Measure the most bytes of weights in the package's own folder, and the most removed files that are still mapped."""
     most, over = {"files": 0, "removed": 0}, threading.Event()
 
     def watch() -> None:
@@ -783,7 +793,7 @@ def weighed(home: Path) -> Iterator[dict[str, int]]:
 
 
 @pytest.mark.parametrize(("data", "prefetch", "at_once"), [(True, True, 2), (True, False, 1), (False, True, 2)])
-def test_an_average_takes_shards_one_by_one(
+def test_an_average_reads_shards_one_by_one(
     data: bool, prefetch: bool, at_once: int, hub: HubServer, parts: dict[str, Path], home: Path
 ) -> None:
     expected = averaged([str(parts[repo_id]) for repo_id in IN_PARTS], data)
@@ -799,10 +809,12 @@ def test_an_average_takes_shards_one_by_one(
     assert [step.units for step in merger.report.steps] == [step.units for step in expected.report.steps]
 
 
-def test_shards_come_together_where_that_needs_less_disk(hub: HubServer, parts: dict[str, Path], home: Path) -> None:
+def test_shards_are_downloaded_together_if_that_needs_less_disk(
+    hub: HubServer, parts: dict[str, Path], home: Path
+) -> None:
     expected = averaged([str(parts[repo_id]) for repo_id in IN_PARTS])
     whole = sum(path.stat().st_size for path in shards_of(parts[IN_PARTS[0]]))
-    with weighed(home) as most:  # no copy of the target is kept, which is as large as the source
+    with weighed(home) as most:  # no copy of the target is needed, which is as large as the source
         assert equal(averaged(IN_PARTS, prefetch=False), expected)
     assert most["files"] == whole
     for repo_id in IN_PARTS:
@@ -841,13 +853,13 @@ def test_a_lasting_fault_in_a_later_shard(
         blend_(tensors, start, values, *rest)
 
     pattern = f"{WEIGHTS}{checksum(hub, IN_PARTS[1], names[1])}"
-    hub.fault(pattern, kind, skip=1, after=120_000, at=-1, times=1 if kind == "cut" else 1000)  # its header arrives
+    hub.fault(pattern, kind, skip=1, after=120_000, at=-1, times=1 if kind == "cut" else 1000)  # the header arrives
     hub.fault(pattern, "status", skip=1, times=1000)
     message = f"^while merging source 1/1 '{IN_PARTS[1]}': '{IN_PARTS[1]}' could not be downloaded"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(DownloadError, match=message):
         patch.setattr("grasp_hf.merging.mixed.blend_", blend)
         averaged(IN_PARTS[1:], data, merger)
-    assert moved, "it failed after weights had moved"
+    assert moved, "the failure comes after weights have changed"
     assert all(torch.equal(tensor, before[name]) for name, tensor in merger.model.state_dict().items())
     assert len(merger.report.steps) == 1
     hub.failures.clear()
@@ -855,7 +867,9 @@ def test_a_lasting_fault_in_a_later_shard(
     assert equal(merger, averaged([str(parts[repo_id]) for repo_id in IN_PARTS], data))
 
 
-def test_a_passing_fault_in_a_later_shard(hub: HubServer, parts: dict[str, Path], home: Path, impatient: None) -> None:
+def test_a_temporary_fault_in_a_later_shard(
+    hub: HubServer, parts: dict[str, Path], home: Path, impatient: None
+) -> None:
     for kind, path in zip(("cut", "corrupt", "status"), shards_of(parts[IN_PARTS[0]])[1:4], strict=True):
         pattern = f"{WEIGHTS}{checksum(hub, IN_PARTS[0], path.name)}"
         hub.fault(pattern, kind, skip=1, after=120_000, at=-1, status=503)
@@ -874,7 +888,7 @@ def test_a_weight_that_is_not_finite_in_a_shard(
     tensors[name][0] = torch.nan
     save_file(tensors, paths[number], {"format": "pt"})
     hub.add_repo("org/pull-nan", folder)
-    slow = f"{WEIGHTS}{checksum(hub, 'org/pull-nan', paths[number + 1].name)}"  # nobody waits for it in the end
+    slow = f"{WEIGHTS}{checksum(hub, 'org/pull-nan', paths[number + 1].name)}"  # the merge fails before this shard
     hub.fault(slow, "slow", skip=1, bytes_per_second=20_000)
     merger = GraspMerger(larger_model(0), GraspConfig(**{**vars(COPY_ALL), **AVERAGE}))
     before = {name: tensor.clone() for name, tensor in merger.model.state_dict().items()}
@@ -883,7 +897,7 @@ def test_a_weight_that_is_not_finite_in_a_shard(
     assert all(torch.equal(tensor, before[name]) for name, tensor in merger.model.state_dict().items())
 
 
-def test_a_shard_that_nobody_waits_for(hub: HubServer, parts: dict[str, Path], home: Path) -> None:
+def test_a_shard_that_is_no_longer_needed(hub: HubServer, parts: dict[str, Path], home: Path) -> None:
     second, since = shards_of(parts[IN_PARTS[0]])[1], len(hub.exchanges)
     pattern = f"{WEIGHTS}{checksum(hub, IN_PARTS[0], second.name)}"
     hub.fault(pattern, "slow", bytes_per_second=20_000)
@@ -896,8 +910,8 @@ def test_a_shard_that_nobody_waits_for(hub: HubServer, parts: dict[str, Path], h
         left = time.monotonic()
         with puller.pull(IN_PARTS[1]) as source:
             assert isinstance(source, ShardedSource)
-            assert time.monotonic() - left < 4, "all of it takes longer"
-            assert len(list(home.glob("grasp_hf/run-*/*/models--*"))) == 1, "nothing is left of the first"
+            assert time.monotonic() - left < 4, "the whole download takes longer"
+            assert len(list(home.glob("grasp_hf/run-*/*/models--*"))) == 1, "no file of the first source is left"
             arrived = [(path.name, path.read_bytes()) for path in source.shards()]
         assert arrived == [(path.name, path.read_bytes()) for path in shards_of(parts[IN_PARTS[1]])]
 
@@ -910,10 +924,10 @@ def test_shards_that_do_not_fit_are_refused_by_their_headers(
     with pytest.raises(IncompatibleSourceError, match="got shape \\(256, 128\\), expected \\(32, 128\\)"):
         averaged(IN_PARTS[:1], data=True, merger=merger)
     whole = [done for done in hub.exchanges[since:] if "/lfs/" in done.path and not done.range]
-    assert len(whole) == 1, "the first shard had been fetched"
+    assert len(whole) == 1, "only the first shard was downloaded"
 
 
-def test_shards_whose_rows_are_matched_by_name_come_together(
+def test_shards_whose_rows_are_matched_by_name_are_downloaded_together(
     hub: HubServer, parts: dict[str, Path], home: Path
 ) -> None:
     sources = ["org/pull-permuted-parts", *IN_PARTS]
@@ -947,7 +961,7 @@ def test_a_subfolder_of_a_revision(hub: HubServer, folders: dict[str, Path], hom
     [
         (
             "model.gguf",
-            "holds no weights: expected .*; found: .*; a GGUF file holds quantized weights: name the float",
+            "holds no weights: expected .*; found: .*; a GGUF file has quantized weights: name the float",
         ),
         ("model.onnx", "holds no weights: expected one of .*; found: .*model.onnx.*; an export for another framework"),
         ("onnx/model.onnx", "holds no weights: expected one of .*; found: .*; an export for another framework"),
@@ -1018,7 +1032,7 @@ def test_xet(folders: dict[str, Path], home: Path, tmp_path: Path) -> None:
             timeout=60
         )
         assert output == "[True, True, True]\n", errors
-        assert len(hub.xet_hashes) == 3 and hub.sent("/lfs/") == 0, "the weights went by Xet"
+        assert len(hub.xet_hashes) == 3 and hub.sent("/lfs/") == 0, "the weights were sent by Xet"
         assert any("xet-read-token" in path for _, path in hub.requests)
     after = {name: content for name, content in files_in(home).items() if not name.startswith("xet/logs/")}
     assert after == before

@@ -1,4 +1,4 @@
-"""Pushing a merge: what arrives, what the disk holds meanwhile, and what is left where any request of it fails."""
+"""Pushes of a merge: the files on the Hub, the disk use during a push, and the state after any request fails."""
 
 import hashlib
 import os
@@ -34,12 +34,12 @@ PLACES = [("vit", "10KB"), ("mixtral", "15KB"), ("bert", "9KB"), ("gpt2", "9KB")
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the client try again without a pause too."""
+    """Remove the pauses between attempts of the client."""
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
 
 def merger_of(kind: str, folder: Path, seed: int = 0) -> GraspMerger:
-    """Return a merger of a tiny model whose weights no other test has."""
+    """Return a merger of a tiny model whose weights no other test uses."""
     return GraspMerger.from_pretrained(saved(perturbed(tiny_model(kind), seed=1000 + seed), folder))
 
 
@@ -53,24 +53,24 @@ def content(hub: HubServer, entry: Entry) -> bytes:
 
 
 def head(repo: Repo, revision: str = "main") -> dict[str, Entry]:
-    """Return the files of a revision but for `.gitattributes`, which the Hub makes."""
+    """Return the files of a revision except `.gitattributes`, which the Hub creates."""
     return {name: entry for name, entry in repo.commits[repo.resolve(revision)].items() if name != ".gitattributes"}
 
 
 def weights(hub: HubServer, repo: Repo, revision: str = "main") -> dict[str, bytes]:
-    """Return the weight files, and their index, by name."""
+    """Return the content of the weight files and of their index, by name."""
     tree = head(repo, revision)
     return {name: content(hub, tree[name]) for name in tree if name.startswith(("model", "pytorch_model"))}
 
 
 def expected_weights(model: PreTrainedModel, folder: Path, size: str = "5GB") -> dict[str, bytes]:
-    """Return the weight files that transformers writes."""
+    """Return the content of the weight files that transformers writes, by name."""
     model.save_pretrained(folder, max_shard_size=size)
     return {path.name: path.read_bytes() for path in folder.glob("model*")}
 
 
 def forget(hub: HubServer, files: dict[str, bytes]) -> set[str]:
-    """Remove large files from the Hub's store, so that they must be uploaded, and return their checksums."""
+    """Remove large files from the Hub, so that a push must upload them; return their checksums."""
     shas = {hashlib.sha256(data).hexdigest() for name, data in files.items() if name.endswith(".safetensors")}
     for sha in shas:
         (hub.root / sha).unlink(missing_ok=True)
@@ -82,7 +82,7 @@ def commits(hub: HubServer, since: int) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("kind", "size"), PLACES)
-def test_what_arrives_is_what_transformers_writes(
+def test_the_pushed_files_are_those_that_transformers_writes(
     kind: str, size: str, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merger, repo_id = merger_of(kind, tmp_path / "model"), f"org/push-{kind}-{size}".lower()
@@ -102,7 +102,9 @@ def test_what_arrives_is_what_transformers_writes(
 
     monkeypatch.setattr(HfApi, "preupload_lfs_files", watched)
     url = merger.push_to_hub(repo_id, token=TOKEN, max_shard_size=size)
-    assert sorted(name for names in held for name in set(names)) == shards, "each is there for its own upload only"
+    assert sorted(name for names in held for name in set(names)) == shards, (
+        "each shard is on disk only during its upload"
+    )
     assert max(map(len, held)) == 1 and list(scratch.iterdir()) == []
 
     repo = hub.repos[repo_id]
@@ -118,7 +120,7 @@ def test_what_arrives_is_what_transformers_writes(
 
 
 def broken_pushes(hub: HubServer, merger: GraspMerger, kind: str, expected: dict[str, bytes]) -> Iterator[str]:
-    """Break each request of a push in turn, check what is left, push again, and yield what happened."""
+    """Break each request of a push in turn, check the Hub, push again, and yield a description of the outcome."""
     shas = forget(hub, expected)
     since = len(hub.requests)
     merger.push_to_hub(f"org/push-{kind}-clean", token=TOKEN, max_shard_size="10KB")
@@ -142,7 +144,7 @@ def broken_pushes(hub: HubServer, merger: GraspMerger, kind: str, expected: dict
         merger.push_to_hub(repo_id, token=TOKEN, max_shard_size="10KB")
         repo = hub.repos[repo_id]
         assert weights(hub, repo) == expected and RECORD <= set(head(repo)), where
-        assert len(repo.commits) == 2, f"{where}: neither half a repository nor a second commit"
+        assert len(repo.commits) == 2, f"{where}: one commit, not two"
         assert repo.tags == {"v1": repo.resolve("main")}, where
         sent = Counter(path.rpartition("/")[2] for method, path in hub.requests[since:] if method == "PUT")
         assert sent == {sha: 2 if path.endswith(sha) and method == "PUT" else 1 for sha in shas}, where
@@ -158,7 +160,7 @@ def test_any_request_may_fail(kind: str, hub: HubServer, merger: GraspMerger, tm
 
 
 @pytest.mark.parametrize(("kind", "options"), [("status", {}), ("drop", {}), ("status", {"status": 403})])
-def test_the_hub_may_go_away_at_any_request(
+def test_the_hub_may_go_down_at_any_request(
     kind: str, options: dict[str, int], hub: HubServer, merger: GraspMerger, tmp_path: Path
 ) -> None:
     expected = expected_weights(merger.model, tmp_path / "expected", "10KB")
@@ -189,10 +191,10 @@ def test_the_hub_may_go_away_at_any_request(
         assert hub.repos[repo_id].tags == {"v1": hub.repos[repo_id].resolve("main")}
         before = [path for _, path in asked[:number] if path.endswith("/verify")]
         sent = [path for method, path in hub.requests[since:] if method == "PUT"]
-        assert len(sent) <= 4 - len(before), "what has arrived is not sent again"
+        assert len(sent) <= 4 - len(before), "files on the Hub are not sent again"
 
 
-def test_an_upload_that_the_hub_refuses_in_its_own_words(
+def test_the_error_contains_the_hubs_reason_for_a_refused_upload(
     hub: HubServer, merger: GraspMerger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = [{"oid": "0" * 64, "error": {"code": 413, "message": "storage is full"}}]
@@ -211,7 +213,7 @@ def test_a_pull_request(fault: str | None, hub: HubServer, merger: GraspMerger, 
     repo = hub.repos[repo_id]
     main, changed = repo.resolve("main"), merger_of("vit", tmp_path / "other", seed=1)
     before = dict(repo.commits)
-    for number, token in enumerate((TOKEN, "hf_bob"), start=1):  # bob may propose, but not write
+    for number, token in enumerate((TOKEN, "hf_bob"), start=1):  # bob may open a pull request, but not write
         if fault:
             hub.fault(LOST, fault)
         url = changed.push_to_hub(repo_id, token=token, create_pr=True)
@@ -237,7 +239,7 @@ def test_more_commits_for_a_pull_request(hub: HubServer, merger: GraspMerger, tm
     assert list(repo.tags) == ["v1"] and len(repo.commits) == 4
 
 
-def test_a_pull_request_without_changes_names_what_is_there(hub: HubServer, merger: GraspMerger) -> None:
+def test_a_pull_request_without_changes_returns_the_existing_commit(hub: HubServer, merger: GraspMerger) -> None:
     merger.push_to_hub("org/push-pr-same", token=TOKEN)
     repo = hub.repos["org/push-pr-same"]
     url = merger.push_to_hub("org/push-pr-same", token=TOKEN, create_pr=True)
@@ -266,7 +268,7 @@ def test_a_token_that_may_only_read(hub: HubServer, merger: GraspMerger, tmp_pat
     for repo_id in ("org/push-reads", "org/push-reads-new", "alice/push-reads-new"):
         for create_pr in (False, True):
             with pytest.raises(
-                PushError, match=f"^'{repo_id}' could not be written on the Hub: (?s:.)*`hf auth login`"
+                PushError, match=f"^'{repo_id}' could not be pushed to the Hub: (?s:.)*`hf auth login`"
             ):
                 other.push_to_hub(repo_id, token="hf_reads", create_pr=create_pr)
     assert hub.repos["org/push-reads"].branches == before
@@ -288,12 +290,12 @@ def test_someone_elses_change_is_not_overwritten(
         upload(self, *arguments, **options)
 
     monkeypatch.setattr(HfApi, "preupload_lfs_files", raced)
-    with pytest.raises(PushError, match="^'org/push-race' was changed by someone else while this was uploaded"):
+    with pytest.raises(PushError, match="^'org/push-race' was changed by someone else during the upload"):
         other.push_to_hub("org/push-race", token=TOKEN)
     assert set(head(repo)) == {"NOTES.md"} and len(repo.commits) == 3
     assert list(repo.tags) == ["v1"]
     other.push_to_hub("org/push-race", token=TOKEN)
-    assert {"NOTES.md", "model.safetensors"} <= set(head(repo)), "what others added stays"
+    assert {"NOTES.md", "model.safetensors"} <= set(head(repo)), "the file of the other user stays"
     assert repo.tags["v2"] == repo.resolve("main")
 
 
@@ -325,7 +327,7 @@ def test_a_push_without_changes_makes_no_commit(hub: HubServer, merger: GraspMer
     assert not any(method == "PUT" for method, _ in hub.requests[since:])
 
 
-def test_earlier_weights_go_in_the_same_commit(hub: HubServer, merger: GraspMerger, tmp_path: Path) -> None:
+def test_earlier_weights_are_deleted_in_the_same_commit(hub: HubServer, merger: GraspMerger, tmp_path: Path) -> None:
     earlier = tmp_path / "earlier"
     earlier.mkdir()
     names = ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "notes.txt"]
@@ -343,7 +345,7 @@ def test_earlier_weights_go_in_the_same_commit(hub: HubServer, merger: GraspMerg
     assert [repo.tags[f"v{number}"] for number in (1, 2, 3)] == list(repo.commits)[2:]
 
 
-def test_a_merge_takes_the_place_of_an_adapter(hub: HubServer, merger: GraspMerger, tmp_path: Path) -> None:
+def test_a_merge_replaces_an_adapter(hub: HubServer, merger: GraspMerger, tmp_path: Path) -> None:
     lora: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}
     hub.add_repo("org/push-adapter", saved_adapter(tiny_model("vit"), "org/base", tmp_path / "adapter", **lora))
     merger.push_to_hub("org/push-adapter", token=TOKEN)
@@ -363,12 +365,12 @@ def test_chat_templates_in_a_folder_arrive(hub: HubServer, tmp_path: Path) -> No
     assert GraspMerger.from_pretrained("org/push-chat").processing_class.chat_template == templates
 
 
-def test_a_temporary_directory_without_room(hub: HubServer, merger: GraspMerger) -> None:
+def test_a_temporary_directory_without_space(hub: HubServer, merger: GraspMerger) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))  # the record fits, the weights do not
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))  # the record fits, and the weights do not
     try:
-        with pytest.raises(PushError, match="^'org/push-room': what is to be uploaded could not be .*TMPDIR"):
+        with pytest.raises(PushError, match="^'org/push-room': the files to upload could not be .*TMPDIR"):
             merger.push_to_hub("org/push-room", token=TOKEN)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -377,12 +379,12 @@ def test_a_temporary_directory_without_room(hub: HubServer, merger: GraspMerger)
     merger.push_to_hub("org/push-room", token=TOKEN)
 
 
-def test_no_request_waits_for_ever(hub: HubServer, merger: GraspMerger, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also not in the new session that the client makes after a connection was refused."""
+def test_every_request_has_a_time_limit(hub: HubServer, merger: GraspMerger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit also holds in the new session that the client makes after a refused connection."""
     found, upload, commit = [], HfApi.preupload_lfs_files, HfApi.create_commit
 
     def refused(self: HfApi, *arguments: Any, **options: Any) -> None:
-        close_session()  # as the client does then
+        close_session()  # the client does this after a refused connection
         upload(self, *arguments, **options)
 
     def committed(self: HfApi, *arguments: Any, **options: Any) -> Any:
@@ -395,7 +397,7 @@ def test_no_request_waits_for_ever(hub: HubServer, merger: GraspMerger, monkeypa
     assert found == [Timeout(push.TIMEOUT)] and get_session().timeout == Timeout(None)
 
 
-def test_versions_go_on_from_the_tags_that_are_there(hub: HubServer, merger: GraspMerger, tmp_path: Path) -> None:
+def test_versions_continue_from_the_existing_tags(hub: HubServer, merger: GraspMerger, tmp_path: Path) -> None:
     hub.add_repo("org/push-tags", merger.report.base, tag="v7")
     repo = hub.repos["org/push-tags"]
     repo.tags |= {"v1.0": repo.resolve("main"), "release": repo.resolve("main")}
@@ -434,7 +436,7 @@ def test_by_xet(merger: GraspMerger, tmp_path: Path) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_XET"}
         environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
         client = [sys.executable, "-c", XET_CLIENT, merger.report.base]
-        hub.fault(LOST, "close")  # the client tries again by itself, and is told that someone else was faster
+        hub.fault(LOST, "close")  # the client repeats the request, and the Hub reports a conflict
         done = subprocess.run(client, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         repo = hub.repos["org/merged"]

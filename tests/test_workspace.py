@@ -1,4 +1,4 @@
-"""Directories of one run: gone when it ends, or when the next one starts; never while it lives."""
+"""Directories of one run are removed when it ends, or when the next run starts, but never while it runs."""
 
 import itertools
 import os
@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from grasp_hf.files import workspace
-from tests.support.processes import WITHOUT_TORCH
 
-HOLDER = f"""{WITHOUT_TORCH}
+HOLDER = """
 import multiprocessing
+import sys
 from pathlib import Path
 from grasp_hf.files import workspace
 
@@ -58,16 +58,16 @@ def test_a_directory_is_removed_at_the_end(error: type[BaseException] | None, tm
     assert list((tmp_path / "new" / "parent").iterdir()) == []
 
 
-def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_the_directory_of_a_killed_process_is_removed_by_the_next_run(tmp_path: Path) -> None:
     (tmp_path / "run-notes").mkdir()
-    (tmp_path / "run-notes" / "mine.txt").write_text("of somebody else, who does not lock")
+    (tmp_path / "run-notes" / "mine.txt").write_text("of another program, which takes no lock")
     (tmp_path / "run-log").write_text("a file")
     with another_process(tmp_path) as (process, left):
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert (left / "deep" / "weights").stat().st_size == 1000
         with workspace(tmp_path, "other-"):
-            assert left.exists(), "of another kind"
+            assert left.exists(), "its prefix differs"
         with workspace(tmp_path, "run-") as made:
             assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run-log", "run-notes", made.name])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run-log", "run-notes"]
@@ -94,7 +94,7 @@ def test_several_in_one_process(tmp_path: Path) -> None:
         assert first.exists() and second.exists()
 
 
-def test_one_that_another_thread_entered_is_let_go(tmp_path: Path) -> None:
+def test_a_directory_entered_in_another_thread_is_released(tmp_path: Path) -> None:
     before = len(os.listdir("/dev/fd"))
     for _ in range(3):
         stack = ExitStack()

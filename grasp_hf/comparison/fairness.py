@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.recipe import Recipe
-from ..data.digests import contents, digest
+from ..data.digests import digest, sample_hashes
 from ..data.samples import Samples
 from ..errors import DataError, first_few
 from ..hub.download import look_up
@@ -55,7 +55,7 @@ def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], 
     elif len(data.test) < LEAST_SAMPLES:
         raise DataError(f"the split 'test' has {detectable_difference(len(data.test))}")
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    found = {name: contents(split) for name, split in splits.items() if split is not None}
+    found = {name: sample_hashes(split) for name, split in splits.items() if split is not None}
     for name in found.keys() - {"test"}:
         if shared := found[name] & found["test"]:
             raise DataError(

@@ -1,15 +1,17 @@
 """Tables and numbers as text."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
+
+WIDTH = 100  # columns of a line in a terminal
+NO_VALUE = "–"
 
 
-def markdown_table(rows: Sequence[dict[str, str]]) -> str:
-    """Return rows as a Markdown table with aligned columns, which also reads well in a terminal."""
+def markdown_table(rows: Sequence[Mapping[str, str | None]]) -> str:
+    """Return rows as a Markdown table with aligned columns; `None` is printed as a dash."""
     columns = list(rows[0])
-    lines = [
-        [cell.replace("|", "\\|") for cell in line]
-        for line in [columns, *([row[column] for column in columns] for row in rows)]
-    ]
+    lines = [columns, *([_cell(row[column]) for column in columns] for row in rows)]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
     texts = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
@@ -18,9 +20,13 @@ def markdown_table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join([texts[0], rule, *texts[1:]])
 
 
+def _cell(text: str | None) -> str:
+    return NO_VALUE if text is None else text
+
+
 def format_number(value: float | None, digits: int = 3) -> str:
-    """Return a number for a table; a dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    """Return a number as text; a dash for `None`."""
+    return NO_VALUE if value is None else f"{value:.{digits}f}"
 
 
 def format_size(size: float) -> str:
@@ -28,9 +34,14 @@ def format_size(size: float) -> str:
     return f"{size / 1e6:.1f} MB" if size < 999.95e6 else f"{size / 1e9:.2f} GB"
 
 
-def shorten(text: str, width: int) -> str:
-    """Return a text of at most `width` characters; a longer one loses its middle, because the ends tell names apart."""
-    if len(text) <= width:
-        return text
-    tail = (width - 1) // 2
-    return f"{text[: width - 1 - tail]}…{text[-tail:]}"
+def shorten(name: str, width: int) -> str:
+    """Return `name` in at most `width` characters; a long one loses its middle."""
+    if len(name) <= width:
+        return name
+    end = (width - 1) // 2
+    return f"{name[: width - 1 - end]}…{name[len(name) - end :]}"
+
+
+def wrap(text: str, first: str = "", rest: str = "") -> str:
+    """Return `text` in lines of at most `WIDTH` columns; `first` begins the first line, `rest` the others."""
+    return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)

@@ -42,7 +42,7 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
         return merger, sources, Samples(collator=default_data_collator)
     from ..data.section import DataSection  # imports datasets, which a merge without data does not need
     from ..data.splits import labelled_splits
-    from ..data.tasks import check_prepared, with_images, with_tokens
+    from ..data.tasks import check_prepared, prepare_images, tokenize_texts
 
     section = DataSection.from_recipe(recipe)
     base = locate(start, token=token, trusted=recipe.config.trust_remote_code)
@@ -61,10 +61,12 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
             first_few(names),
         )
     if cls.main_input_name == "pixel_values":
-        splits, collator = with_images(splits, section.image, processor)
+        splits, collator = prepare_images(splits, section.image, processor)
     else:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        splits, collator = with_tokens(splits, section, processor, generates=cls.can_generate(), positions=positions)
+        splits, collator = tokenize_texts(
+            splits, section, processor, generates=cls.can_generate(), positions=positions
+        )
         if config.pad_token_id is None:
             model_kwargs["pad_token_id"] = processor.pad_token_id
     if shared := shared_samples(splits):

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-from ..record.entries import DOUBT
+from ..record.entries import Reason
 from .changes import Change, paired_change
 from .losses import SampleLosses
 
 
-def verdict(change: Change, floor: float, *after: SampleLosses) -> tuple[bool, str]:
+def verdict(change: Change, floor: float, *after: SampleLosses) -> tuple[bool, Reason]:
     """Return whether a source stays, and the reason.
 
     It stays if it does not raise the loss by more than the standard error of the change, and if no loss is above the
@@ -16,17 +16,17 @@ def verdict(change: Change, floor: float, *after: SampleLosses) -> tuple[bool, s
     first source since the last fine-tuning; it keeps many small doubts from adding up.
 
     Args:
-        change: From the model without the source to the model with it.
-        floor: A mean calibrated loss.
-        after: The losses with the source: as validated, and as merged.
+        change: Change from the model without the source to the model with it.
+        floor: Largest mean calibrated loss that is allowed.
+        after: Losses with the source, both as validated and as merged.
     """
     if change.harms:
-        return False, "the calibrated loss rises by more than its standard error"
+        return False, Reason.HARMS
     if not all(losses.calibrated_loss <= floor for losses in after):
-        return False, "worse than before the first source"
+        return False, Reason.WORSE_THAN_START
     if change.samples > 1 and change.mean < -change.half_interval:
-        return True, "lowers the loss"
-    return True, DOUBT
+        return True, Reason.HELPS
+    return True, Reason.UNCLEAR
 
 
 def choose_candidate(losses: Mapping[str, SampleLosses], plain: str) -> str:
@@ -39,7 +39,7 @@ def choose_candidate(losses: Mapping[str, SampleLosses], plain: str) -> str:
 
     Args:
         losses: The losses of each candidate on the same samples.
-        plain: The candidate that needs no proof. Where it is not among them, the lowest loss decides alone.
+        plain: Name of the candidate that needs no proof. If it is missing, the lowest loss decides alone.
     """
     simple = losses.get(plain)
     better = {name: own for name, own in losses.items() if simple is None or paired_change(own, simple).harms}

@@ -1,9 +1,10 @@
-"""Writes the tables of the project's Markdown files, with the commands above the tables.
+"""Writes the tables and lists of the project's Markdown files, with the commands above them.
 
 A table is between `<!-- begin: COMMAND -->` and `<!-- end -->`. `python -m tests.benchmarks.tables` runs every
 `COMMAND` and writes its output between the two lines. With `--check` it writes nothing, and fails if a table differs.
-Every command has the option `--table`: it reads the record in `tests/benchmarks/results/` and measures nothing. The
-columns are not aligned in the files, so a new number changes only one line.
+Every command is a module of `tests` with the option `--table`. It reads the record in `tests/benchmarks/results/`, or
+the settings of the package, and measures nothing. The columns are not aligned in the files, so a new number changes
+only one line.
 """
 
 import argparse
@@ -18,9 +19,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
-FILES = (Path(__file__).parent / "README.md", ROOT / "README.md")
+FILES = (Path(__file__).parent / "README.md", ROOT / "README.md", ROOT / "recipes" / "README.md")
 PROGRAM = ["python", "-m"]
-PACKAGE = __package__
+PACKAGE = "tests"
 BEGIN = re.compile(r"^<!-- begin: (.+) -->$")
 END = "<!-- end -->"
 
@@ -88,14 +89,12 @@ def differing(files: Sequence[Path], *, write: bool) -> list[Path]:
 def main() -> None:
     """Write or check the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "files", nargs="*", type=Path, default=FILES, help="default: the README here and the project's"
-    )
+    parser.add_argument("files", nargs="*", type=Path, default=FILES, help="default: every README of the project")
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if a table differs")
     args = parser.parse_args()
     found = differing(args.files, write=not args.check)
     for path in found:
-        print(f"{path}: {'its tables differ from the record' if args.check else 'written'}")
+        print(f"{path}: {'its tables are out of date' if args.check else 'written'}")
     if args.check and found:
         sys.exit("run python -m tests.benchmarks.tables to update them")
 

@@ -280,7 +280,7 @@ def merge_by_means(
             taken.append(name)
             weighted += [name] * (way == "fisher")
             if rule != "mean":
-                running.take()
+                running.add()
     return state, taken, weighted
 
 
