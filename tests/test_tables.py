@@ -57,7 +57,7 @@ def test_checking_names_the_file_and_fails(loss: Any, tmp_path: Path, capsys: py
     loss(2.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["tables", "--check", str(path)])
-        with pytest.raises(SystemExit, match="run python -m tests.benchmarks.tables to write them"):
+        with pytest.raises(SystemExit, match="run python -m tests.benchmarks.tables to update them"):
             tables.main()
     assert capsys.readouterr().out == f"{path}: its tables are out of date\n"
 
@@ -88,7 +88,7 @@ def test_a_marker_without_a_partner_is_an_error(text: str, message: str, loss: A
     ],
 )
 def test_a_command_that_does_not_read_the_record_is_refused(command: str) -> None:
-    with pytest.raises(ValueError, match="expected 'python -m tests.NAME … --table', which runs nothing"):
+    with pytest.raises(ValueError, match="expected 'python -m tests.NAME … --table', which measures nothing"):
         tables.printed(command)
 
 
