@@ -1,5 +1,7 @@
 """The public verbs: a merger is loaded, merges sources one at a time, is evaluated, saved and pushed."""
 
+from __future__ import annotations
+
 import logging
 import resource
 import sys
@@ -13,11 +15,11 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import transformers
 from accelerate import Accelerator
-from transformers import PreTrainedModel
 
 from .config.grasp import GraspConfig
 from .data.samples import Samples
@@ -35,11 +37,15 @@ from .models.processors import load_processing_class
 from .models.target import load_target
 from .record.card import declared_license
 from .record.earlier import EarlierMerge
-from .record.entries import ControlReport, Evaluation
+from .record.entries import ControlReport, Evaluation, Reason
 from .record.report import MergeReport, RunReport, StepReport
 from .record.saving import check_output, read_record, save_merge, save_record, saved_shards
+from .record.text import WIDTH, wrap
 from .tensors.units import Unit, movable_tensors
 from .validation.losses import SampleLosses, evaluation_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +124,7 @@ class GraspMerger:
         processing_class: Any = None,
         base: Source | None = None,
     ) -> None:
-        if not isinstance(model, PreTrainedModel):
+        if not isinstance(model, transformers.PreTrainedModel):
             raise ConfigError(
                 f"got a {type(model).__name__}, expected a PreTrainedModel; merge a PeftModel first, with "
                 "merge_and_unload(), and compile a model in place, with model.compile()"
@@ -161,7 +167,7 @@ class GraspMerger:
         dtype: torch.dtype | Literal["auto"] = torch.float32,
         new_head: bool = False,
         **model_kwargs: Any,
-    ) -> "GraspMerger":
+    ) -> GraspMerger:
         """Load the target, and the tokenizer or processor beside it.
 
         A merge that this package saved or pushed is continued: sources are appended to it, and its record grows. Earlier
@@ -216,7 +222,7 @@ class GraspMerger:
             merger._started = True
         return merger
 
-    def with_config(self, config: GraspConfig, *, anew: bool = False) -> "GraspMerger":
+    def with_config(self, config: GraspConfig, *, anew: bool = False) -> GraspMerger:
         """Return a merger of the same model that merges as `config` says.
 
         It continues where this one is: a mean counts the sources so far. With `anew` the model counts as a base.
@@ -288,7 +294,7 @@ class GraspMerger:
             with run.puller(token, commits=commits) as puller:
                 for number, source in enumerate(references, start=1):
                     step = self._merge_numbered(run, puller, number, source, references)
-                    logger.info("%d/%d %s", number, len(references), step.line())
+                    self._log_step(f"{number}/{len(references)} ", step)
             if references:
                 self._finish(run, self.report.steps[earlier:])
         return self.report
@@ -342,8 +348,19 @@ class GraspMerger:
             return
         if final.without_sources:
             for merged in taken:
-                merged.undo("fine-tuning without any source is better")
-        logger.info("at the end: %s", final.line())
+                merged.undo(Reason.BETTER_ALONE)
+        first, *rest = final.sentences()
+        for sentence in (f"at the end: {first}", *rest):
+            logger.info(wrap(sentence, "", "    "))
+
+    @staticmethod
+    def _log_step(number: str, step: StepReport) -> None:
+        """Log one line for a source, its notes below it, and its details for those who asked for them."""
+        logger.info("%s%s", number, step.summary_line(WIDTH - len(number)))
+        for note in step.notes:
+            logger.info(wrap(note, "    ", "    "))
+        for detail in step.details():
+            logger.debug(wrap(detail, "    ", "    "))
 
     def merge_source(
         self,

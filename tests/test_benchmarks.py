@@ -22,7 +22,7 @@ from grasp_hf.comparison.run import model_identities
 from grasp_hf.tensors.units import Unit
 from grasp_hf.validation.losses import SCALES
 from tests.benchmarks import compare as comparing
-from tests.benchmarks import emoji, rank, settings, sotu
+from tests.benchmarks import emoji, memory, rank, settings, sotu
 from tests.benchmarks.packages import complete, fetch
 from tests.benchmarks.sources import KINDS, source_folder
 from tests.benchmarks.training import score
@@ -35,7 +35,7 @@ from tests.support.models import perturbed, tiny_data, tiny_model
     [
         (
             "memory",
-            ["published alignment", "grasp_hf run, LoRA"],
+            ["grasp_hf run, LoRA"],
             ["anon", "seconds"],
         ),
         ("speed", ["copy alignment", "rank", "rank from disk", "average"], ["seconds", "baseline seconds", "ratio"]),
@@ -60,6 +60,12 @@ def test_a_benchmark_measures_what_it_is_asked_for(
     assert list(written["measurements"]) == names
     assert all(row[key] > 0 for row in written["measurements"].values() for key in keys)
     assert all(name in run.stdout for name in names)
+
+
+@pytest.mark.parametrize("name", [name for name in memory.MEASUREMENTS if name != "grasp_hf 32 sources"])
+def test_each_measurement_of_memory_runs(name: str, tmp_path: Path) -> None:
+    memory.save_models(tmp_path, "tiny")
+    memory.MEASUREMENTS[name](tmp_path)
 
 
 def test_an_archive_with_another_checksum_is_refused_and_leaves_no_folder(tmp_path: Path) -> None:
@@ -234,7 +240,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(comparing, "RESULTS", tmp_path)
     monkeypatch.chdir(cache)
     models = model_identities(comparing.recipe_of("sotu", ERA, 64))
-    assert len(models) == 7 and len({*models.values()}) == 6  # the base is a copy of one source
+    assert len({*models.values()}) == len(models) == 7
     found = losses("source:a", [3.0, 5.0]) + losses("source:b", [5.0, 7.0]) + losses("ties", [2.0, 1.0])
     (tmp_path / "sotu.json").write_text(json.dumps({"settings": {}, "results": []}))
     comparison = Comparison([*found, *losses(OURS, [1.5, 1.5])], {"models": models, "digests": {"train": "x"}})

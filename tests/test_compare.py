@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import random
 import re
 import shutil
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ from tests.support.models import (
     tiny_model,
     write_images,
 )
+from tests.support.processes import made_once
 
 Everything = tuple[Comparison, Path, dict[str, int]]
 TRAIN, TEST, BATCH, EPOCHS = 24, 102, 4, 2
@@ -64,14 +67,16 @@ FAST = ["base", "average", OURS]
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a base, a full fine-tune and an adapter of it, images, and a recipe of all."""
-    folder = tmp_path_factory.mktemp("compare")
+    return made_once(tmp_path_factory, "comparison-world", make_world)
+
+
+def make_world(folder: Path) -> None:
     base = saved(tiny_model("vit"), folder / "base")
     saved(perturbed(tiny_model("vit"), seed=1), folder / "fine")
     adapter = folder / "lora"
     saved_adapter(tiny_model("vit"), base, adapter, modules_to_save=["classifier"], target_modules=["q_proj"])
     write_images(folder / "images", {"train": TRAIN // 3, "test": TEST // 3})
     write_recipe(folder, folder)
-    return folder
 
 
 def write_recipe(world: Path, to: Path, **values: Any) -> Recipe:
@@ -97,7 +102,13 @@ def recipe(world: Path) -> Recipe:
 @pytest.fixture(scope="session")
 def everything(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Everything:
     """Compare all methods once; also return the folder, and how many steps Trainer made for each row."""
-    folder = tmp_path_factory.mktemp("everything") / "comparison"
+    made = made_once(tmp_path_factory, "comparison-of-everything", partial(compare_everything, recipe))
+    comparison, steps = pickle.loads((made / "results.pickle").read_bytes())
+    # A copy, because a comparison locks its folder and another worker may look at it.
+    return comparison, copied(str(made / "comparison"), tmp_path_factory.mktemp("everything") / "comparison"), steps
+
+
+def compare_everything(recipe: Recipe, folder: Path) -> None:
     steps: dict[str, int] = {}
     made = 0
     train, score = Trainer.train, Comparison.save
@@ -117,7 +128,8 @@ def everything(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Ever
         patch.setattr(Trainer, "train", counting)
         patch.setattr(Comparison, "save", saving)
         variants = {"without the gate": {"gate": False}}
-        return compare(recipe, folder, seeds=[3], variants=variants), folder, steps
+        comparison = compare(recipe, folder / "comparison", seeds=[3], variants=variants)
+    (folder / "results.pickle").write_bytes(pickle.dumps((comparison, steps)))
 
 
 def scores(comparison: Comparison) -> dict[tuple[str, int, int], Any]:
@@ -187,9 +199,10 @@ def test_a_file_instead_of_the_folder_of_results(recipe: Recipe, tmp_path: Path)
 
 def test_a_killed_comparison_goes_on_where_it_was(recipe: Recipe, world: Path, tmp_path: Path) -> None:
     arguments = ["compare", str(world / "recipe.yaml"), "--output", str(tmp_path / "killed"), "--seeds", "0", "1"]
+    arguments += ["--sizes", "6", "--methods", *FAST]
     code = "from grasp_hf.cli import main; raise SystemExit(main())"
     record = tmp_path / "killed" / "comparison.json"
-    with subprocess.Popen([sys.executable, "-c", code, *arguments, "--methods", *FAST]) as process:
+    with subprocess.Popen([sys.executable, "-c", code, *arguments]) as process:
         deadline = time.monotonic() + 120
         while not record.exists() or len(json.loads(record.read_text())["results"]) < 3:
             assert process.poll() is None and time.monotonic() < deadline
@@ -197,9 +210,9 @@ def test_a_killed_comparison_goes_on_where_it_was(recipe: Recipe, world: Path, t
         process.send_signal(signal.SIGKILL)
     before = Comparison.load(tmp_path / "killed")
     assert 3 <= len(before.results) < 10
-    after = compare(recipe, tmp_path / "killed", seeds=[0, 1], methods=FAST)
+    after = compare(recipe, tmp_path / "killed", seeds=[0, 1], sizes=[6], methods=FAST)
     assert after.results[: len(before.results)] == before.results
-    assert scores(after) == scores(compare(recipe, tmp_path / "whole", seeds=[0, 1], methods=FAST))
+    assert scores(after) == scores(compare(recipe, tmp_path / "whole", seeds=[0, 1], sizes=[6], methods=FAST))
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(recipe: Recipe, tmp_path: Path) -> None:
@@ -212,12 +225,12 @@ def test_a_folder_that_another_process_writes_to_is_refused(recipe: Recipe, tmp_
 
 
 def test_a_seed_begins_at_the_base_whatever_was_run_before(recipe: Recipe, tmp_path: Path) -> None:
-    alone = scores(compare(recipe, tmp_path / "alone", seeds=[1], methods=["base"]))
-    both = scores(compare(recipe, tmp_path / "both", seeds=[0, 1], sizes=[6, None], methods=["base"]))
+    alone = scores(compare(recipe, tmp_path / "alone", seeds=[1], sizes=[9], methods=["base"]))
+    both = scores(compare(recipe, tmp_path / "both", seeds=[0, 1], sizes=[6, 9], methods=["base"]))
     assert len(both) == 4 * len(alone) == 4 * 4
     assert {row: reached for row, reached in both.items() if row in alone} == alone
-    compare(recipe, tmp_path / "resumed", seeds=[0], methods=["base"])
-    resumed = scores(compare(recipe, tmp_path / "resumed", seeds=[0, 1], methods=["base"]))
+    compare(recipe, tmp_path / "resumed", seeds=[0], sizes=[9], methods=["base"])
+    resumed = scores(compare(recipe, tmp_path / "resumed", seeds=[0, 1], sizes=[9], methods=["base"]))
     assert len(resumed) == 8 and {row: both[row] for row in resumed} == resumed
 
 
@@ -670,7 +683,7 @@ def test_a_variant_keeps_its_settings(everything: Everything, recipe: Recipe) ->
     ],
 )
 def test_rows_do_not_depend_on_how_the_recipe_merges(
-    settings: dict[str, Any], recipe: Recipe, world: Path, tmp_path: Path
+    settings: dict[str, Any], everything: Everything, world: Path, tmp_path: Path
 ) -> None:
     """Every source is copied whole, and every rival runs, whatever the recipe says of ours; adapters train as it says."""
     other = write_recipe(world, tmp_path, **({"batch_size": BATCH} | settings))
@@ -678,13 +691,11 @@ def test_rows_do_not_depend_on_how_the_recipe_merges(
     found = compare(
         other, tmp_path / "out", seeds=[3], methods=methods if "preset" in settings else ["average", "base"]
     )
-    plain = compare(recipe, tmp_path / "plain", seeds=[3], methods=["average", "base"])
     assert not [result for result in found.results if result.problem]
-    for method in [f"source:{source}" for source in recipe.sources]:
-        one, two = (next(r for r in c.results if r.method == method) for c in (found, plain))
-        assert one.final == two.final
-    average = [next(r for r in c.results if r.method == "average") for c in (found, plain)]
-    assert average[0].merged == average[1].merged
+    rows, plain = ({r.method: r for r in comparison.results} for comparison in (found, everything[0]))
+    for source in other.sources:
+        assert rows[f"source:{source}"].final == plain[f"source:{source}"].final
+    assert rows["average"].merged == plain["average"].merged
 
 
 @pytest.mark.parametrize(

@@ -260,8 +260,10 @@ def test_a_merge_takes_the_fisher_average_where_the_labels_judge_it_best(world: 
     first, second = merger.report.steps
     assert list(first.candidates) == ["blend", "average"] and first.chosen == "average"  # the only model of a mean
     assert list(second.candidates) == ["blend", "average", "fisher"] and second.chosen == "fisher" and second.accepted
-    assert second.decision == "averaged by Fisher" and f"{second.candidates['fisher']:.3f} fisher" in second.line()
-    assert "averaged, as learned coefficients were not clearly better: 1, 2" in merger.report.conclusions()[0]
+    assert second.decision == "averaged by Fisher" and f"fisher {second.candidates['fisher']:.3f}" in " ".join(
+        second.details()
+    )
+    assert "averaged, because learned coefficients were not clearly better: 1, 2" in merger.report.conclusions()
 
     sources = [GraspMerger.from_pretrained(str(world / name)).model.eval() for name in "12"]
     fishers = [fisher_of(source, merger, merger.config.seed + 2) for source in sources]

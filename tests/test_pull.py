@@ -31,7 +31,6 @@ from grasp_hf.tensors.mixing import blend_
 from grasp_hf.tensors.units import movable_tensors
 from tests.support.hub.server import HubServer
 from tests.support.models import LABELS, MEASURE_ONLY, copied, perturbed, saved, saved_adapter, tiny_data, tiny_model
-from tests.support.processes import WITHOUT_TORCH
 
 COPY_ALL = GraspConfig(**{**vars(MEASURE_ONLY), "method": "copy", "threshold": -1.0, "gate": False})
 CHUNK = 2**12  # a tiny model has six chunks
@@ -256,9 +255,9 @@ def test_a_hub_that_stays_down(hub: HubServer, folders: dict[str, Path], home: P
 
 
 def subprocess_of(script: str, home: Path, **environment: str) -> "subprocess.Popen[str]":
-    """Start a Python process with its own HF_HOME; it imports the package without torch."""
+    """Start a Python process with its own HF_HOME."""
     variables = {**os.environ, "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), **environment}
-    command = [sys.executable, "-c", WITHOUT_TORCH + script]
+    command = [sys.executable, "-c", script]
     return subprocess.Popen(
         command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -527,6 +526,7 @@ def test_a_connection_that_has_stalled_is_not_waited_for(
 
 
 KILLED = """
+import sys
 import tempfile
 from pathlib import Path
 from grasp_hf.hub.pull import Puller

@@ -1,11 +1,12 @@
 """What a report says of a merge, and that it comes back from its file."""
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from grasp_hf import GraspConfig, GraspMerger
-from grasp_hf.record.entries import DOUBT, ChangeReport, FinetuneReport, UnitReport, unit_reports
+from grasp_hf.record.entries import ChangeReport, FinetuneReport, Reason, UnitReport, unit_reports
 from grasp_hf.record.report import MergeReport, StepReport
 from grasp_hf.tensors.mixing import Mix
 from grasp_hf.validation.changes import Change
@@ -26,38 +27,38 @@ def test_a_report_comes_back_from_json_as_it_was(tmp_path: Path) -> None:
     assert isinstance(again.run.final, FinetuneReport) and again.run.final.losses
 
 
-def test_a_line_says_how_many_samples_would_tell_a_change_from_nothing(tmp_path: Path) -> None:
-    noisy = StepReport("org/a", "sha", "full", reason=DOUBT, validated_by="labels", before={"loss": 1.0})
+def test_the_details_say_how_many_samples_would_tell_a_change_from_none(tmp_path: Path) -> None:
+    noisy = StepReport("org/a", "sha", "full", reason=Reason.UNCLEAR, validated_by="labels", before={"loss": 1.0})
     noisy.after_transfer, noisy.change = {"loss": 0.9}, Change(-0.1, 0.2, 10).report()
     expected = math.ceil(10 * (1.96 * 0.2 / 0.1) ** 2)
-    assert (
-        f"nothing moved ({DOUBT}), coefficient 0.000, loss 1.000 -> 0.900 (-0.100 ± 0.452 calibrated; {expected} "
-        in (noisy.line())
-    )
+    line = "org/a: nothing moved (within the noise), loss 1.000 -> 0.900, calibrated -0.100 ± 0.452"
+    assert noisy.summary_line() == line
+    assert f"validated on 10 samples: labels; {expected} samples would tell this change from none" in noisy.details()
     sure = replace(noisy, change=Change(-0.1, 0.01, 10).report())
-    assert "(-0.100 ± 0.023 calibrated) on labels" in sure.line()
+    assert "validated on 10 samples: labels" in sure.details()
     report = MergeReport("org/base", steps=[noisy])
     report.to_json(tmp_path / "report.json")
-    assert MergeReport.from_json(tmp_path / "report.json").steps[0].reason == DOUBT
+    assert MergeReport.from_json(tmp_path / "report.json").steps[0].reason is Reason.UNCLEAR
 
 
 def test_a_report_names_the_sources_that_stay_in_doubt_and_what_is_kept_beside_them() -> None:
-    doubtful = step_of("org/a", accepted=True, reason=DOUBT, change=ChangeReport(-0.01, 0.05, 64, 1600))
-    sure = step_of("org/b", accepted=True, reason="lowers the loss", change=ChangeReport(-0.1, 0.05, 64, 16))
-    unmoved = step_of("org/c", {"query": 0.1}, accepted=True, reason=DOUBT)
+    doubtful = step_of("org/a", accepted=True, reason=Reason.UNCLEAR, change=ChangeReport(-0.01, 0.05, 64, 1600))
+    sure = step_of("org/b", accepted=True, reason=Reason.HELPS, change=ChangeReport(-0.1, 0.05, 64, 16))
+    unmoved = step_of("org/c", {"query": 0.1}, accepted=True, reason=Reason.UNCLEAR)
     assert report_of(doubtful, sure, unmoved).conclusions() == [
-        "2 of 3 sources merged; within the noise, so kept: org/a: 1600 samples would tell that from nothing"
+        "2 of 3 sources merged",
+        "within the noise, so kept: org/a: 1600 samples would tell this change from none",
     ]
     units = [UnitReport("a", 30, 0.5, 0.25, "moved", 0.5), UnitReport("b", 10, 0.5, 0.25, "moved")]
     row = StepReport("org/a", "sha", "full", units=units).row()
     assert (row["coefficient"], row["target kept"]) == ("0.250", "0.562")  # (30 * 0.5 + 10 * 0.75) / 40
 
 
-def test_a_line_says_why_the_lowest_loss_is_not_taken() -> None:
+def test_the_details_say_why_the_lowest_loss_is_not_chosen() -> None:
     losses = {"blend": 0.5, "average": 0.51}
-    clear, noisy = (step_of(candidates=losses, chosen=chosen).line() for chosen in losses)
-    assert "calibrated: 0.500 blend or 0.510 average (average, as the difference is within the noise)" in noisy
-    assert "calibrated: 0.500 blend or 0.510 average" in clear and "within the noise" not in clear
+    clear, noisy = (step_of(candidates=losses, chosen=chosen).details() for chosen in losses)
+    text = "calibrated losses of the candidates: blend 0.500, average 0.510"
+    assert text in clear and f"{text}; average was chosen because the difference is within the noise" in noisy
 
 
 def test_a_source_that_brings_nothing_is_not_merged_where_what_was_there_is_rescaled() -> None:
@@ -65,9 +66,9 @@ def test_a_source_that_brings_nothing_is_not_merged_where_what_was_there_is_resc
     units = unit_reports(dict.fromkeys(mixes, 1), mixes, dict.fromkeys(mixes, 0.1), True)
     assert [unit.decision for unit in units] == ["rescaled", "rescaled", "kept", "moved"]
     one = StepReport("org/a", "sha", "full", units=units[:3])
-    assert one.changed and not one.moved and one.decision == "nothing taken, what was merged before rescaled"
+    assert one.changed and not one.moved and one.decision == "only rescaled"
     assert MergeReport("org/base", steps=[one]).conclusions() == ["0 of 1 sources merged"]
-    one.undo("worse")
+    one.undo(Reason.BETTER_ALONE)
     assert not one.changed and [unit.decision for unit in one.units] == ["undone", "undone", "kept"]
     taken_back = unit_reports(dict.fromkeys(mixes, 1), mixes, dict.fromkeys(mixes, 0.1), False)
     assert [unit.decision for unit in taken_back] == ["undone", "undone", "kept", "undone"]
@@ -99,6 +100,47 @@ def test_a_table_has_no_columns_without_a_value() -> None:
     measured, unmeasured = step_of("org/a"), StepReport("org/b", "sha", "full")
     assert {"loss before", "change (calibrated)"} <= {*measured.row()}
     columns = [cell.strip() for cell in report_of(unmeasured).table().splitlines()[0].strip("|").split("|")]
-    assert "decision" in columns and not {"loss before", "transferred", "accuracy"} & {*columns}
+    assert "decision" in columns and not {"loss before", "loss after", "accuracy"} & {*columns}
     columns = [cell.strip() for cell in report_of(measured, unmeasured).table().splitlines()[0].strip("|").split("|")]
     assert "loss before" in columns
+
+
+def test_no_printed_line_is_wider_than_a_terminal() -> None:
+    name = "an-organisation-with-a-long-name/a-model-with-a-name-that-is-even-longer-than-its-organisation"
+    change = ChangeReport(-0.123, 0.045, 512, 100_000)
+    long = step_of(
+        name,
+        accepted=False,
+        reason=Reason.BETTER_ALONE,
+        change=change,
+        candidates={"blend": 0.5, "average": 0.51, "fisher": 0.52},
+        chosen="average",
+        notes=["the head has other labels than the target: " + ", ".join(f"label-{number}" for number in range(30))],
+    )
+    final = FinetuneReport(
+        0.75, {"0.0": 1.0, "0.75": 0.9, "1.0": 0.95}, "two halves of 512 of the labels", alone=0.95, gain=change
+    )
+    report = report_of(long, step_of("org/b"), final=final)
+    printed = [*str(report).splitlines(), long.summary_line(), long.summary_line(94)]
+    assert max(map(len, printed)) <= 100 and len(long.summary_line(94)) <= 94
+    assert long.summary_line().startswith("an-") and "…" in long.summary_line()
+    assert name in report.table() and "label-29" in str(report), "the card, and the sentences, name all in full"
+
+
+def test_a_record_of_version_0_1_is_read(tmp_path: Path) -> None:
+    """Fields of a run stood beside the others, and some had other names."""
+    step, final = (
+        step_of("org/a", reason=Reason.UNCLEAR, candidates={"blend": 0.5}, chosen="blend"),
+        FinetuneReport(0.5),
+    )
+    report = report_of(step, final=final, ranking=[{"reference": "org/a", "sha": None}], test={"loss": 0.5})
+    values = asdict(report)
+    old = {**{key: value for key, value in values.items() if key != "run"}, **values["run"]}
+    entry = old["steps"][0]
+    entry |= {"options": entry.pop("candidates"), "taken": entry.pop("chosen"), "judged_by": entry.pop("validated_by")}
+    entry["reason"] = "within the noise: kept"
+    old["final"] = {**values["run"]["final"], "share": 0.5}
+    del old["final"]["fraction"]
+    old["final"]["judged_by"] = old["final"].pop("validated_by")
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    assert MergeReport.from_json(tmp_path / "report.json") == report

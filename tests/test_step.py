@@ -18,6 +18,7 @@ from grasp_hf.errors import DataError, NonFiniteError
 from grasp_hf.merging.mixed import MixedModel
 from grasp_hf.methods.candidates import Candidate
 from grasp_hf.models.batches import keeping_model_columns
+from grasp_hf.record.entries import Reason
 from grasp_hf.sources.load import LoadedSource
 from grasp_hf.tensors.mixing import Mix
 from grasp_hf.tensors.scratch import Scratch
@@ -142,8 +143,8 @@ def test_coefficients_that_fail_before_the_other_half_give_way_to_the_average(wo
     wild = merger.with_config(GraspConfig(**{**CONFIG, "gate": True, "coefficient_lr": 1.0}))
     step = wild.merge(sources[1:], train_dataset=data).steps[-1]
     assert step.candidates["average"] < step.candidates["blend"] and step.chosen == "average"
-    assert step.row()["decision"] == "averaged" and f"{step.candidates['blend']:.3f} blend or" in step.line()
-    assert "averaged, as learned coefficients were not clearly better: expert-2" in wild.report.conclusions()[0]
+    assert step.row()["decision"] == "averaged" and f"blend {step.candidates['blend']:.3f}" in " ".join(step.details())
+    assert "averaged, because learned coefficients were not clearly better: expert-2" in wild.report.conclusions()
     assert {(unit.keep, unit.coefficient) for unit in step.units} == {(0.5, 0.5)}
 
 
@@ -305,9 +306,9 @@ def test_a_source_with_which_no_loss_is_finite_is_rejected(evaluates: bool, worl
     merger = merger_of(world)
     before = {name: tensor.clone() for name, tensor in merger.model.state_dict().items()}
     step = merger.merge(sources[:1], **data).steps[0]
-    assert (step.accepted, step.reason, step.moved) == (False, "the loss is NaN or infinite", 0)
+    assert (step.accepted, step.reason, step.moved) == (False, Reason.NOT_FINITE, 0)
     assert all(torch.equal(before[name], tensor) for name, tensor in merger.model.state_dict().items())
-    assert "rejected (the loss is NaN or infinite)" in step.line() and "None" not in step.line()
+    assert "rejected (loss NaN or infinite)" in step.summary_line() and "None" not in step.summary_line()
     merger.merge(sources[1:], **data)
     assert merger.report.steps[1].accepted and merger.report.steps[1].moved
     merger.save_pretrained(tmp_path / "merged")

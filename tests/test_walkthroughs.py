@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -19,6 +18,7 @@ from grasp_hf.cli import main
 from grasp_hf.demo.run import run_demo
 from grasp_hf.errors import OutputExistsError
 from grasp_hf.record.saving import REPORT_FILE
+from tests.support.processes import made_once
 
 ROOT = Path(__file__).parent.parent
 # Those of the benchmarks need models and data that `tests.benchmarks` makes.
@@ -28,11 +28,15 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """A folder with the demo in it, as its recipes expect it, and what the demo said."""
-    folder = tmp_path_factory.mktemp("clone")
-    shutil.copytree(ROOT / "recipes", folder / "recipes")
-    yield folder, run_demo(folder / "grasp-demo")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with the demo in it, as its recipes expect it, and the text that the demo printed."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(ROOT / "recipes", folder / "recipes")
+        (folder / "printed.txt").write_text(run_demo(folder / "grasp-demo"))
+
+    folder = made_once(tmp_path_factory, "demo", make)
+    return folder, (folder / "printed.txt").read_text()
 
 
 def test_the_demo_shows_every_source_every_control_and_an_honest_verdict(demo: tuple[Path, str]) -> None:
@@ -73,11 +77,11 @@ def test_every_recipe_runs_by_the_command_in_its_header(
     printed = capsys.readouterr().out
     sources = yaml.safe_load(recipe.read_text())["sources"]
     expected = [Path(source).name for source in (sources if "base_model" in recipe.read_text() else sources[1:])]
-    ranking = json.loads((output / REPORT_FILE).read_text())["ranking"]
+    ranking = json.loads((output / REPORT_FILE).read_text())["run"]["ranking"]
     assert sorted(Path(row["reference"]).name for row in ranking) in ([], sorted(expected))
     order = [Path(row["reference"]).name for row in ranking] or expected
-    assert re.findall(r"^\d/\d (\w+) ", printed, flags=re.MULTILINE) == order
-    assert re.search(r"^test: loss \d+\.\d+, accuracy 0\.\d+$", printed, flags=re.MULTILINE)
+    assert re.findall(r"^\d/\d (\w+): ", printed, flags=re.MULTILINE) == order
+    assert re.search(r"^- test: loss \d+\.\d+, accuracy 0\.\d+$", printed, flags=re.MULTILINE)
     assert (output / REPORT_FILE).exists()
     AutoModelForImageClassification.from_pretrained(output)
 
@@ -121,11 +125,48 @@ def test_the_explanation_uses_public_names_only() -> None:
         assert set(names.removeprefix(" import ").split(", ")) <= set(grasp_hf.__all__)
 
 
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 250 and len(README.encode()) <= 14_000
+
+
+def test_the_readmes_python_runs_and_prints_what_the_readme_shows(
+    demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (printed,) = re.findall(r"It prints:\n\n```\n(.*?)```", README, flags=re.DOTALL)
+    monkeypatch.chdir(demo[0])
+    capsys.readouterr()
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    found = capsys.readouterr().out
+
+    def shape(text: str) -> list[str]:
+        """Return the first words of the lines that every run has: start, head of the table, test scores, answer."""
+        lines = [line for line in text.splitlines() if not line.startswith(("- ", "  ", "| ", "|-"))]
+        head = next(line for line in text.splitlines() if line.startswith("| source"))
+        return [re.sub(r"[\d.]+", "0", line) for line in [*lines, re.sub(" +", " ", head)] if line]
+
+    assert shape(found) == shape(printed)
+    assert float(re.findall(r"'accuracy': ([\d.]+)", found)[0]) > 0.8
+    assert max(map(len, [*found.splitlines(), *printed.splitlines()])) <= 100
+
+
+def test_the_readmes_commands_run(
+    demo: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = re.findall(r"^grasp-hf (.*?) *(?:  #.*)?$", README, flags=re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["plan", "rank", "merge", "compare", "append"]
+    for name in ("recipes", "grasp-demo"):
+        (tmp_path / name).symlink_to(demo[0] / name)
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert main(command.split()) == 0, command
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 100, command
+    AutoModelForImageClassification.from_pretrained("merged-2")
+
+
 def test_the_readmes_python_uses_public_names_only() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) >= 2
     for block in blocks:
-        compile(block, "README.md", "exec")
         for names in re.findall(r"^from grasp_hf import (.*)$", block, flags=re.MULTILINE):
             assert set(names.split(", ")) <= set(grasp_hf.__all__)
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from grasp_hf.files import workspace
-from tests.support.processes import WITHOUT_TORCH
 
-HOLDER = f"""{WITHOUT_TORCH}
+HOLDER = """
 import multiprocessing
+import sys
 from pathlib import Path
 from grasp_hf.files import workspace
 

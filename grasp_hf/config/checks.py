@@ -8,10 +8,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import numpy as np
-from peft import LoraConfig
-from transformers import TrainingArguments
-
 METRICS = ("loss", "accuracy", "eval_loss", "eval_accuracy")  # accepted for the choice of the best epoch
 TYPE_NAMES = {type(None): "null", list: "list of str"}  # names for users, where Python's own differ
 # Arguments of the Trainer that a merge sets itself, and the advice for each.
@@ -57,7 +53,7 @@ def value_problems(cls: type, values: dict[str, Any], also_known: Collection[str
         if key not in hints:
             known = {*hints, *also_known}
             advice = _suggest(key, known) or f", expected one of {', '.join(sorted(known))}"
-            if key in {field.name for field in dataclasses.fields(TrainingArguments)}:
+            if key in _training_arguments():
                 advice = f", did you mean training_arguments.{key}"
             found.append(f"{key}: unknown key{advice}")
         elif problem := _check_type(value, hints[key]):
@@ -73,6 +69,8 @@ def _suggest(key: Any, known: Collection[str]) -> str:
 
 def plain_value(value: Any) -> Any:
     """Return `value` with numpy scalars, enumerations, sets and paths converted to types that YAML and JSON can hold."""
+    import numpy as np
+
     if isinstance(value, dict):
         return {key: plain_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -86,10 +84,19 @@ def plain_value(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _training_arguments() -> dict[str, Any]:
+    """Return the type of each training argument."""
+    from transformers import TrainingArguments
+
+    types = typing.get_type_hints(TrainingArguments)
+    return {field.name: types[field.name] for field in dataclasses.fields(TrainingArguments)}
+
+
 def training_argument_problems(values: dict[str, Any]) -> list[str]:
     """Return the problems of arguments for `transformers.TrainingArguments`: unknown names and wrong values."""
-    hints = typing.get_type_hints(TrainingArguments)
-    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    if not values:
+        return []
+    known = _training_arguments()
     found = []
     for key, value in values.items():
         if key not in known:
@@ -104,8 +111,8 @@ def training_argument_problems(values: dict[str, Any]) -> list[str]:
             found.append(f"training_arguments.{key}: expected none; {advice}")
         elif key == "metric_for_best_model" and value not in METRICS:
             found.append(f"training_arguments.{key}: got {value!r}, expected {' or '.join(METRICS[:2])}")
-        elif set(get_args(hints[key]) or (hints[key],)) <= {int, float, bool, type(None)}:
-            if problem := _check_type(value, hints[key]):
+        elif set(get_args(known[key]) or (known[key],)) <= {int, float, bool, type(None)}:
+            if problem := _check_type(value, known[key]):
                 found.append(f"training_arguments.{key}: got {value!r}, {problem}")
             elif key.endswith("_batch_size") and value is not None and value < 1:
                 found.append(f"training_arguments.{key}: got {value!r}, expected at least 1")
@@ -114,6 +121,8 @@ def training_argument_problems(values: dict[str, Any]) -> list[str]:
 
 def lora_problems(values: dict[str, Any]) -> list[str]:
     """Return the problem that `peft.LoraConfig` has with these arguments, if any."""
+    from peft import LoraConfig
+
     try:
         LoraConfig(**values)
     except (TypeError, ValueError) as error:

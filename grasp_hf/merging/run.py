@@ -1,14 +1,16 @@
 """What all steps of one merge share: the data, the device, the files, and the way back."""
 
+from __future__ import annotations
+
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ..config.grasp import GraspConfig
 from ..config.methods import METHODS
@@ -26,6 +28,9 @@ from ..tensors.units import movable_tensors
 from ..validation.labels import Labels
 from .checks import check_loss
 from .step import Step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Run:
@@ -70,7 +75,7 @@ class Run:
 
     @classmethod
     @contextmanager
-    def open(cls, model: PreTrainedModel, config: GraspConfig, samples: Samples, **options: Any) -> Iterator["Run"]:
+    def open(cls, model: PreTrainedModel, config: GraspConfig, samples: Samples, **options: Any) -> Iterator[Run]:
         """Yield a run with a temporary directory in `TMPDIR`, which is removed at the end; `options` are as for `Run`."""
         with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as directory:
             yield cls(model, config, samples, directory, **options)

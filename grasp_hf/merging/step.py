@@ -1,19 +1,20 @@
 """One step of a merge: a source is measured, mixed in, validated, and kept or undone; then the model is fine-tuned."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..config.grasp import GraspConfig
 from ..errors import NonFiniteLossError
 from ..files import interrupts_held
 from ..methods.candidates import AVERAGE, Candidate, Inputs, Mixes
 from ..methods.table import find_candidates
-from ..record.entries import FinetuneReport
+from ..record.entries import FinetuneReport, Reason
 from ..sources.load import LoadedSource
 from ..tensors.mixing import Mix
 from ..tensors.scratch import Scratch
@@ -26,7 +27,8 @@ from ..validation.losses import SampleLosses, concatenate
 from .mixed import MixedModel
 from .transfer import Transfer
 
-NOT_FINITE = "the loss is NaN or infinite"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Step:
@@ -45,7 +47,7 @@ class Step:
     ) -> None:
         self.model, self.config, self.labels, self.scratch, self.can_fail = model, config, labels, scratch, can_fail
 
-    def with_config(self, config: GraspConfig) -> "Step":
+    def with_config(self, config: GraspConfig) -> Step:
         """Return this step by another configuration. A fine-tuning of that step does not count as learned here."""
         own = self.labels
         labels = Labels(self.model, own.samples, own.collator, config, learned=own.learned)
@@ -132,11 +134,11 @@ class Step:
         }
         if after is None or whole is None:
             mixed.undo(before)
-            return Transfer(units, _nothing(units), accepted=False, reason=NOT_FINITE, **record)
+            return Transfer(units, _nothing(units), accepted=False, reason=Reason.NOT_FINITE, **record)
         candidate, change = candidates[chosen], paired_change(before, after)
         mixed.put(candidate)
         self.labels.changed(whole)
-        accepted, reason = True, ""
+        accepted, reason = True, Reason.NONE
         if self.config.gate and any(mix.moves for mix in candidate.mixes.values()):
             accepted, reason = verdict(change, self.labels.floor, after, whole)
         if not accepted:

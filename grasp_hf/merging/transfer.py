@@ -9,7 +9,7 @@ from torch import Tensor
 from ..hub.reference import Source
 from ..methods.candidates import Candidate
 from ..record.card import declared_license
-from ..record.entries import FinetuneReport, unit_reports
+from ..record.entries import FinetuneReport, Reason, unit_reports
 from ..record.report import StepReport
 from ..tensors.units import Unit
 from ..validation.changes import Change
@@ -24,7 +24,7 @@ class Transfer:
         units: The units that could have moved.
         candidate: The candidate that was chosen.
         accepted: Whether the source stays in the model.
-        reason: Why the gate decided so; empty where it decided nothing.
+        reason: Why the gate decided so.
         notes: How head and vocabulary of the source were matched with the target's.
         other_units: Number of units that could not move.
         validated_by: The samples that validated.
@@ -38,7 +38,7 @@ class Transfer:
     units: Sequence[Unit]
     candidate: Candidate
     accepted: bool = True
-    reason: str = ""
+    reason: Reason = Reason.NONE
     notes: list[str] = field(default_factory=list)
     other_units: int = 0
     validated_by: str = ""

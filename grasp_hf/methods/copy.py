@@ -1,14 +1,15 @@
 """The method `copy`: units whose gradients agree."""
 
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..config.grasp import GraspConfig
 from ..errors import IncompatibleSourceError
@@ -22,6 +23,9 @@ from ..tensors.products import PAPER_EPSILON, Scores, UnitProducts, cosine, mean
 from ..tensors.scratch import Scratch
 from ..tensors.units import Unit, movable_tensors, partition
 from .candidates import Candidate, Inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def unit_cosines(

@@ -1,11 +1,12 @@
 """The Fisher information of a model's parameters, and a mean of models that weighs each parameter by it."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..errors import NonFiniteError
 from ..models.batches import IGNORED, Batch, batch_loss, class_terms, labelled_terms, predicts_next
@@ -14,6 +15,9 @@ from ..tensors.mixing import Mix, in_rows
 from ..tensors.placing import placed
 from ..tensors.scratch import Scratch
 from ..tensors.units import Unit, movable_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROWS = 1024  # of logits that labels are drawn for at once
 LEAST_FISHER = 1e-30  # far below any Fisher that counts, far above the smallest float32

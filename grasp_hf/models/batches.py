@@ -1,19 +1,24 @@
 """Batches of the user's data, and what a model makes of them: a loss, and how many terms it is the mean of."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, default_data_collator
+from transformers import default_data_collator
 
 from ..config.grasp import GraspConfig
 from ..errors import DataError, NonFiniteLossError
 from ..internals import keeping_columns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IGNORED = -100  # the label that transformers leaves out of a loss
 Batch = dict[str, Any]

@@ -1,18 +1,22 @@
 """From a configuration to a model class and its task."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..errors import IncompatibleSourceError
 from ..hub.reference import Source
 from ..internals import class_names, class_of, has_own_code, own_class, task_classes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @contextmanager
@@ -42,7 +46,7 @@ def load_config(source: Source) -> PretrainedConfig:
     if source.kind == "adapter" and not (source.folder / "config.json").is_file():
         raise IncompatibleSourceError(f"'{source.ref}' is an adapter; expected a full model")
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trusted)
+        config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trusted)
     except (ValueError, OSError, KeyError, StrictDataclassError) as error:
         if not source.trusted and "auto_map" in _raw_config(source):
             raise IncompatibleSourceError(
@@ -77,7 +81,7 @@ def _custom_class(config: PretrainedConfig, autos: Sequence[Any]) -> type[PreTra
             found: Any = own_class(reference, config)
             found.register_for_auto_class(auto)  # its code is saved with it
             type(config).register_for_auto_class()
-            return cast(type[PreTrainedModel], found)
+            return cast("type[PreTrainedModel]", found)
     return None
 
 

@@ -1,18 +1,24 @@
 """Gradients of a model that leave as they arrive, so that no set of them is held."""
 
+from __future__ import annotations
+
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import GradientCheckpointingLayer, PreTrainedModel
 
 from ..errors import ConfigError
 from .batches import Batch, batch_loss, labelled_terms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def mean_gradient(
@@ -135,7 +141,8 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
     transformers itself does so in train mode only. Never reentrant: a reentrant checkpoint would hand out partial
     gradients of a layer that is used more than once.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    checkpointing_layer = transformers.GradientCheckpointingLayer
+    layers = [m for m in model.modules() if isinstance(m, checkpointing_layer) and m.gradient_checkpointing]
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
     caching = [config for config in configs if layers and getattr(config, "use_cache", False)]
     for layer in layers:

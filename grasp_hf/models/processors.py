@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from transformers import AutoProcessor, AutoTokenizer
+import transformers
 
 from ..errors import DataError, first_line
 from ..hub.listing import TOKENIZERS
@@ -21,7 +21,8 @@ def load_processing_class(source: Source) -> Any:
     if not any(path for pattern in PROCESSING_FILES for path in source.folder.glob(pattern)):
         return None
     problem: Exception | None = None
-    for auto in (AutoProcessor, AutoTokenizer):  # a processor of sounds needs more files than its tokenizer
+    # A processor of sounds needs more files than its tokenizer.
+    for auto in (transformers.AutoProcessor, transformers.AutoTokenizer):
         try:
             with quiet_transformers():
                 return auto.from_pretrained(source.folder, trust_remote_code=False)

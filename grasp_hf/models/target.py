@@ -1,19 +1,23 @@
 """The model that a merge starts from."""
 
+from __future__ import annotations
+
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..errors import IncompatibleSourceError, first_few
 from ..hub.reference import UNREADABLE, Source
 from ..internals import computed_patterns, initialize_, tied_names
 from ..tensors.units import head_tensors, movable_tensors
 from .classes import load_config, model_class, quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 

@@ -1,22 +1,28 @@
 """The model card of a merge, in the words and metadata that the Hub knows."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import PreTrainedModel
 from yaml import YAMLError
 
 from ..config.methods import METHODS
 from ..hub.licenses import license_of, strictest
 from ..hub.reference import SourceRef
 from ..models.classes import task_of
+from .entries import EVALUATION_DATA
 from .report import MergeReport
 from .text import markdown_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SENTENCE_END = re.compile(r"(?<=[.;!?])\s+")
 TRAINED_ON_TEST = re.compile(
@@ -176,7 +182,7 @@ def licence_section(report: MergeReport, gated: Collection[str] = ()) -> str:
 def _evaluation_rows(report: MergeReport, task: str | None) -> list[EvalResult]:
     """Return the last held-out loss and accuracy as rows of the card's metadata."""
     last, kind = report.run.final.after if report.run.final else {}, "held-out"
-    if not report.run.final and report.steps and report.steps[-1].validated_by == "evaluation data":
+    if not report.run.final and report.steps and report.steps[-1].validated_by == EVALUATION_DATA:
         last = report.steps[-1].after
     if report.run.test:  # which chose nothing
         last, kind = report.run.test, "test"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Literal
 
 from ..tensors.mixing import Mix
@@ -9,8 +10,21 @@ from .text import format_number
 
 Evaluation = dict[str, float]
 Decision = Literal["moved", "rescaled", "kept", "undefined", "undone"]
-LEAST_TAKEN = 5e-4  # a coefficient that is shown as 0.000
-DOUBT = "within the noise: kept"  # the reason where the samples cannot tell whether a transfer helps or harms
+SMALLEST_COEFFICIENT = 5e-4  # a smaller coefficient is printed as 0.000
+EVALUATION_DATA = "evaluation data"  # `validated_by` where the held-out samples validate
+TEST_DATA = "test data"
+
+
+class Reason(StrEnum):
+    """Why a source stays in the model, or does not; code compares the members, and readers see their values."""
+
+    NONE = ""  # the gate decided nothing: it is off, nothing validates, or nothing moved
+    HELPS = "lowers the loss"
+    UNCLEAR = "within the noise"
+    HARMS = "raises the loss"
+    WORSE_THAN_START = "worse than the start"
+    NOT_FINITE = "loss NaN or infinite"
+    BETTER_ALONE = "better without any source"
 
 
 @dataclass
@@ -19,14 +33,15 @@ class UnitReport:
 
     Attributes:
         name: The module or parameter.
-        elements: Number of numbers in the unit's tensors.
-        score: In [-1, 1]: with `copy`, the cosine of the two models' gradients; with `blend`, the cosine between what
-            the source changed and the way down. `None` is undefined: a gradient was missing or zero.
-        coefficient: How much of the source was to go in: 0 is nothing, 1 is all of what it changed; of an average by
-            Fisher information, the mean over the unit's elements.
-        decision: `undefined` units stay as they are; `rescaled` ones took nothing from the source, only less or more of
-            what was merged before; `undone` ones changed and were taken back by the gate.
-        keep: How much of the target was to stay, likewise; `1 - coefficient` is a point between the two.
+        elements: Number of elements of the unit's tensors.
+        score: In [-1, 1]. With `copy` the cosine of the two models' gradients; with `blend` the cosine between the change
+            that the source learned and the direction of descent. `None` if it is undefined: a gradient is missing or zero.
+        coefficient: How much of the source was to be merged: 0 is nothing, 1 is all of what it changed. For an average
+            by Fisher information it is the mean over the unit's elements.
+        decision: `moved` units took something from the source. `rescaled` ones took nothing from it, only more or less of
+            what was merged before. `kept` and `undefined` ones stay as they are. `undone` ones changed, and the gate
+            undid the change.
+        keep: How much of the target was to stay, on the same scale. `1 - coefficient` is a point between the two models.
     """
 
     name: str
@@ -36,6 +51,11 @@ class UnitReport:
     decision: Decision
     keep: float | None = None
 
+    @property
+    def kept(self) -> float:
+        """How much of the target was to stay."""
+        return 1 - self.coefficient if self.keep is None else self.keep
+
 
 def unit_reports(
     sizes: Mapping[str, int],
@@ -43,13 +63,21 @@ def unit_reports(
     scores: Mapping[str, float | None],
     accepted: bool,
 ) -> list[UnitReport]:
-    """Return what was decided on each unit of `sizes`; `accepted` is `False` where the gate took everything back."""
+    """Return the decision on each unit.
+
+    Args:
+        sizes: Number of elements of each unit.
+        mixes: The mix of each unit.
+        scores: The score of each unit.
+        accepted: `False` if the gate undid the source.
+    """
 
     def decision(unit: str) -> Decision:
-        if mixes[unit].moves:
-            changed: Decision = "moved" if mixes[unit].take >= LEAST_TAKEN else "rescaled"
-            return changed if accepted else "undone"
-        return "undefined" if scores[unit] is None else "kept"
+        if not mixes[unit].moves:
+            return "undefined" if scores[unit] is None else "kept"
+        if not accepted:
+            return "undone"
+        return "moved" if mixes[unit].take >= SMALLEST_COEFFICIENT else "rescaled"
 
     return [
         UnitReport(unit, size, scores[unit], mixes[unit].take, decision(unit), mixes[unit].keep)
@@ -59,14 +87,14 @@ def unit_reports(
 
 @dataclass
 class ChangeReport:
-    """How the loss changed on the samples that judge: by a transfer, or from fine-tuning alone to a merge.
+    """How the mean loss changed on the validation samples: by a source, or from fine-tuning alone to the merge.
 
     Attributes:
-        loss: Difference of the mean; below 0 is better. Calibrated, that is after the logits of either model were scaled
-            to fit the samples best, but in `FinetuneReport.gain`.
-        half_interval: Half of its 95 % interval, over samples; `None` for a single one.
-        samples: How many judged.
-        samples_to_see: How many would tell a change of this size from none.
+        loss: Difference of the mean; below 0 is better. It is calibrated, which means that the logits of both models are
+            scaled to fit the samples best, except in `FinetuneReport.gain`.
+        half_interval: Half of its 95 % interval over samples; `None` for a single sample.
+        samples: Number of samples.
+        samples_to_see: Number of samples that would tell a change of this size from none.
     """
 
     loss: float
@@ -76,9 +104,9 @@ class ChangeReport:
 
     @property
     def doubt(self) -> str:
-        """What it would take to be sure, to be put behind a statement; empty where the samples are enough."""
+        """How many samples it would take to be sure, to be put after a statement; empty if the samples are enough."""
         more = self.samples_to_see
-        return f"; {more} samples would tell that from nothing" if more and more > self.samples else ""
+        return f"; {more} samples would tell this change from none" if more and more > self.samples else ""
 
     def __str__(self) -> str:
         return f"{self.loss:+.3f} ± {'?' if self.half_interval is None else f'{self.half_interval:.3f}'}"
@@ -89,14 +117,15 @@ class FinetuneReport:
     """One fine-tuning, and how much of it was kept.
 
     Attributes:
-        fraction: Where the model is now on the line from the weights before (0) to those after (1).
-        losses: Mean loss at points of that line, by share; where halves of the labels judged, of each in the
-            other's model.
-        validated_by: What these losses are of; empty where nothing judged, so that all of it was kept.
-        after: Held-out loss (and accuracy) at the end; empty without evaluation data.
-        alone: Loss of the same without any source; `None` where that was not tried.
-        gain: From that to the merge, sample by sample, not calibrated: where the change is below 0, the sources helped.
-        without_sources: Whether they did not, so that the model is that one; share and losses are of the merge then.
+        fraction: Where the model is on the line from the weights before (0) to the weights after (1) the fine-tuning.
+        losses: Mean loss at points of that line, by fraction. Where halves of the labels validate, each half is evaluated
+            in the model that the other half trained.
+        validated_by: The samples of these losses; empty if nothing validated, so that all of the fine-tuning was kept.
+        after: Loss (and accuracy) on the evaluation data at the end; empty without evaluation data.
+        alone: Loss of the same fine-tuning without any source; `None` if that was not tried.
+        gain: Change from that loss to the loss of the merge, not calibrated. Below 0 the sources helped.
+        without_sources: Whether the sources did not help, so that the model is the one without them. `fraction` and
+            `losses` are those of the merge then.
     """
 
     fraction: float = 1.0
@@ -109,41 +138,44 @@ class FinetuneReport:
 
     @property
     def loss(self) -> float | None:
-        """The loss of the model that was kept, of those that `validated_by` names; `None` where nothing judged."""
+        """The loss of the model that was kept, on the samples of `validated_by`; `None` if nothing validated."""
         return self.alone if self.without_sources else self.losses.get(str(self.fraction))
 
-    def line(self) -> str:
-        """Return one line of text for the terminal."""
+    def sentences(self) -> list[str]:
+        """Return what came of it: the fine-tuning and, if that was tried, the gain over fine-tuning alone."""
         if not self.losses:
-            return "fine-tuned"
+            return ["fine-tuned"]
+        before, there = self.losses["0.0"], self.losses[str(self.fraction)]
+        end = self.losses[max(self.losses, key=float)]
         if self.without_sources:
-            return f"fine-tuned without the sources of this merge, which were taken back{self._against_alone()}"
-        kept = f"kept {100 * self.fraction:.0f} % of the way" if self.fraction else "taken back whole"
-        last = self.losses[max(self.losses, key=float)]
-        return (
-            f"fine-tuned, {kept}: loss {format_number(self.losses['0.0'])} before, {format_number(self.losses[str(self.fraction)])} "
-            f"there, {format_number(last)} at its end, on {self.validated_by}{self._against_alone()}"
-        )
+            first = "fine-tuned without the sources of this merge, which were undone"
+        else:
+            kept = f"kept {100 * self.fraction:.0f} % of the way" if self.fraction else "undone"
+            first = (
+                f"fine-tuned, {kept}: loss {format_number(before)} before, {format_number(there)} there, "
+                f"{format_number(end)} at its end, on {self.validated_by}"
+            )
+        return [first, *self._against_alone()]
 
-    def _against_alone(self) -> str:
-        """Say what the sources are worth to the fine-tuning, where that was tried."""
+    def _against_alone(self) -> list[str]:
         if self.gain is None:
-            return ""
-        return (
-            f"; fine-tuning alone against the merge, on {self.gain.samples} samples of {self.validated_by}: loss "
-            f"{format_number(self.alone)} -> {format_number(self.losses[str(self.fraction)])} ({self.gain}{self.gain.doubt})"
-        )
+            return []
+        there = format_number(self.losses[str(self.fraction)])
+        return [
+            f"from fine-tuning alone to the merge: loss {format_number(self.alone)} -> {there} ({self.gain}), on "
+            f"{self.gain.samples} samples of {self.validated_by}{self.gain.doubt}"
+        ]
 
 
 @dataclass
 class ControlReport:
-    """What the merge gained over fine-tuning the start alone, with the same labels and as many epochs.
+    """The gain of the merge over fine-tuning the start alone, with the same labels and as many epochs.
 
     Attributes:
-        validated_by: The samples that both were judged by: `evaluation data`, or `test data`.
+        validated_by: The samples that both were evaluated on: `evaluation data` or `test data`.
         alone: Loss (and accuracy) of the start, fine-tuned without any source.
-        merged: The same of the merge.
-        change: From the one to the other, sample by sample.
+        merged: Loss (and accuracy) of the merge.
+        change: Change from the one to the other.
     """
 
     validated_by: str
@@ -151,15 +183,15 @@ class ControlReport:
     merged: Evaluation
     change: ChangeReport
 
-    def line(self) -> str:
-        """Return one line of text for the terminal."""
+    def sentence(self) -> str:
+        """Return the gain as a sentence."""
         values = ", ".join(
             f"{name} {format_number(self.alone[name])} -> {format_number(self.merged[name])}" for name in self.alone
         )
-        doubt = self.change.doubt
-        if self.validated_by == "evaluation data":
-            doubt += "; they also chose what was kept, which flatters both: add a split 'test'"
-        return (
-            f"against fine-tuning alone, on {self.change.samples} samples of the {self.validated_by}: {values}; calibrated loss "
-            f"{self.change}{doubt}"
+        text = (
+            f"from fine-tuning alone to the merge: {values}, calibrated loss {self.change}, on {self.change.samples} "
+            f"samples of the {self.validated_by}{self.change.doubt}"
         )
+        if self.validated_by == EVALUATION_DATA:
+            text += "; these samples also chose what was kept, so both losses are too low: add a split 'test'"
+        return text

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .entries import UnitReport
+from .entries import EVALUATION_DATA, UnitReport
 from .report import MergeReport, StepReport
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def _draw_end(axes: "Axes", report: MergeReport, place: float, judged: str) -> l
     ends: dict[str, float] = {}
     if final and (final.loss is not None or final.after):
         loss, by = (
-            (final.loss, final.validated_by) if final.loss is not None else (final.after["loss"], "evaluation data")
+            (final.loss, final.validated_by) if final.loss is not None else (final.after["loss"], EVALUATION_DATA)
         )
         on = "" if by == judged else f", on {by}"
         axes.scatter([place], [loss], marker="*", color=GREEN, s=90, label=f"at the end{on}", zorder=2)

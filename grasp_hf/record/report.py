@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,42 +12,41 @@ import yaml
 
 from ..errors import ConfigError
 from ..files import write_whole
-from .entries import DOUBT, ChangeReport, ControlReport, Evaluation, FinetuneReport, UnitReport
+from .entries import ChangeReport, ControlReport, Evaluation, FinetuneReport, Reason, UnitReport
 from .redaction import names_of_paths
-from .text import format_number, markdown_table
+from .text import WIDTH, format_number, markdown_table, shorten, wrap
 
 
 @dataclass
 class StepReport:
-    """One source: what it is, what was measured, what was done, what it changed.
+    """One source: what it is, what was measured, what was done with it, and how the loss changed.
 
     Attributes:
         source: The reference as the user gave it.
         sha: Commit of its files; `None` for a local folder.
         kind: `full` or `adapter`.
-        num_bytes: Size of the source's weight files.
-        license: What its card declares.
-        gated: Whether conditions stand before its files on the Hub.
-        accepted: `False` where the gate undid the transfer.
-        reason: Why the gate undid it or did not; empty where it decided nothing: it is off, nothing judged or moved.
+        num_bytes: Size of its weight files, in bytes.
+        license: The licence that its card declares.
+        gated: Whether its files on the Hub are gated.
+        accepted: `False` if the gate undid the source.
+        reason: Why the gate undid it, or did not.
         notes: How its head and its vocabulary were matched with the target's, where there is something to say.
-        units: One row per unit that could have moved.
-        other_units: Number of units that could not: untouched by an adapter, or a head that does not fit.
-        validated_by: The samples that the next losses are of: `evaluation data`, `labels` that the model has not been
-            fine-tuned on, or both; empty where there are none. Of `two halves of the labels`, or of some, each judges the
-            coefficients that the other has taught; the model before the transfer and at the end of the step has learned
-            from both.
+        units: One entry per unit that could have moved.
+        other_units: Number of units that could not move: an adapter does not touch them, or a head does not fit.
+        validated_by: The samples of the next losses: `evaluation data`, `labels` that the model has not been fine-tuned
+            on, or both; empty if there are none. Of `two halves of the labels`, each half validates the coefficients that
+            the other half taught; the losses before the source and at the end of the step are on both halves.
         candidates: Calibrated loss of each candidate: that of the method and, where coefficients were learned, the
             `average` and the average weighted by Fisher information (`fisher`).
         chosen: The candidate that was chosen: the average, unless another is better by more than the standard error of
             their difference; then the one with the lowest loss.
-        before: Loss (and accuracy) before the transfer.
-        after_transfer: The same after the transfer, before the gate's decision.
-        change: From the one to the other, sample by sample.
-        finetuned: The fine-tuning after the transfer; `None` where there was none.
-        after: The same as `before` at the end of the step.
+        before: Loss (and accuracy) before the source.
+        after_transfer: The same with the source, before the decision of the gate.
+        change: Change from the one to the other.
+        finetuned: The fine-tuning after the source; `None` if there was none.
+        after: Loss (and accuracy) at the end of the step.
         seconds: Duration of the step.
-        peak_memory: The most that the process has held until the end of the step, in bytes; on a GPU, of its memory.
+        peak_memory: Largest memory of the process until the end of the step, in bytes; on a GPU, of its memory.
     """
 
     source: str
@@ -57,7 +56,7 @@ class StepReport:
     license: str | None = None
     gated: bool = False
     accepted: bool = True
-    reason: str = ""
+    reason: Reason = Reason.NONE
     notes: list[str] = field(default_factory=list)
     units: list[UnitReport] = field(default_factory=list)
     other_units: int = 0
@@ -72,8 +71,8 @@ class StepReport:
     seconds: float = 0.0
     peak_memory: int = 0
 
-    def undo(self, reason: str) -> None:
-        """Record that the transfer was taken back after all."""
+    def undo(self, reason: Reason) -> None:
+        """Record that the source was undone later."""
         self.accepted, self.reason = False, reason
         for unit in self.units:
             if unit.decision in ("moved", "rescaled"):
@@ -83,7 +82,7 @@ class StepReport:
     def name(self) -> str:
         """The source for a reader: a Hub id as given, of a local folder its last part.
 
-        Of a checkpoint of the Trainer the last two, for all of them have the same names.
+        All checkpoints of the Trainer have the same names, so one of them is named by its last two parts.
         """
         if self.sha:
             return self.source
@@ -101,17 +100,21 @@ class StepReport:
         return any(unit.decision in ("moved", "rescaled") for unit in self.units)
 
     @property
+    def was_averaged(self) -> bool:
+        """Whether a mean was chosen instead of learned coefficients."""
+        return self.accepted and self.moved > 0 and len(self.candidates) > 1 and self.chosen in _MEANS
+
+    @property
     def mean_coefficient(self) -> float:
-        """Mean coefficient over the elements of all units that could have moved, also where the gate undid it."""
+        """Mean coefficient over the elements of all units that could have moved, even if the gate undid it."""
         return self._mean(lambda unit: unit.coefficient, default=0.0)
 
     @property
     def mean_kept(self) -> float:
-        """Mean share of the merge so far that was to stay, likewise; with the coefficient it need not make 1."""
-        return self._mean(lambda unit: 1 - unit.coefficient if unit.keep is None else unit.keep, default=1.0)
+        """Mean fraction of the target that was to stay, likewise; it need not add up to 1 with the coefficient."""
+        return self._mean(lambda unit: unit.kept, default=1.0)
 
     def _mean(self, value: Callable[[UnitReport], float], default: float) -> float:
-        """Return the mean of a value of the units over their elements; `default` where there are none."""
         total = sum(unit.elements for unit in self.units)
         return sum(value(unit) * unit.elements for unit in self.units) / total if total else default
 
@@ -121,12 +124,16 @@ class StepReport:
         if not self.accepted:
             return "rejected"
         if not self.moved:
-            return "nothing taken, what was merged before rescaled" if self.changed else "nothing moved"
-        means = {"average": "averaged", "fisher": "averaged by Fisher"}
-        return means.get(self.chosen, "merged") if len(self.candidates) > 1 else "merged"
+            return "only rescaled" if self.changed else "nothing moved"
+        return _MEANS[self.chosen] if self.was_averaged else "merged"
+
+    @property
+    def verdict(self) -> str:
+        """The decision and its reason, for a reader."""
+        return f"{self.decision} ({self.reason})" if self.reason else self.decision
 
     def row(self) -> dict[str, str]:
-        """Return the source's line of the summary table."""
+        """Return the line of the source in the table of the card."""
         scores = [unit.score for unit in self.units if unit.score is not None]
         return {
             "source": self.name,
@@ -138,29 +145,51 @@ class StepReport:
             "target kept": format_number(self.mean_kept),
             "decision": self.decision,
             "loss before": format_number(self.before.get("loss")),
-            "transferred": format_number(self.after_transfer.get("loss")),
+            "loss after": format_number(self.after_transfer.get("loss")),
             "change (calibrated)": str(self.change or "–"),
             "accuracy": " → ".join(format_number(e.get("accuracy")) for e in (self.before, self.after_transfer)),
             **({"fine-tuned": format_number(self.after.get("loss"))} if self.finetuned else {}),
             "seconds": f"{self.seconds:.1f}",
         }
 
-    def line(self) -> str:
-        """Return one line of text for the terminal."""
+    def short_row(self) -> dict[str, str]:
+        """Return the line of the source in the table for a terminal."""
         row = self.row()
-        decision = f"{row['decision']} ({self.reason})" if self.reason else row["decision"]
-        parts = [f"{row['source']} ({row['kind']}): {decision}", f"coefficient {row['coefficient']}"]
+        return {
+            "source": shorten(self.name, 28),
+            "decision": self.decision,
+            "coefficient": row["coefficient"],
+            "loss": f"{row['loss before']} → {row['loss after']}" if self.before else "–",
+            "calibrated": row["change (calibrated)"],
+        }
+
+    def summary_line(self, width: int = WIDTH) -> str:
+        """Return one line of at most `width` columns: the source, the verdict and, if something validated, three numbers."""
+        numbers = f"coefficient {format_number(self.mean_coefficient)}"
         if self.before:
-            loss = f"loss {row['loss before']} -> {row['transferred']}"
-            moved = f" ({self.change} calibrated{self.change.doubt})" if self.change else ""
-            parts.append(f"{loss}{moved} on {self.validated_by}")
+            losses = (format_number(e.get("loss")) for e in (self.before, self.after_transfer))
+            numbers = f"loss {' -> '.join(losses)}"
+        if self.change:
+            numbers += f", calibrated {self.change}"
+        text = f": {self.verdict}, {numbers}"
+        return shorten(self.name, max(width - len(text), 8)) + text
+
+    def details(self) -> list[str]:
+        """Return what the line leaves out, a sentence each."""
+        found = [
+            f"{self.kind}, {self.moved} of {len(self.units)} units moved, {self.other_units} others could not, mean "
+            f"coefficient {format_number(self.mean_coefficient)}, target kept {format_number(self.mean_kept)}, "
+            f"{self.seconds:.1f} s"
+        ]
+        if self.change:
+            found.append(f"validated on {self.change.samples} samples: {self.validated_by}{self.change.doubt}")
         if len(self.candidates) > 1:
-            options = " or ".join(f"{format_number(loss)} {name}" for name, loss in self.candidates.items())
-            noise = self.candidates[self.chosen] > min(self.candidates.values())
-            parts.append(f"calibrated: {options}" + f" ({self.chosen}, as the difference is within the noise)" * noise)
-        if self.finetuned:
-            parts.append(f"{self.finetuned.line()}")
-        return ", ".join([*parts, f"{row['seconds']} s"]) + "".join(f"\n    {note}" for note in self.notes)
+            losses = ", ".join(f"{name} {format_number(loss)}" for name, loss in self.candidates.items())
+            text = f"calibrated losses of the candidates: {losses}"
+            if self.chosen and self.candidates[self.chosen] > min(self.candidates.values()):
+                text += f"; {self.chosen} was chosen because the difference is within the noise"
+            found.append(text)
+        return found + (self.finetuned.sentences() if self.finetuned else [])
 
     def unit_table(self) -> str:
         """Return the decision on every unit as a Markdown table."""
@@ -171,12 +200,15 @@ class StepReport:
                     "elements": str(unit.elements),
                     "score": format_number(unit.score),
                     "coefficient": format_number(unit.coefficient),
-                    "target kept": format_number(1 - unit.coefficient if unit.keep is None else unit.keep),
+                    "target kept": format_number(unit.kept),
                     "decision": unit.decision,
                 }
                 for unit in self.units
             ]
         )
+
+
+_MEANS = {"average": "averaged", "fisher": "averaged by Fisher"}
 
 
 @dataclass
@@ -307,42 +339,42 @@ class MergeReport:
         return yaml.safe_dump(values, sort_keys=False)
 
     def table(self) -> str:
-        """Return one line per source as a Markdown table."""
-        if not self.steps:
-            return "no source merged"
-        rows = [step.row() for step in self.steps]
-        columns = [
-            column
-            for column in dict.fromkeys(column for row in rows for column in row)
-            if any(row.get(column, "–").strip("– →") for row in rows)
-        ]
-        return markdown_table([{column: row.get(column, "–") for column in columns} for row in rows])
+        """Return one line per source as a Markdown table for the card; a column without a value is left out."""
+        return _table_of([step.row() for step in self.steps])
 
     def conclusions(self) -> list[str]:
-        """Return what came of it, a sentence each: how many sources helped, the fine-tuning, the gain over a control."""
+        """Return what came of the merge, a sentence each."""
         merged = sum(step.moved > 0 for step in self.steps)
+        found = [f"{merged} of {len(self.steps)} sources merged"]
+        averaged = [step.name for step in self.steps if step.was_averaged]
+        if averaged:
+            found.append(f"averaged, because learned coefficients were not clearly better: {', '.join(averaged)}")
         doubted = [
-            step.name + step.change.doubt.replace("; ", ": ") if step.change else step.name
+            step.name + (step.change.doubt.replace("; ", ": ") if step.change else "")
             for step in self.steps
-            if step.accepted and step.moved and step.reason == DOUBT
+            if step.accepted and step.moved and step.reason == Reason.UNCLEAR
         ]
-        rejected = [step.name + f" ({step.reason})" * bool(step.reason) for step in self.steps if not step.accepted]
-        averaged = [step.name for step in self.steps if step.decision.startswith("averaged")]
-        found = [
-            f"{merged} of {len(self.steps)} sources merged"
-            + f"; averaged, as learned coefficients were not clearly better: {', '.join(averaged)}" * bool(averaged)
-            + f"; within the noise, so kept: {', '.join(doubted)}" * bool(doubted)
-            + f"; rejected: {', '.join(rejected)}" * bool(rejected)
-        ]
+        if doubted:
+            found.append(f"within the noise, so kept: {', '.join(doubted)}")
+        rejected = [f"{step.name} ({step.reason})" for step in self.steps if not step.accepted]
+        if rejected:
+            found.append(f"rejected: {', '.join(rejected)}")
         found += [f"{step.name}: {note}" for step in self.steps for note in step.notes]
-        found += [f"at the end {self.run.final.line()}"] if self.run.final else []
-        found += [self.run.control.line()] if self.run.control else []
-        scores = ", ".join(f"{name} {format_number(value)}" for name, value in self.run.test.items())
-        return found + ([f"test: {scores}"] if scores else [])
+        if self.run.final:
+            first, *rest = self.run.final.sentences()
+            found += [f"at the end {first}", *rest]
+        if self.run.control:
+            found.append(self.run.control.sentence())
+        if self.run.test:
+            scores = ", ".join(f"{name} {format_number(value)}" for name, value in self.run.test.items())
+            found.append(f"test: {scores}")
+        return found
 
     def __str__(self) -> str:
-        start = f"start: {self.base}, loss {format_number(self.start.get('loss'))}"
-        return "\n".join([start, "", self.table(), "", *self.conclusions()])
+        loss = f", loss {format_number(self.start['loss'])}" if self.start else ""
+        start = f"start: {self.base}{loss}"
+        table = _table_of([step.short_row() for step in self.steps])
+        return "\n".join([start, "", table, "", *(wrap(text, "- ", "  ") for text in self.conclusions())])
 
     def to_json(self, path: Path) -> None:
         """Write everything to `path`."""
@@ -368,6 +400,14 @@ class MergeReport:
 # Names of fields in records of version 0.1.
 _EARLIER_NAMES = {"judged_by": "validated_by", "options": "candidates", "taken": "chosen", "share": "fraction"}
 
+_EARLIER_REASONS = {
+    "within the noise: kept": Reason.UNCLEAR,
+    "the calibrated loss rises by more than its standard error": Reason.HARMS,
+    "worse than before the first source": Reason.WORSE_THAN_START,
+    "the loss is NaN or infinite": Reason.NOT_FINITE,
+    "fine-tuning without any source is better": Reason.BETTER_ALONE,
+}
+
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of an entry under their present names."""
@@ -381,10 +421,15 @@ def _read_step(values: dict[str, Any]) -> StepReport:
         **{
             **_renamed(values),
             "units": [UnitReport(**unit) for unit in values["units"]],
+            "reason": _read_reason(values.get("reason", "")),
             "change": change and ChangeReport(**change),
             "finetuned": _read_finetuned(values.get("finetuned")),
         }
     )
+
+
+def _read_reason(text: str) -> Reason:
+    return Reason(_EARLIER_REASONS.get(text, text))
 
 
 def _read_finetuned(values: dict[str, Any] | None) -> FinetuneReport | None:
@@ -392,6 +437,18 @@ def _read_finetuned(values: dict[str, Any] | None) -> FinetuneReport | None:
         return None
     gain = values.get("gain")
     return FinetuneReport(**{**_renamed(values), "gain": gain and ChangeReport(**gain)})
+
+
+def _table_of(rows: Sequence[dict[str, str]]) -> str:
+    """Return rows as a Markdown table, without the columns that hold no value."""
+    if not rows:
+        return "no source merged"
+    columns = [
+        column
+        for column in dict.fromkeys(column for row in rows for column in row)
+        if any(row.get(column, "–").strip("– →") for row in rows)
+    ]
+    return markdown_table([{column: row.get(column, "–") for column in columns} for row in rows])
 
 
 def _pinned(name: str, sha: str | None) -> str:

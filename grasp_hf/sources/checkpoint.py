@@ -1,21 +1,26 @@
 """The weights of a full source, mapped from its files, by the names that the target's have in memory."""
 
+from __future__ import annotations
+
 import re
 import zipfile
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel, WeightConverter
 
 from ..errors import IncompatibleSourceError, first_few
 from ..hub.reference import Source
 from ..internals import collect_, convert, in_loading_order, runtime_name, tied_names, weight_conversions
 from ..tensors.mapped import MappedTensors
 from ..tensors.units import movable_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, WeightConverter
 
 
 def file_tensors(source: Source) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """Whether a source fits the target: tensors, ties, architecture, labels and tokens."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import first_few
 from ..hub.reference import Source
@@ -14,6 +15,9 @@ from ..models.processors import load_processing_class
 from ..models.target import is_computed
 from ..tensors.units import head_tensors, movable_tensors
 from .rows import RowMatch, RowMatches, match_head, match_tokens, token_tensors, vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Settings that change what the same weights mean, and that no shape tells.
 WITHOUT_SHAPE = (

@@ -1,15 +1,15 @@
 """From the files of a source to tensors as the target would hold them, checked before they are used."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..errors import IncompatibleSourceError, NonFiniteError
 from ..hub.pull import ShardedSource
@@ -19,11 +19,14 @@ from ..models.classes import load_config, quiet_transformers
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
 from ..tensors.units import head_tensors, movable_tensors
-from .adapters import adapter_problems, apply_adapter_, load_adapter_config, saved_classes
 from .checkpoint import file_tensors, runtime_tensors
 from .fit import Fit, SourceFiles, architecture_problems, fit_source
 from .headers import header_tensors
 from .rows import class_tensors, label_names
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -180,6 +183,9 @@ def _read_adapter(
     accepted_bases: Collection[str],
     token: str | None,
 ) -> SourceFiles:
+    # Imported here: peft takes seconds, and a merge of full models does not need it.
+    from .adapters import adapter_problems, apply_adapter_, load_adapter_config, saved_classes
+
     config = load_adapter_config(source)
     if problems := adapter_problems(config, source, base, accepted_bases, token=token):
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=problems)

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-from ..record.entries import DOUBT
+from ..record.entries import Reason
 from .changes import Change, paired_change
 from .losses import SampleLosses
 
 
-def verdict(change: Change, floor: float, *after: SampleLosses) -> tuple[bool, str]:
+def verdict(change: Change, floor: float, *after: SampleLosses) -> tuple[bool, Reason]:
     """Return whether a source stays, and the reason.
 
     It stays if it does not raise the loss by more than the standard error of the change, and if no loss is above the
@@ -21,12 +21,12 @@ def verdict(change: Change, floor: float, *after: SampleLosses) -> tuple[bool, s
         after: The losses with the source: as validated, and as merged.
     """
     if change.harms:
-        return False, "the calibrated loss rises by more than its standard error"
+        return False, Reason.HARMS
     if not all(losses.calibrated_loss <= floor for losses in after):
-        return False, "worse than before the first source"
+        return False, Reason.WORSE_THAN_START
     if change.samples > 1 and change.mean < -change.half_interval:
-        return True, "lowers the loss"
-    return True, DOUBT
+        return True, Reason.HELPS
+    return True, Reason.UNCLEAR
 
 
 def choose_candidate(losses: Mapping[str, SampleLosses], plain: str) -> str:

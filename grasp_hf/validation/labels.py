@@ -1,20 +1,25 @@
 """Which labels teach, which validate, and the losses of the model on those that validate."""
 
+from __future__ import annotations
+
 import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from torch.utils.data import Subset
-from transformers import PreTrainedModel
 
 from ..config.grasp import GraspConfig
 from ..data.samples import Samples
 from ..models.batches import Batch, Collator, sample_batches
+from ..record.entries import EVALUATION_DATA
 from .changes import LEAST_SAMPLES, detectable_difference
 from .losses import MOST_VALIDATION_LABELS, SampleLosses, concatenate, evaluation_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +98,7 @@ class Labels:
                 some = f"{MOST_VALIDATION_LABELS} of the labels"
             names.append(f"two halves of {some}" if self.config.learns else some.removeprefix("the "))
         if self.samples.validation is not None:
-            names.append("evaluation data")
+            names.append(EVALUATION_DATA)
         return " and ".join(names)
 
     def losses(self) -> SampleLosses | None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Subset
 
-from ..record.entries import FinetuneReport
+from ..record.entries import EVALUATION_DATA, FinetuneReport
 from ..tensors.mixing import interpolate_
 from ..tensors.placing import overwrite_
 from .changes import paired_change
@@ -89,7 +89,7 @@ def finetune_on_line_(
 
     Few samples cannot tell neighbouring points apart, and the training gets the benefit of the doubt: the farthest point is
     taken whose loss is not above the lowest one by more than the 95 % interval of their difference. That loss is not
-    calibrated, because a fine-tuning also mends the scale of the logits, or spoils it. A point is never taken where both
+    calibrated, because a fine-tuning also mends the scale of the logits, or spoils it. A point is never kept where both
     losses, calibrated and not, are above those of the start: such a training has taught nothing but confidence.
 
     Evaluation data validate where there are any. Otherwise the labels are cut into two halves at random. Each half trains
@@ -111,13 +111,13 @@ def finetune_on_line_(
         alone: Weights fine-tuned without any source; kept if their loss is lower.
 
     Returns:
-        The mean loss at each point, the point taken, what validated, and the gain over `alone`.
+        The mean loss at each point, the point kept, what validated, and the gain over `alone`.
     """
     start, end = buffers
     overwrite_(start, tensors)
     line = Line(tensors, end, train, evaluate)
     if validation is not None:
-        validated_by, parts = "evaluation data", [(labels, validation)]
+        validated_by, parts = EVALUATION_DATA, [(labels, validation)]
     elif len(labels) < 2:
         validated_by, parts = "the label that it learned", [(labels, labels)]
     else:
@@ -126,7 +126,7 @@ def finetune_on_line_(
         parts = [(one, other), (other, one)]
     points_alone = None if alone is None else line.losses_from_(alone, parts, seed)
     points = line.losses_from_(start, parts, seed)
-    fraction = taken = farthest_fraction(points)
+    fraction = kept = farthest_fraction(points)
     origin, is_trained = start, len(parts) == 1
     loss_alone = gain = None
     without_sources = False
@@ -135,10 +135,10 @@ def finetune_on_line_(
         without, merged = points_alone[fraction_alone], points[fraction]
         loss_alone, gain = without.loss, paired_change(without, merged, calibrated=False).report()
         if without.loss < merged.loss:
-            without_sources, taken, origin, is_trained = True, fraction_alone, alone, False
-    if taken and not is_trained:
+            without_sources, kept, origin, is_trained = True, fraction_alone, alone, False
+    if kept and not is_trained:
         line.finetune_(origin, labels, seed)
-    line.set_interpolated_(origin, taken)
+    line.set_interpolated_(origin, kept)
     return FinetuneReport(
         fraction=fraction,
         losses={str(at): point.loss for at, point in points.items()},

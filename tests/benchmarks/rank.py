@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from grasp_hf.report import markdown_table
 from pandas import read_csv
 from scipy.stats import spearmanr, t
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from grasp_hf import GraspConfig, GraspMerger
+from grasp_hf.record.text import markdown_table
 from tests.benchmarks.compare import RESULTS
 from tests.benchmarks.packages import cache_folder
 from tests.benchmarks.sentiment import DOMAINS, LABELS
