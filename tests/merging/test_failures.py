@@ -104,7 +104,7 @@ def test_models_of_other_shapes_are_refused_before_anything_is_measured() -> Non
 
 def test_labels_that_the_model_does_not_have_are_refused() -> None:
     data = tiny_data("vit", 8).map(lambda sample: {"labels": sample["labels"] + 4})
-    with pytest.raises(DataError, match="labels from 4 to 6, expected 0 to 2"):
+    with pytest.raises(DataError, match="labels from 4 to 6; expected 0 to 2"):
         GraspMerger(tiny_model("vit")).merge([], train_dataset=data)
 
 
