@@ -734,8 +734,8 @@ def test_a_merge_that_was_not_fully_saved_is_refused(world: Path, capsys: pytest
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert main(["push", str(world / folder), "org/never"]) == 1
-        expected = {"merged": f"the merge in '{world / folder}' was not saved to its end", "new": "holds no weights"}
-        assert expected[folder] in capsys.readouterr().err
+        said = {"merged": f"the merge in '{world / folder}' was not saved completely", "new": "holds no weights"}
+        assert said[folder] in capsys.readouterr().err
         merger.save_pretrained(world / folder)
         again = GraspMerger.from_pretrained(str(world / folder))
         assert len(again.report.steps) == 2

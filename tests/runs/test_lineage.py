@@ -202,7 +202,7 @@ def test_an_appended_source_needs_the_units_of_the_merge(tmp_path: Path) -> None
         before = {name: value.clone() for name, value in state(other).items()}
         for merge in (lambda source, other=other: other.merge([source]), other.merge_source):
             with pytest.raises(
-                ConfigError, match="unit: got 'layer', but source 'org/line-2' was merged by other units"
+                ConfigError, match="unit: got 'layer', but source 'org/line-2' was merged with other units"
             ):
                 merge("org/line-3")
         assert_equal(state(other), before)
@@ -574,7 +574,7 @@ def test_a_folder_is_not_mistaken_for_a_model_of_its_name_on_the_hub(hub: HubSer
     merger.merge(["org/line-1"])
     merger.push_to_hub("org/line-named", token=TOKEN)
     appended = GraspMerger.from_pretrained("org/line-named", config=AVERAGE)
-    with pytest.raises(IncompatibleSourceError, match="it was the folder 'line-name', which is not here"):
+    with pytest.raises(IncompatibleSourceError, match="it was the folder 'line-name', which does not exist here"):
         appended.merge([adapter])
 
 
