@@ -16,7 +16,7 @@ from .entries import ChangeReport, ControlReport, Evaluation, FinetuneReport, Re
 from .reading import read_finetuned, read_step, with_present_names
 from .redaction import names_of_paths
 from .step import Row, StepReport
-from .text import format_number, markdown_table, wrap
+from .text import format_number, markdown_table, shorten, wrap
 
 
 @dataclass
@@ -98,6 +98,11 @@ class MergeReport:
         return replace(self, start={}, starts_from_source=False, finetuned=False, steps=[], run=run, continued_steps=0)
 
     @property
+    def base_name(self) -> str:
+        """The base for a reader: a Hub id as given, of a local folder its last part."""
+        return self.base if self.base_sha else Path(self.base).name
+
+    @property
     def gated(self) -> list[str]:
         """Names of the gated parents."""
         return [*([self.base] if self.base_gated else []), *(step.source for step in self.steps if step.gated)]
@@ -114,7 +119,6 @@ class MergeReport:
 
     def without_paths(self) -> "MergeReport":
         """Return a copy for other readers, which names local folders by their last part."""
-        base = self.base if self.base_sha else Path(self.base).name
         continues = self.continues
         if continues and not re.fullmatch(r".+@[0-9a-f]{40}", continues):
             continues = Path(continues).name
@@ -125,7 +129,7 @@ class MergeReport:
         ]
         config, recipe = names_of_paths(self.run.config), names_of_paths(self.run.recipe)
         run = replace(self.run, config=config, recipe=recipe, ranking=ranking)
-        return replace(self, base=base, continues=continues, steps=steps, run=run)
+        return replace(self, base=self.base_name, continues=continues, steps=steps, run=run)
 
     def configuration(self) -> str:
         """Return the last run as a recipe in YAML, every Hub reference pinned to its commit, with a record of the run.
@@ -170,7 +174,7 @@ class MergeReport:
         found += [f"{step.name}: {note}" for step in self.steps for note in step.notes]
         if self.run.final:
             first, *rest = self.run.final.sentences()
-            found += [f"at the end {first}", *rest]
+            found += [f"at the end: {first}", *rest]
         if self.run.control:
             found.append(self.run.control.sentence())
         if self.run.test:
@@ -180,7 +184,7 @@ class MergeReport:
 
     def __str__(self) -> str:
         loss = f", loss {format_number(self.start['loss'])}" if self.start else ""
-        start = f"start: {self.base}{loss}"
+        start = f"start: {shorten(self.base_name, 70)}{loss}"
         table = _table_of([step.short_row() for step in self.steps])
         return "\n".join([start, "", table, "", *(wrap(text, "- ", "  ") for text in self.conclusions())])
 

@@ -190,7 +190,7 @@ class StepReport:
         return markdown_table(
             [
                 {
-                    "unit": unit.name,
+                    "unit": shorten(unit.name, 32),
                     "elements": str(unit.elements),
                     "score": format_number(unit.score),
                     "coefficient": format_number(unit.coefficient),

@@ -121,7 +121,10 @@ def test_no_printed_line_is_wider_than_a_terminal() -> None:
         0.75, {"0.0": 1.0, "0.75": 0.9, "1.0": 0.95}, "two halves of 512 of the labels", alone=0.95, gain=change
     )
     report = report_of(long, step_of("org/b"), final=final)
-    printed = [*str(report).splitlines(), long.summary_line(), long.summary_line(94)]
+    report.base, report.base_sha = f"/home/me/models/{name}", None
+    units = [UnitReport(name, 10**9, -0.123, 0.123, "undefined"), UnitReport("head", 10, None, 0.0, "undone")]
+    tables = [str(report), StepReport("org/a", "sha", "full", units=units).unit_table()]
+    printed = [*"\n".join(tables).splitlines(), long.summary_line(), long.summary_line(94)]
     assert max(map(len, printed)) <= 100 and len(long.summary_line(94)) <= 94
     assert long.summary_line().startswith("an-") and "…" in long.summary_line()
     assert name in report.table() and "label-29" in str(report), "the card and the sentences hold the full names"

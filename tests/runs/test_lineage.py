@@ -220,7 +220,9 @@ def test_an_adapter_of_a_missing_base(hub: HubServer, tmp_path: Path, monkeypatc
     (tmp_path / "base").rename(tmp_path / "moved")
     appended = GraspMerger.from_pretrained(str(tmp_path / "merged"), config=AVERAGE)
     before = {name: value.clone() for name, value in state(appended).items()}
-    with pytest.raises(IncompatibleSourceError, match="needs the model that the merge started from, which cannot be"):
+    with pytest.raises(
+        IncompatibleSourceError, match="needs the model that the merge started from, and that model cannot be found"
+    ):
         appended.merge([adapter])
     assert_equal(state(appended), before)
     assert len(appended.merge(["org/line-2"]).steps) == 2, "other sources do not need the base"

@@ -365,7 +365,7 @@ def test_sources_that_only_make_a_worse_start_are_undone(method: Any, evaluates:
     assert report.run.final.alone < merged and report.run.final.loss == report.run.final.alone
     assert gain is not None and gain.samples == (24 if evaluates else 32) and gain.half_interval
     assert gain.loss == pytest.approx(merged - report.run.final.alone)
-    assert "at the end fine-tuned without the sources of this merge, which were undone" in report.conclusions()
+    assert "at the end: fine-tuned without the sources of this merge, which were undone" in report.conclusions()
     assert any(
         sentence.startswith(
             f"from fine-tuning alone to the merge: loss {report.run.final.alone:.3f} -> {merged:.3f} ({gain}), on "
