@@ -775,7 +775,7 @@ def assert_saved(process: subprocess.Popen[str], world: Path) -> str:
 def test_a_stopped_job_saves_what_was_merged(world: Path) -> None:
     """Schedulers and containers stop a job by SIGTERM."""
     with merging(world, final_epochs=10_000) as process:
-        assert process.stdout and any(line.startswith("1/1 fine-1 ") for line in process.stdout)
+        assert process.stdout and any(line.startswith("1/1 fine-1: ") for line in process.stdout)
         process.send_signal(signal.SIGTERM)
         assert "saved the merge so far, 1 of 1 sources: merged" in assert_saved(process, world)
 
