@@ -1,19 +1,19 @@
-"""What can go wrong, named. Every error of this package is a `GraspError`; a user's mistake is also a `ValueError`."""
+"""The errors of this package. Each is a `GraspError`; an error for a mistake of the user is also a `ValueError`."""
 
 from collections.abc import Sequence
 from typing import Self
 
 
 class GraspError(Exception):
-    """Base of every error that this package raises.
+    """Base class of every error of this package.
 
     Args:
-        message: What went wrong; with `problems` the heading of their list.
-        subject: The reference that the message is about; it is named in front of it.
-        problems: What went wrong, where there may be several things.
+        message: Description of the error. With `problems`, it is the heading of their list.
+        subject: Reference that the message is about. The text of the error begins with it.
+        problems: One text per problem, if there can be several.
 
     Attributes:
-        subject: As given, as text; `None` where the message is about no reference, or names it itself.
+        subject: The subject as text; `None` if the message is about no reference, or contains it already.
 
     Example:
         >>> print(ConfigError("the configuration has problems", problems=["top: got 0", "seed: got -1"]))
@@ -31,30 +31,30 @@ class GraspError(Exception):
 
     @property
     def problems(self) -> list[str]:
-        """Every problem by itself; of an error that lists none, its message."""
+        """The problems, one text each. An error without a list has one problem, its message."""
         return [*self._listed] or [str(self)]
 
     def problems_of(self, subject: str) -> list[str]:
-        """Return the problems for a line that begins with `subject`: a message about it does not name it again."""
+        """Return the problems for a line that already begins with `subject`, without repeating it."""
         return [*self._listed] or [self._without_subject if self.subject == subject else str(self)]
 
     def reworded(self, message: str) -> Self:
-        """Return an error of the same class with another message and the same list of problems, to raise `from` this."""
+        """Return an error of the same class with another message and the same problems; raise it `from` this error."""
         error = type(self)(message)
         error._listed = self._listed
         return error
 
 
 class ConfigError(GraspError, ValueError):
-    """A recipe or configuration holds unknown keys or wrong values; all of them are listed."""
+    """A recipe or configuration has unknown keys or wrong values. The error lists all of them."""
 
 
 class DataError(GraspError, ValueError):
-    """A data set is empty, has no labels, or holds labels that the model does not know."""
+    """A data set is empty, has no labels, or has labels that the model does not know."""
 
 
 class IncompatibleSourceError(GraspError, ValueError):
-    """A source cannot be merged into the target; all of its problems are listed."""
+    """A source cannot be merged into the target. The error lists all reasons."""
 
 
 class NonFiniteError(GraspError, ValueError):
@@ -62,38 +62,39 @@ class NonFiniteError(GraspError, ValueError):
 
 
 class NonFiniteLossError(NonFiniteError):
-    """The loss of a batch is NaN or infinite; what made it so can be taken back."""
+    """The loss of a batch is NaN or infinite. The merged source or the fine-tune behind it can be undone."""
 
 
 class DiskFullError(GraspError, OSError):
-    """The temporary directory has no room for the files of a step; the model is as it was before the step."""
+    """The temporary directory has no space for the files of a step. The model has its weights from before the step."""
 
 
 class DownloadError(GraspError, ConnectionError):
-    """A file of a source did not arrive whole; nothing of it is left behind, and a new run may succeed."""
+    """The download of a file failed. Its parts are removed, and a new run may succeed."""
 
 
 class OutputExistsError(GraspError, FileExistsError):
-    """The output folder already holds something that this package did not write."""
+    """The output folder contains files that this package did not write."""
 
 
 class PushError(GraspError, ConnectionError):
-    """The Hub did not take the merged model; it is still in memory, or in the folder that it was saved to."""
+    """The merged model could not be pushed to the Hub. It is still in memory, or in its output folder."""
 
 
 class StaleMergeError(PushError):
-    """The repository has a newer version than the one that was appended to."""
+    """The repository has a newer version than the one that this merge continues."""
 
 
 class SourceNotFoundError(GraspError, FileNotFoundError):
-    """A model, an adapter, a revision or its weights are not where the reference says."""
+    """The model, the revision or the weights of a reference do not exist, or the token has no access to them."""
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or what kind it is where it says nothing."""
+    """Return the first line of the message of an error, or the name of its class if there is no message."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def first_few(names: Sequence[str], limit: int = 5) -> str:
-    """Return the first `limit` names, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    """Return the first `limit` names and the number of the others, as one text."""
+    text = ", ".join(names[:limit])
+    return f"{text} and {len(names) - limit} more" if len(names) > limit else text

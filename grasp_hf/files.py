@@ -1,4 +1,4 @@
-"""Files and directories: written whole or not at all, locked while a run uses them, safe from interrupts."""
+"""Files that are written whole or not at all, temporary directories with a lock, and blocks safe from interrupts."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path`, which holds what it held before until all of it is on the disk."""
+    """Write `text` to `path`. The file keeps its old content until the new one is complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -26,14 +26,14 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C, and the SIGTERM of who stops a job, wait until the block is done."""
-    if threading.current_thread() is not threading.main_thread():  # no other thread is ever interrupted
+    """Delay Ctrl-C and SIGTERM until the block has ended."""
+    if threading.current_thread() is not threading.main_thread():  # Python interrupts only the main thread
         yield
         return
-    waiting: list[int] = []
+    received: list[int] = []
 
     def hold(number: int, frame: FrameType | None) -> None:
-        waiting.append(number)
+        received.append(number)
 
     previous = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -41,8 +41,8 @@ def interrupts_held() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    for received in waiting:  # of which one may be ignored, the others not
-        signal.raise_signal(received)
+    for pending in received:  # all of them: the user's handler may ignore one signal and not the other
+        signal.raise_signal(pending)
 
 
 LOCK = ".lock"
@@ -50,15 +50,16 @@ LOCK = ".lock"
 
 @contextmanager
 def workspace(parent: Path, prefix: str) -> Iterator[Path]:
-    """Yield a new directory `parent/prefix…`, removed at the end; those of dead processes are removed at the start.
+    """Yield a new directory `parent/prefix…`, which is removed at the end of the block.
 
-    A process that is killed leaves its directory behind, and the system opens its lock.
+    A killed process leaves its directory behind, but the operating system releases its lock. Such directories are
+    removed first.
     """
     parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(parent, prefix)
-    # Locked before it has the name that others look for: nobody takes it for an abandoned one.
+    # Other processes look for `prefix`. The directory gets that name only after it is locked, so they never remove it.
     made = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=parent))
-    lock = FileLock(made / LOCK, thread_local=False)  # it may be released in another thread
+    lock = FileLock(made / LOCK, thread_local=False)  # another thread may release it
     try:
         lock.acquire()
         made = made.rename(parent / made.name.removeprefix("."))
@@ -69,6 +70,7 @@ def workspace(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove the directories of processes that no longer run; a running process holds the lock of its directory."""
     for found in parent.glob(f"{prefix}*"):
         lock = found / LOCK
         if not lock.is_file() or not os.access(lock, os.W_OK):
@@ -81,7 +83,7 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
 
 
 def _remove(directory: Path) -> None:
-    """Remove a directory; its lock goes last, so that the next run finds what is left when this is interrupted."""
+    """Remove a directory, its lock last. After an interrupt, the next run finds the lock and removes the rest."""
     for path in directory.glob("*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

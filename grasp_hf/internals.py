@@ -1,11 +1,11 @@
 """Private and undocumented names of transformers, peft, datasets, huggingface_hub, accelerate and torch.
 
-An upstream release may rename these without notice. Every use goes through a function here, so that a change upstream
-is repaired in one file. `tests/test_internals.py` calls each function and fails when a name is gone or means something
-else; it also fails when another module of the package uses such a name.
+An upstream release may rename these without notice. Every use goes through a function here, so a change upstream is
+repaired in one file. `tests/test_internals.py` calls each function and fails if a name is gone or has a new meaning.
+It also fails if another module of the package uses such a name.
 
-The file lies beside `errors.py` because the rooms `hub` and `tensors`, which lie below `models`, need it too. It imports
-each library inside its functions: a library that a command does not use costs no start-up time.
+The file is at the top level because `hub` and `tensors`, which may not import from `models`, need it too. Each
+function imports its library itself, so a library that a command does not use costs no start-up time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def is_persistent(module: nn.Module, buffer: str) -> bool:
     """Whether `state_dict()` holds a buffer of `module`.
 
-    torch has no query for one buffer, and a whole `state_dict()` lists tied tensors twice and runs hooks.
+    torch has no query for one buffer. A whole `state_dict()` lists tied tensors twice and runs hooks.
     """
     return buffer not in module._non_persistent_buffers_set
 
@@ -35,15 +35,15 @@ def is_persistent(module: nn.Module, buffer: str) -> bool:
 def child_modules(module: nn.Module) -> dict[str, nn.Module | None]:
     """Return a copy of the table of children of `module`.
 
-    `named_children()` leaves out empty places and a child that is there twice.
+    `named_children()` leaves out empty entries, and lists a child with two names only once.
     """
     return dict(module._modules)
 
 
 def restore_child_modules_(module: nn.Module, children: Mapping[str, nn.Module | None]) -> None:
-    """Change the children of `module` back to what `child_modules` returned.
+    """Restore the children of `module` that `child_modules` returned.
 
-    PEFT replaces layers in place, and its `unload()` keeps layers that were trained whole.
+    PEFT replaces layers in place, and its `unload()` keeps the layers of `modules_to_save`.
     """
     module._modules.update(children)
 
@@ -54,16 +54,16 @@ def forward_hooks(module: nn.Module) -> dict[int, Callable]:
 
 
 def restore_forward_hooks_(module: nn.Module, hooks: Mapping[int, Callable]) -> None:
-    """Change the forward hooks of `module` back to what `forward_hooks` returned.
+    """Restore the forward hooks of `module` that `forward_hooks` returned.
 
-    torch removes a hook by its handle only, and the handles of the Trainer and of PEFT are out of reach.
+    torch removes a hook only by its handle, and the Trainer and PEFT do not give out their handles.
     """
     module._forward_hooks.clear()
     module._forward_hooks.update(hooks)
 
 
 def normalizes_batches(model: nn.Module) -> bool:
-    """Whether some layer of `model` is a BatchNorm of any number of dimensions; torch has no public class for all."""
+    """Whether a layer of `model` is a BatchNorm of any number of dimensions; torch has no public class for all."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     return any(isinstance(module, _BatchNorm) for module in model.modules())
@@ -73,7 +73,7 @@ def normalizes_batches(model: nn.Module) -> bool:
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """Return the name of the weight that each tied name stands for: `{"lm_head.weight": "transformer.wte.weight"}`.
+    """Return the main name of each tied weight: `{"lm_head.weight": "transformer.wte.weight"}`.
 
     transformers documents no list of tied weights, and `named_parameters()` does not say which name is the main one.
     """
@@ -81,17 +81,17 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def computed_patterns(model: PreTrainedModel) -> list[str]:
-    """Return regular expressions for the names of tensors that no checkpoint need hold, as the model computes them.
+    """Return regular expressions for the names of tensors that the model computes, so that a checkpoint may lack them.
 
-    The class keeps them in attributes for `save_pretrained` and `from_pretrained`, and documents no other way.
+    The class keeps them in private attributes, which `save_pretrained` and `from_pretrained` read.
     """
     return [*(model._keys_to_ignore_on_save or ()), *(model._keys_to_ignore_on_load_missing or ())]
 
 
 def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the tensors of `model` as `save_pretrained` writes them: under the names of files, tied ones once.
+    """Return the tensors of `model` as `save_pretrained` writes them: under their names in files, tied tensors once.
 
-    Publicly they come only as files, all at once; we write them shard by shard.
+    `save_pretrained` writes all files at once. This package writes them shard by shard.
     """
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -103,9 +103,9 @@ def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def initialize_(module: nn.Module, model: PreTrainedModel) -> None:
-    """Change the own parameters of `module`, a part of `model`, to fresh random ones, as its class draws them.
+    """Replace the own parameters of `module`, a part of `model`, by fresh ones, as the class of `model` draws them.
 
-    `init_weights()` draws all of a model, and leaves alone what carries the mark of loaded weights.
+    `init_weights()` initializes a whole model, and skips weights that are marked as loaded.
     """
     for marked in (module, *module.parameters(recurse=False)):
         vars(marked).pop("_is_hf_initialized", None)
@@ -116,8 +116,8 @@ def initialize_(module: nn.Module, model: PreTrainedModel) -> None:
 def checkpoints_in_runtime_names(model: PreTrainedModel) -> Iterator[None]:
     """Let the Trainer's checkpoints use the names that the model has in memory.
 
-    transformers saves renamed models (ViT, Mixtral, old BERT) under their original names, and the Trainer loads its
-    best checkpoint by names in memory and skips what it does not find: most weights of a ViT stayed those of the last
+    transformers saves some models (ViT, Mixtral, old BERT) under other names than those in memory. The Trainer loads
+    its best checkpoint by the names in memory and skips all others, so most weights of a ViT were those of the last
     epoch (transformers issue 48805).
     """
     conversions = vars(model).get("_weight_conversions")
@@ -131,9 +131,9 @@ def checkpoints_in_runtime_names(model: PreTrainedModel) -> Iterator[None]:
 
 
 def use_plain_attention_(config: PretrainedConfig) -> None:
-    """Change `config` so that a model class without attention of its own accepts it.
+    """Set the attention in `config` to the plain one, so that a class without its own attention accepts `config`.
 
-    A config that was loaded names the attention of its members, and the public ways to choose another one need a model.
+    A loaded config names the attention of its parts, and the public ways to choose another attention need a model.
     """
     config._attn_implementation = "eager"
 
@@ -153,7 +153,7 @@ def task_classes() -> dict[str, tuple[Any, ...]]:
 
 
 def class_of(auto: Any, config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """Return the model class that an auto class takes for `config`; `None` where it has none.
+    """Return the model class that an auto class chooses for `config`; `None` if it has none.
 
     The public `from_config` builds the model, with all its weights.
     """
@@ -166,7 +166,8 @@ def class_of(auto: Any, config: PretrainedConfig) -> type[PreTrainedModel] | Non
 def class_names(auto: Any) -> set[str]:
     """Return the names of all model classes of an auto class.
 
-    The table of names is inside the one of classes, whose values import every model of transformers when they are read.
+    The values of the table of classes import every model of transformers when they are read. The names are in a
+    private table inside it.
     """
     names: set[str] = set()
     for value in auto._model_mapping._model_mapping.values():
@@ -175,9 +176,9 @@ def class_names(auto: Any) -> set[str]:
 
 
 def has_own_code(config: PretrainedConfig) -> bool:
-    """Whether the class of `config` came with a model, and not with transformers.
+    """Whether the class of `config` was loaded from the files of a model, not from transformers.
 
-    transformers puts such code in a package of its own; the package's name is an undocumented constant.
+    transformers imports such classes as part of one package, whose name is an undocumented constant.
     """
     from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
@@ -185,9 +186,9 @@ def has_own_code(config: PretrainedConfig) -> bool:
 
 
 def own_class(reference: str, config: PretrainedConfig) -> Any:
-    """Return the class that `reference` (`modeling_x.XForY`) names in the folder of a loaded `config`; its code runs.
+    """Return the class `reference` (`modeling_x.XForY`) in the folder of a loaded `config`; its code runs.
 
-    An auto class finds it only for its own task, and builds the model.
+    An auto class finds the class only for its own task, and builds the model.
     """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -198,9 +199,10 @@ def own_class(reference: str, config: PretrainedConfig) -> Any:
 
 
 def weight_conversions(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    """Return what `from_pretrained` does to the names of files: renamings, and conversions of several tensors into one.
+    """Return the changes by `from_pretrained` to tensors in files: renamings, and conversions of several into one.
 
-    No public function loads a checkpoint into a model that exists, or says how its names change. PEFT uses this one.
+    No public function loads a checkpoint into an existing model, or lists the changes of its names. PEFT uses this
+    function.
     """
     from transformers import WeightConverter
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -218,10 +220,17 @@ def runtime_name(
     prefix: str | None = None,
     expected: dict[str, Tensor] | None = None,
 ) -> tuple[str, str | None]:
-    """Return the name in memory of a tensor in a file, and the pattern of the converter that takes it, if any.
+    """Return the name in memory of a tensor in a file, and the pattern of its converter, if any.
 
-    With `prefix`, the name of the base model in a model with a head, and the tensors that are `expected`, the prefix is
-    added or left out as the model needs it. For the reason see `weight_conversions`.
+    See `weight_conversions` for the reason.
+
+    Args:
+        name: Name in the file.
+        renamings: Renamings of `weight_conversions`.
+        converters: Converters of `weight_conversions`.
+        prefix: Name of the base model in a model with a head. It is added to the name or removed, as the model needs
+            it.
+        expected: Tensors of the model, by name; required with `prefix`.
     """
     from transformers.core_model_loading import rename_source_key
 
@@ -230,9 +239,9 @@ def runtime_name(
 
 
 def in_loading_order(names: Iterable[str]) -> list[str]:
-    """Return names of tensors in the order in which `from_pretrained` reads them: by their numbers, 2 before 10.
+    """Return names of tensors in the order in which `from_pretrained` reads them: sorted by number, 2 before 10.
 
-    A converter stacks the tensors in the order in which it meets them.
+    A converter stacks tensors in the order in which they are added.
     """
     from transformers.core_model_loading import dot_natural_key
 
@@ -240,18 +249,18 @@ def in_loading_order(names: Iterable[str]) -> list[str]:
 
 
 def collect_(converter: WeightConverter, name: str, key: str, pattern: str, tensor: Tensor) -> None:
-    """Give `converter` one more tensor, called `key` in its file, of those that become `name`.
+    """Add to `converter` a tensor, called `key` in its file, as a part of the tensor `name` in memory.
 
     The class is public, but only `from_pretrained` is meant to call its methods.
     """
-    adding: Any = converter  # its own annotation is that of a reader in the background
+    adding: Any = converter  # upstream annotates a future, and accepts a tensor
     adding.add_tensor(name, key, pattern, tensor)
 
 
 def convert(converter: WeightConverter, name: str, model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return what `converter` makes of the tensors that it was given, by name in memory; `name` is the first of them.
+    """Return the tensors that `converter` makes from its parts, by name in memory; `name` is the first of them.
 
-    The converter is empty afterwards. For the reason see `collect_`.
+    The converter is empty afterwards. See `collect_` for the reason.
     """
     made: dict[str, Any] = converter.convert(name, model=model, config=model.config)
     return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
@@ -261,9 +270,9 @@ def convert(converter: WeightConverter, name: str, model: PreTrainedModel) -> di
 
 
 def keeping_columns(collator: Callable, columns: Sequence[str]) -> Callable[[list], dict[str, Any]]:
-    """Return `collator` behind a filter that keeps only `columns` of each sample.
+    """Return a collator that keeps only `columns` of each sample and then calls `collator`.
 
-    It is the one that the Trainer uses, so that what we measure and what is trained see the same inputs.
+    The Trainer uses the same class, so measuring and training see the same inputs.
     """
     from transformers.trainer_utils import RemoveColumnsCollator
 
@@ -273,8 +282,8 @@ def keeping_columns(collator: Callable, columns: Sequence[str]) -> Callable[[lis
 def average_each_batch_(trainer: Trainer) -> None:
     """Change `trainer` so that it divides the loss by the number of accumulated batches.
 
-    It takes every model whose `forward` has keyword arguments for one that does so itself, and no argument says
-    otherwise.
+    The Trainer assumes that a model whose `forward` has keyword arguments divides the loss itself. No argument
+    corrects this.
     """
     trainer.model_accepts_loss_kwargs = False
 
@@ -285,13 +294,13 @@ def average_each_batch_(trainer: Trainer) -> None:
 def forget_original_forward_(model: nn.Module) -> None:
     """Remove from `model` the reference to the `forward` that accelerate wrapped in autocast.
 
-    accelerate has `unwrap_model` for that, which also takes off decorators that transformers itself puts on `forward`.
+    The public `unwrap_model` of accelerate also removes decorators that transformers itself puts on `forward`.
     """
     vars(model).pop("_original_forward", None)
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether `error` says that a device is out of memory.
+    """Whether the cause of `error` is a device without free memory.
 
     The public `find_executable_batch_size` uses the same test, but runs the function again.
     """
@@ -304,9 +313,9 @@ def lacks_memory(error: Exception) -> bool:
 
 
 def merging_layer(kind: PeftType) -> Any:
-    """Return the class of the layers of an adapter of this type; `None` where PEFT cannot merge the type into weights.
+    """Return the class of the layers of an adapter of this type; `None` if PEFT cannot merge the type into weights.
 
-    PEFT has no public list of the types that merge.
+    PEFT has no public list of the types that can be merged.
     """
     from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -315,7 +324,7 @@ def merging_layer(kind: PeftType) -> Any:
 
 
 def unloads_itself(module: nn.Module) -> bool:
-    """Whether PEFT takes off the adapter of `module` by a method of the module, such as that of single trained tokens.
+    """Whether `module` removes its adapter itself, as the modules of trained tokens do.
 
     `merge_and_unload()` looks for the method by name; there is no common class.
     """
@@ -323,16 +332,16 @@ def unloads_itself(module: nn.Module) -> bool:
 
 
 def parameter_prefix(kind: PeftType) -> str:
-    """Return how the parameters of an adapter of this type begin, such as `lora_`; PEFT keeps it in the tuner's class."""
+    """Return the prefix of the parameters of an adapter of this type, such as `lora_`; PEFT's table is not public."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     return str(PEFT_TYPE_TO_PREFIX_MAPPING[kind])
 
 
 def matching_pattern(patterns: Collection[str], name: str) -> str:
-    """Return the one of `patterns` (keys of `rank_pattern` or `alpha_pattern`) that a module matches, else its name.
+    """Return the pattern that the name of a module matches; `name` itself if none matches.
 
-    The rule is PEFT's own, written nowhere else.
+    `patterns` are keys of `rank_pattern` or `alpha_pattern`. The rule is PEFT's own, and is not documented.
     """
     from peft.utils.other import get_pattern_key
 
@@ -340,9 +349,9 @@ def matching_pattern(patterns: Collection[str], name: str) -> str:
 
 
 def adapter_weights_in_runtime_names(adapted: PeftModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of an adapter's file as `PeftModel.load_adapter` hands them to the model.
+    """Return the weights in the file of an adapter under their names in memory, as `PeftModel.load_adapter` uses them.
 
-    `load_adapter` applies them at once, so that weights which belong nowhere cannot be told from others.
+    `load_adapter` puts them into the model at once. Weights that fit nowhere can then no longer be found.
     """
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
@@ -352,7 +361,8 @@ def adapter_weights_in_runtime_names(adapted: PeftModel, weights: Mapping[str, T
 def forget_adapter_(model: nn.Module) -> None:
     """Remove from a base model the configuration that PEFT leaves on it.
 
-    PEFT removes it where it merges or unloads an adapter. After an error it stays, and the next adapter warns of several.
+    PEFT removes it when it merges or unloads an adapter. After an error it stays, and PEFT warns of several adapters
+    when the next one is loaded.
     """
     vars(model).pop("peft_config", None)
 
@@ -361,9 +371,9 @@ def forget_adapter_(model: nn.Module) -> None:
 
 
 def file_formats() -> frozenset[str]:
-    """Return the names that `load_dataset` takes for files of a format, such as `imagefolder` and `csv`.
+    """Return the names of file formats that `load_dataset` accepts, such as `imagefolder` and `csv`.
 
-    datasets documents them page by page, and has no public list.
+    The documentation names each on a page of its own, and there is no public list.
     """
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
@@ -391,7 +401,7 @@ def client_factory() -> Callable[[], Any]:
 
 
 def replace_client_factory(make: Callable[[], Any]) -> None:
-    """Let huggingface_hub make its next HTTP session by `make`.
+    """Set the function that makes the next HTTP session of huggingface_hub.
 
     The public `set_client_factory` also closes the session that downloads in other threads are using.
     """

@@ -1,5 +1,7 @@
 """The public verbs: a merger is loaded, merges sources one at a time, is evaluated, saved and pushed."""
 
+from __future__ import annotations
+
 import logging
 import resource
 import sys
@@ -13,11 +15,11 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import transformers
 from accelerate import Accelerator
-from transformers import PreTrainedModel
 
 from .config.grasp import GraspConfig
 from .data.samples import Samples
@@ -41,6 +43,9 @@ from .record.saving import check_output, read_record, save_merge, save_record, s
 from .record.text import WIDTH, wrap
 from .tensors.units import Unit, movable_tensors
 from .validation.losses import SampleLosses, evaluation_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +124,7 @@ class GraspMerger:
         processing_class: Any = None,
         base: Source | None = None,
     ) -> None:
-        if not isinstance(model, PreTrainedModel):
+        if not isinstance(model, transformers.PreTrainedModel):
             raise ConfigError(
                 f"got a {type(model).__name__}, expected a PreTrainedModel; merge a PeftModel first, with "
                 "merge_and_unload(), and compile a model in place, with model.compile()"
@@ -162,7 +167,7 @@ class GraspMerger:
         dtype: torch.dtype | Literal["auto"] = torch.float32,
         new_head: bool = False,
         **model_kwargs: Any,
-    ) -> "GraspMerger":
+    ) -> GraspMerger:
         """Load the target with its tokenizer or processor.
 
         A merge that this package saved or pushed is continued: sources are appended to it, and its record grows. Earlier
@@ -218,7 +223,7 @@ class GraspMerger:
             merger._started = True
         return merger
 
-    def with_config(self, config: GraspConfig, *, anew: bool = False) -> "GraspMerger":
+    def with_config(self, config: GraspConfig, *, anew: bool = False) -> GraspMerger:
         """Return a merger of the same model that merges as `config` says.
 
         The twin continues this merge, so a mean counts the sources so far. With `anew` the model counts as a base.

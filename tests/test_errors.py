@@ -1,4 +1,4 @@
-"""What errors say, and the problems that they carry."""
+"""Messages of errors, and the problems that they carry."""
 
 import copy
 import errno
@@ -57,8 +57,8 @@ def test_a_message_that_names_its_subject_itself_stays_whole() -> None:
 
 
 def test_listed_problems_are_those_of_every_subject() -> None:
-    error = IncompatibleSourceError("'org/a' cannot be merged", problems=["another hidden_act"])
-    assert error.problems_of("org/a") == error.problems_of("org/b") == ["another hidden_act"]
+    error = IncompatibleSourceError("'org/a' cannot be merged", problems=["different hidden_act"])
+    assert error.problems_of("org/a") == error.problems_of("org/b") == ["different hidden_act"]
 
 
 def test_the_list_of_an_error_cannot_be_changed_from_outside() -> None:
@@ -75,7 +75,9 @@ def test_the_list_of_an_error_cannot_be_changed_from_outside() -> None:
     [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))],
     ids=["copy", "deep", "pickle"],
 )
-def test_a_copy_says_and_carries_the_same(cls: type[GraspError], again: Callable[[GraspError], GraspError]) -> None:
+def test_a_copy_has_the_same_message_and_problems(
+    cls: type[GraspError], again: Callable[[GraspError], GraspError]
+) -> None:
     error = cls("cannot be used", subject="org/a", problems=["no config.json", "no weights"])
     error.add_note("while merging")
     twin = again(error)

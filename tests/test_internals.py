@@ -1,4 +1,4 @@
-"""Each private upstream name still exists and means what the package takes it for, and stands in one file only."""
+"""Each private upstream name still exists, has the meaning that the package expects, and is used in one file only."""
 
 import ast
 import importlib
@@ -42,14 +42,14 @@ UPSTREAM = ("accelerate", "datasets", "huggingface_hub", "peft", "torch", "trans
 
 
 def gone(what: str) -> str:
-    """Return the message of a test whose upstream name means something else now."""
+    """Return the message of a test that fails because an upstream name has changed."""
     return f"upstream changed {what}: repair its function in grasp_hf/internals.py"
 
 
 # torch
 
 
-def test_buffers_of_no_checkpoint_are_told() -> None:
+def test_buffers_outside_checkpoints_are_recognized() -> None:
     module = nn.Module()
     module.register_buffer("kept", torch.zeros(1))
     module.register_buffer("computed", torch.zeros(1), persistent=False)
@@ -59,7 +59,7 @@ def test_buffers_of_no_checkpoint_are_told() -> None:
     assert found == {"kept": True, "computed": False}, gone("_non_persistent_buffers_set")
 
 
-def test_children_come_back() -> None:
+def test_children_are_restored() -> None:
     first, model = nn.Linear(1, 1), nn.Module()
     model.first, model.again = first, first
     model.add_module("empty", None)
@@ -72,7 +72,7 @@ def test_children_come_back() -> None:
     assert model.first is first, gone("Module._modules")
 
 
-def test_forward_hooks_come_back() -> None:
+def test_forward_hooks_are_restored() -> None:
     called: list[str] = []
     model = nn.Linear(1, 1)
     model.register_forward_hook(lambda *_: called.append("own"))
@@ -87,7 +87,7 @@ def test_forward_hooks_come_back() -> None:
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(2), nn.BatchNorm3d(2), nn.SyncBatchNorm(2)])
-def test_every_batch_norm_is_told(layer: nn.Module) -> None:
+def test_every_batch_norm_is_recognized(layer: nn.Module) -> None:
     assert internals.normalizes_batches(nn.Sequential(nn.Linear(1, 1), layer)), gone("_BatchNorm")
 
 
@@ -104,7 +104,7 @@ def test_tied_names() -> None:
     assert internals.tied_names(tiny_model("vit")) == {}, gone("get_expanded_tied_weights_keys")
 
 
-def test_what_is_computed_is_neither_saved_nor_missed(tmp_path: Path) -> None:
+def test_computed_tensors_are_neither_saved_nor_missed(tmp_path: Path) -> None:
     class Computing(BertForSequenceClassification):
         _keys_to_ignore_on_load_missing = [r"classifier\.b.*"]
         _keys_to_ignore_on_save = ["classifier.bias"]
@@ -125,7 +125,7 @@ def test_what_is_computed_is_neither_saved_nor_missed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["vit", "gpt2", "gpt_neox", "mixtral"])
-def test_saved_state_is_what_save_pretrained_writes(kind: str, tmp_path: Path) -> None:
+def test_saved_state_equals_the_files_of_save_pretrained(kind: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     model = tiny_model(kind)
@@ -161,7 +161,7 @@ def test_transformers_marks_loaded_weights_as_before(tmp_path: Path) -> None:
 
     model._init_weights(model.classifier)
 
-    assert torch.equal(model.classifier.weight, before), gone("_is_hf_initialized: the mark is not needed any more")
+    assert torch.equal(model.classifier.weight, before), gone("_is_hf_initialized: the mark may be unnecessary now")
 
 
 def test_checkpoints_keep_the_names_in_memory_inside_the_block_only(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_checkpoints_keep_the_names_in_memory_inside_the_block_only(tmp_path: Pa
 
 def test_a_model_without_attention_takes_a_loaded_config(tmp_path: Path) -> None:
     class Plain(PreTrainedModel):
-        """Without attention, and so without other kinds of it."""
+        """A class without attention, which accepts no other kind of attention."""
 
         config_class = ViTConfig
 
@@ -244,7 +244,7 @@ def test_names_in_files_become_names_in_memory() -> None:
     expected = ("vit.layers.0.attention.k_proj.weight", None)
     assert internals.runtime_name(name, renamings) == expected, gone("rename_source_key")
     without = internals.runtime_name(name.removeprefix("vit."), renamings, [], "vit", model.state_dict())
-    assert without == expected, gone("rename_source_key: it adds the base model's prefix")
+    assert without == expected, gone("rename_source_key: it should add the prefix of the base model")
 
 
 def test_loading_order_is_that_of_numbers() -> None:
@@ -282,7 +282,7 @@ def test_columns_that_a_model_does_not_take_are_left_out() -> None:
 
 
 def tiny_trainer(folder: Path, **arguments: Any) -> tuple[Trainer, list[torch.Tensor]]:
-    """Return a Trainer of one step over two batches of two samples, and where it puts the gradient of the bias."""
+    """Return a Trainer of one step over two batches of two samples, and the list that receives the bias gradient."""
     model, gradients = tiny_model("bert"), []
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -326,7 +326,7 @@ def test_the_trainer_alone_would_add_accumulated_batches(tmp_path: Path) -> None
     averaging.train()
     adding.train()
 
-    reason = "the Trainer averages by itself now: average_each_batch_ may be needless"
+    reason = "the Trainer now averages itself: average_each_batch_ may be unnecessary"
     torch.testing.assert_close(found, [2 * expected[0]], msg=reason)
 
 
@@ -354,7 +354,7 @@ def test_autocast_leaves_the_wrapped_forward_on_a_model(tmp_path: Path) -> None:
         (ValueError("CUDA out of memory."), False),
     ],
 )
-def test_lack_of_memory_is_told(error: Exception, expected: bool) -> None:
+def test_lack_of_memory_is_recognized(error: Exception, expected: bool) -> None:
     assert internals.lacks_memory(error) is expected, gone("should_reduce_batch_size")
 
 
@@ -433,7 +433,7 @@ def test_the_base_of_an_adapter_forgets_it(recwarn: pytest.WarningsRecorder) -> 
 
     assert "peft_config" not in vars(model)
     assert not warned(), gone("peft_config on the base model")
-    assert warned(), "PEFT does not warn of what it left on a base model: forget_adapter_ may be needless"
+    assert warned(), "PEFT no longer warns of a configuration left on a base model: forget_adapter_ may be unnecessary"
 
 
 # datasets
@@ -494,8 +494,8 @@ DOCUMENTED = {
     "peft.utils.merge_utils": {"dare_linear", "ties"},
     "transformers.utils": {"ModelOutput", "SAFE_WEIGHTS_INDEX_NAME", "is_liger_kernel_available", "logging"},
 }
-WHOLE = ("huggingface_hub.errors",)  # every name is documented
-# Packages whose `__all__`, or whose names without an underscore where they have none, are public.
+WHOLE = ("huggingface_hub.errors",)  # modules in which every name is documented
+# Packages whose public names are those in `__all__`, or those without an underscore if there is no `__all__`.
 EXPORTING = (
     "accelerate",
     "datasets",
@@ -516,12 +516,17 @@ WRAPPED = {
     "unload_and_optionally_merge_module",
 }
 NAMED_TUPLES = {"_replace"}  # Python's own attributes
-TEXTS = {"_strategy", "_token", "_batch_size", "_name_or_path"}  # ends of keys, and a key in the files of old models
+TEXTS = {
+    "_strategy",
+    "_token",
+    "_batch_size",
+    "_name_or_path",
+}  # suffixes of keys, and a key in the files of old models
 PRIVATE = re.compile(r"_[a-zA-Z]\w*")
 
 
 def own_names(tree: ast.AST) -> set[str]:
-    """Return the private names that a file defines: functions, classes, variables, attributes of its own objects."""
+    """Return the names that a file defines: functions, classes, variables, and attributes of `self`."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -546,7 +551,12 @@ def is_public(module: str, name: str) -> bool:
 
 
 def private_uses(source: str, own: set[str]) -> list[str]:
-    """Return the uses of private upstream names in `source`, each with its line; `own` names are the package's."""
+    """Return the uses of private upstream names in `source`, with their lines.
+
+    Args:
+        source: Code of a module.
+        own: Private names that the package defines itself.
+    """
     tree, found = ast.parse(source), []
     in_f_strings = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):
@@ -567,7 +577,7 @@ def private_uses(source: str, own: set[str]) -> list[str]:
     return found
 
 
-def test_private_upstream_names_stand_in_one_file() -> None:
+def test_private_upstream_names_are_used_in_one_file() -> None:
     sources = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
     own = set().union(*(own_names(ast.parse(source)) for source in sources.values()))
     del sources[PACKAGE / "internals.py"]
@@ -576,7 +586,7 @@ def test_private_upstream_names_stand_in_one_file() -> None:
         f"{path.relative_to(ROOT)}, {use}" for path, source in sources.items() for use in private_uses(source, own)
     ]
 
-    assert not found, "put each behind a function of grasp_hf/internals.py, with a test:\n" + "\n".join(found)
+    assert not found, "move each into a function of grasp_hf/internals.py, with a test:\n" + "\n".join(found)
     assert len(sources) > 50
 
 
@@ -654,13 +664,13 @@ def test_every_function_has_a_test() -> None:
 
 
 def requirements() -> dict[str, Requirement]:
-    """Return what `pyproject.toml` demands, by name."""
+    """Return the requirements in `pyproject.toml`, by name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return {found.name: found for found in map(Requirement, project["dependencies"])}
 
 
 def pinned_versions() -> dict[str, Version]:
-    """Return what `.ci/constraints.txt` pins, by name."""
+    """Return the versions that `.ci/constraints.txt` pins, by name."""
     lines = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return {name: Version(number) for name, _, number in (line.partition("==") for line in lines) if number}
 

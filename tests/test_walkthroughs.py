@@ -1,10 +1,9 @@
-"""What a new user runs, run: the demo, every recipe, every notebook, the README's examples."""
+"""Runs everything that a new user runs: the demo, every recipe, every notebook, the examples of the README."""
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -19,39 +18,46 @@ from grasp_hf.cli import main
 from grasp_hf.demo.run import run_demo
 from grasp_hf.errors import OutputExistsError
 from grasp_hf.record.saving import REPORT_FILE
+from tests.support.processes import made_once
 
 ROOT = Path(__file__).parent.parent
-# Those of the benchmarks need models and data that `tests.benchmarks` makes.
+# The recipes of the benchmarks need models and data that `tests.benchmarks` makes.
 RECIPES = sorted(path for path in ROOT.glob("recipes/**/*.yaml") if path.parent.name != "benchmarks")
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """A folder with the demo in it, as its recipes expect it, and what the demo said."""
-    folder = tmp_path_factory.mktemp("clone")
-    shutil.copytree(ROOT / "recipes", folder / "recipes")
-    yield folder, run_demo(folder / "grasp-demo")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Return a folder with the demo, where the recipes expect it, and the printed text of the demo."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(ROOT / "recipes", folder / "recipes")
+        (folder / "printed.txt").write_text(run_demo(folder / "grasp-demo"))
+
+    folder = made_once(tmp_path_factory, "demo", make)
+    return folder, (folder / "printed.txt").read_text()
 
 
 def test_the_demo_shows_every_source_every_control_and_an_honest_verdict(demo: tuple[Path, str]) -> None:
     folder, text = demo
     rows = re.findall(r"^\| (\S.*?) +\| (0\.\d{3}) ± 0\.\d{3} ", text, flags=re.MULTILINE)
     names = [name for name, _ in rows]
-    assert [name.split()[0] for name in names] == ["source"] * 5 + ["fine-tuning"] * 2 + ["published", "grasp_hf,"]
+    assert [name.split()[0] for name in names] == ["source"] * 5 + ["fine-tuning"] * 2 + ["the", "grasp_hf,"]
     assert sum("(adapter)" in name for name in names) == 1
     scores = {name: float(score) for name, score in rows}
     ours = scores.pop("grasp_hf, default")
     best = max(scores, key=scores.__getitem__)
-    verdicts = {True: "grasp_hf is first, ", False: f"First is {best}; grasp_hf is "}
-    assert (f"grasp_hf and {best} are first" if ours == scores[best] else verdicts[ours > scores[best]]) in text
+    verdicts = {True: "\ngrasp_hf is best, ", False: f"\n{best} is best; grasp_hf is "}
+    equal = f"grasp_hf and {best} are equally good"
+    assert (equal if ours == scores[best] else verdicts[ours > scores[best]]) in text
+    assert max(map(len, text.replace(str(folder), "").splitlines())) <= 100
     assert ours > scores["source scanned (full)"] > 0.1
     model = AutoModelForImageClassification.from_pretrained(folder / "grasp-demo/merged")
     assert sorted(model.config.label2id) == sorted(path.name for path in (folder / "grasp-demo/data/test").iterdir())
 
 
-def test_the_demo_does_not_touch_a_folder_with_something_else(tmp_path: Path) -> None:
+def test_the_demo_refuses_a_folder_with_other_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputExistsError, match="holds something else"):
         run_demo(tmp_path)
@@ -77,8 +83,8 @@ def test_every_recipe_runs_by_the_command_in_its_header(
     assert sorted(Path(row["reference"]).name for row in ranking) in ([], sorted(expected))
     order = [Path(row["reference"]).name for row in ranking] or expected
     assert re.findall(r"^\d/\d (\w+): ", printed, flags=re.MULTILINE) == order
+    assert re.search(r"^- test: loss \d+\.\d+, accuracy 0\.\d+$", printed, flags=re.MULTILINE)
     assert max(map(len, printed.splitlines())) <= 100
-    assert re.search(r"^test: loss \d+\.\d+, accuracy 0\.\d+$", printed, flags=re.MULTILINE)
     assert (output / REPORT_FILE).exists()
     AutoModelForImageClassification.from_pretrained(output)
 
@@ -122,11 +128,48 @@ def test_the_explanation_uses_public_names_only() -> None:
         assert set(names.removeprefix(" import ").split(", ")) <= set(grasp_hf.__all__)
 
 
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 250 and len(README.encode()) <= 14_000
+
+
+def test_the_readmes_python_runs_and_prints_what_the_readme_shows(
+    demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (printed,) = re.findall(r"It prints:\n\n```\n(.*?)```", README, flags=re.DOTALL)
+    monkeypatch.chdir(demo[0])
+    capsys.readouterr()
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    found = capsys.readouterr().out
+
+    def shape(text: str) -> list[str]:
+        """Return the first words of the lines that every run has: start, head of the table, test scores, answer."""
+        lines = [line for line in text.splitlines() if not line.startswith(("- ", "  ", "| ", "|-"))]
+        head = next(line for line in text.splitlines() if line.startswith("| source"))
+        return [re.sub(r"[\d.]+", "0", line) for line in [*lines, re.sub(" +", " ", head)] if line]
+
+    assert shape(found) == shape(printed)
+    assert float(re.findall(r"'accuracy': ([\d.]+)", found)[0]) > 0.8
+    assert max(map(len, [*found.splitlines(), *printed.splitlines()])) <= 100
+
+
+def test_the_readmes_commands_run(
+    demo: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = re.findall(r"^grasp-hf (.*?) *(?:  #.*)?$", README, flags=re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["plan", "rank", "merge", "compare", "append"]
+    for name in ("recipes", "grasp-demo"):
+        (tmp_path / name).symlink_to(demo[0] / name)
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert main(command.split()) == 0, command
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 100, command
+    AutoModelForImageClassification.from_pretrained("merged-2")
+
+
 def test_the_readmes_python_uses_public_names_only() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) >= 2
     for block in blocks:
-        compile(block, "README.md", "exec")
         for names in re.findall(r"^from grasp_hf import (.*)$", block, flags=re.MULTILINE):
             assert set(names.split(", ")) <= set(grasp_hf.__all__)
 

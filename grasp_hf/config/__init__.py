@@ -1,1 +1,1 @@
-"""The settings of a merge: what a user asks for, in Python or in a recipe, checked."""
+"""The settings of a merge, from Python or from a recipe, and their checks."""

@@ -39,55 +39,72 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class GraspConfig:
-    """How each source is measured, transferred and followed by fine-tuning.
+    """The settings of a merge: how sources are measured and merged, and how the model is fine-tuned.
+
+    In the formulas, `B` are the weights before the merge, `T` those of the target, `S` those of a source.
 
     Attributes:
-        method: `"blend"` learns on the training data how much of the target and how much of the source each unit takes,
-            counted from the weights that `merge` found, `B + k (T - B) + t (S - B)`, from the mean of all sources on;
-            `"average"` keeps the mean of all accepted sources so far, unit by unit, `T + (S - T) / n`, and needs no
-            gradients (and in the given order, without fine-tuning, no data); `"copy"` replaces the units whose gradients
-            agree.
-        unit: Tensors decided together. `"layer"`: a transformer block or a stage, and outside of those as `"module"`.
-            `"module"`: the tensors of one module, a normalisation layer with its statistics. `"tensor"`: each tensor
-            alone, but a normalisation layer still whole. `"parameter"`: each parameter alone, statistics never moved,
-            as published.
-        threshold: `copy` takes units whose gradient cosine is strictly greater than this; in [-1, 1].
-        num_batches: Batches of training data that each source is measured on, but for an average. `copy` averages the
-            cosine of each batch; `blend` makes one descent step on the coefficients per batch, for each half of the labels,
-            and adds up Fisher information.
-        accumulate_gradients: Let `copy` take the cosine of the gradients over all batches together, which is that of
-            one large batch. Needs room for a second set of gradients on disk.
-        batch_size: Samples per batch, in measuring and (unless `training_arguments` says otherwise) in fine-tuning.
-        coefficient_lr: First step size of Adam on the coefficients of `blend`; it falls to 0. Adam moves a coefficient by at
-            most about one step per batch, so `num_batches * coefficient_lr / 2` bounds how far one source can pull.
-        gate: Undo a transfer that harms by more than its standard error on the samples that judge it, or ends above the
-            loss before the first source, and keep of each fine-tuning only what lowers the loss of samples that it did
-            not see (see `grasp_hf.validation.gate`). Judges are the evaluation data and, as long as the model was not fine-tuned
-            on them, the labels; each half of those judges coefficients that the other labels taught `blend`. What goes
-            in is the mean of all accepted sources, that of `average`, unless the learned coefficients (their mean), or
-            a mean weighted by Fisher information (arXiv:2111.09832), are ahead of it by more than a standard error.
+        method: How each source is merged into the target.
+            The table `grasp_hf.config.methods.METHODS` has a summary of each method. `"blend"` learns `k` and `t` in
+            each unit of `B + k (T - B) + t (S - B)`, starting from the mean. `"average"` needs no data, unless there
+            is fine-tuning or an `order` other than `"given"`.
+        unit: Tensors that are merged with one decision.
+            `"layer"`: a transformer block or a stage; any other tensor belongs to its module. `"module"`: the tensors
+            of one module; a normalisation layer includes its statistics. `"tensor"`: each tensor alone, except that a
+            normalisation layer with statistics stays whole. `"parameter"`: each parameter alone; statistics are never
+            merged, as in the paper.
+        threshold: Cosine of gradients above which `copy` takes a unit; in [-1, 1].
+            The cosine must be strictly greater.
+        num_batches: Batches of training data that measure each source.
+            `copy` takes the mean cosine of the batches. `blend` takes one descent step on the coefficients per batch,
+            for each half of the labels, and adds up Fisher information over the batches. `average` uses no batches.
+        accumulate_gradients: Whether `copy` takes one cosine of the summed gradients of all batches.
+            The result is the cosine of a single large batch. The sum needs disk space for a second set of gradients.
+        batch_size: Samples per batch, in measuring and in fine-tuning.
+            `training_arguments` can set another size for fine-tuning.
+        coefficient_lr: First step size of Adam on the coefficients of `blend`; in (0, 1].
+            The step size falls linearly to 0. Adam moves a coefficient by at most about one step size per batch. One
+            source therefore moves a coefficient by at most about `num_batches * coefficient_lr / 2`.
+        gate: Undo sources and fine-tunes that make the validation loss worse.
+            A source is undone if it raises the loss by more than the standard error of the change, or if the loss ends
+            above the loss before the first source. Each fine-tune is kept only as far as it lowers the loss of samples
+            that it did not see. The validation samples are the evaluation data, and also the labels until the model is
+            fine-tuned on them. With `blend`, each half of the labels validates the coefficients learned from the other
+            half. `blend` merges the plain mean, as `average` does, unless another candidate is better by more than a
+            standard error. The other candidates are the mean of the learned coefficients, and the mean weighted by
+            Fisher information (arXiv:2111.09832). See `grasp_hf.validation.gate`.
         initial_epochs: Epochs of fine-tuning before the first source.
         finetune_epochs: Epochs of fine-tuning after each source.
-        final_epochs: Epochs of fine-tuning after the last source. `num_train_epochs` in `training_arguments` replaces
-            those of the three that are not 0.
-        lora: Fine-tune a LoRA adapter instead of all weights, and merge it into the model at the end of each step:
-            arguments of `peft.LoraConfig`, such as `{r: 8, target_modules: all-linear}`. The head is trained whole, and
-            frozen layers are adapted too unless `target_modules` leaves them out.
-        order: `"given"`; `"loss"`: the source first whose own loss on the labels (or evaluation data) is lowest; or
-            `"rank"`: the most promising first, by the first-order gain (see `GraspMerger.rank`). The last two read every
-            source twice.
-        top: Merge only this many sources, the first in that order; not with `order="given"`.
-        prefetch: Bring the following source to this machine while one is merged: at most two are on the disk then, else one.
-        accepted_bases: Names (`org/name` or `org/name@revision`) that adapters may give as their base although the
-            target started from another: you declare that they are the same weights.
-        trust_remote_code: References whose own Python code may run: their configuration and model classes. Read the code
-            first.
-        seed: Seed of the batches; fine-tuning after source k is seeded with `seed + k`.
-        published: Follow arXiv:2606.14900 to the letter, see `paper`.
-        training_arguments: Anything that `transformers.TrainingArguments` takes; what stands here wins.
+        final_epochs: Epochs of fine-tuning after the last source.
+            `num_train_epochs` in `training_arguments` replaces those of `initial_epochs`, `finetune_epochs` and
+            `final_epochs` that are not 0.
+        lora: Arguments of `peft.LoraConfig`, to fine-tune an adapter instead of all weights.
+            An example is `{r: 8, target_modules: all-linear}`. The adapter is merged into the model after each
+            fine-tune. The head is trained whole. Frozen layers are adapted too, unless `target_modules` leaves them
+            out.
+        order: Order in which the sources are merged.
+            `"given"`: the order of the list. `"loss"`: the source with the lowest loss on the labels (or the
+            evaluation data) first. `"rank"`: the source with the largest estimated gain first, to first order in the
+            weights, see `GraspMerger.rank`. With `"loss"` and `"rank"` every source is read twice.
+        top: Number of sources to merge, the first ones of `order`; all if left out.
+            It needs an `order` other than `"given"`.
+        prefetch: Download the next source while the current one is merged.
+            The disk then holds at most two sources at a time, otherwise only one.
+        accepted_bases: Further base models whose adapters may be merged.
+            The names are `org/name` or `org/name@revision`. You declare that these models have the same weights as the
+            model that the target started from.
+        trust_remote_code: References whose own Python code may run.
+            The code defines their configuration and model classes. Read it first.
+        seed: Seeds the shuffling of the batches, fine-tuning, and the weights of a new head.
+            The fine-tuning after source `k` is seeded with `seed + k`.
+        published: Follow the paper arXiv:2606.14900 exactly.
+            `GraspConfig.paper` (in a recipe, `preset: paper`) sets this and all other settings of the paper.
+        training_arguments: Arguments of `transformers.TrainingArguments` for fine-tuning.
+            They override the other settings, such as `batch_size` and the epochs. Paths of checkpoints (`output_dir`),
+            `push_to_hub` and tokens are refused.
 
     Raises:
-        ConfigError: A value has the wrong type or is out of range; all problems are listed.
+        ConfigError: A value has the wrong type or is out of range. The error lists all problems.
     """
 
     method: MethodName = "blend"
@@ -117,24 +134,25 @@ class GraspConfig:
         problems = value_problems(GraspConfig, vars(self)) or self._range_problems()
         if isinstance(self.training_arguments, dict):
             for key, value in self.training_arguments.items():
-                if value is False and key.endswith("_strategy"):  # YAML reads no as that
+                if value is False and key.endswith("_strategy"):  # YAML reads the word no as False
                     self.training_arguments[key] = "no"
             problems += training_argument_problems(self.training_arguments)
         if isinstance(self.lora, dict):
             problems += lora_problems(self.lora)
-        problems += [problem for name in ("training_arguments", "lora") if (problem := self._unwritable(name))]
+        problems += [problem for name in ("training_arguments", "lora") if (problem := self._check_writable(name))]
         if problems:
             raise ConfigError("the configuration has problems", problems=problems)
 
-    def _unwritable(self, name: str) -> str | None:
-        """Say which value the record of a merge could not hold."""
+    def _check_writable(self, name: str) -> str | None:
+        """Return the problem of a field that cannot be written to the record of a merge, which is JSON."""
         try:
             json.dumps(getattr(self, name))
         except (TypeError, ValueError) as error:
-            return f"{name}: a value of it cannot be written to the record of a merge: {error}"
+            return f"{name}: a value in it cannot be written to the record of a merge: {error}"
         return None
 
     def _range_problems(self) -> list[str]:
+        """Return a problem for each value that is out of range, or does not fit another value."""
         epochs = "expected a finite number of 0 or more"
         checks = [
             ("threshold", "expected a cosine in [-1, 1]", -1 <= self.threshold <= 1),
@@ -147,36 +165,36 @@ class GraspConfig:
             ("seed", "expected 0 to 2**32 - 1000", 0 <= self.seed <= 2**32 - 1000),
             (
                 "top",
-                "expected at least 1, and an order other than 'given' with it",
+                "expected at least 1, and order='loss' or order='rank'",
                 self.top is None or (self.top >= 1 and self.order != "given"),
             ),
             (
                 "accumulate_gradients",
-                "expected method='copy' with it, and not published",
+                "expected False unless method='copy' and published=False",
                 not self.accumulate_gradients or (self.method == "copy" and not self.published),
             ),
-            ("lora", "expected none with published", self.lora is None or not self.published),
+            ("lora", "expected null with published=True", self.lora is None or not self.published),
             (
                 "published",
-                "expected method='copy' and unit='parameter' with it",
+                "expected False unless method='copy' and unit='parameter'",
                 not self.published or (self.method, self.unit) == ("copy", "parameter"),
             ),
         ]
-        return [f"{name}: {expected}, got {getattr(self, name)!r}" for name, expected, fine in checks if not fine]
+        return [f"{name}: got {getattr(self, name)!r}, {expected}" for name, expected, fits in checks if not fits]
 
     @property
     def needs_data(self) -> bool:
-        """Whether a merge needs training data: always, but for an average without fine-tuning in the order given."""
+        """Whether a merge needs training data; only an average in the given order without fine-tuning needs none."""
         epochs = self.initial_epochs or self.finetune_epochs or self.final_epochs
         return METHODS[self.method].needs_data or self.order != "given" or bool(epochs)
 
     def total_epochs(self, sources: int) -> float:
-        """Return the epochs of fine-tuning in a whole merge of so many sources."""
+        """Return the epochs of fine-tuning in a whole merge of `sources` sources."""
         return self.initial_epochs + self.finetune_epochs * min(sources, self.top or sources) + self.final_epochs
 
     @property
     def learns(self) -> bool:
-        """Whether coefficients are learned, which needs the weights that a merge began with."""
+        """Whether the method learns coefficients, which needs a copy of the weights from before the merge."""
         return METHODS[self.method].learns
 
     @property
@@ -186,16 +204,23 @@ class GraspConfig:
 
     @property
     def compares_alone(self) -> bool:
-        """Whether the fine-tuning at the end is also tried without any source, which needs the weights of the start."""
+        """Whether the last fine-tune is compared with one without any source.
+
+        The comparison needs a copy of the weights from before the merge.
+        """
         return self.gate and self.trains(self.final_epochs) and not self.finetunes_between
 
     def trains(self, epochs: float) -> bool:
-        """Whether fine-tuning that is due for so many epochs does anything."""
+        """Whether fine-tuning for `epochs` epochs trains at all, given `training_arguments`."""
         asked = self.training_arguments
         return epochs > 0 and (asked.get("num_train_epochs", epochs) > 0 or asked.get("max_steps", 0) > 0)
 
     def for_part(self, share: float) -> "GraspConfig":
-        """Return the configuration for training on this share of the labels in as many passes over them."""
+        """Return the configuration for training on a part of the labels, with as many passes over it.
+
+        Args:
+            share: Fraction of the labels in the part, in (0, 1].
+        """
         steps = self.training_arguments.get("max_steps", 0)
         if steps <= 0 or share == 1:
             return self
@@ -204,13 +229,21 @@ class GraspConfig:
 
     @classmethod
     def paper(cls, **overrides: Any) -> "GraspConfig":
-        """Return the procedure of arXiv:2606.14900 (GRASP) as its code runs it, for comparison.
+        """Return the settings of the paper arXiv:2606.14900 (GRASP), as its code runs it, for comparison.
 
-        Reproduced with its flaws: the target is measured in train mode (dropout on, its batch statistics changed by
-        the measurement) against a source in eval mode, on a single batch, with 1e-8 added to the denominator of the
-        cosine; parameters are copied one by one without the statistics that belong to them, heads included; nothing
-        is undone. Fine-tuning is AdamW with a cosine schedule that steps once an epoch, and the epoch with the best
-        accuracy on the evaluation data is kept. `overrides` replace single fields.
+        The flaws of that code are reproduced:
+
+        - The target is measured in train mode: dropout is on, and the measurement changes its batch statistics. The
+          source is measured in eval mode.
+        - A single batch measures a source, and 1e-8 is added to the denominator of the cosine.
+        - Parameters are copied one by one, heads included, without the statistics that belong to them.
+        - Nothing is undone.
+
+        Fine-tuning uses AdamW with a cosine schedule that steps once per epoch. The epoch with the best accuracy on
+        the evaluation data is kept.
+
+        Args:
+            overrides: Fields that replace those of the paper. `training_arguments` is merged with the paper's.
         """
         arguments = {**PAPER["training_arguments"], **overrides.pop("training_arguments", {})}  # type: ignore[dict-item]
         return cls(**{**PAPER, "training_arguments": arguments, **overrides})

@@ -1,6 +1,6 @@
-"""The table of the merge methods: what each needs, and what the card says of it.
+"""The table of the merge methods: what each method needs, and its text on the model card.
 
-The code of a method is the function `candidates` of `grasp_hf/methods/NAME.py`.
+The code of a method is the function `candidates` in `grasp_hf/methods/NAME.py`.
 """
 
 from dataclasses import dataclass
@@ -34,19 +34,22 @@ ADAMERGING = """
 
 @dataclass(frozen=True)
 class Method:
-    """One method.
+    """One merge method.
 
     Attributes:
-        card: The sentences on the card that say what was done.
-        citation: Section of the card with the works that it follows, in Markdown.
-        needs_data: Whether it measures sources on labelled samples.
-        learns: Whether labels teach coefficients. Halves of the labels then validate, and a file keeps the weights that the
-            merge began with.
-        counts_units: Whether it keeps a mean, so that it must know how many sources each unit holds.
-        stores_gradients: Whether it keeps a set of gradients in a file.
-        reads_once: Whether it reads each weight of a source only once, so that a large source may come in shards.
+        summary: One sentence on what the method does, for the help text.
+        card: Sentences on the model card about what was done.
+        citation: Section of the card that cites the works behind the method, in Markdown.
+        needs_data: Whether the method measures sources on labelled samples.
+        learns: Whether the method learns coefficients from labels. Each half of the labels then validates the
+            coefficients learned from the other half, and a file keeps the weights from before the merge.
+        counts_units: Whether the method keeps a mean. The merge then counts the sources in each unit.
+        stores_gradients: Whether the method keeps a set of gradients in a file.
+        reads_once: Whether the method reads each weight of a source only once. A large source may then be downloaded
+            shard by shard.
     """
 
+    summary: str
     card: str
     citation: str = ""
     needs_data: bool = True
@@ -58,19 +61,23 @@ class Method:
 
 METHODS = {
     "average": Method(
-        card="Each unit is the mean over the accepted sources that bring it.",
+        summary="Keeps the mean of all accepted sources so far in each unit: `T + (S - T) / n`.",
+        card="Each unit is the mean of the accepted sources that contain it.",
         needs_data=False,
         reads_once=True,
     ),
     "blend": Method(
-        card="How much of the merge so far and of the next source each unit takes was learned on the target data, as "
-        "[AdaMerging](https://arxiv.org/abs/2310.02575) learns it for all sources at once. Where the learned coefficients "
-        "were not clearly better on the data than the mean of all sources so far, that mean was taken: plain or, where "
-        "that was clearly better, weighted by [Fisher information](https://arxiv.org/abs/2111.09832).",
+        summary="Learns coefficients of the target and the source in each unit from the training data.",
+        card="Each unit is a mix of the merge so far and the next source. The two coefficients of each mix were learned "
+        "on the target data, as [AdaMerging](https://arxiv.org/abs/2310.02575) learns them for all sources at once. If "
+        "the learned coefficients were not clearly better on the data than the mean of all sources so far, the mean was "
+        "used instead: the plain mean or, if clearly better, the mean weighted by "
+        "[Fisher information](https://arxiv.org/abs/2111.09832).",
         citation=GRASP + ADAMERGING,
         learns=True,
     ),
     "copy": Method(
+        summary="Copies the units of the source whose gradients agree with those of the target.",
         card="Units whose gradients agree with the target's were copied from each source.",
         citation=GRASP,
         counts_units=False,

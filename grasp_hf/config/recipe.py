@@ -1,4 +1,4 @@
-"""A recipe: one merge as a file."""
+"""A recipe: the file that describes one merge."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,11 @@ from .grasp import GraspConfig
 
 
 def override_(values: dict[str, Any], text: str) -> None:
-    """Change `values` as `text`, a `key=value` or `section.key=value`, says."""
+    """Apply an override `key=value` or `section.key=value` to `values`.
+
+    Raises:
+        ConfigError: `text` is no override, its value is not valid YAML, or its section holds no keys.
+    """
     key, equals, value = text.partition("=")
     *sections, last = key.split(".")
     try:
@@ -35,28 +39,31 @@ def override_(values: dict[str, Any], text: str) -> None:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would keep the last."""
+    """Refuses a key that occurs twice; YAML would keep only the last value."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"the key '{twice[0]}' stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{twice[0]}' occurs twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One merge as a file: which models, which data, which configuration.
+    """One merge as a file: its models, its data and its settings.
 
     Attributes:
-        sources: References `org/name`, `org/name@revision` or local folders; `config.order` says in which order they go.
-        base_model: Where the target starts; left out, it starts as the first source.
-        task: A pipeline name such as `image-classification`; left out, it is read from the base model's config.
+        sources: Models and adapters to merge: `org/name`, `org/name@revision` or folders.
+            `order` in the settings decides their order.
+        base_model: Model that the target starts from; the first source if left out.
+        task: Name of a pipeline such as `image-classification`.
+            If left out, the task is read from the config of the base model.
         data: The labelled data set, see `grasp_hf.data.section`.
-        record: What an earlier merge wrote of its run; not used.
-        preset: `"paper"` starts from `GraspConfig.paper()` instead of the defaults.
-        config: The method's settings; in the file they stand at the top level, beside `sources`.
-        folder: Folder that relative paths are looked up in; the recipe's own.
+        record: Details of an earlier run, as written by a merge; not used.
+        preset: Starting values of the settings: `"default"`, or `"paper"` for `GraspConfig.paper()`.
+        config: Settings of the merge, see `GraspConfig`.
+            In the file they are keys at the top level, next to `sources`.
+        folder: Folder that relative paths start from; the folder of the recipe file.
     """
 
     sources: list[str]
@@ -70,10 +77,14 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
-        """Read a recipe and apply `key=value` overrides (`training_arguments.learning_rate=1.0e-5` reaches inside).
+        """Read a recipe file and apply overrides.
+
+        Args:
+            path: The file, in YAML.
+            overrides: Texts such as `threshold=0.2` or `training_arguments.learning_rate=1.0e-5`.
 
         Raises:
-            ConfigError: The file cannot be read, or holds unknown keys or wrong values; all are listed at once.
+            ConfigError: The file cannot be read, or holds unknown keys or wrong values. The error lists all of them.
         """
         path = Path(path)
         try:
@@ -96,9 +107,17 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, folder: Path = Path(), name: str = "recipe") -> "Recipe":
-        """Build a recipe from the keys of a recipe file; `folder` and `name` say where it came from.
+        """Build a recipe from the keys of a recipe file.
 
-        A section that is null is taken as empty. The keys may be those of mergekit, see `grasp_hf.mergekit.translate`.
+        A section that is null counts as empty.
+
+        Args:
+            values: The keys, of a recipe or of a mergekit configuration, see `grasp_hf.config.mergekit.translate`.
+            folder: Folder that relative paths start from.
+            name: Name of the recipe in error messages.
+
+        Raises:
+            ConfigError: There are unknown keys or wrong values. The error lists all of them.
         """
         values = mergekit.translate(values, name=name)
         values = {key: value for key, value in values.items() if value is not None or key not in SECTIONS}
@@ -106,12 +125,14 @@ class Recipe:
         recipe_values = {key: value for key, value in values.items() if key in own}
         settings = {key: value for key, value in values.items() if key not in own}
         problems = value_problems(cls, recipe_values)
-        config_problems = value_problems(GraspConfig, settings, beside=own)
+        config_problems = value_problems(GraspConfig, settings, also_known=own)
         problems += config_problems
         if not values.get("sources"):
             problems.append("sources: expected a list of at least one reference")
         elif values.get("base_model") is None and isinstance(values["sources"], list) and len(values["sources"]) == 1:
-            problems.append("sources: one model alone has nothing to merge with; name a base_model or another source")
+            problems.append(
+                "sources: got one model and no base_model, expected two models; add a base_model or a source"
+            )
         config = None
         if not config_problems:
             try:
@@ -125,16 +146,17 @@ class Recipe:
         return dataclasses.replace(recipe, config=dataclasses.replace(config, trust_remote_code=trusted))
 
     def locate(self, reference: str) -> str:
-        """Return `reference` as a path where it names something in the recipe's folder, else unchanged."""
+        """Return the full path of `reference` if the recipe's folder contains it, otherwise `reference` unchanged."""
         inside = self.folder / reference
         return str(inside.resolve()) if inside.exists() else reference
 
     def locate_pattern(self, reference: str) -> str:
-        """Return `reference` as `locate` does, and a pattern such as `*.csv` in the recipe's folder where it fits files."""
+        """Return the full path of a pattern such as `*.csv` that matches files; otherwise the same as `locate`."""
         matched = any(character in reference for character in "*?[") and any(self.folder.glob(reference))
         return str(self.folder.resolve() / reference) if matched else self.locate(reference)
 
 
+# The keys that hold further keys or a list.
 SECTIONS = {
     f.name for cls in (Recipe, GraspConfig) for f in dataclasses.fields(cls) if f.default_factory in (dict, list)
 }

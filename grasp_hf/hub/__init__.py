@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: the only room that uses the network."""
+"""The Hugging Face Hub: the only part of the package that uses the network."""

@@ -1,4 +1,4 @@
-"""Requests to the Hub: time limits, retries, and errors that say what is wrong."""
+"""Requests to the Hub: time limits, retries, and errors that name the cause."""
 
 import logging
 import threading
@@ -29,18 +29,18 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT = 30.0  # seconds
 ATTEMPTS = 4
-PAUSES = (1.0, 2.0, 4.0)  # seconds between them
-BUSY = (408, 425, 429, 500, 502, 503, 504)
+PAUSES = (1.0, 2.0, 4.0)  # seconds between attempts
+BUSY = (408, 425, 429, 500, 502, 503, 504)  # status codes that may change when a request is repeated
 
 Answer = TypeVar("Answer")
 
 
 class Stopped(Exception):
-    """The download is not wanted any more."""
+    """A download was stopped because nobody needs it any more."""
 
 
 def stoppable_progress(stop: threading.Event) -> type[hub_tqdm]:
-    """Return the client's progress bar as a class that ends a download with `Stopped` once `stop` is set."""
+    """Return a progress bar class for the client that raises `Stopped` in the download once `stop` is set."""
 
     class Progress(hub_tqdm):
         def update(self, n: float | None = 1) -> Any:
@@ -51,16 +51,20 @@ def stoppable_progress(stop: threading.Event) -> type[hub_tqdm]:
     return Progress
 
 
-_limits: list[tuple[Any, Any]] = []  # per open block, what the client had before the first
+# Factory and timeout of the client before the first open block, once for each open block.
+_limits: list[tuple[Any, Any]] = []
 _limits_lock = threading.Lock()
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Let no request of the client wait longer for the other side, in sessions that it makes meanwhile too.
+    """Limit how long each request of the client waits for an answer, also in new sessions.
 
-    It has no limit of its own where a call names none, and makes a new session when a connection was refused. Blocks in
-    several threads share the limit of the first.
+    The client has no limit of its own if a call sets none, and makes a new session after a refused connection. If
+    several threads are in such blocks at the same time, the limit of the first block holds for all.
+
+    Args:
+        seconds: The limit.
     """
     with _limits_lock:
         make = client_factory()
@@ -87,47 +91,63 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 class Corrupt(OSError):
-    """A file arrived with another content than the Hub lists."""
+    """The checksum of a downloaded file differs from the one that the Hub lists."""
 
 
-def retry(ask: Callable[[], Answer], doing: str) -> Answer:
-    """Return the answer of `ask`, which is called again a few times where the network or the Hub failed for a moment."""
+def retry(ask: Callable[[], Answer], name: str) -> Answer:
+    """Return the answer of `ask`, and repeat the call a few times if it fails for a reason that may pass.
+
+    Args:
+        ask: Makes the request.
+        name: Name of the request in the log, such as `"listing tags"`.
+    """
     for pause in (*PAUSES, None):
         try:
             return ask()
         except (HTTPError, HfHubHTTPError, OSError) as error:
-            if pause is None or not _passing(error):
+            if pause is None or not _may_pass(error):
                 raise
-            logger.info("%s failed (%s), trying again in %.0f s", doing, first_line(error), pause)
+            logger.info("%s failed (%s); next attempt in %.0f s", name, first_line(error), pause)
             time.sleep(pause)
     raise AssertionError("unreachable")
 
 
-def _passing(error: Exception) -> bool:
-    """Tell whether trying again may help: the client itself gives up on much that passes."""
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may succeed after `error`; the client itself repeats fewer requests."""
     if isinstance(error, HfHubHTTPError):
         if error.response is None:
             return False
-        # The address in the Hub's storage holds for a while only; the next attempt asks the Hub for another one.
+        # An address in the storage of the Hub expires. The next attempt asks the Hub for a new address.
         expired = error.response.status_code == 403 and not str(error.response.url).startswith(
             f"{constants.ENDPOINT}/"
         )
         return expired or error.response.status_code in BUSY
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):  # the client has tried for a while
+    # The client has already repeated a request that ends with one of these.
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return False
     return isinstance(error, (HTTPError, ConnectionError, TimeoutError, Corrupt)) or "onsistency check" in str(error)
 
 
 @contextmanager
 def hub_errors(ref: SourceRef, token: str | None = None, file: str = "") -> Iterator[None]:
-    """Turn the client's errors into one that says which reference and which file of it it was, and what to do."""
+    """Turn an error of the client into one that names the reference and the file, and says what to do.
+
+    Args:
+        ref: The reference.
+        token: Hub token.
+        file: The file of the reference, if the block is about one file.
+
+    Raises:
+        SourceNotFoundError: The reference does not exist, or the Hub refuses access to it.
+        DownloadError: The network, the Hub or the disk failed.
+    """
     try:
         yield
     except GatedRepoError as error:
-        problem = "is gated: accept its conditions on its page, then log in with `hf auth login` or pass a token"
+        problem = "is gated: accept the conditions on its page, then log in with `hf auth login` or pass a token"
         raise SourceNotFoundError(f"'{ref}' {problem}") from error
     except RepositoryNotFoundError as error:
-        raise SourceNotFoundError(_what_it_is(ref, token), subject=ref) from error
+        raise SourceNotFoundError(_explain_missing(ref, token), subject=ref) from error
     except RevisionNotFoundError as error:
         raise SourceNotFoundError(
             f"'{ref.name}' has no revision '{ref.revision}': expected a branch, tag or sha"
@@ -135,29 +155,31 @@ def hub_errors(ref: SourceRef, token: str | None = None, file: str = "") -> Iter
     except HFValidationError as error:
         raise SourceNotFoundError(f"'{ref}' is not a Hub id: {error}") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        folder = "" if "@" in str(ref) else "; there is no folder of that name either"
-        why = "HF_HUB_OFFLINE is set, unset it" if constants.HF_HUB_OFFLINE else first_line(error)
+        folder = "" if "@" in str(ref) else "; there is no folder with this name either"
+        why = "HF_HUB_OFFLINE is set; unset it" if constants.HF_HUB_OFFLINE else first_line(error)
         raise DownloadError(
             f"'{ref}' could not be downloaded, and no complete copy is cached: {why}{folder}"
         ) from error
     except (HfHubHTTPError, HTTPError, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if status == 401:
-            problem = "the Hub refused the token: log in again with `hf auth login`, or pass another one"
+            problem = "the Hub refused the token: log in again with `hf auth login`, or pass another token"
             raise SourceNotFoundError(problem, subject=ref) from error
         if 400 <= status < 500 and status not in BUSY:
-            raise SourceNotFoundError(f"the Hub refused it: {first_line(error)}", subject=ref) from error
-        advice = "" if isinstance(error, Corrupt) else "; run it again when the network and the disk allow"
-        which = f"{file}: " if file and not isinstance(error, Corrupt) else ""
-        raise DownloadError(f"'{ref}' could not be downloaded: {which}{first_line(error)}{advice}") from error
+            raise SourceNotFoundError(f"the Hub refused access: {first_line(error)}", subject=ref) from error
+        if isinstance(error, Corrupt):  # its message already names the file
+            raise DownloadError(f"'{ref}' could not be downloaded: {first_line(error)}; run it again") from error
+        which = f"{file}: " if file else ""
+        advice = "check the network and the free disk space, and run it again"
+        raise DownloadError(f"'{ref}' could not be downloaded: {which}{first_line(error)}; {advice}") from error
 
 
-def _what_it_is(ref: SourceRef, token: str | None) -> str:
-    """Say why there is no such model: it may be something else."""
+def _explain_missing(ref: SourceRef, token: str | None) -> str:
+    """Return the reason why the Hub has no such model: it may have a data set or a Space of that name."""
     for kind, name in (("dataset", "a data set"), ("space", "a Space")):
         try:
             HfApi(token=token).repo_info(ref.name, repo_type=kind, timeout=TIMEOUT)
         except (HTTPError, HfHubHTTPError):
             continue
-        return f"it is {name} on the Hub, expected a model or an adapter"
+        return f"got {name} on the Hub, expected a model or an adapter"
     return "no such model on the Hub, or it is private: check the spelling, or pass a token that may read it"

@@ -1,4 +1,4 @@
-"""Models on the Hub: found, resolved to a commit, downloaded and verified."""
+"""Models on the Hub: find them, resolve a revision to a commit, download and verify files."""
 
 import logging
 import os
@@ -24,37 +24,38 @@ logger = logging.getLogger(__name__)
 
 
 def resolve(ref: SourceRef, *, token: str | None = None, trusted: Collection[str] = ()) -> Listing | None:
-    """Return the commit that `ref` names now; `None` where the Hub cannot be asked, so that only a cache can serve.
+    """Return the current commit of `ref`; `None` if the Hub cannot be reached, so that only the cache can be used.
 
     Raises:
-        SourceNotFoundError: No such repository or revision, or no access to it; also with a token that the Hub refuses.
+        SourceNotFoundError: The repository or the revision does not exist, or the Hub refuses access to it, also
+            because of a wrong token.
     """
     if constants.HF_HUB_OFFLINE:
         return None
     try:
         with hub_errors(ref, token), time_limit(TIMEOUT):
-            info = retry(lambda: _info(ref, token), f"looking up '{ref}'")
+            info = retry(lambda: _request_info(ref, token), f"looking up '{ref}'")
     except DownloadError as error:
-        logger.warning("the Hub cannot be reached (%s); what is cached of '%s' is used", error.__cause__, ref)
+        logger.warning("the Hub cannot be reached (%s); the cached copy of '%s' is used", error.__cause__, ref)
         return None
     files = {}
     for file in info.siblings or []:
         sha256 = file.lfs["sha256"] if file.lfs else None
         files[file.rfilename] = RemoteFile(file.size or 0, sha256, file.blob_id or "")
     if info.id != ref.name and "/" in ref.name:
-        logger.warning("'%s' is called '%s' now", ref.name, info.id)
+        logger.warning("'%s' was renamed on the Hub: it is now '%s'", ref.name, info.id)
     licence = license_of(info.card_data) if info.card_data else None
     return Listing(ref, info.id, str(info.sha), files, licence, bool(info.gated), ref.is_among(trusted))
 
 
 def resolve_model(ref: SourceRef, *, token: str | None = None, trusted: Collection[str] = ()) -> Listing | None:
-    """Return what `resolve` does, of what is a model or an adapter, and with the weight files that an index names.
+    """Return the same as `resolve` after a check that `ref` is a complete model or adapter.
 
-    The index is not kept.
+    An index of weight files is downloaded to a temporary folder, and `shards` lists its files.
 
     Raises:
-        SourceNotFoundError: Also where it is no model, or one that lacks weight files.
-        DownloadError: The index did not arrive.
+        SourceNotFoundError: The reason is one of `resolve`, or `ref` is no model, or weight files are missing.
+        DownloadError: The index could not be downloaded.
     """
     listing = resolve(ref, token=token, trusted=trusted)
     if listing is None:
@@ -67,42 +68,54 @@ def resolve_model(ref: SourceRef, *, token: str | None = None, trusted: Collecti
         names = shards_of(fetch(listing, main, token=token, cache_dir=folder), listing.ref)
     if missing := [name for name in names if listing.folder + name not in listing.files]:
         raise SourceNotFoundError(
-            f"'{listing.ref}' is not complete: {Path(main).name} names {', '.join(missing)}, which the repository lacks"
+            f"'{listing.ref}' is not complete: {Path(main).name} lists {', '.join(missing)}, which the repository lacks; "
+            "name another revision, or ask its authors"
         )
     return replace(listing, shards=tuple(names))
 
 
-def _info(ref: SourceRef, token: str | None) -> ModelInfo:
+def _request_info(ref: SourceRef, token: str | None) -> ModelInfo:
     return HfApi(token=token).model_info(ref.name, revision=ref.revision, files_metadata=True, timeout=TIMEOUT)
 
 
 def locate(reference: str | SourceRef, *, token: str | None = None, trusted: Collection[str] = ()) -> Source:
-    """Return where the files of `reference` lie on this machine; those of a Hub model are in the Hugging Face cache.
+    """Return a source with all its files on this machine, downloaded to the Hugging Face cache if it is on the Hub.
 
-    All files are of one commit, and each has the checksum that the Hub lists; one that has not is downloaded again.
-    Weights are downloaded in one format: safetensors where the repository has them. Python files are downloaded only where
-    `trusted` names the reference.
+    All files are from one commit. A file whose checksum differs from the one that the Hub lists is downloaded again.
+    Weights are downloaded in one format, in safetensors if possible.
+
+    Args:
+        reference: The source.
+        token: Hub token.
+        trusted: References whose Python files are downloaded too.
 
     Raises:
-        SourceNotFoundError: No such folder, repository, revision or weights, or no access to them.
-        DownloadError: A file did not arrive whole.
+        SourceNotFoundError: The folder, the repository, the revision or the weights do not exist, or the Hub refuses
+            access.
+        DownloadError: A file could not be downloaded.
     """
     ref = SourceRef.parse(reference) if isinstance(reference, str) else reference
     if ref.is_local:
         source = Source.inspect(ref, Path(ref.name))
         if missing := source.missing_weights:
-            raise SourceNotFoundError(f"'{ref}' is not complete: {', '.join(missing)} missing; copy it again")
+            raise SourceNotFoundError(f"'{ref}' is not complete: {', '.join(missing)} missing; copy the folder again")
         return _warn_of_pickles(replace(source, trusted=ref.is_among(trusted)))
     listing = resolve_model(ref, token=token, trusted=trusted)
     if listing is None:
         return cached_source(ref, token, trusted)
     source = fetch_source(listing, token=token)
-    _remember(listing)
+    _record_revision(listing)
     return source
 
 
 def fetch_source(listing: Listing, weights: Sequence[str] | None = None, **options: Any) -> Source:
-    """Download what is needed of a commit, or of its weight files only `weights`; `options` are those of `fetch`."""
+    """Download the configuration and the weights of a commit, and return its source.
+
+    Args:
+        listing: The commit.
+        weights: Paths of the weight files to download; all if left out.
+        options: Options of `fetch`.
+    """
     folder = Path()
     for path in [*listing.configuration, *(listing.weights if weights is None else weights)]:
         folder = fetch(listing, path, **options).parent
@@ -111,10 +124,10 @@ def fetch_source(listing: Listing, weights: Sequence[str] | None = None, **optio
 
 
 def _warn_of_pickles(source: Source) -> Source:
-    """Return `source` after a warning where its weights are pickled."""
+    """Log a warning if the weights of `source` are pickled, and return `source`."""
     if any(name.endswith(".bin") for name in source.weight_names):
         logger.warning(
-            "%s has no safetensors weights; its pickled weights are read with weights_only=True", source.ref
+            "%s has no safetensors weights; its pickled weights are loaded with weights_only=True", source.ref
         )
     return source
 
@@ -127,21 +140,21 @@ def fetch(
     cache_dir: Path | None = None,
     stop: threading.Event | None = None,
 ) -> Path:
-    """Return one file of a commit in a cache, downloaded where it is not there with the right checksum.
+    """Return the path of one file of a commit in a cache, downloaded unless the cache has it with the right checksum.
 
-    A file that the user's own cache holds is not downloaded a second time into another one: it is linked.
+    If the user's own cache has the file and `cache_dir` is another cache, the file is linked, not downloaded.
 
     Args:
         listing: The commit.
-        path: The file in it.
+        path: Path of the file in the commit.
         token: Hub token.
-        cache_dir: The cache; the user's own where left out.
-        stop: Ends the download when it is set.
+        cache_dir: The cache; the user's own if left out.
+        stop: Stops the download when it is set.
 
     Raises:
         Stopped: `stop` was set.
-        SourceNotFoundError: No access to it.
-        DownloadError: It did not arrive whole after several attempts.
+        SourceNotFoundError: The Hub refuses access to the file.
+        DownloadError: Several attempts to download the file failed.
     """
     expected = listing.files[path]
     damaged = False
@@ -161,14 +174,14 @@ def fetch(
         )
         damaged = not expected.matches(Path(file))
         if damaged:
-            raise Corrupt(f"{path}: its checksum is not the one that the Hub lists")
+            raise Corrupt(f"{path}: its checksum differs from the one that the Hub lists")
         return Path(file)
 
     with hub_errors(listing.ref, token, path), time_limit(TIMEOUT):
         found = try_to_load_from_cache(listing.repo_id, path, revision=listing.sha)
         if isinstance(found, str):
             if expected.matches(Path(found)):
-                return Path(found) if cache_dir is None else _linked(Path(found), listing, path, cache_dir)
+                return Path(found) if cache_dir is None else _link(Path(found), listing, path, cache_dir)
             damaged = cache_dir is None
         if cache_dir is None:
             _remove_partial(listing, path)
@@ -176,7 +189,7 @@ def fetch(
 
 
 def _remove_partial(listing: Listing, path: str) -> None:
-    """Remove from the user's cache what a killed download of this file has left; one that is going on holds its lock."""
+    """Remove parts of this file that killed downloads left in the user's cache; a running download holds the lock."""
     name, file = listing.cache_name, listing.files[path]
     etag = file.sha256 or file.git_sha1
     partial = [*Path(constants.HF_HUB_CACHE, name, "blobs").glob(f"{etag}.*incomplete")]
@@ -184,25 +197,28 @@ def _remove_partial(listing: Listing, path: str) -> None:
         return
     try:
         with FileLock(Path(constants.HF_HUB_CACHE, ".locks", name, f"{etag}.lock"), timeout=0):
-            for left in partial:
-                left.unlink(missing_ok=True)
-    except (Timeout, OSError):  # somebody else's
+            for part in partial:
+                part.unlink(missing_ok=True)
+    except (Timeout, OSError):  # the parts belong to a running download, or to another user
         return
 
 
-def _remember(listing: Listing) -> None:
-    """Note in the user's cache what the revision named, as every download by its name does; needed without a network."""
+def _record_revision(listing: Listing) -> None:
+    """Record the commit of the revision in the user's cache, so that the revision can be found without a network.
+
+    The client records it only when it downloads by the name of a revision; this package downloads by commit.
+    """
     revision = listing.ref.revision or "main"
     path = Path(constants.HF_HUB_CACHE, listing.cache_name, "refs", revision)
-    with suppress(OSError):  # of a cache that others keep
+    with suppress(OSError):  # the cache may be read-only
         if revision == listing.sha or (path.is_file() and path.read_text() == listing.sha):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, listing.sha)
 
 
-def _linked(found: Path, listing: Listing, path: str, cache_dir: Path) -> Path:
-    """Put a file of another cache into the snapshot of `cache_dir`."""
+def _link(found: Path, listing: Listing, path: str, cache_dir: Path) -> Path:
+    """Link a file of the user's cache into the snapshot in `cache_dir`, and return the link."""
     folder = cache_dir / listing.cache_name / "snapshots" / listing.sha
     link = folder / path
     link.parent.mkdir(parents=True, exist_ok=True)
@@ -211,8 +227,14 @@ def _linked(found: Path, listing: Listing, path: str, cache_dir: Path) -> Path:
 
 
 def cached_source(ref: SourceRef, token: str | None = None, trusted: Collection[str] = ()) -> Source:
-    """Return a model that the user's cache holds whole, without asking the Hub; its card need not be there."""
-    names = [*CONFIG_FILES, FULL_WEIGHTS[0], ADAPTER_WEIGHTS[0], *(["*.py"] if ref.is_among(trusted) else [])]
+    """Return a model from the user's cache, without a request to the Hub; its model card may be missing.
+
+    Raises:
+        DownloadError: The cache has no complete and undamaged copy.
+    """
+    names = [*CONFIG_FILES, FULL_WEIGHTS[0], ADAPTER_WEIGHTS[0]]
+    if ref.is_among(trusted):
+        names.append("*.py")
     inside = f"{ref.subfolder}/" if ref.subfolder else ""
     patterns = [inside + name for name in names if name != "README.md"]
     ignored = [inside + name for name in NOT_NEEDED] + ([] if inside else ["*/*"])
@@ -226,19 +248,20 @@ def cached_source(ref: SourceRef, token: str | None = None, trusted: Collection[
         )
     try:
         source = Source.inspect(ref, Path(folder, ref.subfolder or ""), Path(folder).name)
-    except FileNotFoundError as error:  # an earlier look left its configuration alone
+    except FileNotFoundError as error:  # look_up caches the configuration only
         raise DownloadError(
-            f"'{ref}' could not be downloaded, and no complete copy is cached; run it again when the Hub can be reached"
+            f"'{ref}' could not be downloaded, and no complete copy is cached; run it again when the Hub can be "
+            "reached"
         ) from error
     if missing := source.missing_weights:
         raise DownloadError(
-            f"'{ref}' is not complete in the cache: {', '.join(missing)} missing; run it again when the Hub can be reached"
+            f"'{ref}' is not complete in the cache: {', '.join(missing)} missing; run it again when the Hub can be "
+            "reached"
         )
     source = replace(source, trusted=ref.is_among(trusted))
     for path in source.weight_files:
-        checksum = (
-            Path(os.readlink(path)).name if path.is_symlink() else ""
-        )  # the cache names files by what is in them
+        # The cache links to a file whose name is the checksum of its content.
+        checksum = Path(os.readlink(path)).name if path.is_symlink() else ""
         if len(checksum) == 64 and not RemoteFile(path.stat().st_size, checksum, "").matches(path):
             raise DownloadError(
                 f"{path.name} is damaged in the cache; run it again when the Hub can be reached", subject=ref
@@ -249,12 +272,12 @@ def cached_source(ref: SourceRef, token: str | None = None, trusted: Collection[
 def look_up(
     reference: str, *, token: str | None = None, trusted: Collection[str] = ()
 ) -> tuple[Source, Listing | None]:
-    """Return what `reference` is and, for one on the Hub, its commit; only configuration files are downloaded.
+    """Return the source and, if it is on the Hub, its commit. Only the configuration files are downloaded.
 
-    The folder of the returned source then holds no weights.
+    The folder of a source on the Hub may therefore have no weights.
 
     Raises:
-        SourceNotFoundError, DownloadError: As for `locate`.
+        SourceNotFoundError, DownloadError: See `locate`.
     """
     ref = SourceRef.parse(reference)
     if ref.is_local:
@@ -265,21 +288,21 @@ def look_up(
     source, folder = listing.inspect(), Path()
     for path in listing.configuration:
         folder = fetch(listing, path, token=token).parent
-    _remember(listing)
+    _record_revision(listing)
     return Source(ref, folder, listing.sha, source.kind, listing.gated, listing.trusted), listing
 
 
 def cached_bytes(listing: Listing) -> int:
-    """Return how many bytes of the weights lie in the user's cache already, by their sizes."""
+    """Return the size in bytes of the weight files of a commit that the user's cache already has."""
     found = {path: try_to_load_from_cache(listing.repo_id, path, revision=listing.sha) for path in listing.weights}
     return sum(Path(file).stat().st_size for file in found.values() if isinstance(file, str))
 
 
 def commit_of(ref: SourceRef, *, token: str | None = None) -> str | None:
-    """Return the sha that a reference to the Hub names now, or in the cache where the Hub cannot be asked.
+    """Return the current commit of a reference on the Hub, or the cached commit if the Hub cannot be reached.
 
     Raises:
-        SourceNotFoundError: No such repository or revision, or no access to it.
+        SourceNotFoundError: The repository or the revision does not exist, or the Hub refuses access to it.
     """
     if listing := resolve(ref, token=token):
         return listing.sha

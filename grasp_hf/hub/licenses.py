@@ -1,7 +1,7 @@
-"""The licence that a merge should declare, from those that its parents declare.
+"""The licence that a merge should declare, given the licences of its parents.
 
-A small closed table of licence ids as model cards on the Hub give them, and rules for two that meet in one model. This is
-no legal advice: it reads the ids that cards declare, not the texts behind them.
+The module has a table of the licence ids of the Hub, and rules for two licences in one model. It is no legal advice:
+it reads the ids on model cards, not the texts of the licences.
 """
 
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from enum import IntEnum
 from itertools import combinations
 from typing import Any, Literal
 
-OTHER = "other"  # what the Hub's metadata takes for a licence that is not in its list
-UNCLEAR = (OTHER, "unknown", "cc")  # `cc` names a family from public domain to no derivatives
+OTHER = "other"  # the id of the Hub for a licence that is not in its list
+UNCLEAR = (OTHER, "unknown", "cc")  # `cc` is a family of licences, from public domain to no derivatives
 
 
 class Strictness(IntEnum):
-    """How much a licence asks of whoever passes a model on."""
+    """Classes of licences, from the fewest to the most obligations for a person who shares a model."""
 
     PERMISSIVE = 0
     ATTRIBUTION = 1
@@ -35,11 +35,11 @@ class License:
     """One row of the table.
 
     Attributes:
-        name: The id on the Hub.
-        strictness: Its class.
-        bond: What it asks of a merge: `free` lets it have any stricter licence, `same` wants this licence (or one of
-            `SUCCESSORS`), `terms` wants its own terms passed on.
-        place: Its place in the table; of two licences of one class the later one asks for more, or is newer.
+        name: Id on the Hub.
+        strictness: Class of the licence.
+        bond: Obligation for a merge. `free` allows any stricter licence, `same` requires this licence or one of its
+            `SUCCESSORS`, `terms` requires that its own terms are passed on.
+        place: Index in the table. Of two licences in one class, the later one has more obligations or is newer.
     """
 
     name: str
@@ -48,8 +48,9 @@ class License:
     place: int
 
 
-# The ids are those of https://huggingface.co/docs/hub/repositories-licenses, which follow https://spdx.org/licenses where
-# SPDX has them; within a class from the least to the most that is asked, and from old to new.
+# The ids are those of https://huggingface.co/docs/hub/repositories-licenses, which are those of
+# https://spdx.org/licenses if SPDX has the licence. Each class is sorted from the fewest to the most obligations, and
+# from old to new.
 _CLASSES: tuple[tuple[Strictness, Bond, str], ...] = (
     (
         Strictness.PERMISSIVE,
@@ -92,8 +93,8 @@ _CLASSES: tuple[tuple[Strictness, Bond, str], ...] = (
 _ROWS = [(name, strictness, bond) for strictness, bond, names in _CLASSES for name in names.split()]
 LICENSES = {name: License(name, strictness, bond, place) for place, (name, strictness, bond) in enumerate(_ROWS)}
 
-# Licences that a work under a `same` licence may move to, each by its own text: section 3 of LGPL 2.1, LGPL 3.0 as GPL 3.0
-# with permissions, section 13 of GPL 3.0, the secondary licences of MPL 2.0, later versions of CC share-alike.
+# Other licences that a `same` licence allows by its own text: section 3 of LGPL 2.1, LGPL 3.0 (which is GPL 3.0 with
+# more permissions), section 13 of GPL 3.0, the secondary licences of MPL 2.0, later versions of CC share-alike.
 SUCCESSORS: dict[str, frozenset[str]] = {
     "mpl-2.0": frozenset({"lgpl-2.1", "lgpl-3.0", "gpl-2.0", "gpl-3.0", "agpl-3.0"}),
     "lgpl-2.1": frozenset({"gpl-2.0", "gpl-3.0", "agpl-3.0"}),
@@ -104,36 +105,39 @@ SUCCESSORS: dict[str, frozenset[str]] = {
     "cc-by-nc-sa-2.0": frozenset({"cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"}),
     "cc-by-nc-sa-3.0": frozenset({"cc-by-nc-sa-4.0"}),
 }
-# https://www.gnu.org/licenses/license-list.html
+# Pairs that cannot be combined, see https://www.gnu.org/licenses/license-list.html.
 EXCLUDED = frozenset({frozenset({"apache-2.0", "gpl-2.0"})})
 
 LIMITS = {
-    Strictness.WEAK_COPYLEFT: "asks for the same licence on what is made of it",
-    Strictness.COPYLEFT: "asks for the same licence on what is made of it",
-    Strictness.NETWORK_COPYLEFT: "asks for the same licence on what is made of it, also where it is only served",
-    Strictness.USE_RESTRICTED: "restricts what the merge may be used for, and wants its terms passed on",
+    Strictness.WEAK_COPYLEFT: "requires the same licence on derived models",
+    Strictness.COPYLEFT: "requires the same licence on derived models",
+    Strictness.NETWORK_COPYLEFT: "requires the same licence on derived models, also if they are only served",
+    Strictness.USE_RESTRICTED: "restricts the uses of the merge, and requires that its terms are passed on",
     Strictness.NON_COMMERCIAL: "allows no commercial use of the merge",
 }
 
 
 def license_of(metadata: Any) -> str | None:
-    """Return the licence in the metadata of a card, several of them as one text; `None` where it names none."""
+    """Return the licence in the metadata of a model card, several licences as one text; `None` if there is none."""
     found = metadata.get("license")
-    return ", ".join(map(str, found)) if isinstance(found, list) else found and str(found)
+    if isinstance(found, list):
+        return ", ".join(map(str, found))
+    return None if found is None else str(found)
 
 
 def strictest(licenses: Mapping[str, str | None]) -> tuple[str | None, list[str]]:
-    """Return the licence that a merge of models should declare, and what its maker should know.
+    """Return the licence that a merge of models should declare, and warnings for its author.
 
-    This is no legal advice. The strictest licence wins where all can be satisfied. `other` stands where a model declares
-    none or one outside the table, where one allows no derivatives, and where two exclude each other.
+    This is no legal advice. If all licences can be satisfied, the result is the strictest one. The result is `other`
+    if a model declares no licence or an id outside the table, if a licence allows no derivatives, or if two licences
+    exclude each other.
 
     Args:
-        licenses: What each model's card declares, as a licence id of the Hub, by the model's name.
+        licenses: Licence id on the card of each model, by the name of the model.
 
     Returns:
-        A value for the metadata key `license`, `None` where no model declares a licence; and the warnings, each of which
-        names the models that it is about.
+        The value for the metadata key `license`, `None` if no model declares a licence; and the warnings, which name
+        the models.
 
     Example:
         >>> strictest({"org/a": "mit", "org/b": "apache-2.0"})
@@ -144,54 +148,65 @@ def strictest(licenses: Mapping[str, str | None]) -> tuple[str | None, list[str]
         holders.setdefault((name or "").strip().lower() or None, []).append(model)
     known = sorted((LICENSES[name] for name in holders if name in LICENSES), key=lambda found: found.place)
     unclear = [name for name in holders if name not in LICENSES]
-    problems = value_problems(known, holders)
-    warnings = problems + [_unclear(name, holders[name]) for name in unclear]
+    problems = _find_conflicts(known, holders)
+    warnings = problems + [_warn_of_unclear(name, holders[name]) for name in unclear]
     if len(holders) > 1:
         warnings += [
-            f"{_named(found, holders)} {LIMITS[found.strictness]}" for found in known if found.strictness in LIMITS
+            f"{_name_with_models(found, holders)} {LIMITS[found.strictness]}"
+            for found in known
+            if found.strictness in LIMITS
         ]
     if set(holders) <= {None}:
         return None, warnings
     return OTHER if unclear or problems else known[-1].name, warnings
 
 
-def value_problems(known: list[License], holders: Mapping[str | None, list[str]]) -> list[str]:
-    """Return what keeps a single licence from standing for all of `known`, which are in the order of the table."""
+def _find_conflicts(known: list[License], holders: Mapping[str | None, list[str]]) -> list[str]:
+    """Return the reasons why no licence can satisfy all of `known`.
+
+    Args:
+        known: Licences in the order of the table.
+        holders: Names of the models under each licence id.
+    """
     fixed = [found for found in known if found.strictness is Strictness.NO_DERIVATIVES]
     problems = [
-        f"{_named(found, holders)} does not allow sharing what is made of it, such as a merge: ask its authors first"
+        f"{_name_with_models(found, holders)} does not allow sharing derived models, such as a merge: ask its authors "
+        "first"
         for found in fixed
     ]
     for one, two in combinations(known[: len(known) - len(fixed)], 2):
-        if reason := _conflict(one, two):
-            problems.append(f"{_named(one, holders)} and {_named(two, holders)} cannot both be satisfied: {reason}")
+        if reason := _explain_conflict(one, two):
+            names = f"{_name_with_models(one, holders)} and {_name_with_models(two, holders)}"
+            problems.append(f"{names} cannot both be satisfied: {reason}")
     return problems
 
 
-def _conflict(one: License, two: License) -> str | None:
-    """Say why no merge can satisfy both licences, of which `two` stands later in the table."""
+def _explain_conflict(one: License, two: License) -> str | None:
+    """Return the reason why no merge can satisfy both licences, if any; `two` is later in the table."""
     if frozenset({one.name, two.name}) in EXCLUDED:
-        return f"{two.name} does not allow the further conditions of {one.name}"
+        return f"{two.name} does not allow the additional conditions of {one.name}"
     if one.bond == two.bond == "terms":
-        return "each wants its own terms passed on with the merge"
+        return "each requires that its own terms are passed on with the merge"
     if one.bond == two.bond == "same":
-        return None if two.name in SUCCESSORS.get(one.name, ()) else "each asks for its own licence on the merge"
+        return None if two.name in SUCCESSORS.get(one.name, ()) else "each requires its own licence on the merge"
     for bound, added in ((one, two), (two, one)):
         if bound.bond == "same" and (added.bond == "terms" or added.place > bound.place):
-            return f"{bound.name} asks for the same licence on the merge, without the restrictions of {added.name}"
+            return f"{bound.name} requires the same licence on the merge, without the restrictions of {added.name}"
     return None
 
 
-def _named(found: License, holders: Mapping[str | None, list[str]]) -> str:
-    return f"{found.name} ({_listed(holders[found.name])})"
+def _name_with_models(found: License, holders: Mapping[str | None, list[str]]) -> str:
+    return f"{found.name} ({_list_models(holders[found.name])})"
 
 
-def _listed(models: list[str]) -> str:
+def _list_models(models: list[str]) -> str:
     return ", ".join(f"`{model}`" for model in models)
 
 
-def _unclear(name: str | None, models: list[str]) -> str:
+def _warn_of_unclear(name: str | None, models: list[str]) -> str:
     if name is None:
-        return f"no licence is declared by {_listed(models)}: without one, only the authors may share it"
-    why = "" if name in UNCLEAR else ", which is not a licence id known here,"
-    return f"`{name}`{why} is declared by {_listed(models)}: read its terms before you share the merge"
+        return (
+            f"no licence is declared by {_list_models(models)}: only the authors may share a model without a licence"
+        )
+    why = "" if name in UNCLEAR else ", which is not in the table of licence ids,"
+    return f"`{name}`{why} is declared by {_list_models(models)}: read its terms before you share the merge"

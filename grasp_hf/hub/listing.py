@@ -1,4 +1,4 @@
-"""The files that a repository on the Hub holds."""
+"""The files of a commit on the Hub."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from pathlib import Path
 from ..internals import cache_folder_name
 from .reference import INDEX, Source, SourceRef, main_weights
 
-TOKENIZERS = ("*.model", "*.spm", "*.tiktoken", "bpe.codes")  # those that are neither JSON nor text
+TOKENIZERS = ("*.model", "*.spm", "*.tiktoken", "bpe.codes")  # files of tokenizers with other suffixes
 CONFIG_FILES = ("*.json", "*.txt", *TOKENIZERS, "*.jinja", "README.md", "grasp_config.yaml")
 CHAT_TEMPLATES = "additional_chat_templates"
 NOT_NEEDED = ("trainer_state.json", "*results.json")
@@ -20,9 +20,9 @@ class RemoteFile:
     """One file of a commit.
 
     Attributes:
-        size: In bytes.
-        sha256: Checksum of a large file; `None` for a small one.
-        git_sha1: Checksum of a small one, as git makes it; that of a large one is of its pointer.
+        size: Size in bytes.
+        sha256: Checksum of a large file; `None` for a small file.
+        git_sha1: Checksum that git computes: of the content of a small file, of the pointer to a large file.
     """
 
     size: int
@@ -30,7 +30,7 @@ class RemoteFile:
     git_sha1: str
 
     def matches(self, path: Path) -> bool:
-        """Tell whether the file at `path` has this content, by its checksum: the size alone says too little."""
+        """Whether the file at `path` has the same size and the same checksum."""
         if path.stat().st_size != self.size:
             return False
         digest = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
@@ -45,14 +45,14 @@ class Listing:
     """One commit of a repository.
 
     Attributes:
-        ref: What the user named.
-        repo_id: The repository's name now; another one than in `ref` where it was renamed.
-        sha: The commit.
-        files: What it holds, by path.
-        license: What its card declares.
-        gated: Whether conditions stand before its files.
-        trusted: Whether its Python files are wanted.
-        shards: Names of the weight files, where an index says which they are.
+        ref: Reference from the user.
+        repo_id: Current name of the repository. It differs from that in `ref` after a renaming.
+        sha: Hash of the commit.
+        files: Files of the commit, by path.
+        license: Licence on the model card.
+        gated: Whether the Hub asks users to accept conditions before a download.
+        trusted: Whether the user trusts its Python files, which are then downloaded too.
+        shards: Names of the weight files, if an index lists them.
     """
 
     ref: SourceRef
@@ -65,55 +65,56 @@ class Listing:
     shards: tuple[str, ...] = ()
 
     def select(self, patterns: Sequence[str]) -> list[str]:
-        """Return the files in the reference's folder that match one of `patterns`."""
+        """Return the paths of the files in the reference's folder that match one of `patterns`."""
+        names = [path.removeprefix(self.folder) for path in self.files if path.startswith(self.folder)]
         return [
-            path
-            for path in self.files
-            if path.startswith(self.folder)
-            and any(fnmatch(name := path.removeprefix(self.folder), p) for p in patterns)
-            if "/" not in name and not any(fnmatch(name, pattern) for pattern in NOT_NEEDED)
+            self.folder + name
+            for name in names
+            if "/" not in name
+            and any(fnmatch(name, pattern) for pattern in patterns)
+            and not any(fnmatch(name, pattern) for pattern in NOT_NEEDED)
         ]
 
     @property
     def folder(self) -> str:
-        """The reference's folder in the repository, with a slash at its end; empty for the root."""
+        """Folder of the reference in the repository, with a final slash; empty for the root."""
         return f"{self.ref.subfolder}/" if self.ref.subfolder else ""
 
     @property
     def cache_name(self) -> str:
-        """The repository's folder in a cache of the client."""
+        """Name of the repository's folder in a cache of the client."""
         return cache_folder_name(self.repo_id)
 
     @property
     def names(self) -> list[str]:
-        """The files in the reference's folder, by name."""
+        """Names of the files in the reference's folder, sorted."""
         return sorted(Path(path).name for path in self.select(["*"]))
 
     @property
     def exports(self) -> list[str]:
-        """The names of files in folders below, where exports for other frameworks lie."""
+        """Relative paths of the files in subfolders, which may be exports for other frameworks."""
         below = (path.removeprefix(self.folder) for path in self.files if path.startswith(self.folder))
         return sorted(path for path in below if "/" in path)
 
     def inspect(self) -> Source:
-        """Return what it is, before anything is downloaded; raises as `Source.inspect`."""
+        """Return the source of this commit, before anything is downloaded; see `Source.inspect` for errors."""
         return Source.inspect(self.ref, Path(), self.sha, files=self.names, exports=self.exports)
 
     @property
     def configuration(self) -> list[str]:
-        """Paths of the configuration files; chat templates beside the first one lie in a folder of their own."""
+        """Paths of the configuration files; chat templates after the first one are in a folder of their own."""
         templates = [path for path in self.files if path.startswith(f"{self.folder}{CHAT_TEMPLATES}/")]
         return templates + self.select([*CONFIG_FILES, "*.py"] if self.trusted else CONFIG_FILES)
 
     @property
     def main_weights(self) -> str | None:
-        """Path of the file that holds the weights, or of the index of those that do."""
+        """Path of the single weight file, or of the index of several; `None` if there are no weights."""
         name = main_weights(self.names)
         return self.folder + name if name else None
 
     @property
     def weights(self) -> list[str]:
-        """Paths of the weight files, of one format only."""
+        """Paths of the weight files, in one format only."""
         main = self.main_weights
         if main is None or not main.endswith(INDEX):
             return [main] if main else []

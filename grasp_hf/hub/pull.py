@@ -1,4 +1,4 @@
-"""Sources pulled one at a time onto a constant disk: the next one arrives while one is used, and what was used goes."""
+"""Downloads of sources one at a time: the next source is downloaded while one is used, and used files are removed."""
 
 import os
 import shutil
@@ -20,21 +20,21 @@ from .download import cached_bytes, cached_source, fetch, fetch_source, locate, 
 from .listing import Listing
 from .reference import Source, SourceRef
 
-PATIENCE = 5.0  # seconds that a download has to end when it is not wanted any more
+PATIENCE = 5.0  # seconds to wait for a download that was told to stop
 
-Brought = tuple[Source, Path | None]
+Pulled = tuple[Source, Path | None]  # a source, and the folder to remove after its use
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedSource(Source):
-    """A full model on the Hub whose shards come one by one; its folder holds those that are here.
+    """A full model on the Hub whose shards are downloaded one by one; `folder` has the shards downloaded so far.
 
     Attributes:
-        listing: Its commit.
-        cache: Where they are fetched to.
+        listing: Commit of the model.
+        cache: Folder that the shards are downloaded to.
         token: Hub token.
-        arriving: The shards, each fetched when it is asked for, or while the one before it is used.
+        arriving: Iterator over the shards. It downloads each shard on request, or while the one before it is used.
     """
 
     listing: Listing
@@ -44,39 +44,39 @@ class ShardedSource(Source):
 
     @property
     def num_bytes(self) -> int:
-        """Size of all the weights in bytes."""
+        """Size of all shards in bytes."""
         return self.listing.num_bytes
 
     def shards(self) -> Iterator[Path]:
-        """Yield the weight files in turn; each is removed when the next one is asked for."""
+        """Yield the shards in turn. Each is removed when the next one is requested."""
         for path in self.arriving:
             blob = path.resolve()
             yield path
             path.unlink(missing_ok=True)
-            if self.cache.resolve() in blob.parents:  # else it is the user's own
+            if self.cache.resolve() in blob.parents:  # otherwise the file is in the user's own cache
                 blob.unlink(missing_ok=True)
 
     def gather(self) -> None:
-        """Bring all shards to this machine: an ordinary source from now on."""
+        """Download all shards and keep them. The source can then be read like any other source."""
         for _ in self.arriving:
             pass
 
 
 class Puller:
-    """Brings sources to this machine, as a context manager; at most two are here at a time, one without `prefetch`.
+    """Context manager that downloads sources and removes them after use.
 
-    With `undo_bytes` the same holds for shards: at most two are here at a time, one without `prefetch`.
-
-    A source on the Hub is downloaded into a cache of its own under `HF_HOME`, which is removed when the source has been
-    used. What the user's own Hugging Face cache holds is read there, and stays.
+    At most two sources are on disk at a time, and only one without `prefetch`. The same holds for the shards of a
+    `ShardedSource`. Each source on the Hub is downloaded to a cache of its own under `HF_HOME`, which is removed after
+    use. Files in the user's own Hugging Face cache are not downloaded again, and are not removed.
 
     Args:
-        token: Hub token; left out, the one that you are logged in with.
-        prefetch: Whether the following source is brought while one is used.
+        token: Hub token; that of your login if left out.
+        prefetch: Whether to download the next source while one is used.
         trusted: References whose own Python code may run.
-        undo_bytes: Yield a `ShardedSource` where a source is in shards and that needs less disk, with this many bytes
-            that its user keeps elsewhere because a later shard may fail. Left out, every source is here as a whole.
-        commits: The commit to take of a reference, where that was looked up before: a branch may have moved meanwhile.
+        undo_bytes: Size in bytes of the copy of the weights that a merge keeps to undo a source whose later shard
+            fails. With it, a source in several shards becomes a `ShardedSource` if that needs less disk space. Without
+            it, every source is downloaded whole.
+        commits: Commits of references that were looked up before; a branch may have moved since then.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class Puller:
     ) -> None:
         self._token, self._prefetch, self._trusted = token, prefetch, trusted
         self._undo_bytes, self._commits = undo_bytes, commits or {}
-        self._held = ExitStack()
+        self._exits = ExitStack()
         self._directory: Path | None = None
         self._count = 0
-        self._next: tuple[str, Future[Brought]] | None = None
+        self._next: tuple[str, Future[Pulled]] | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -108,60 +108,73 @@ class Puller:
             if self._thread is not None:
                 self._thread.join(PATIENCE)
         finally:
-            self._held.close()
+            self._exits.close()
 
     @contextmanager
     def pull(self, reference: str, following: str | None = None) -> Iterator[Source]:
-        """Yield a source whose files are on this machine until the end of the block, or come there in it.
+        """Yield a source whose files are on this machine until the end of the block.
+
+        The later shards of a `ShardedSource` are downloaded during the block.
 
         Args:
             reference: The source.
-            following: The one that will be asked for next; it is being brought meanwhile.
+            following: The source of the next call. It is downloaded during the block.
 
         Raises:
-            SourceNotFoundError, DownloadError: As for `hub.locate`.
+            SourceNotFoundError, DownloadError: See `hub.download.locate`.
         """
         expected, self._next = self._next, None
-        future = expected[1] if expected and expected[0] == reference else self._begin(lambda: self._bring(reference))
+        if expected and expected[0] == reference:
+            future = expected[1]
+        else:
+            future = self._start(lambda: self._download(reference))
         source, own = future.result()
-        over = threading.Event()
+        block_ended = threading.Event()
 
-        def follow() -> None:
+        def start_following() -> None:
             if following is not None and self._prefetch:
-                self._next = following, self._begin(lambda: self._bring(following))
+                self._next = following, self._start(lambda: self._download(following))
 
         if isinstance(source, ShardedSource):
-            source = replace(source, arriving=self._arriving(source, over, follow))
+            source = replace(source, arriving=self._iterate_shards(source, block_ended, start_following))
         else:
-            follow()
+            start_following()
         try:
             yield source
         finally:
-            over.set()
+            block_ended.set()
             if own is not None:
                 shutil.rmtree(own, ignore_errors=True)
 
-    def _arriving(self, source: ShardedSource, over: threading.Event, follow: Callable[[], None]) -> Iterator[Path]:
-        """Yield the shards of a source, of which the first is here, and `follow` when all are."""
+    def _iterate_shards(
+        self, source: ShardedSource, block_ended: threading.Event, start_following: Callable[[], None]
+    ) -> Iterator[Path]:
+        """Yield the shards of a source in turn, and start the next source after the last download.
+
+        Args:
+            source: Source whose first shard is on this machine.
+            block_ended: Stops a download when it is set.
+            start_following: Starts the download of the next source.
+        """
 
         def fetch_shard(path: str) -> Path:
-            with self._removing(source.cache, over):
-                return fetch(source.listing, path, token=self._token, cache_dir=source.cache, stop=over)
+            with self._remove_on_failure(source.cache, block_ended):
+                return fetch(source.listing, path, token=self._token, cache_dir=source.cache, stop=block_ended)
 
         first, *others = source.listing.weights
         file = source.folder / Path(first).name
         for path in others:
-            coming = self._begin(partial(fetch_shard, path)) if self._prefetch else None
+            shard = self._start(partial(fetch_shard, path)) if self._prefetch else None
             yield file
-            file = coming.result() if coming else fetch_shard(path)
-        follow()
+            file = shard.result() if shard else fetch_shard(path)
+        start_following()
         yield file
 
-    def _begin(self, bring: Callable[[], Result]) -> Future[Result]:
-        """Bring something in a thread of its own, after what is being brought.
+    def _start(self, download: Callable[[], Result]) -> Future[Result]:
+        """Run `download` in a thread of its own, after the download that runs now.
 
-        The thread is a daemon, as the client waits for minutes where a connection has stalled: neither the end of the
-        block nor that of the process waits as long.
+        The client waits for minutes if a connection has stalled. The thread is a daemon, so that neither the end of
+        the block nor the end of the process waits as long.
         """
         before, future = self._thread, Future[Result]()
 
@@ -169,7 +182,7 @@ class Puller:
             if before is not None:
                 before.join()
             try:
-                future.set_result(bring())
+                future.set_result(download())
             except BaseException as error:
                 future.set_exception(error)
 
@@ -177,25 +190,25 @@ class Puller:
         self._thread.start()
         return future
 
-    def _bring(self, reference: str) -> Brought:
-        """Return the source, and the folder to be removed when it has been used."""
+    def _download(self, reference: str) -> Pulled:
+        """Download a source and return it. Only the first shard of a `ShardedSource` is downloaded here."""
         ref = SourceRef.parse(reference)
         if ref.is_local:
             source = locate(ref, trusted=self._trusted)
             read_ahead(source)
             return source, None
-        at = replace(ref, revision=self._commits.get(reference, ref.revision))
-        trusted = [str(at)] if ref.is_among(self._trusted) else []
-        listing = resolve_model(at, token=self._token, trusted=trusted)
+        pinned = replace(ref, revision=self._commits.get(reference, ref.revision))
+        trusted = [str(pinned)] if ref.is_among(self._trusted) else []
+        listing = resolve_model(pinned, token=self._token, trusted=trusted)
         if listing is None:
-            source = replace(cached_source(at, trusted=trusted), ref=ref)
+            source = replace(cached_source(pinned, trusted=trusted), ref=ref)
             read_ahead(source)
             return source, None
         listing = replace(listing, ref=ref)
         with hub_errors(ref):
             own = self._new_folder()
         sharded = self._needs_less_disk_in_shards(listing)
-        with self._removing(own, self._stop):
+        with self._remove_on_failure(own, self._stop):
             weights = listing.weights[:1] if sharded else None
             source = fetch_source(listing, weights, token=self._token, cache_dir=own, stop=self._stop)
         if sharded:
@@ -203,6 +216,7 @@ class Puller:
         return source, own
 
     def _needs_less_disk_in_shards(self, listing: Listing) -> bool:
+        """Whether the shards and `undo_bytes` together need less disk space than whole models."""
         weights, at_once = listing.weights, 2 if self._prefetch else 1
         if self._undo_bytes is None or not all(path.endswith(".safetensors") for path in weights):
             return False
@@ -211,22 +225,23 @@ class Puller:
         return at_once * largest + self._undo_bytes < at_once * whole
 
     @contextmanager
-    def _removing(self, own: Path, stop: threading.Event) -> Iterator[None]:
-        """Remove the folder of a source where the block, which fetches into it, fails or ends after `stop` was set."""
+    def _remove_on_failure(self, own: Path, stop: threading.Event) -> Iterator[None]:
+        """Remove `own`, the folder that the block downloads to, if the block fails or ends after `stop` was set."""
         try:
             yield
             if stop.is_set():
                 raise Stopped
         except BaseException:
-            # Where the end of the block has not waited, the client may have made its folders once more.
+            # If `__exit__` stopped waiting and removed the parent folder, the client may have created it again.
             shutil.rmtree(own.parent if self._stop.is_set() else own, ignore_errors=True)
             raise
 
     def _new_folder(self) -> Path:
+        """Create a folder for one source and return it."""
         if self._stop.is_set():
             raise Stopped
         if self._directory is None:
-            self._directory = self._held.enter_context(workspace(Path(constants.HF_HOME, "grasp_hf"), "run-"))
+            self._directory = self._exits.enter_context(workspace(Path(constants.HF_HOME, "grasp_hf"), "run-"))
         self._count += 1
         folder = self._directory / str(self._count)
         folder.mkdir()
@@ -234,7 +249,7 @@ class Puller:
 
 
 def read_ahead(source: Source) -> None:
-    """Ask the system to read the weight files of `source` into its page cache, where it can."""
+    """Ask the operating system to read the weight files of `source` into its page cache, if it supports this."""
     if hasattr(os, "posix_fadvise"):
         for path in source.weight_files:
             with open(path, "rb") as file:

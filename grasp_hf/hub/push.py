@@ -1,4 +1,4 @@
-"""A merge pushed to the Hub: shard by shard, as one commit that others see whole or not at all."""
+"""Push a merge to the Hub: shard by shard, in one commit, so that others see all of it or nothing."""
 
 import hashlib
 import logging
@@ -29,8 +29,8 @@ from .reference import ADAPTER_WEIGHTS, FULL_WEIGHTS, SourceRef
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 120.0  # seconds for one answer; a commit of many large files takes its time
-# Files that would be loaded instead of those of the merge, or with them.
+TIMEOUT = 120.0  # seconds to wait for one answer; the Hub needs long for a commit of many large files
+# Earlier files that would be loaded instead of those of the merge, or together with them. A push deletes them.
 REPLACED = (
     *FULL_WEIGHTS,
     "model-*.safetensors",
@@ -42,13 +42,13 @@ REPLACED = (
 
 @dataclass(frozen=True)
 class Destination:
-    """Where to push to, as in `PreTrainedModel.push_to_hub`.
+    """Repository and branch that a merge is pushed to, as in `PreTrainedModel.push_to_hub`.
 
     Attributes:
-        repo_id: Repository; made where there is none.
-        revision: Branch; made where there is none.
-        create_pr: Open a pull request instead of changing the branch.
-        private: Make a new repository private.
+        repo_id: Repository; created if it does not exist.
+        revision: Branch; created if it does not exist.
+        create_pr: Whether to open a pull request instead of changing the branch.
+        private: Whether a new repository is private.
         token: Hub token.
     """
 
@@ -60,12 +60,12 @@ class Destination:
 
     @property
     def api(self) -> HfApi:
-        """The client."""
+        """The client of huggingface_hub, with the token."""
         return HfApi(token=self.token)
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise `PushError` where no repository can have this name; the Hub is not asked."""
+    """Raise `PushError` if `repo_id` is not a valid name of a repository; the Hub is not asked."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -73,15 +73,16 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def create_repo(to: Destination) -> str:
-    """Create the repository and the branch where there is none, and return the repository's full id.
+    """Create the repository and the branch if they do not exist, and return the repository's full id.
 
     Raises:
-        PushError: The name is not possible, the token may not write there, or the Hub could not be reached.
+        PushError: The name is not valid, the token has no write access, or the Hub cannot be reached.
     """
     check_repo_id(to.repo_id)
-    with _pushing(to):
+    with _push_errors(to):
         repo_id = retry(
-            lambda: to.api.create_repo(to.repo_id, private=to.private, exist_ok=True).repo_id, "creating it"
+            lambda: to.api.create_repo(to.repo_id, private=to.private, exist_ok=True).repo_id,
+            "creating the repository",
         )
         if to.revision is not None and not to.revision.startswith("refs/"):
             branch = to.revision
@@ -91,11 +92,12 @@ def create_repo(to: Destination) -> str:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push made.
+    """The result of a push.
 
     Attributes:
-        url: Of the commit, or of the pull request.
-        version: Repository and commit of a new version on the main branch; `None` on another branch or in a pull request.
+        url: Address of the commit or of the pull request.
+        version: Repository and commit of a new version on the main branch; `None` for another branch or a pull
+            request.
     """
 
     url: str
@@ -109,17 +111,17 @@ def push_merge(
     message: str,
     earlier: tuple[str, str] | None,
 ) -> Pushed:
-    """Create the repository if there is none, upload the files of a merge as one commit, and tag it as a version.
+    """Create the repository if it does not exist, upload the files of a merge in one commit, and tag it as a version.
 
     Args:
-        to: Where to push to.
-        write: Writes the files to an empty folder, for a repository of that full id, and returns their paths. A large file
-            may be written only when it is asked for.
+        to: Destination of the push.
+        write: Takes an empty folder and the full id of the repository, writes the files, and returns their paths. It
+            may write a large file only when the path is requested.
         message: Title of the commit.
         earlier: Repository and commit of the version that the merge continues, if any.
 
     Raises:
-        PushError: As for `push_files`, or the files could not be written.
+        PushError: The reason is one of `push_files`, or the files could not be written.
     """
     to = replace(to, repo_id=create_repo(to))
     on_main = not to.create_pr and to.revision in (None, "main")
@@ -132,8 +134,8 @@ def push_merge(
             if isinstance(error, GraspError):
                 raise
             raise PushError(
-                f"'{to.repo_id}': what is to be uploaded could not be written to '{directory.parent}': {error}; free some "
-                "space there, set TMPDIR to another folder or lower max_shard_size, and push again"
+                f"'{to.repo_id}': the files to upload could not be written to '{directory.parent}': {error}; free some "
+                "disk space there, set TMPDIR to another folder or lower max_shard_size, and push again"
             ) from error
     if on_main:
         tag_version(to, commit.oid)
@@ -143,50 +145,56 @@ def push_merge(
 def push_files(
     to: Destination, folder: Path, files: Iterable[Path], *, message: str, continues: str | None = None
 ) -> CommitInfo:
-    """Upload `files` as one commit to an existing repository, at their places in `folder`, replacing all its weights.
+    """Upload `files` in one commit to an existing repository. The commit replaces all earlier weights.
 
-    Every large file is uploaded, and then deleted here, before the next one is asked for; others see nothing of it until
-    the commit at the end. A file that the Hub holds already is not uploaded again, so a failed push goes on where it was.
+    Each large file is uploaded and then deleted here before the next one is requested. Others see none of the files
+    until the commit at the end. A file that the Hub already has is not uploaded again, so a failed push can be
+    resumed.
 
     Args:
-        to: The repository, under its full id.
-        folder: What lies in it stands in the root of the repository.
-        files: Paths in the folder, made as they are asked for.
+        to: Destination, with the full id of the repository.
+        folder: Folder that corresponds to the root of the repository.
+        files: Paths in the folder. An iterator may write each file on request.
         message: Title of the commit.
-        continues: The commit that this version was made from; another one at the head is somebody else's version.
+        continues: Commit of the version that this version continues. The head of the branch must be this commit.
 
     Raises:
-        PushError: The branch was changed by someone else meanwhile, or the token may not, or the Hub could not be reached;
-            nothing has changed there.
+        PushError: The token has no write access, the Hub cannot be reached, or someone else changed the branch during
+            the upload. The branch is unchanged.
+        StaleMergeError: The repository has a newer version than `continues`.
     """
-    with _pushing(to):
-        head = _listing(to, to.revision)
-        requests = _pull_requests(to) if to.create_pr else set()
+    with _push_errors(to):
+        head = _resolve(to, to.revision)
+        requests = _list_pull_requests(to) if to.create_pr else set()
         operations, intended = [], {}
         for path in files:
             name = path.relative_to(folder).as_posix()
             operation = CommitOperationAdd(name, path)
-            intended[name] = _described(path)
-            # A head that holds the same is this version itself, pushed before.
-            if continues not in (None, head.sha) and not _holds(head, {name: intended[name]}, []):
+            intended[name] = _fingerprint(path)
+            # If the head has the same file, it may be this very version, pushed before.
+            if continues not in (None, head.sha) and not _has_files(head, {name: intended[name]}, []):
                 raise StaleMergeError(
-                    f"'{to.repo_id}' has a newer version than the one that this was made from: expected {continues}, got "
-                    f"{head.sha}; append to the new version, or push to another branch or as a pull request (--create-pr)"
+                    f"'{to.repo_id}' has a newer version than the one that this merge continues: expected {continues}, "
+                    f"got {head.sha}; append to the new version, or push to another branch or as a pull request "
+                    "(--create-pr)"
                 )
             retry(lambda op=operation: _upload(to, op), f"uploading {name}")  # type: ignore[misc]
-            if operation.path_or_fileobj == b"":  # uploaded: the client holds on to small files only
+            # The client drops the content of an uploaded file. Small files are uploaded with the commit.
+            if operation.path_or_fileobj == b"":
                 path.unlink()
             operations.append(operation)
         stale = [path for path in head.select(REPLACED) if path not in intended]
         deletions = [CommitOperationDelete(path) for path in stale]
         commit = _commit(to, [*operations, *deletions], intended, stale, head, requests, message)
-        arrived = _listing(to, commit.oid)
-        if not _holds(arrived, intended, stale):
-            raise PushError(f"what its commit {commit.oid} holds is not what was sent; push again", subject=to.repo_id)
+        arrived = _resolve(to, commit.oid)
+        if not _has_files(arrived, intended, stale):
+            problem = f"the files in its commit {commit.oid} differ from those sent; push again"
+            raise PushError(problem, subject=to.repo_id)
         return commit
 
 
 def _upload(to: Destination, operation: CommitOperationAdd) -> None:
+    """Upload a large file; a small file is uploaded with the commit."""
     try:
         to.api.preupload_lfs_files(
             to.repo_id, [operation], revision=to.revision, create_pr=to.create_pr, num_threads=1
@@ -194,7 +202,7 @@ def _upload(to: Destination, operation: CommitOperationAdd) -> None:
     except (RuntimeError, ValueError) as error:
         if isinstance(error, (HfHubHTTPError, HFValidationError)):
             raise
-        if isinstance(error.__cause__, (HfHubHTTPError, HTTPError, OSError)):  # what the client hides
+        if isinstance(error.__cause__, (HfHubHTTPError, HTTPError, OSError)):  # the client wraps these errors
             raise error.__cause__ from None
         raise PushError(
             f"{operation.path_in_repo} could not be uploaded: {error}; push again", subject=to.repo_id
@@ -210,10 +218,10 @@ def _commit(
     requests: set[str],
     message: str,
 ) -> CommitInfo:
-    """Make the commit once, also where the Hub's answer to it is lost."""
+    """Make the commit exactly once, even if the answer of the Hub is lost."""
 
     def attempt() -> CommitInfo:
-        if done := _done(to, intended, stale, head, requests):
+        if done := _find_commit(to, intended, stale, head, requests):
             return done
         return to.api.create_commit(
             to.repo_id,
@@ -229,20 +237,20 @@ def _commit(
     except HfHubHTTPError as error:
         if error.response is None or error.response.status_code != 412:
             raise
-        if done := _done(to, intended, stale, head, requests):  # the client had tried twice
+        if done := _find_commit(to, intended, stale, head, requests):  # from an earlier attempt of the client itself
             return done
         raise PushError(
-            f"'{to.repo_id}' was changed by someone else while this was uploaded; look at the change, and push again"
+            f"'{to.repo_id}' was changed by someone else during the upload; look at the change, and push again"
         ) from error
 
 
-def _done(
+def _find_commit(
     to: Destination, intended: dict[str, RemoteFile], stale: list[str], head: Listing, requests: set[str]
 ) -> CommitInfo | None:
-    """Return the commit of this push where it has been made and only the answer was lost."""
-    for revision in sorted(_pull_requests(to) - requests) if to.create_pr else [to.revision]:
-        now = _listing(to, revision)
-        if now.sha != head.sha and _holds(now, intended, stale):
+    """Return the commit of this push if the Hub has made it and only the answer was lost, otherwise `None`."""
+    for revision in sorted(_list_pull_requests(to) - requests) if to.create_pr else [to.revision]:
+        now = _resolve(to, revision)
+        if now.sha != head.sha and _has_files(now, intended, stale):
             url = f"{to.api.endpoint}/{to.repo_id}"
             return CommitInfo(
                 commit_url=f"{url}/commit/{now.sha}",
@@ -254,18 +262,22 @@ def _done(
     return None
 
 
-def _holds(listing: Listing, intended: dict[str, RemoteFile], stale: list[str]) -> bool:
-    same = all(
-        name in listing.files
-        and (found := listing.files[name]).size == file.size
-        and (found.sha256 == file.sha256 if found.sha256 else found.git_sha1 == file.git_sha1)
-        for name, file in intended.items()
-    )
-    return same and not set(stale) & set(listing.files)
+def _has_files(listing: Listing, intended: dict[str, RemoteFile], stale: list[str]) -> bool:
+    """Whether a commit has all `intended` files and none of the `stale` ones."""
+    if set(stale) & set(listing.files):
+        return False
+    return all(name in listing.files and _is_same_file(listing.files[name], file) for name, file in intended.items())
 
 
-def _described(path: Path) -> RemoteFile:
-    """Return size and checksums of a file that is here."""
+def _is_same_file(found: RemoteFile, local: RemoteFile) -> bool:
+    """Whether a file on the Hub has the size and the checksum of a local file."""
+    if found.size != local.size:
+        return False
+    return found.sha256 == local.sha256 if found.sha256 else found.git_sha1 == local.git_sha1
+
+
+def _fingerprint(path: Path) -> RemoteFile:
+    """Return the size and both checksums of a local file."""
     size = path.stat().st_size
     sha256, sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     with open(path, "rb") as file:
@@ -275,55 +287,57 @@ def _described(path: Path) -> RemoteFile:
     return RemoteFile(size, sha256.hexdigest(), sha1.hexdigest())
 
 
-def _listing(to: Destination, revision: str | None) -> Listing:
+def _resolve(to: Destination, revision: str | None) -> Listing:
+    """Return the current commit of a revision of the repository."""
     found = resolve(SourceRef(to.repo_id, revision), token=to.token)
     if found is None:
-        raise PushError(f"'{to.repo_id}' could not be written on the Hub: it cannot be reached; push again later")
+        raise PushError(f"'{to.repo_id}' could not be pushed: the Hub cannot be reached; push again later")
     return found
 
 
-def _pull_requests(to: Destination) -> set[str]:
+def _list_pull_requests(to: Destination) -> set[str]:
+    """Return the refs of all pull requests, such as `refs/pr/1`."""
     refs = retry(lambda: to.api.list_repo_refs(to.repo_id, include_pull_requests=True), "listing pull requests")
     return {ref.ref for ref in refs.pull_requests or []}
 
 
 def tag_version(to: Destination, sha: str) -> str | None:
-    """Tag a commit with the next version, `v1`, `v2`, …, unless it has one; return the tag.
+    """Tag a commit with the next version, `v1`, `v2`, …, unless it has such a tag; return the tag.
 
-    A tag that cannot be made is a warning: the model is there.
+    A failure is only a warning and returns `None`, because the model itself was pushed.
     """
     try:
-        with _pushing(to):
+        with _push_errors(to):
             tags = retry(lambda: to.api.list_repo_refs(to.repo_id), "listing tags").tags
             versions = {int(tag.name[1:]): tag.target_commit for tag in tags if re.fullmatch(r"v\d+", tag.name)}
-            if known := [f"v{number}" for number, commit in versions.items() if commit == sha]:
-                return known[0]
+            if existing := [f"v{number}" for number, commit in versions.items() if commit == sha]:
+                return existing[0]
             name = f"v{max(versions, default=0) + 1}"
             retry(lambda: to.api.create_tag(to.repo_id, tag=name, revision=sha, exist_ok=True), "tagging")
             return name
     except PushError as error:
-        logger.warning("the commit %s was pushed, but has no version tag: %s", sha, error)
+        logger.warning("the commit %s was pushed, but could not be tagged as a version: %s", sha, error)
         return None
 
 
 @contextmanager
-def _pushing(to: Destination) -> Iterator[None]:
-    """Give every request a time limit, which the client has not, and name the repository in errors."""
+def _push_errors(to: Destination) -> Iterator[None]:
+    """Turn errors of the client into `PushError`, and give every request a time limit."""
     try:
         with time_limit(TIMEOUT):
             yield
     except OfflineModeIsEnabled as error:
         raise PushError(
-            f"'{to.repo_id}' could not be written on the Hub: {error}; unset HF_HUB_OFFLINE, and push again"
+            f"'{to.repo_id}' could not be pushed to the Hub: {error}; unset HF_HUB_OFFLINE, and push again"
         ) from error
     except (HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError) as error:
         raise PushError(
-            f"'{to.repo_id}' could not be written on the Hub: {error}; log in with `hf auth login` or pass a token that "
-            "may write there, and push again: what has arrived is not uploaded twice"
+            f"'{to.repo_id}' could not be pushed to the Hub: {error}; log in with `hf auth login` or pass a token "
+            "with write access, and push again: files that the Hub already has are not uploaded again"
         ) from error
     except SourceNotFoundError as error:
-        raise PushError(f"'{to.repo_id}' could not be written on the Hub: {error}") from error
-    except (ConnectionError, TimeoutError) as error:  # as Xet raises them
+        raise PushError(f"'{to.repo_id}' could not be pushed to the Hub: {error}") from error
+    except (ConnectionError, TimeoutError) as error:  # Xet raises these
         if isinstance(error, PushError):
             raise
-        raise PushError(f"'{to.repo_id}' could not be written on the Hub: {error}; push again") from error
+        raise PushError(f"'{to.repo_id}' could not be pushed to the Hub: {error}; push again") from error

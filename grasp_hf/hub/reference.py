@@ -1,4 +1,4 @@
-"""What a user names as a source, and what is found there: a full model or an adapter."""
+"""References to sources, and the kind of a source: a full model or an adapter."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -13,7 +13,7 @@ from ..errors import IncompatibleSourceError, SourceNotFoundError
 
 UNREADABLE = (ValueError, RuntimeError, OSError, EOFError, UnpicklingError, SafetensorError)
 INDEX = ".index.json"
-FULL_WEIGHTS = (  # in the order in which transformers looks for them
+FULL_WEIGHTS = (  # transformers looks for them in this order
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -29,9 +29,9 @@ class SourceRef:
     """A reference to a model: a local folder, or a Hub id with an optional revision.
 
     Attributes:
-        name: The folder, or `org/name`.
-        revision: Branch, tag or commit on the Hub; `None` is the main branch.
-        subfolder: Folder in the repository.
+        name: Folder, or `org/name` on the Hub.
+        revision: Branch, tag or commit on the Hub; the main branch if `None`.
+        subfolder: Folder in the repository; the root if `None`.
     """
 
     name: str
@@ -46,7 +46,7 @@ class SourceRef:
         SourceRef(name='org/name', revision='v1.0')
 
         Raises:
-            SourceNotFoundError: It names neither an existing folder nor a possible Hub id.
+            SourceNotFoundError: `text` is neither an existing folder nor a valid Hub id.
         """
         if text and Path(text).expanduser().is_dir():
             return cls(str(Path(text).expanduser()))
@@ -66,11 +66,11 @@ class SourceRef:
 
     @property
     def is_local(self) -> bool:
-        """Whether this names a folder on this machine."""
+        """Whether the name is a folder on this machine."""
         return Path(self.name).is_dir()
 
     def is_among(self, names: Collection[str]) -> bool:
-        """Whether `names` holds this reference, with its revision or without."""
+        """Whether `names` contains this reference, with or without its revision."""
         return not {self.name, str(self)}.isdisjoint(names)
 
     def __str__(self) -> str:
@@ -80,15 +80,15 @@ class SourceRef:
 
 @dataclass(frozen=True)
 class Source:
-    """A source whose files lie in a folder of this machine.
+    """A source with its files in a folder on this machine.
 
     Attributes:
-        ref: What the user named.
-        folder: Where the files are.
-        sha: The commit that the files are of; `None` for a local folder.
-        kind: A full model, or an adapter of one.
-        gated: Whether conditions stand before its files on the Hub.
-        trusted: Whether the user lets its own Python code run.
+        ref: Reference from the user.
+        folder: Folder with the files.
+        sha: Commit of the files on the Hub; `None` for a local folder.
+        kind: `"full"` for a full model, `"adapter"` for an adapter.
+        gated: Whether the Hub asks users to accept conditions before a download.
+        trusted: Whether the user allows the source's own Python code to run.
     """
 
     ref: SourceRef
@@ -107,12 +107,17 @@ class Source:
         files: Sequence[str] | None = None,
         exports: Sequence[str] = (),
     ) -> "Source":
-        """Find out what lies in `folder`, or what would, where `files` are the names that a repository holds.
+        """Return the source in `folder`, after a check that the needed files exist.
 
-        `exports` lie in folders below; they are no weights, but an error says what they are.
+        Args:
+            ref: Reference from the user.
+            folder: Folder with the files.
+            sha: Commit of the files on the Hub.
+            files: Names of the files before they are downloaded; those in `folder` if left out.
+            exports: Names of files in folders below. They are not used, but an error names their format.
 
         Raises:
-            SourceNotFoundError: No configuration, or no weights beside it.
+            SourceNotFoundError: The configuration or the weights are missing.
         """
         if files is None:
             files = sorted(path.name for path in folder.iterdir() if path.is_file())
@@ -120,8 +125,10 @@ class Source:
         kind: Literal["full", "adapter"] = "adapter" if "adapter_config.json" in files else "full"
         everything = [*files, *exports]
         gguf = any(name.endswith(".gguf") for name in everything)
-        advice = "; a GGUF file holds quantized weights: name the float model that it was made from" if gguf else ""
-        if not gguf and any(name.endswith((".onnx", ".h5", ".msgpack")) for name in everything):
+        advice = ""
+        if gguf:
+            advice = "; a GGUF file has quantized weights: name the float model that it was made from"
+        elif any(name.endswith((".onnx", ".h5", ".msgpack")) for name in everything):
             advice = "; an export for another framework cannot be merged: name the PyTorch model that it was made from"
         if kind == "full" and "config.json" not in files:
             raise SourceNotFoundError(
@@ -137,9 +144,9 @@ class Source:
 
     @property
     def weight_names(self) -> list[str]:
-        """The names of the files that hold the weights, safetensors where there are any; an index says which are shards.
+        """Names of the weight files, in safetensors if possible; an index lists those of several files.
 
-        Not all of them need be here, see `missing_weights`.
+        Some of them may be missing in the folder, see `missing_weights`.
         """
         main = main_weights({path.name for path in self.folder.iterdir() if path.is_file()})
         if main is None:
@@ -148,12 +155,12 @@ class Source:
 
     @property
     def weight_files(self) -> list[Path]:
-        """The files of `weight_names` that are here."""
+        """Paths of the weight files that are in the folder."""
         return [path for name in self.weight_names if (path := self.folder / name).is_file()]
 
     @property
     def missing_weights(self) -> list[str]:
-        """The names of the shards that are not here."""
+        """Names of the weight files that are missing in the folder."""
         return [name for name in self.weight_names if not (self.folder / name).is_file()]
 
     @property
@@ -162,7 +169,7 @@ class Source:
         return sum(path.stat().st_size for path in self.weight_files)
 
     def dtypes(self) -> set[str]:
-        """Return the dtypes in the safetensors headers, in their spelling (`F32`, `BF16`); empty for `.bin` weights.
+        """Return the dtypes in the safetensors headers, spelled as there (`F32`, `BF16`); none for `.bin` files.
 
         Raises:
             IncompatibleSourceError: A weight file cannot be read.
@@ -181,32 +188,34 @@ class Source:
         return found
 
     def float_dtypes(self) -> set[str]:
-        """Return the floating dtypes in the safetensors headers.
+        """Return the float dtypes in the safetensors headers.
 
         Raises:
-            IncompatibleSourceError: It holds quantized weights, or a weight file cannot be read.
+            IncompatibleSourceError: The weights are quantized, or a weight file cannot be read.
         """
         found = self.dtypes()
         if quantized := found & QUANTIZED:
             raise IncompatibleSourceError(
-                f"its weights are quantized ({', '.join(sorted(quantized))}), expected float weights; name the model that "
-                "it was made from, or dequantize it and save it first",
+                f"its weights are quantized ({', '.join(sorted(quantized))}), expected float weights; name the model "
+                "that it was made from, or dequantize the weights and save them first",
                 subject=self.ref,
             )
         return {name for name in found if name in FLOATING}
 
 
 def main_weights(files: Collection[str]) -> str | None:
-    """Return which of the files of a model or an adapter holds the weights, or is the index of those that do."""
+    """Return the name of the single weight file in `files`, or of the index of several; `None` if there is none."""
     expected = ADAPTER_WEIGHTS if "adapter_config.json" in files else FULL_WEIGHTS
     return next((name for name in expected if name in files), None)
 
 
 def shards_of(index: Path, ref: SourceRef) -> list[str]:
-    """Return the names of the weight files that an index lists; others beside them may be left from an earlier version.
+    """Return the names of the weight files that an index lists.
+
+    Other weight files in the folder may be left from an earlier version.
 
     Raises:
-        IncompatibleSourceError: It is no index, or names files outside of its folder.
+        IncompatibleSourceError: The file is not an index, or lists files outside its folder.
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -215,6 +224,6 @@ def shards_of(index: Path, ref: SourceRef) -> list[str]:
         raise IncompatibleSourceError(f"{problem}; save the model again", subject=ref) from error
     if outside := [name for name in names if Path(name).name != name]:
         raise IncompatibleSourceError(
-            f"{index.name} names '{outside[0]}', expected files in its own folder", subject=ref
+            f"{index.name} lists '{outside[0]}', expected only files in its own folder", subject=ref
         )
     return names

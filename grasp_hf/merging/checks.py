@@ -1,12 +1,13 @@
 """Checks before a merge, so that a mistake is known before the first source is read."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..config.grasp import GraspConfig
 from ..config.methods import METHODS
@@ -19,6 +20,9 @@ from ..tensors.placing import overwrite_
 from ..tensors.units import movable_tensors, partition
 from ..validation.labels import Labels
 from .step import Step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 

@@ -1,14 +1,16 @@
 """The state that all steps of one merge share: the data, the device, the files, and a copy of the weights."""
 
+from __future__ import annotations
+
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ..config.grasp import GraspConfig
 from ..config.methods import METHODS
@@ -17,7 +19,7 @@ from ..data.samples import Samples
 from ..files import interrupts_held, workspace
 from ..hub.pull import Puller
 from ..hub.reference import Source
-from ..models.batches import Collator, check_dataset, keeping_model_columns
+from ..models.batches import Collator, check_dataset, keep_model_columns
 from ..models.gradients import checkpointing, preserved_state
 from ..sources.load import LoadedSource, load_source
 from ..tensors.placing import overwrite_
@@ -26,6 +28,9 @@ from ..tensors.units import movable_tensors
 from ..validation.labels import Labels
 from .checks import check_loss
 from .step import Step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Run:
@@ -70,7 +75,7 @@ class Run:
 
     @classmethod
     @contextmanager
-    def open(cls, model: PreTrainedModel, config: GraspConfig, samples: Samples, **options: Any) -> Iterator["Run"]:
+    def open(cls, model: PreTrainedModel, config: GraspConfig, samples: Samples, **options: Any) -> Iterator[Run]:
         """Yield a run with a temporary directory in `TMPDIR`, which is removed at the end; `options` are as for `Run`."""
         with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as directory:
             yield cls(model, config, samples, directory, **options)
@@ -180,4 +185,4 @@ def collator_for(
         data_collator = DataCollatorWithPadding(processing_class)
     if data_collator is not None and config.training_arguments.get("remove_unused_columns") is False:
         return data_collator
-    return keeping_model_columns(model, data_collator)
+    return keep_model_columns(model, data_collator)

@@ -1,12 +1,13 @@
 """One step of a merge: a source is measured, mixed in, validated, and kept or undone; then the model is fine-tuned."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..config.grasp import GraspConfig
 from ..errors import NonFiniteLossError
@@ -26,6 +27,9 @@ from ..validation.losses import SampleLosses, concatenate
 from .mixed import MixedModel
 from .transfer import Transfer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class Step:
     """The model during one step, with the labels that teach and validate it.
@@ -43,7 +47,7 @@ class Step:
     ) -> None:
         self.model, self.config, self.labels, self.scratch, self.can_fail = model, config, labels, scratch, can_fail
 
-    def with_config(self, config: GraspConfig) -> "Step":
+    def with_config(self, config: GraspConfig) -> Step:
         """Return this step with another configuration and labels of its own, which do not share `learned` with this step."""
         old = self.labels
         labels = Labels(self.model, old.samples, old.collator, config, learned=old.learned)

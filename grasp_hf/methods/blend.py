@@ -1,12 +1,14 @@
 """The method `blend`: coefficients that lower the loss of the mixed model."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..errors import DataError
 from ..models.batches import Batch
@@ -18,6 +20,9 @@ from ..tensors.scratch import Scratch
 from ..tensors.units import Unit, movable_tensors
 from .candidates import AVERAGE, Candidate, Inputs, Mixes
 from .fisher import RunningFisher, running_fisher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 

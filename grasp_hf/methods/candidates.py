@@ -1,12 +1,13 @@
 """The inputs and the results of every method."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from ..config.grasp import GraspConfig
 from ..models.batches import Batch
@@ -15,6 +16,9 @@ from ..tensors.products import Scores
 from ..tensors.scratch import Scratch
 from ..tensors.units import Unit
 from ..validation.labels import Labels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Mixes = Mapping[str, Mix]
 Fractions = Callable[[str], Iterable[Tensor] | None]

@@ -1,19 +1,20 @@
 """The method `copy`: each unit whose gradients agree with the target's is copied from the source."""
 
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..config.grasp import GraspConfig
 from ..errors import IncompatibleSourceError
 from ..files import workspace
-from ..models.batches import Batch, Collator, check_dataset, keeping_model_columns, sample_batches
+from ..models.batches import Batch, Collator, check_dataset, keep_model_columns, sample_batches
 from ..models.gradients import gradient_pass, mean_gradient, preserved_state
 from ..sources.fit import tensor_problems, tie_problems
 from ..tensors.mixing import Mix
@@ -22,6 +23,9 @@ from ..tensors.products import PAPER_EPSILON, Scores, UnitProducts, cosine, mean
 from ..tensors.scratch import Scratch
 from ..tensors.units import Unit, movable_tensors, partition
 from .candidates import Candidate, Inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def unit_cosines(
@@ -171,7 +175,7 @@ def gradient_alignment(
     if problems:
         raise IncompatibleSourceError("the two models cannot be compared", problems=problems)
     accelerator = Accelerator()
-    collator = keeping_model_columns(target, data_collator)
+    collator = keep_model_columns(target, data_collator)
     batches = sample_batches(dataset, collator, accelerator, config, seed=config.seed)
     with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as directory, preserved_state(target):
         target.to(accelerator.device)

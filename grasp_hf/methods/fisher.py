@@ -1,19 +1,23 @@
 """The Fisher information of a model's parameters, and a mean of models that is weighted by it."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..errors import NonFiniteError
 from ..models.batches import IGNORED, Batch, batch_loss, class_terms, labelled_terms, predicts_next
 from ..models.gradients import gradient_pass, preserved_state
-from ..tensors.mixing import Mix, in_rows
+from ..tensors.mixing import Mix, split_rows
 from ..tensors.placing import placed
 from ..tensors.scratch import Scratch
 from ..tensors.units import Unit, movable_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROWS = 1024  # rows of logits for which labels are drawn at once
 LEAST_FISHER = 1e-30  # far below any Fisher information that counts, far above the smallest float32
@@ -162,7 +166,7 @@ class RunningFisher:
         self._known.update(measured)
 
     def _weight_fractions(self, name: str) -> Iterator[Tensor]:
-        for own, total in zip(in_rows(self._own[name]), in_rows(self._total[name]), strict=True):
+        for own, total in zip(split_rows(self._own[name]), split_rows(self._total[name]), strict=True):
             own = own.float() + LEAST_FISHER  # without any Fisher information, the fraction is that of a plain mean
             yield own.div_((own + total).add_(LEAST_FISHER * (1 / self._average[name] - 1)))
 

@@ -1,14 +1,16 @@
 """The model card of a merge: its text, and the metadata that the Hub reads."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import PreTrainedModel
 from yaml import YAMLError
 
 from ..config.methods import METHODS
@@ -18,6 +20,9 @@ from ..models.classes import task_of
 from .entries import EVALUATION_DATA, Evaluation
 from .report import MergeReport
 from .text import markdown_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SENTENCE_END = re.compile(r"(?<=[.;!?])\s+")
 TRAINED_ON_TEST = re.compile(

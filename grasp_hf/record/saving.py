@@ -1,14 +1,15 @@
 """Saves a merge: a model folder with its card, its configuration and its record."""
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..errors import ConfigError, OutputExistsError
@@ -18,6 +19,9 @@ from ..models.classes import quiet_transformers
 from .card import model_card
 from .figures import save_figures
 from .report import MergeReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 REPORT_FILE = "grasp_report.json"
 CONFIG_FILE = "grasp_config.yaml"

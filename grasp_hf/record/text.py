@@ -29,6 +29,11 @@ def format_number(value: float | None, digits: int = 3) -> str:
     return NO_VALUE if value is None else f"{value:.{digits}f}"
 
 
+def format_size(size: float) -> str:
+    """Return a number of bytes in MB, from 1 GB on in GB."""
+    return f"{size / 1e6:.1f} MB" if size < 999.95e6 else f"{size / 1e9:.2f} GB"
+
+
 def shorten(name: str, width: int) -> str:
     """Return `name` in at most `width` characters; a long one loses its middle."""
     if len(name) <= width:

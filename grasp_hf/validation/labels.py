@@ -1,14 +1,15 @@
 """The labels that teach and those that validate, with the losses of the model on the latter."""
 
+from __future__ import annotations
+
 import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from torch.utils.data import Subset
-from transformers import PreTrainedModel
 
 from ..config.grasp import GraspConfig
 from ..data.samples import Samples
@@ -16,6 +17,9 @@ from ..models.batches import Batch, Collator, sample_batches
 from ..record.entries import EVALUATION_DATA
 from .changes import LEAST_SAMPLES, detectable_difference
 from .losses import MOST_VALIDATION_LABELS, SampleLosses, concatenate, evaluation_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 

@@ -1,10 +1,12 @@
 """The losses of a model, sample by sample, so that two models can be compared on the same samples."""
 
+from __future__ import annotations
+
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,11 +15,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from ..errors import DataError
 from ..models.batches import IGNORED, Batch, Collator, batch_loss, is_class_ids, labelled_terms, predicts_next
 from ..models.gradients import preserved_randomness, preserved_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SCALES = tuple(2 ** (half / 2) for half in range(-6, 9))  # factors of the logits, from 1/8 to 16
 MOST_VALIDATION_LABELS = 512  # labels that rank and validate sources, at most; all labels validate a fine-tuning

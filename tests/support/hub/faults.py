@@ -1,4 +1,4 @@
-"""The traffic of the test Hub: its faults, a record of all requests, and the transfers that a fault breaks."""
+"""The traffic of the test Hub: a record of all requests, and the faults that break requests and transfers."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Fault:
             raise ValueError(f"got kind '{self.kind}': expected one of {', '.join(FAULTS)}")
 
     def matches(self, method: str, path: str) -> bool:
-        """Tell whether the fault applies to a request; a HEAD request has no body to break."""
+        """Whether the fault applies to a request; a HEAD request has no body to break."""
         breakable = method != "HEAD" or self.kind not in BODY_FAULTS
         return breakable and re.search(self.pattern, f"{method} {path}") is not None
 
 
 @dataclass
 class Exchange:
-    """One request and its answer; `sent` and `received` count the bytes of the bodies that really went by."""
+    """One request and its answer; `sent` and `received` count the bytes of the bodies that were transferred."""
 
     method: str
     path: str
@@ -66,7 +66,7 @@ class Exchange:
 
 
 class Traffic:
-    """What clients asked for, and the faults still to come.
+    """The requests so far, and the faults for later requests.
 
     `requests` lists (method, path without query) of all requests to both ports, and `exchanges` has more about the
     same requests at the same indices. `failures` holds the faults until they are used up.
@@ -245,7 +245,7 @@ class FaultyHandler(BaseHTTPRequestHandler):
         while self.exchange.sent < limit:
             piece = body.read(min(step, limit - self.exchange.sent))
             if self.kind == "corrupt":
-                piece = _flipped(piece, self.fault.at % size - self.exchange.sent)
+                piece = _flip(piece, self.fault.at % size - self.exchange.sent)
             self.exchange.sent += len(piece)  # Before it is sent: a fast client could ask for the count.
             self.wfile.write(piece)
             if rate:
@@ -254,7 +254,7 @@ class FaultyHandler(BaseHTTPRequestHandler):
             self._break()
 
     def _break(self) -> None:
-        """End the connection within a body if the fault is of a kind that does."""
+        """End the connection within a body, if the fault is of such a kind."""
         if self.kind == "stall":
             time.sleep(self.fault.seconds)
         if self.kind == "reset":
@@ -270,7 +270,7 @@ class FaultyHandler(BaseHTTPRequestHandler):
         raise ConnectionAbortedError
 
 
-def _flipped(piece: bytes, index: int) -> bytes:
+def _flip(piece: bytes, index: int) -> bytes:
     """Return `piece` with the bits of one byte flipped, if it has that byte."""
     if not 0 <= index < len(piece):
         return piece

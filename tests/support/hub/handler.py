@@ -1,4 +1,4 @@
-"""The Hub's endpoints, one method each, and the checks of who may use them."""
+"""The endpoints of the test Hub, one method each, with their access checks."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ REVISION = r"(?P<revision>[^/]+)"
 
 
 def route(methods: str, pattern: str) -> Callable[[Callable[..., Reply]], Callable[..., Reply]]:
-    """Register a method of `HubHandler`, to be called with the unquoted groups of `pattern`.
+    """Register a method of `HubHandler`, which is called with the unquoted groups of `pattern`.
 
-    The groups `kind` and `repo_id` are joined to an id of `HubServer.repos`. HEAD is answered wherever GET is.
+    The groups `kind` and `repo_id` are joined to an id of `HubServer.repos`. A route for GET also answers HEAD.
     """
 
     def register(method: Callable[..., Reply]) -> Callable[..., Reply]:
@@ -43,7 +43,7 @@ def route(methods: str, pattern: str) -> Callable[[Callable[..., Reply]], Callab
 
 
 class HubHandler(FaultyHandler):
-    """Answers one request from what the server keeps."""
+    """Answers one request from the stored state."""
 
     hub: HubServer
 
@@ -77,7 +77,11 @@ class HubHandler(FaultyHandler):
         return self.hub.users.get(token)
 
     def _repo(self, repo_id: str, *, write: bool = False, propose: bool = False, path: str | None = None) -> Repo:
-        """Return a repository that the user may see, and write to, open pull requests on or read `path` in."""
+        """Return a repository if the user may see it.
+
+        With `write`, `propose` or `path`, the user must also be allowed to write to the repository, to open a pull
+        request on it, or to read the file `path`.
+        """
         user, repo = self._user(), self.hub.repos.get(repo_id)
         if repo is None or (repo.private and not self.hub.owns(user, repo_id)):
             raise HubError(404 if user else 401, "Repository not found", "RepoNotFound")
@@ -108,7 +112,7 @@ class HubHandler(FaultyHandler):
         return Reply(content, 206, headers, len(part))
 
     def _asked_part(self, size: int) -> range | None:
-        """Return the bytes that the `Range` header asks for, or None for the whole file of `size` bytes."""
+        """Return the byte range in the `Range` header, or None for the whole file of `size` bytes."""
         match = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         if match is None or self.kind == "norange":
             return None
@@ -345,7 +349,7 @@ class HubHandler(FaultyHandler):
         return Reply(discussion)
 
     def _writable(self, repo_id: str, revision: str) -> Repo:
-        """Return a repository where the user may commit to `revision` or may open a pull request on it."""
+        """Return a repository if the user may commit to `revision` or open a pull request on it."""
         repo = self._repo(repo_id, propose=True, path="")
         mine = revision in repo.pulls and repo.pull_authors[revision] == self._user()
         return repo if mine or "create_pr" in self.query else self._repo(repo_id, write=True)

@@ -1,8 +1,8 @@
-"""The Hub of the tests as they start it: two ports, and the state behind them.
+"""The server of the test Hub: two ports and the stored state.
 
-Clients run with `HF_HUB_DISABLE_XET=1` and transfer by the classic LFS protocol, unless the server was made with
-`xet=True`. LFS content has its own port: as on the Hub, an LFS transfer goes to another origin, where the client must
-not send its token. Tests can break any answer, or a transfer in its middle: see `HubServer.fault`.
+Clients run with `HF_HUB_DISABLE_XET=1` and transfer by the classic LFS protocol, unless the server has
+`xet=True`. LFS content has its own port, because on the Hub it has another origin too, and the client must not send
+its token there. Tests can break any answer and any transfer, see `HubServer.fault`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Listener(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print errors of the server, but not that a client, a fault or `HubServer.stop` cut a connection."""
+        """Print errors of the server, except for connections cut by a client, a fault or `HubServer.stop`."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
@@ -58,8 +58,8 @@ class HubServer(Store, Traffic):
 
     `users` maps tokens to user names, `orgs` organizations to their members. Users own the namespace of their name
     and the namespaces of their organizations. Files are LFS by `store.LFS_SUFFIXES` or above `lfs_threshold` bytes.
-    With `xet`, clients that have hf_xet use it: they write to a folder here instead of a Xet server, by their own
-    code; only one process at a time can.
+    With `xet`, clients use hf_xet, which writes to a local folder instead of a Xet server. Only one process at a time
+    can do so.
     """
 
     def __init__(

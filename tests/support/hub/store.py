@@ -1,4 +1,4 @@
-"""The content of the test Hub: files, repositories, users, and what each user may do."""
+"""The state of the test Hub: files, repositories, users, and the rights of each user."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Repo:
 
 
 class Store:
-    """Everything that the Hub keeps; `server.HubServer` documents the arguments.
+    """The stored state of the Hub; `server.HubServer` documents the arguments.
 
     `repos` has the repositories by id. Hold `lock` while you change one.
     """
@@ -195,12 +195,12 @@ class Store:
             self.renamed = {old: new_id if new == repo_id else new for old, new in self.renamed.items()}
 
     def owns(self, user: str | None, repo_id: str) -> bool:
-        """Tell whether `user` may write to `repo_id`, and read it if private."""
+        """Whether `user` may write to `repo_id`, and read it if it is private."""
         namespace = bare(repo_id).split("/")[0]
         return user is not None and (user == namespace or user in self.orgs.get(namespace, []))
 
     def is_lfs(self, path: str, size: int) -> bool:
-        """Tell whether a file is stored as LFS."""
+        """Whether a file is stored as LFS."""
         return path.endswith(LFS_SUFFIXES) or size > self.lfs_threshold
 
     def store(self, path: str, content: IO[bytes]) -> Entry:
@@ -232,7 +232,7 @@ class Store:
         return Entry(git_hash(LFS_POINTER.format(sha256, size).encode()), size, sha256)
 
     def _copy_from_xet(self, sha256: str) -> None:
-        """Store what a client uploaded by Xet as a plain file too, for clients without Xet."""
+        """Store a file that was uploaded by Xet as a plain file too, for clients without Xet."""
         xet_hash = download_from_xet(self.root / "xet", sha256, self.root / sha256)
         if xet_hash is not None:
             self.xet_hashes[sha256] = xet_hash

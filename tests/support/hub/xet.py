@@ -1,7 +1,7 @@
-"""Reads what clients upload by Xet, the Hub's newer transfer protocol.
+"""Reads files that clients upload by Xet, the newer transfer protocol of the Hub.
 
-There is no Xet server. A client with hf_xet accepts a folder (`local://...`) in place of the server's address and writes
-its own storage format there.
+There is no Xet server. A client with hf_xet accepts a folder (`local://...`) in place of the server's address and
+writes its own storage format there.
 """
 
 from __future__ import annotations
