@@ -27,7 +27,7 @@ __all__ = [
     "merge_pretrained",
 ]
 
-# Each name is imported at its first use: torch and transformers take seconds, and the command line needs them late.
+# Each name is imported at its first use: torch and transformers take seconds, and help texts do not need them.
 _MODULES = {
     "GraspConfig": "config.grasp",
     "GraspError": "errors",
@@ -42,13 +42,15 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name from its module (PEP 562)."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker that sees this function accepts every name
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name from its module (PEP 562)."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

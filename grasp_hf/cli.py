@@ -94,7 +94,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     _check_json(options.json)
     rows = plan(options.recipe)
-    print(plan_table(rows, options.recipe))
+    print(plan_table(rows, options.recipe, verbose=options.verbose))
     _write_json(options.json, map(asdict, rows))
     return int(bool(problem_list(rows)))
 

@@ -109,11 +109,11 @@ class GraspMerger:
             of fine-tuning.
         config: How to merge; the defaults if left out.
         processing_class: Tokenizer or image processor, saved with the model.
-        base: Where the model came from, so that adapters of it can be merged; `from_pretrained` sets it.
+        base: The files that the model was loaded from, so that its adapters can be merged; `from_pretrained` sets it.
 
     Attributes:
         model: The target, a plain `PreTrainedModel`.
-        report: The record of all that was merged so far.
+        report: The record of the merge so far.
     """
 
     def __init__(
@@ -149,8 +149,8 @@ class GraspMerger:
         )
         self._started = False
         self._continued: EarlierMerge | None = None
-        self._pushed: tuple[str, str] | None = None  # the repository and commit that the model is of
-        self._token: str | None = None  # that the base was loaded with
+        self._pushed: tuple[str, str] | None = None  # repository and commit of the pushed version that this continues
+        self._token: str | None = None  # Hub token that the base was loaded with
         if Accelerator().num_processes > 1:
             raise GraspError("grasp_hf runs in one process for now; start it without a launcher")
 
@@ -168,7 +168,7 @@ class GraspMerger:
         new_head: bool = False,
         **model_kwargs: Any,
     ) -> GraspMerger:
-        """Load the target, and the tokenizer or processor beside it.
+        """Load the target with its tokenizer or processor.
 
         A merge that this package saved or pushed is continued: sources are appended to it, and its record grows. Earlier
         sources are not needed for that.
@@ -176,18 +176,19 @@ class GraspMerger:
         Args:
             model_id: Hub id, with `@revision` if wanted, or a folder.
             config: How to merge.
-            task: Pipeline name such as `text-classification`; left out, the architecture in the model's config says.
+            task: Pipeline name such as `text-classification`; if left out, the architecture in the model's config decides.
             revision: Branch, tag or commit, unless `model_id` names one.
             subfolder: Folder in the repository, unless `model_id` names one.
-            token: Hub token; left out, the one that you are logged in with.
-            dtype: Of the target's weights; `"auto"` is that of its files. Sources are read in their own; fine-tuning and a
-                mean of many sources want float32.
-            new_head: Draw the head anew although the files hold one that fits, because the labels mean something else.
-            model_kwargs: Passed on to the model class, such as `num_labels` or `id2label`.
+            token: Hub token; if left out, the one that you are logged in with.
+            dtype: Type of the target's weights; `"auto"` is the type of its files. Fine-tuning and a mean of many sources
+                need float32 to be exact. Sources are read in the type of their own files.
+            new_head: Whether to draw the head anew although the files hold one that fits, because your labels mean
+                something else.
+            model_kwargs: Keyword arguments of the model class, such as `num_labels` or `id2label`.
 
         Raises:
-            SourceNotFoundError: No such folder, repository, revision or weights.
-            IncompatibleSourceError: Not a model that can solve the task.
+            SourceNotFoundError: The folder, repository, revision or weights do not exist.
+            IncompatibleSourceError: The model cannot solve the task.
         """
         if not isinstance(model_id, str | Path):
             raise ConfigError(
@@ -225,7 +226,7 @@ class GraspMerger:
     def with_config(self, config: GraspConfig, *, anew: bool = False) -> GraspMerger:
         """Return a merger of the same model that merges as `config` says.
 
-        It continues where this one is: a mean counts the sources so far. With `anew` the model counts as a base.
+        The twin continues this merge, so a mean counts the sources so far. With `anew` the model counts as a base.
         """
         twin = copy(self)
         twin.config = config
@@ -238,7 +239,7 @@ class GraspMerger:
         return twin
 
     def describe_run(self, *, starts_from_source: bool = False, recipe: Mapping[str, Any] | None = None) -> None:
-        """Record where this run comes from.
+        """Record where this run started.
 
         Args:
             starts_from_source: Whether the base is the first source. A continued merge keeps what it recorded.
@@ -250,7 +251,7 @@ class GraspMerger:
             self.report.run.recipe = dict(recipe)
 
     def record_end(self, *, test: Evaluation | None = None, control: ControlReport | None = None) -> None:
-        """Record what others measured of the finished merge: its scores on the test split, and a control."""
+        """Record measurements of the finished merge: its scores on the test split, and a control."""
         if test is not None:
             self.report.run.test = test
         if control is not None:
@@ -281,7 +282,7 @@ class GraspMerger:
             token: Hub token; if left out, the one that you are logged in with.
 
         Raises:
-            GraspError: With the number and name of the source that it happened at.
+            GraspError: A source cannot be merged; the message names its number and reference.
         """
         samples = Samples(train_dataset, eval_dataset, collator=data_collator)
         sources = sources if isinstance(sources, str) else [*sources]
@@ -332,7 +333,7 @@ class GraspMerger:
             raise error.reworded(f"while merging source {number}/{len(references)} '{source}': {error}") from error
 
     def _finish(self, run: Run, steps: Sequence[StepReport]) -> None:
-        """Fine-tune after the last source, from the merge and, where the gate wants it, from the weights without sources."""
+        """Fine-tune after the last source: from the merge and, with the gate, from the weights without any source too."""
         config = self.config
         if not config.final_epochs or run.samples.train is None:
             return
@@ -355,7 +356,7 @@ class GraspMerger:
 
     @staticmethod
     def _log_step(number: str, step: StepReport) -> None:
-        """Log one line for a source, its notes below it, and its details for those who asked for them."""
+        """Log one line for a source, its notes below it and, at the debug level, its details."""
         logger.info("%s%s", number, step.summary_line(WIDTH - len(number)))
         for note in step.notes:
             logger.info(wrap(note, "    ", "    "))
@@ -377,7 +378,7 @@ class GraspMerger:
             What was measured, decided and changed; also the last entry of `report.steps`.
 
         Raises:
-            GraspError: The source, the data or the numbers are not fit; the model is as it was before the call.
+            GraspError: The source or the data cannot be merged, or a number is not finite; the model is as before the call.
         """
         with self.open_run(Samples(train_dataset, eval_dataset, collator=data_collator)) as run:
             with run.puller(token) as puller, puller.pull(str(source)) as located:
@@ -492,7 +493,7 @@ class GraspMerger:
 
     @contextmanager
     def open_run(self, samples: Samples) -> Iterator[Run]:
-        """Open a run of the present model on `samples`: what the verbs use, and a comparison for other methods."""
+        """Open a run of the present model on `samples`, for the verbs of this class and for the methods of a comparison."""
         with Run.open(
             self.model,
             self.config,
@@ -505,7 +506,7 @@ class GraspMerger:
             yield run
 
     def _base_of(self, source: Source) -> Source | None:
-        """Return the model that an adapter must be an adapter of: of a continued merge, the one that it started from."""
+        """Return the base model that an adapter must belong to; for a continued merge, the one that the merge started from."""
         return self._continued.base() if self._continued and source.kind == "adapter" else self.base
 
     @property
@@ -550,9 +551,9 @@ class GraspMerger:
             max_shard_size: Size of the largest weight file, in bytes or as text such as `"5GB"`.
 
         Raises:
-            PushError: The token may not write there, the branch was changed by someone else meanwhile, the Hub could not be
-                reached, or the temporary directory has no room for a shard. The repository is as it was; calling this again
-                continues where it stopped.
+            PushError: The token may not write there, someone else has changed the branch meanwhile, the Hub could not be
+                reached, or the temporary directory has no space for a shard. The repository is as it was; another call
+                continues where this one stopped.
         """
 
         def write(folder: Path, full_repo_id: str) -> Iterator[Path]:

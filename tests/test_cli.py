@@ -1,14 +1,16 @@
-"""The command line: what it prints and where, exit codes, and that nothing of the user's is overwritten."""
+"""The command line: its output, its exit codes, and that it overwrites no files of the user."""
 
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
+import grasp_hf
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.cli import main
+from grasp_hf.comparison.methods import METHODS
+from grasp_hf.config.arguments import COMMANDS
 from grasp_hf.config.recipe import Recipe
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, SourceNotFoundError
 from grasp_hf.record.saving import read_record
+from grasp_hf.record.text import format_size
 from grasp_hf.runs.costs import cost_lines
-from grasp_hf.runs.plan import plan
+from grasp_hf.runs.plan import plan, plan_table
 from grasp_hf.runs.planned import PlannedSource
 from grasp_hf.runs.prepare import prepare
 from grasp_hf.tensors.units import movable_tensors
@@ -68,79 +74,174 @@ def write_recipe(folder: Path, **values: Any) -> str:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    code = "from grasp_hf.cli import main; raise SystemExit(main())"
+    """Run the command line in a new process."""
+    code = "from grasp_hf.cli import run; run()"
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("command", ["plan", "rank", "merge", "demo"])
-def test_the_help_of_each_command_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="^0$"):
-        main([command, "-h"])
-    text = capsys.readouterr().out
+def help_of(*command: str) -> str:
+    """Return a help text as a wide terminal shows it."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from grasp_hf.cli import run; run()", *command, "-h"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_shows_an_example(command: str) -> None:
+    text = help_of(command)
     assert f"example:\n  grasp-hf {command} " in text
-    assert "exit codes: 0 done, 1 a source, the data or the configuration is not fit, 2 wrong usage" in text
+    assert "exit codes: 0 success, 1 problem with models, data or settings, 2 wrong usage, 130 interrupted\n" in text
 
 
-def test_the_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_lists_the_commands() -> None:
+    text = help_of()
+    assert re.findall(r"^  (\w+) +\w", text.partition("commands:")[2], flags=re.MULTILINE) == [*COMMANDS]
+
+
+@pytest.mark.parametrize("command", ["rank", "merge", "compare"])
+def test_the_help_lists_every_setting_with_its_default(command: str) -> None:
+    settings = help_of(command).partition("settings (key=value)")[2]
+    found = dict(re.findall(r"^  (\w+)=(\S+) +\S", settings, flags=re.MULTILINE))
+    assert found.keys() == {field.name for field in fields(GraspConfig)}
+    assert (found["method"], found["gate"], found["lora"], found["final_epochs"]) == ("blend", "true", "null", "3")
+
+
+def test_the_help_lists_every_compared_method() -> None:
+    text = help_of("compare").partition("methods: ")[2].partition("\n\n")[0]
+    assert text.replace("\n", " ").replace(",", "").split() == [*METHODS]
+
+
+def test_the_help_fits_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
     with pytest.raises(SystemExit, match="^0$"):
-        main(["--help"])
-    text = capsys.readouterr().out
-    assert all(f"    {command} " in text for command in ("plan", "rank", "merge", "demo"))
+        main(["compare", "-h"])
+    text = capsys.readouterr().out.partition("methods: ")[2]
+    assert len(text.splitlines()) > 30 and max(map(len, text.splitlines())) <= 60
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"grasp-hf {grasp_hf.__version__}\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "plan | rank | merge | append | push | reproduce | compare | demo"),
+        ([], "expected a command: plan, rank, merge, append, push, reproduce, compare, demo"),
         (["merge"], "recipe"),
         (["plan"], "the following arguments are required: recipe"),
         (["merge", "recipe.yaml"], "--output"),
         (["blend", "recipe.yaml"], "invalid choice: 'blend'"),
         (["plan", "recipe.yaml", "--outptu", "x"], "unrecognized arguments: --outptu"),
         (["demo", "--seed", "one"], "expected numbers, got 'one'"),
-        (["merge", "recipe.yaml", "--output", "x", "--private"], "--private: expected --push-to-hub beside it"),
-        (["append", "merged", "org/a", "--output", "x", "--create-pr"], "--create-pr: expected --push-to-hub"),
+        (["merge", "recipe.yaml", "--output", "x", "--private"], "--private: expected --push-to-hub as well"),
+        (["append", "merged", "org/a", "--output", "x", "--create-pr"], "--create-pr: expected --push-to-hub as well"),
     ],
 )
-def test_wrong_usage_is_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_code_2(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit, match="^2$"):
         main(arguments)
     output = capsys.readouterr()
-    assert message in output.err and output.out == ""
+    assert message in " ".join(output.err.split()) and output.out == ""
+    assert max(map(len, output.err.splitlines())) <= 100
 
 
 def test_a_plan_without_problems(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(world / "recipe.yaml")]) == 0
     output = capsys.readouterr()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.out.splitlines()]
-    assert lines[0] == [
-        *["", "model", "kind", "architecture", "adapter of", "dtype", "labels"],
-        *["revision", "MB", "to download", "problems"],
+    assert lines[0] == ["", "model", "kind", "size", "download", "problems"]
+    assert lines[2:6] == [
+        ["base", "base", "full", "0.0 MB", "0.0 MB", "none"],
+        ["source", "fine-1", "full", "0.0 MB", "0.0 MB", "none"],
+        ["source", "lora", "adapter", "0.0 MB", "0.0 MB", "none"],
+        ["source", "fine-2", "full", "0.0 MB", "0.0 MB", "none"],
     ]
-    rows = [dict(zip(lines[0], line, strict=True)) for line in lines[2:6]]
-    assert [(row[""], row["model"], row["kind"], row["architecture"], row["problems"]) for row in rows] == [
-        ("base", "base", "full", "vit", "none"),
-        ("source", "fine-1", "full", "vit", "none"),
-        ("source", "lora", "adapter", "LORA", "none"),
-        ("source", "fine-2", "full", "vit", "none"),
-    ]
-    assert {(row["dtype"], row["revision"], row["to download"]) for row in rows} == {("float32", "local", "0.0")}
-    assert [row["labels"] for row in rows] == ["bird, cat, dog", "bird, cat, dog", "–", "bird, cat, dog"]
-    assert "download: 0.00 GB, 0 s at 50 MB/s\n" in output.out
+    assert "download: 0.0 MB, 0 s at 50 MB/s\n" in output.out
+    assert not any(word in output.out for word in ("dtype", "revision", "bird, cat, dog"))
 
 
-def test_no_bar_is_drawn_where_nobody_watches(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))  # where no data set has been prepared yet
+def test_a_verbose_plan_shows_all_facts_about_each_model(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "lora" / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert main(["plan", str(world / "recipe.yaml"), "-v"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        f"""
+base {world / "base"}
+  revision:     local
+  architecture: vit
+  dtype:        float32
+  labels:       bird, cat, dog
+"""
+        in text
+    )
+    assert (
+        f"""
+source {world / "lora"}
+  licence:      mit
+  revision:     local
+  architecture: LORA
+  adapter of:   {world / "base"}
+  dtype:        float32
+"""
+        in text
+    )
+
+
+def test_a_plan_fits_in_a_terminal() -> None:
+    """The names are the longest usual ones of the Hub, and one is longer."""
+    name, long = "cardiffnlp/twitter-roberta-base", "mrm8488/distilroberta-finetuned-financial-news-sentiment-analysis"
+    rows = [
+        PlannedSource(name, "base", "adapter", num_bytes=123_456_000_000, problems=[""] * 12),
+        PlannedSource(long, "source", "full", num_bytes=987_654_000),
+    ]
+    recipe = Recipe(sources=[long], base_model=name, config=GraspConfig(order="rank", batch_size=2))
+    lines = plan_table([*rows, rows[1]], recipe).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
+    assert cells[0] == ["base", name, "adapter", "123.46 GB", "123.46 GB", "12"]
+    assert cells[1][1:] == ["mrm8488/distilrobe…entiment-analysis", "full", "987.7 MB", "987.7 MB", "none"]
+    assert max(map(len, lines)) <= 100
+    assert [line.partition(":")[0] for line in lines[6:11]] == [
+        *("download", "  of it, to find the order", "disk at most", "memory", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0.0 MB"), (999_940_000, "999.9 MB"), (999_960_000, "1.00 GB"), (12_345_678_900, "12.35 GB")],
+)
+def test_sizes_are_in_megabytes_below_one_gigabyte(size: int, text: str) -> None:
+    assert format_size(size) == text
+
+
+def test_no_progress_bar_is_printed_outside_a_terminal(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))  # without any prepared data set
     done = run("plan", str(world / "recipe.yaml"))
     assert done.returncode == 0 and done.stderr == ""
 
 
-def test_a_plan_says_what_is_named_twice(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_names_models_that_the_recipe_names_twice(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(world, sources=["fine-1", "fine-2", "fine-1", "base"])
     assert main(["plan", recipe]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.endswith("counts twice in a mean")]
-    assert told == [f"- {world / name}: it is named twice, and counts twice in a mean" for name in ("fine-1", "base")]
+    assert told == [
+        f"- {world / name}: the recipe names it twice, so it counts twice in a mean" for name in ("fine-1", "base")
+    ]
 
 
 def test_a_plan_lists_all_problems_of_all_sources(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +257,7 @@ def test_a_plan_lists_all_problems_of_all_sources(world: Path, capsys: pytest.Ca
     text = capsys.readouterr().out
     problems = [line for line in text.splitlines() if line.startswith("- ") and "head stays" not in line]
     expected = [
-        ("resnet", "another architecture: got resnet, expected vit"),
+        ("resnet", "different architecture: got resnet, expected vit"),
         ("stray", "it is an adapter of 'org/elsewhere', expected an adapter of '"),
         ("empty", "holds no config.json and no adapter_config.json"),
         ("damaged", "adapter_model.safetensors cannot be read as safetensors"),
@@ -169,7 +270,7 @@ def test_a_plan_lists_all_problems_of_all_sources(world: Path, capsys: pytest.Ca
     assert counts == ["none", "1", "none", "none", "1", "1", "1", "1"]
 
 
-def test_a_plan_says_what_the_data_lacks(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_lists_the_problems_of_the_data(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(world, sources=["fine-1"], data={**DATA, "label": "animal"})
     assert main(["plan", recipe]) == 1
     assert "no column 'animal' for labels; found image, label" in capsys.readouterr().out
@@ -228,7 +329,9 @@ def test_a_base_whose_files_lack_weights(damage: str, world: Path, capsys: pytes
         expected = f"1 of its tensors: {name} (got shape (7,), expected (16,))"
     else:
         del tensors[name]
-        expected = "mlp.experts.gate_up_proj cannot be made of what is in the files" if damage == "expert" else name
+        expected = (
+            "mlp.experts.gate_up_proj cannot be made from the tensors in the files" if damage == "expert" else name
+        )
     if tensors:
         save_file(tensors, base / "model.safetensors", {"format": "pt"})
     recipe = write_recipe(world, sources=["fine-1"], **AVERAGE)
@@ -250,7 +353,8 @@ def test_a_base_without_a_head_needs_data(world: Path, capsys: pytest.CaptureFix
     assert main(["plan", write_recipe(world, **common, **AVERAGE)]) == 1
     text = capsys.readouterr().out
     assert (
-        "body: its files hold no head that fits, and without data none is trained: 2 of its tensors: classif" in text
+        "body: its files hold no head that fits, and no head is trained without data: 2 of its tensors: classif"
+        in text
     )
 
 
@@ -262,29 +366,33 @@ def test_a_plan_of_models_that_generate_names_no_labels(world: Path, tmp_path: P
     assert [row["labels"] for row in json.loads((tmp_path / "plan.json").read_text())] == [None, None]
 
 
-def test_what_is_not_known_in_a_plan_is_no_number(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_values_in_a_plan_are_dashes(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", write_recipe(world, sources=["fine-1", "./nowhere"])]) == 1
     lines = capsys.readouterr().out.splitlines()
     row = dict(zip(*[[cell.strip() for cell in lines[at].strip("|").split("|")] for at in (0, 4)], strict=True))
-    assert row["model"] == "./nowhere" and row["MB"] == row["to download"] == "–"
+    assert row["model"] == "./nowhere" and row["size"] == row["download"] == row["kind"] == "–"
     assert any(line.startswith("download: ") for line in lines)
     assert main(["plan", write_recipe(world, sources=["fine-1"], base_model="./nowhere")]) == 1
-    assert "download: " not in capsys.readouterr().out, "what a merge costs is not known without its base"
+    assert "download: " not in capsys.readouterr().out, "without the base, the costs are unknown"
 
 
-def test_what_an_order_downloads() -> None:
-    """To find an order every source is read, and those that are merged are read again; what is cached never."""
+def test_the_download_of_a_plan_includes_that_for_the_order() -> None:
+    """An order needs every source, and the merged ones are downloaded again; cached files are never downloaded."""
     base = PlannedSource("base", "base", "full", num_bytes=10**9)
     sources = [PlannedSource(f"{size}", "source", "full", num_bytes=size * 10**9) for size in (2, 4, 3)]
     sources[2].cached_bytes = sources[2].num_bytes
 
-    def told(**config: Any) -> str:
-        return cost_lines([base, *sources], GraspConfig(**config))[0]
+    def lines(**config: Any) -> list[str]:
+        return cost_lines([base, *sources], GraspConfig(**config))
 
-    assert told(order="given") == "download: 7.00 GB, 2 min at 50 MB/s"
-    expected = "download: 13.00 GB, 4 min at 50 MB/s; of that 6.00 GB to find the order, where sources are not kept"
-    assert told(order="rank") == told(order="loss") == told(order="rank", top=2) == expected
-    assert told(order="loss", top=1).startswith("download: 11.00 GB, ")
+    assert lines(order="given")[0] == "download: 7.00 GB, 2 min at 50 MB/s"
+    assert not any("order" in line for line in lines(order="given"))
+    for config in ({"order": "rank"}, {"order": "loss"}, {"order": "rank", "top": 2}):
+        assert lines(**config)[:2] == [
+            "download: 13.00 GB, 4 min at 50 MB/s",
+            "  of it, to find the order: 6.00 GB; the sources are then downloaded again",
+        ]
+    assert lines(order="loss", top=1)[0].startswith("download: 11.00 GB, ")
 
 
 @pytest.mark.parametrize(
@@ -317,8 +425,9 @@ def test_the_memory_of_a_plan_counts_all_fine_tuning(epochs: str, expected: str)
 )
 def test_the_temporary_files_of_a_plan_are_copies_of_the_target(config: dict[str, Any], copies: int) -> None:
     base = PlannedSource("base", "base", "full", num_bytes=10**9)
-    told = cost_lines([base], GraspConfig(**config))[1]
-    assert told.endswith(f"of models, {copies}.00 GB of temporary files")
+    line = cost_lines([base], GraspConfig(**config))[1]
+    size = f"{copies}.00 GB" if copies else "0.0 MB"
+    assert line.endswith(f"of models, {size} of temporary files")
 
 
 @pytest.mark.parametrize("command", ["plan", "rank"])
@@ -328,21 +437,21 @@ def test_a_file_that_cannot_be_written(command: str, world: Path, capsys: pytest
         assert main([command, str(world / "recipe.yaml"), "--json", str(file)]) == 1
         output = capsys.readouterr()
         assert output.err == f"error: --json: '{file}' cannot be written: {problem}; name another file\n"
-        assert output.out == "", "it is known before the work"
+        assert output.out == "", "the check comes before the work"
 
 
-def test_what_happens_to_heads_and_the_partition_in_a_plan(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_shows_changes_of_heads_and_the_units(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tiny_model("vit", labels=["x", "y"]), world / "other")
     saved(tiny_model("vit", labels=["cat", "bird", "dog"]), world / "order")
     assert main(["plan", write_recipe(world, sources=["other", "order"]), "unit=layer"]) == 0
     text = capsys.readouterr().out
     assert "other: head stays: no label name is shared: got x, y, expected bird, cat, dog" in text
     assert "order: head: classes matched by name, 3 of 3: got cat, bird, dog, expected bird, cat, dog" in text
-    assert "6 units of 5,411 numbers (unit: layer):\n" in text
+    assert "6 units with 5,411 parameters (unit: layer):\n" in text
     assert "  2 × vit.layers.*: 2,224\n" in text and "  classifier: 51\n" in text
 
 
-def test_a_merge_in_a_process_of_its_own(world: Path) -> None:
+def test_a_merge_in_a_new_process(world: Path) -> None:
     output = world / "merged"
     copying = ("method=copy", "unit=module", "threshold=-1")
     done = run("merge", str(world / "recipe.yaml"), "--output", str(output), *copying)
@@ -384,7 +493,9 @@ def test_an_error_by_the_console_script(world: Path) -> None:
     assert not (world / "merged").exists()
 
 
-def test_a_merge_here(world: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_merge_in_this_process(
+    world: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     output = world / "merged"
     arguments = ["merge", str(world / "recipe.yaml"), "--output", str(output)]
     assert main(arguments) == 0
@@ -408,7 +519,7 @@ def test_an_output_folder_that_holds_something_else(world: Path, capsys: pytest.
         assert main(["merge", str(world / "recipe.yaml"), "--output", str(world / name)]) == 1
         output = capsys.readouterr()
         assert f"error: '{world / name}' already holds something that is not a merge" in output.err
-        assert output.out == "", "nothing was merged before the folder was looked at"
+        assert output.out == "", "the check of the folder comes before the work"
         assert {path: path.read_bytes() for path in (world / name).rglob("*") if path.is_file()} == before
     assert main(["merge", str(world / "recipe.yaml"), "--output", str(world / "recipe.yaml")]) == 1
 
@@ -477,7 +588,7 @@ def test_a_push_that_is_refused(hub: HubServer, world: Path, capsys: pytest.Capt
     merge = ["merge", str(world / "recipe.yaml"), "--output", str(world / "merged")]
     assert main([*merge, "--push-to-hub", "org/cli-refused"]) == 1
     assert "error: " in (output := capsys.readouterr()).err and "org/cli-refused" in output.err
-    assert output.out == "" and not (world / "merged").exists(), "it is known before the work"
+    assert output.out == "" and not (world / "merged").exists(), "the check comes before the work"
     assert "org/cli-refused" not in hub.repos
     (world / "merged").mkdir()
     since = len(hub.requests)
@@ -485,18 +596,20 @@ def test_a_push_that_is_refused(hub: HubServer, world: Path, capsys: pytest.Capt
     output = capsys.readouterr()
     assert output.err.startswith("error: 'org/cli/refused' cannot be a repository on the Hub, expected 'org/name'")
     assert "animal" not in output.err and len(hub.requests) == since and (world / "merged").is_dir(), (
-        "a folder that was there stays"
+        "an existing folder stays"
     )
 
 
-def test_what_was_merged_before_a_failure_is_saved(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_sources_merged_before_an_error_are_saved(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = perturbed(tiny_model("vit"), seed=3)
-    broken.get_parameter("classifier.weight").data.fill_(float("nan"))  # a plan reads no weight and cannot see it
+    broken.get_parameter("classifier.weight").data.fill_(
+        float("nan")
+    )  # a plan reads no weights, so it does not notice
     saved(broken, world / "broken")
     output = world / "merged"
     assert main(["merge", write_recipe(world, sources=["fine-1", "broken", "fine-2"]), "--output", str(output)]) == 1
     printed = capsys.readouterr()
-    assert f"saved what was merged before: 1 of 3 sources, {output}" in printed.out
+    assert f"saved the merge so far, 1 of 3 sources: {output}" in printed.out
     assert "classifier.weight holds NaN or infinite weights" in printed.err
     AutoModelForImageClassification.from_pretrained(output)
     report = json.loads((output / "grasp_report.json").read_text())
@@ -525,7 +638,7 @@ def test_a_merge_with_its_control(
     assert merged.evaluate(judged, data_collator=data.collator) == pytest.approx(control["merged"], rel=1e-4)
 
 
-def test_a_control_needs_samples_to_judge_by(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_control_needs_samples_and_epochs(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = {**DATA, "data_dir": str(write_images(world / "own", {"train": 4}))}
     recipe = write_recipe(world, sources=["fine-1"], data=data)
     assert main(["merge", recipe, "--output", str(world / "merged"), "--control"]) == 1
@@ -536,7 +649,7 @@ def test_a_control_needs_samples_to_judge_by(world: Path, capsys: pytest.Capture
     assert not (world / "merged").exists()
 
 
-def test_a_merge_that_cannot_be_judged_in_the_end_is_saved(
+def test_a_merge_that_cannot_be_evaluated_is_saved(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*arguments: Any, **settings: Any) -> None:
@@ -546,12 +659,12 @@ def test_a_merge_that_cannot_be_judged_in_the_end_is_saved(
     assert main(["merge", write_recipe(world, sources=["fine-1"]), "--output", str(world / "merged")]) == 1
     printed = capsys.readouterr()
     assert "a test image is broken" in printed.err
-    assert f"saved what was merged before: 1 of 1 sources, {world / 'merged'}" in printed.out
+    assert f"saved the merge so far, 1 of 1 sources: {world / 'merged'}" in printed.out
     assert AutoModelForImageClassification.from_pretrained(world / "merged")
 
 
 @pytest.mark.parametrize("elsewhere", [True, False])
-def test_a_merge_is_not_lost_where_the_output_folder_takes_no_more(
+def test_a_merge_is_saved_elsewhere_if_the_output_folder_is_full(
     elsewhere: bool, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = GraspMerger.save_pretrained
@@ -567,13 +680,14 @@ def test_a_merge_is_not_lost_where_the_output_folder_takes_no_more(
     assert main(["merge", write_recipe(world, sources=["fine-1"]), "--output", str(world / "merged")]) == 1
     printed = capsys.readouterr()
     assert f"could not be saved in '{world / 'merged'}': [Errno 28] No space left on device" in printed.err
-    assert f"error: the merged model is not in '{world / 'merged'}'" in printed.err
+    where = "it is in 'merged'" if elsewhere else "it could not be saved"
+    assert f"error: the merged model is not in '{world / 'merged'}'; {where}, see the errors above" in printed.err
     assert ("saved: merged" in printed.out) is elsewhere
     if elsewhere:
         assert AutoModelForImageClassification.from_pretrained(world / "work" / "merged")
 
 
-def test_a_failure_is_what_is_reported_even_if_what_was_merged_cannot_be_saved(
+def test_the_first_error_is_reported_even_if_the_merge_cannot_be_saved(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: GraspMerger, folder: Path) -> None:
@@ -604,28 +718,24 @@ def test_an_override_without_a_value_is_wrong_usage(world: Path, capsys: pytest.
     assert "expected key=value, got: gate" in capsys.readouterr().err
 
 
-def test_a_merge_whose_saving_stopped_is_not_taken_for_a_merge(
-    world: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The record of one merge beside the weights of another would tell lies."""
+def test_a_merge_that_was_not_fully_saved_is_refused(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise the record of one merge could describe the weights of another."""
     merger = GraspMerger.from_pretrained(str(world / "base"), config=GraspConfig(**{**NO_TUNING, "method": "average"}))
     merger.merge([str(world / "fine-1")])
     merger.save_pretrained(world / "merged")
     merger.merge([str(world / "fine-2")])
-    room, most = (
-        (world / "merged" / "model.safetensors").stat().st_size // 2,
-        resource.getrlimit(resource.RLIMIT_FSIZE),
-    )
+    limit = (world / "merged" / "model.safetensors").stat().st_size // 2
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for folder in ("merged", "new"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, most[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         try:
             with pytest.raises((OSError, SafetensorError), match="File too large"):
                 merger.save_pretrained(world / folder)
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, most)
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert main(["push", str(world / folder), "org/never"]) == 1
-        said = {"merged": f"the merge in '{world / folder}' was not saved to its end", "new": "holds no weights"}
-        assert said[folder] in capsys.readouterr().err
+        expected = {"merged": f"the merge in '{world / folder}' was not saved to its end", "new": "holds no weights"}
+        assert expected[folder] in capsys.readouterr().err
         merger.save_pretrained(world / folder)
         again = GraspMerger.from_pretrained(str(world / folder))
         assert len(again.report.steps) == 2
@@ -643,7 +753,7 @@ def test_a_merge_in_the_folder_where_it_is_saved(world: Path, monkeypatch: pytes
 
 
 def merging(world: Path, **settings: Any) -> subprocess.Popen[str]:
-    """Start a merge of one source in a process of its own, which Ctrl-C interrupts even where this one ignores it."""
+    """Start a merge of one source in a new process, which Ctrl-C interrupts even if this one ignores it."""
     recipe = write_recipe(world, sources=["fine-1"], **settings)
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from grasp_hf.cli import run; run()"
@@ -653,7 +763,7 @@ def merging(world: Path, **settings: Any) -> subprocess.Popen[str]:
 
 
 def assert_saved(process: subprocess.Popen[str], world: Path) -> str:
-    """Check that an interrupted merge left all of it, and return what it printed."""
+    """Check that an interrupted merge saved all of its files, and return its output."""
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and errors.endswith("interrupted\n"), errors
     record = read_record(world / "merged")
@@ -663,17 +773,19 @@ def assert_saved(process: subprocess.Popen[str], world: Path) -> str:
 
 
 def test_a_stopped_job_saves_what_was_merged(world: Path) -> None:
-    """Schedulers and containers send SIGTERM, and wait."""
+    """Schedulers and containers stop a job by SIGTERM."""
     with merging(world, final_epochs=10_000) as process:
         assert process.stdout and any(line.startswith("1/1 fine-1 ") for line in process.stdout)
         process.send_signal(signal.SIGTERM)
-        assert "saved what was merged before: 1 of 1 sources, merged" in assert_saved(process, world)
+        assert "saved the merge so far, 1 of 1 sources: merged" in assert_saved(process, world)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_waits_until_the_result_is_saved(number: signal.Signals, world: Path) -> None:
     with merging(world) as process:
-        while not (world / "merged" / "grasp_report.json").exists():  # which says first that the merge is unfinished
+        while not (
+            world / "merged" / "grasp_report.json"
+        ).exists():  # it is written first, and marks the merge as unfinished
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(number)
@@ -691,24 +803,24 @@ def test_the_score_on_the_test_data_is_recorded(world: Path, capsys: pytest.Capt
     assert {row.dataset_name for row in rows} == {"test data of the target task"}
 
 
-def test_a_picture_of_the_test_split_that_is_broken_loses_nothing(
-    world: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_picture_in_the_test_split_loses_no_merge(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = world / "images" / "test" / LABELS[0] / "0.png"
     broken.write_bytes(broken.read_bytes()[:50])
     assert main(["merge", write_recipe(world, sources=["fine-1"]), "--output", str(world / "merged")]) == 1
     printed = capsys.readouterr()
     assert f"error: the picture '{broken}' cannot be read" in printed.err
-    assert "saved what was merged before: 1 of 1 sources" in printed.out
+    assert "saved the merge so far, 1 of 1 sources" in printed.out
 
 
-def test_samples_in_two_splits_are_told(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_in_two_splits_cause_a_warning(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = world / "images"
     shutil.copy(images / "train" / LABELS[0] / "0.png", images / "train" / LABELS[0] / "again.png")
     shutil.copy(images / "train" / LABELS[0] / "1.png", images / "test" / LABELS[0] / "same.png")
     assert main(["merge", write_recipe(world, sources=["fine-1"]), "--output", str(world / "merged")]) == 0
-    told = "1 samples of the split 'train' stand there again; 1 samples of the split 'test' also stand in the split 'train'"
-    assert f"{told}; what judges a merge then knows" in capsys.readouterr().err
+    told = (
+        "1 samples of the split 'train' are duplicates; 1 samples of the split 'test' also occur in the split 'train'"
+    )
+    assert f"{told}; the reported losses will be too low. Remove the duplicates" in capsys.readouterr().err
 
 
 def test_a_source_whose_folder_has_an_equals_sign(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,8 +57,8 @@ def test_a_message_that_names_its_subject_itself_stays_whole() -> None:
 
 
 def test_listed_problems_are_those_of_every_subject() -> None:
-    error = IncompatibleSourceError("'org/a' cannot be merged", problems=["another hidden_act"])
-    assert error.problems_of("org/a") == error.problems_of("org/b") == ["another hidden_act"]
+    error = IncompatibleSourceError("'org/a' cannot be merged", problems=["different hidden_act"])
+    assert error.problems_of("org/a") == error.problems_of("org/b") == ["different hidden_act"]
 
 
 def test_the_list_of_an_error_cannot_be_changed_from_outside() -> None:

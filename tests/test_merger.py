@@ -181,10 +181,10 @@ def test_steps_before_an_error_stay_done(tmp_path: Path) -> None:
     other = saved(tiny_model("resnet"), tmp_path / "other")
     merger = GraspMerger(tiny_model("vit"), GraspConfig(**BLEND))
     with pytest.raises(
-        GraspError, match="(?s)while merging source 2/2 .*another architecture: got resnet, expected vit"
+        GraspError, match="(?s)while merging source 2/2 .*different architecture: got resnet, expected vit"
     ) as caught:
         merger.merge([good, other], **data_for("vit"))
-    assert caught.value.problems == ["another architecture: got resnet, expected vit"]
+    assert caught.value.problems == ["different architecture: got resnet, expected vit"]
     assert [step.source for step in merger.report.steps] == [good]
 
 
@@ -495,7 +495,7 @@ def test_only_an_average_without_fine_tuning_can_do_without_data(tmp_path: Path)
     source = saved(tiny_model("vit"), tmp_path / "source")
     orders = [GraspConfig(**{**STILL, "order": order}) for order in ("loss", "rank")]
     for config in (GraspConfig(**BLEND), GraspConfig(**{**STILL, "final_epochs": 1}), *orders):
-        with pytest.raises(DataError, match="train_dataset is missing; expected labelled samples: only an average"):
+        with pytest.raises(DataError, match="train_dataset is missing; expected labelled samples. Only an average"):
             GraspMerger(tiny_model("vit"), config).merge([source])
 
 

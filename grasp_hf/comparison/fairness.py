@@ -1,10 +1,10 @@
-"""What would make a comparison dishonest, and is refused before it begins."""
+"""Checks that a comparison is fair, before it begins."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.recipe import Recipe
-from ..data.digests import contents, digest
+from ..data.digests import digest, sample_hashes
 from ..data.samples import Samples
 from ..errors import DataError, first_few
 from ..hub.download import look_up
@@ -18,75 +18,89 @@ from ..sources.load import adapter_labels, saves_head
 from ..sources.rows import label_names
 from ..validation.changes import LEAST_SAMPLES, detectable_difference
 
-LEAST_VALIDATION = 50  # fewer than of the test split: it judges by the loss, in pairs of the same sample
-LEAST_TEXTS = 30  # of a language model; with fewer, 1.96 standard errors are no 95 % (Student's t is 2.05 and more)
+LEAST_VALIDATION = 50  # fewer than test samples: methods are compared by their losses on the same validation samples
+USES = {"train": "trained", "validation": "chose"}
+LEAST_TEXTS = 30  # for a language model; for fewer texts, 1.96 standard errors are less than a 95 % interval
 
 
 def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], data: Samples) -> dict[str, str]:
-    """Raise `DataError` where the rows of a comparison could not be compared; return a digest of each split."""
+    """Check the data and the sources of a comparison.
+
+    Args:
+        recipe: The recipe.
+        merger: Holds the base model.
+        sources: References of the sources.
+        data: All samples.
+
+    Returns:
+        A digest of each split.
+
+    Raises:
+        DataError: A split is missing, too small, or shares samples with another split; or a source has other labels,
+            or was trained on the test split.
+    """
     if data.train is None or data.test is None:
-        raise DataError("a comparison needs data with the splits 'train' and 'test'")
+        missing = [name for name, split in {"train": data.train, "test": data.test}.items() if split is None]
+        raise DataError(
+            f"the data lacks the split '{missing[0]}'; a comparison needs data with the splits 'train' and 'test'"
+        )
     generates = merger.model.can_generate()
     if generates:
         for name, split in {"test": data.test, "validation": data.validation}.items():
             if split is not None and len(split) < LEAST_TEXTS:
                 raise DataError(
-                    f"the split '{name}' has {len(split)} texts; expected at least {LEAST_TEXTS}, or the interval of what "
-                    "they show is a guess; cut long texts into several"
+                    f"the split '{name}' has {len(split)} texts; expected at least {LEAST_TEXTS}, because with fewer "
+                    "texts the interval of a difference is wrong; cut long texts into several"
                 )
     elif len(data.test) < LEAST_SAMPLES:
         raise DataError(f"the split 'test' has {detectable_difference(len(data.test))}")
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    found = {name: contents(split) for name, split in splits.items() if split is not None}
+    found = {name: sample_hashes(split) for name, split in splits.items() if split is not None}
     for name in found.keys() - {"test"}:
         if shared := found[name] & found["test"]:
-            why = (
-                "every method that learns the training set by heart looks good"
-                if name == "train"
-                else "what chose a model judges it, too"
-            )
             raise DataError(
-                f"{len(shared)} samples of the split 'test' also stand in the split '{name}'; expected none: remove them, "
-                f"or {why}"
+                f"{len(shared)} samples of the split 'test' are also in the split '{name}'; expected none, because "
+                f"the scores on samples that {USES[name]} a model are too good; remove them from one of the splits"
             )
     if shared := found["train"] & found.get("validation", set()):
         raise DataError(
-            f"{len(shared)} samples of the split 'validation' also stand in the split 'train'; expected none: remove them, "
-            "or they judge what they have taught"
+            f"{len(shared)} samples of the split 'validation' are also in the split 'train'; expected none, because "
+            "the losses on samples that trained a model are too low; remove them from one of the splits"
         )
     if not generates and data.validation is not None and len(data.validation) < LEAST_VALIDATION:
         raise DataError(
-            f"the split 'validation' has {detectable_difference(len(data.validation), LEAST_VALIDATION)}; without that split the "
-            "labels judge"
+            f"the split 'validation' has {detectable_difference(len(data.validation), LEAST_VALIDATION)}; or remove "
+            "the split, and methods choose by the training labels"
         )
     dataset = hub_dataset(recipe)
     for source in sources:
         located, _ = look_up(source, trusted=recipe.config.trust_remote_code)
-        labels, expected = own_labels(located, merger), label_names(merger.model.config)
+        labels, expected = labels_of(located, merger), label_names(merger.model.config)
         if labels is not None and set(labels) != set(expected):
             raise DataError(
-                f"source '{source}' knows other labels than the data: got {first_few(labels, 12)}, expected "
-                f"{first_few(expected, 12)}; give its config.json the names that its classes have in the data "
-                "(`id2label`), or leave it out: a merge takes what fits, but a model is not judged by labels it never saw"
+                f"source '{source}' has other labels than the data: got {first_few(labels, 12)}, expected "
+                f"{first_few(expected, 12)}; write the names of the data to `id2label` in its config.json, or leave "
+                "the source out: a merge can use the tensors that fit, but a score on labels that a model never saw "
+                "says nothing"
             )
         if dataset and (sentence := trained_on_test(located.folder, dataset)):
             raise DataError(
-                f"source '{source}' was trained on the test split, says its card (\"{sentence}\"); leave it out of a "
-                "comparison on that split"
+                f"the card of source '{source}' says that it was trained on the test split: \"{sentence}\"; leave the "
+                "source out of a comparison on that split"
             )
     return {name: digest(hashes, splits[name]) for name, hashes in found.items()}
 
 
 def hub_dataset(recipe: Recipe) -> str | None:
-    """Return the name of the recipe's data set on the Hub, as cards call it; `None` for files and folders."""
+    """Return the Hub id of the recipe's data set, as model cards name it; `None` for files and folders."""
     path = recipe.data.get("path")
     if not isinstance(path, str) or path in file_formats() or Path(recipe.locate(path)).exists():
         return None
     return path
 
 
-def own_labels(source: Source, merger: GraspMerger) -> list[str] | None:
-    """Return the label names that the classes of a source have; `None` where it has no classifier of its own."""
+def labels_of(source: Source, merger: GraspMerger) -> list[str] | None:
+    """Return the label names of a source's own classifier; `None` if it has none."""
     if merger.model.can_generate():
         return None
     if source.kind == "full":

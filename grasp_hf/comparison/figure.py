@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 def comparison_figure(
     rows: Sequence[tuple[str, str, Sequence[float], Sequence[float], float | None]], measure: str
 ) -> "Figure":
-    """Draw what each method reached, the best on top: its runs, their mean, and the mean before the final fine-tuning.
+    """Draw the scores of each method, the best on top: its runs, their mean, and the mean before fine-tuning.
 
     Args:
-        rows: Title, group (`control`, `existing` or `ours`), the runs in the end, the runs as merged (may be empty), and
-            half of the 95 % interval of the mean in the end, where there is one.
-        measure: `accuracy`, or `loss`, of which less is better.
+        rows: Five values for each method: its title; its group (`control`, `existing` or `ours`); the final scores of
+            its runs; their scores as merged, before the final fine-tuning (may be empty); and half of the 95 %
+            interval of the final mean, or `None`.
+        measure: `accuracy`, of which more is better, or `loss`, of which less is better.
     """
     from matplotlib.figure import Figure
 
@@ -30,7 +31,7 @@ def comparison_figure(
     figure = Figure(figsize=(8, 1.2 + 0.26 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     shown = [value for row in rows for value in (*row[2], mean(row[3])) if math.isfinite(value)]
-    if shown:  # the interval of two runs is wider than the figure
+    if shown:  # the limits ignore the intervals, because that of two runs is wider than all scores
         margin = 0.05 * (max(shown) - min(shown)) or 0.05
         axes.set_xlim(min(shown) - margin, max(shown) + margin)
     for place, (_, group, runs, merged, half) in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The methods that a comparison runs, each on the same labels with the same fine-tuning: controls, rivals, ours."""
+"""The rows of a comparison: controls, existing methods and ours, on the same labels with the same fine-tuning."""
 
 import math
 from collections.abc import Callable
@@ -21,88 +21,102 @@ from .workbench import COMMON, Workbench
 
 Group = Literal["control", "existing", "ours"]
 
-
-def nothing(bench: Workbench) -> None:
-    """Leave the base model as it is."""
-    bench.begin()
+WITH_GATE = ", with our gate"  # ends the titles of rows whose fine-tuning goes through our gate
 
 
-def source_alone(bench: Workbench, source: str) -> None:
-    """Take one source as it is."""
-    bench.copy(source)
+def keep_base(bench: Workbench) -> None:
+    """Leave the base model unchanged."""
+    bench.restore_base()
 
 
-def best_source(bench: Workbench) -> None:
-    """Take the source whose loss on the labels is lowest."""
+def load_source(bench: Workbench, source: str) -> None:
+    """Take one source unchanged."""
+    bench.load_source_weights(source)
+
+
+def load_best_source(bench: Workbench) -> None:
+    """Take the source with the lowest loss on the labels."""
     losses = {}
     for source in bench.sources:
-        bench.copy(source)
-        losses[source] = bench.score(bench.labels)["loss"]
-    bench.copy(min(losses, key=losses.__getitem__))
+        bench.load_source_weights(source)
+        losses[source] = bench.evaluate(bench.selection_samples)["loss"]
+    bench.load_source_weights(min(losses, key=losses.__getitem__))
 
 
-def paper(bench: Workbench, threshold: float) -> None:
-    """Run the published loop from the first source; a threshold of 1 copies nothing, one of -1 everything.
+def run_paper(bench: Workbench, threshold: float) -> None:
+    """Run the loop of arXiv:2606.14900 from the first source.
 
-    It fine-tunes as it was published, all weights, but in batches and at a learning rate of the recipe, as every method
-    does; each of its fine-tunings ends with a whole step, so that it makes up to one step per source more than the others.
+    It fine-tunes all weights, as in the paper, but with the batch size and the learning rate of the recipe, as every
+    method. Each of its fine-tunings ends with a whole step, so it makes up to one more step per source than the
+    others.
+
+    Args:
+        bench: The workbench.
+        threshold: Cosine above which a layer is copied: 1 copies nothing, -1 everything.
     """
-    each = bench.epochs / len(bench.sources)
-    shared = bench.shared(name for name in COMMON if name != "lora")
-    if bench.generates:  # it has no accuracy, by which the published loop keeps its best epoch
-        shared["training_arguments"] = {"metric_for_best_model": "loss", **shared["training_arguments"]}
-    config = GraspConfig.paper(threshold=threshold, initial_epochs=each, finetune_epochs=each, **shared)
+    epochs = bench.epochs / len(bench.sources)
+    settings = bench.settings(name for name in COMMON if name != "lora")
+    if bench.generates:  # the paper keeps the epoch with the best accuracy, which a language model lacks
+        settings["training_arguments"] = {"metric_for_best_model": "loss", **settings["training_arguments"]}
+    config = GraspConfig.paper(threshold=threshold, initial_epochs=epochs, finetune_epochs=epochs, **settings)
     first, *others = bench.sources
-    bench.copy(first)
+    bench.load_source_weights(first)
     bench.merge(config, others)
 
 
-def on_line(start: Callable[[Workbench], None], bench: Workbench) -> None:
-    """Fine-tune what `start` leaves in the model as ours is: no further than the labels allow, which costs as much again."""
+def finetune_with_gate(start: Callable[[Workbench], None], bench: Workbench) -> None:
+    """Run `start`, and fine-tune its result through the gate, as ours does; the gate needs as many steps again."""
     start(bench)
     bench.finetune(bench.epochs, gate=True)
 
 
-def ours(bench: Workbench, **settings: Any) -> None:
-    """Merge as the recipe says, with the settings of a variant."""
-    bench.begin()
-    bench.continue_(settings)
+def run_ours(bench: Workbench, **settings: Any) -> None:
+    """Merge by the recipe, with the settings of a variant."""
+    bench.restore_base()
+    bench.merge_by_recipe(settings)
 
 
-def rival(bench: Workbench, method: Callable[..., None], **settings: Any) -> None:
-    """Run an existing method."""
-    with bench.inputs() as inputs:
+def run_existing(bench: Workbench, method: Callable[..., None], **settings: Any) -> None:
+    """Run an existing method with settings of its own."""
+    with bench.open_inputs() as inputs:
         method(inputs, **settings)
 
 
-def mixture(bench: Workbench, per_layer: bool) -> None:
-    """Learn a mixture of task vectors in as many steps as fine-tuning has, or in AdaMerging's 500 where there is none.
+def run_mixture(bench: Workbench, per_layer: bool) -> None:
+    """Learn a mixture of task vectors in as many steps as fine-tuning has, or in AdaMerging's 500 if there is none.
 
-    AdaMerging's steps of 0.001 are too short for coefficients to get anywhere in 32; these are ten times as long at
-    least, and long enough for one to cross its whole range.
+    AdaMerging's learning rate of 0.001 hardly moves a coefficient in 32 steps. Here it is at least 0.01, and large
+    enough for a coefficient to cross its whole range.
     """
     arguments = bench.config.training_arguments
     batches = math.ceil(len(bench.data.train) / arguments.get("per_device_train_batch_size", bench.config.batch_size))
     steps = math.ceil(bench.epochs * math.ceil(batches / arguments.get("gradient_accumulation_steps", 1)))
-    rival(bench, mixture_, per_layer=per_layer, **({"steps": steps, "lr": max(1e-2, 1 / steps)} if steps else {}))
+    settings = {"steps": steps, "lr": max(1e-2, 1 / steps)} if steps else {}
+    run_existing(bench, mixture_, per_layer=per_layer, **settings)
 
 
-def pearl(bench: Workbench) -> None:
-    """Train PEARL's adapters for its three epochs each, or for as many as fine-tuning has where those are fewer, but not 0."""
-    rival(bench, pearl_, epochs=min(3, bench.epochs) or 3)
+def run_pearl(bench: Workbench) -> None:
+    """Train each of PEARL's adapters for its three epochs, or for fewer if fine-tuning has fewer, but not for 0."""
+    run_existing(bench, pearl_, epochs=min(3, bench.epochs) or 3)
 
 
-def ensemble(bench: Workbench) -> Evaluation:
+def evaluate_ensemble(bench: Workbench) -> Evaluation:
     """Return the scores of the mean of all sources' probabilities."""
-    with bench.inputs() as inputs:
+    with bench.open_inputs() as inputs:
         return ensemble_evaluation(inputs, bench.data.test, bench.collator, Accelerator(), bench.config.batch_size)
 
 
-def fusion(bench: Workbench) -> Evaluation:
-    """Return the scores of all sources trained jointly on the mean of their logits."""
+def evaluate_fusion(bench: Workbench) -> Evaluation:
+    """Return the scores of all sources after joint training on the mean of their logits.
+
+    Raises:
+        ConfigError: The recipe fine-tunes by LoRA.
+    """
     if bench.config.lora is not None:
-        raise ConfigError("all weights of all sources are trained jointly; leave out `lora` to run it")
-    with bench.inputs() as inputs:
+        raise ConfigError(
+            "lora: got settings, but Multi-Source fusion trains all weights of all sources; leave out `lora` to run it"
+        )
+    with bench.open_inputs() as inputs:
         model = logit_fusion(inputs)
     finetune_(
         model,
@@ -123,12 +137,13 @@ class Method:
     """A row of the comparison.
 
     Attributes:
-        title: Its name.
-        group: What it stands for.
-        run: Leaves its result in the bench's model; one that predicts without a single model returns its scores.
-        memory: Private memory it takes to merge, in models.
-        sources: How many sources it needs at once, in memory or on the disk.
-        finetuned: Whether the budget of fine-tuning is spent on its result; else it has spent it itself, or none.
+        title: Its name in tables and figures.
+        group: Whether it is a control, an existing method or ours.
+        run: Leaves its result in the model of the workbench. A method that predicts with several models returns its
+            scores instead.
+        memory: Private memory that merging takes, in sizes of the model.
+        finetuned: Whether its result is fine-tuned afterwards. Otherwise it fine-tunes by itself, or not at all.
+        sources: Number of sources that it needs at once, in memory or on the disk.
     """
 
     title: str
@@ -139,45 +154,51 @@ class Method:
     sources: Literal["1", "K"] = "1"
 
 
-def _rival(title: str, method: Callable[..., None], sources: Literal["1", "K"] = "1") -> Method:
-    return Method(title, "existing", partial(rival, method=method), sources=sources)
+def _existing_row(title: str, method: Callable[..., None], sources: Literal["1", "K"] = "1") -> Method:
+    return Method(title, "existing", partial(run_existing, method=method), sources=sources)
 
 
-def _mixture(title: str, *, per_layer: bool, line: bool = False) -> Method:
-    run = partial(mixture, per_layer=per_layer)
-    if line:
-        return Method(
-            f"{title}, fine-tuned through our gate", "existing", partial(on_line, run), finetuned=False, sources="K"
-        )
-    return Method(title, "existing", run, sources="K")
+def _mixture_row(title: str, *, per_layer: bool) -> Method:
+    return Method(title, "existing", partial(run_mixture, per_layer=per_layer), sources="K")
 
 
-def _line(title: str, start: Callable[[Workbench], None]) -> Method:
-    return Method(title, "control", partial(on_line, start), finetuned=False)
+def _gated_mixture_row(title: str, *, per_layer: bool) -> Method:
+    run = partial(finetune_with_gate, partial(run_mixture, per_layer=per_layer))
+    return Method(title + WITH_GATE, "existing", run, finetuned=False, sources="K")
 
 
-METHODS = {
-    "base": Method("base model", "control", nothing),
-    "best-source": Method("best source on the labels", "control", best_source),
-    "average": Method("average of all (uniform soup)", "control", partial(rival, method=average_)),
-    "base-line": _line("base model, fine-tuned through our gate", nothing),
-    "best-source-line": _line("best source, fine-tuned through our gate", best_source),
-    "average-line": _line("average of all, fine-tuned through our gate", partial(rival, method=average_)),
-    "loop-nothing": Method("published loop, nothing copied", "control", partial(paper, threshold=1.0), "1", False),
-    "loop-all": Method("published loop, everything copied", "control", partial(paper, threshold=-1.0), "1", False),
-    "ensemble": Method("ensemble of all", "existing", ensemble, "1; K to use", False),
-    "fusion": Method("Multi-Source fusion", "existing", fusion, "4 K; K to use", False, "K"),
-    "pearl": Method("PEARL, with gradients", "existing", pearl),
-    "greedy-soup": _rival("greedy soup", greedy_soup_, "K"),
-    "task-arithmetic": _rival("task arithmetic", task_arithmetic_),
-    "ties": _rival("TIES", ties_, "K"),
-    "dare": _rival("DARE", dare_, "K"),
-    "fisher": _rival("Fisher-weighted average", fisher_average_),
-    "lorahub": _mixture("learned mixture by source (as LoraHub)", per_layer=False),
-    "adamerging": _mixture("learned mixture by layer (as AdaMerging)", per_layer=True),
-    "lorahub-line": _mixture("learned mixture by source", per_layer=False, line=True),
-    "adamerging-line": _mixture("learned mixture by layer", per_layer=True, line=True),
-    "gradfix": _rival("GradFix", gradfix_),
-    "published": Method("GRASP as published", "existing", partial(paper, threshold=0.3), "6; ours 1", False),
-    "ours": Method("grasp_hf, as the recipe says", "ours", ours, "1", False),
+def _gated_row(title: str, start: Callable[[Workbench], None]) -> Method:
+    return Method(title + WITH_GATE, "control", partial(finetune_with_gate, start), finetuned=False)
+
+
+def _paper_row(title: str, group: Group, *, threshold: float, memory: str = "1") -> Method:
+    return Method(title, group, partial(run_paper, threshold=threshold), memory, finetuned=False)
+
+
+METHODS = {  # records of comparisons name methods by these keys
+    "base": Method("base model", "control", keep_base),
+    "best-source": Method("best source on the labels", "control", load_best_source),
+    "average": Method("average of all (uniform soup)", "control", partial(run_existing, method=average_)),
+    "base-line": _gated_row("base model", keep_base),
+    "best-source-line": _gated_row("best source", load_best_source),
+    "average-line": _gated_row("average of all", partial(run_existing, method=average_)),
+    "loop-nothing": _paper_row("the paper's loop, nothing copied", "control", threshold=1.0),
+    "loop-all": _paper_row("the paper's loop, everything copied", "control", threshold=-1.0),
+    "ensemble": Method("ensemble of all", "existing", evaluate_ensemble, "1 (K to predict)", finetuned=False),
+    "fusion": Method(
+        "Multi-Source fusion", "existing", evaluate_fusion, "4 K (K to predict)", finetuned=False, sources="K"
+    ),
+    "pearl": Method("PEARL, with trained adapters", "existing", run_pearl),
+    "greedy-soup": _existing_row("greedy soup", greedy_soup_, "K"),
+    "task-arithmetic": _existing_row("task arithmetic", task_arithmetic_),
+    "ties": _existing_row("TIES", ties_, "K"),
+    "dare": _existing_row("DARE", dare_, "K"),
+    "fisher": _existing_row("Fisher-weighted average", fisher_average_),
+    "lorahub": _mixture_row("mixture by source (as LoraHub)", per_layer=False),
+    "adamerging": _mixture_row("mixture by layer (as AdaMerging)", per_layer=True),
+    "lorahub-line": _gated_mixture_row("mixture by source", per_layer=False),
+    "adamerging-line": _gated_mixture_row("mixture by layer", per_layer=True),
+    "gradfix": _existing_row("GradFix", gradfix_),
+    "published": _paper_row("GRASP as in the paper", "existing", threshold=0.3, memory="1 (paper's code: 6)"),
+    "ours": Method("grasp_hf, as in the recipe", "ours", run_ours, finetuned=False),
 }

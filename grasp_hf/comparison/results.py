@@ -1,4 +1,4 @@
-"""What the methods of a comparison reached, and the tables and figures that are made of it."""
+"""The results of a comparison, and their tables and figures."""
 
 import json
 import math
@@ -14,28 +14,34 @@ from ..errors import ConfigError
 from ..files import write_whole
 from ..record.entries import Evaluation
 from ..record.figures import DPI
-from ..record.text import markdown_table
+from ..record.text import markdown_table, shorten
 from .figure import comparison_figure
 from .methods import METHODS
 
 RESULTS = "comparison.json"
 TABLE = "comparison.md"
-FIGURE = "comparison-{}.png"  # of a number of labels
+FIGURE = "comparison-{}.png"  # the number of labels
 OURS = "ours"
+TITLE_WIDTH = 40  # characters; with it the tables fit in 100 columns
+LEGEND = """\
+Each cell: the mean over the runs ± half of its 95 % interval.
+merged: before the final fine-tuning. final: after it.
+vs ours: the difference on the same labels; positive means better than ours."""
+COSTS_LEGEND = "Memory that merging takes, in sizes of the model. K: number of sources."
 
 
 @dataclass
 class Result:
-    """What one method reached with one set of labels.
+    """The scores of one method with one set of labels.
 
     Attributes:
-        method: Its key in `METHODS`, or `source:` and a reference.
+        method: Key in `METHODS`, `source:` and a reference, or `variant:` and a title.
         size: Number of labels.
-        seed: Which labels, which order of the sources, and the seed of the method.
-        merged: Test loss (and accuracy) before the final fine-tuning; empty where a method has none.
-        final: The same at the end.
-        seconds: Duration.
-        problem: Why it could not be run; the scores are then empty.
+        seed: Seed that draws the labels and the order of the sources, and that the method uses.
+        merged: Test loss (and accuracy) before the final fine-tuning; empty if the method has no such fine-tuning.
+        final: Test loss (and accuracy) of the result.
+        seconds: Duration in seconds.
+        problem: Error of a method that could not run; its scores are then empty.
     """
 
     method: str
@@ -49,11 +55,11 @@ class Result:
 
 @dataclass
 class Comparison:
-    """All results, and the tables made of them.
+    """All results of a comparison, and their tables.
 
     Attributes:
-        results: One per method, number of labels and seed.
-        setting: What was compared: the recipe, digests of data and models, the settings of variants, the versions at first.
+        results: One result for each method, number of labels and seed.
+        setting: The recipe, digests of data and models, the settings of variants, and the versions of the first run.
     """
 
     results: list[Result]
@@ -61,12 +67,12 @@ class Comparison:
 
     @property
     def measure(self) -> str:
-        """`accuracy` of classifiers, else `loss`."""
+        """`accuracy` if all methods have one, otherwise `loss`."""
         finals = [result.final for result in self.results if result.final]
         return "accuracy" if all("accuracy" in final for final in finals) else "loss"
 
     def methods(self, size: int) -> list[str]:
-        """Return the methods that have results for a number of labels: sources, those of `METHODS`, variants."""
+        """Return the methods with results for a number of labels: sources, those of `METHODS`, variants."""
         found = dict.fromkeys(result.method for result in self.results if result.size == size)
 
         def place(method: str) -> int:
@@ -77,7 +83,7 @@ class Comparison:
         return sorted(found, key=place)
 
     def runs(self, method: str, size: int, *, merged: bool = False) -> dict[int, float]:
-        """Return the measure of a method by seed."""
+        """Return the final scores of a method by seed, or with `merged` those before the final fine-tuning."""
         found = {}
         for result in self.results:
             evaluation = result.merged if merged else result.final
@@ -86,36 +92,51 @@ class Comparison:
         return found
 
     def differences(self, method: str, size: int) -> list[float]:
-        """Return by how much a method is better than ours with the same labels, seed by seed."""
+        """Return how much better a method is than ours, for each seed that both have; negative values are worse."""
         own, sign = self.runs(OURS, size), 1 if self.measure == "accuracy" else -1
         return [sign * (value - own[seed]) for seed, value in self.runs(method, size).items() if seed in own]
 
     def table(self, size: int) -> str:
-        """Return one line per method for one number of labels: mean over seeds ± half of the 95 % interval."""
-        rows = [
-            {
-                "": title_of(method),
-                "kind": kind_of(method),
-                "runs": str(len(self.runs(method, size))),
-                "as merged": interval(list(self.runs(method, size, merged=True).values())),
-                "in the end": interval(list(self.runs(method, size).values())),
-                "better than ours by": "–"
-                if method == OURS
-                else interval(self.differences(method, size), signed=True),
-                "memory (models)": METHODS[method].memory if method in METHODS else "1",
-                "sources at once": METHODS[method].sources if method in METHODS else "1",
-            }
-            for method in self.methods(size)
-        ]
+        """Return the scores for one number of labels, a row per method, and a line per method that could not run."""
+        rows = []
+        for method in self.methods(size):
+            gain = "–" if method == OURS else interval(self.differences(method, size), signed=True)
+            rows.append(
+                {
+                    "": shorten(title_of(method), TITLE_WIDTH),
+                    "runs": str(len(self.runs(method, size))),
+                    "merged": interval(list(self.runs(method, size, merged=True).values())),
+                    "final": interval(list(self.runs(method, size).values())),
+                    "vs ours": gain,
+                }
+            )
         problems = {r.method: r.problem for r in self.results if r.size == size and r.problem}
         return "\n".join([markdown_table(rows), *(f"- {title_of(name)}: {text}" for name, text in problems.items())])
 
+    def costs_table(self) -> str:
+        """Return a row per method: its kind, the memory of its merge, and the number of sources at once."""
+        found = {result.method for result in self.results}
+        rows = [
+            {
+                "": method.title,
+                "kind": method.group,
+                "memory (models)": method.memory,
+                "sources at once": method.sources,
+            }
+            for name, method in METHODS.items()
+            if name in found or name == OURS
+        ]
+        return markdown_table(rows)
+
     def __str__(self) -> str:
         sizes = dict.fromkeys(result.size for result in self.results)
-        return "\n\n".join(f"{size} labels, {self.measure}\n\n{self.table(size)}" for size in sizes)
+        blocks = [f"{size} labels, {self.measure} on the test split\n\n{self.table(size)}" for size in sizes]
+        if blocks:
+            blocks += [LEGEND, self.costs_table(), COSTS_LEGEND]
+        return "\n\n".join(blocks)
 
     def save(self, directory: Path) -> None:
-        """Write the results as JSON and the tables as Markdown to `directory`."""
+        """Write the results as JSON and the tables as Markdown to `directory`, which is made if it is missing."""
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / RESULTS, json.dumps(asdict(self), indent=1) + "\n")
         (directory / TABLE).write_text(f"{self}\n")
@@ -138,46 +159,50 @@ class Comparison:
 
     @classmethod
     def load(cls, directory: Path) -> "Comparison":
-        """Read what `save` wrote.
+        """Read the results that `save` wrote to `directory`.
 
         Raises:
-            ConfigError: It holds something else.
+            ConfigError: The file is not the record of a comparison.
         """
         try:
             values = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
             return cls([Result(**result) for result in values["results"]], values["setting"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"'{directory / RESULTS}' is not the record of a comparison: {error}") from error
+            raise ConfigError(
+                f"'{directory / RESULTS}' is not the record of a comparison ({error}); name another folder"
+            ) from error
 
 
 def title_of(method: str) -> str:
-    """Return how a method is called in tables."""
+    """Return the title of a method in tables and figures."""
     if method in METHODS:
         return METHODS[method].title
     kind, _, name = method.partition(":")
     if kind != "source":
         return f"grasp_hf, {name}"
-    return f"source {'/'.join(Path(name).parts[-2:]) if Path(name).is_absolute() else name}"
+    if Path(name).is_absolute():
+        name = "/".join(Path(name).parts[-2:])
+    return f"source {name}"
 
 
 def kind_of(method: str) -> str:
-    """Return whether a method is a control, an existing approach, or ours."""
+    """Return the kind of a method: `control`, `existing` or `ours`."""
     if method in METHODS:
         return METHODS[method].group
     return "control" if method.startswith("source:") else "ours"
 
 
 def interval(values: list[float], *, signed: bool = False) -> str:
-    """Return the mean and half of its 95 % interval for a table; a dash without values."""
+    """Return the mean ± half of its 95 % interval for a table; a dash if there are no values."""
     if not values:
         return "–"
-    mean = f"{statistics.fmean(values):{'+' if signed else ''}.3f}"
+    mean = f"{statistics.fmean(values):+.3f}" if signed else f"{statistics.fmean(values):.3f}"
     half = half_interval(values)
     return mean if half is None else f"{mean} ± {half:.3f}"
 
 
 def half_interval(values: Sequence[float]) -> float | None:
-    """Return half of the 95 % interval of the mean (Student's t over runs); `None` for fewer than two."""
+    """Return half of the 95 % interval of the mean, by Student's t over runs; `None` for fewer than two runs."""
     if len(values) < 2:
         return None
     return float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))

@@ -1,4 +1,4 @@
-"""What a merge is worth: every method on the same labels and with the same fine-tuning, over several seeds."""
+"""Runs every method of a comparison on the same labels with the same fine-tuning, over several seeds."""
 
 import hashlib
 import json
@@ -28,13 +28,14 @@ from ..record.entries import Evaluation
 from ..record.redaction import without_secrets
 from ..runs.prepare import prepare
 from .fairness import check_fairness
-from .methods import METHODS, Method, source_alone
+from .methods import METHODS, Method, load_source
 from .results import OURS, RESULTS, Comparison, Result, kind_of, title_of
 from .workbench import Workbench
 
 logger = logging.getLogger(__name__)
 
-CIRCUMSTANCES = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")  # of saving
+# Keys of a configuration that depend on where and with which versions a model was saved, not on the model.
+CIRCUMSTANCES = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
 
 
 def compare(
@@ -46,65 +47,68 @@ def compare(
     methods: Sequence[str] | None = None,
     variants: dict[str, dict[str, Any]] | None = None,
 ) -> Comparison:
-    """Run every method on the same labels, with the same seeds and the same fine-tuning, and save what they reached.
+    """Run every method on the same labels, with the same seeds and the same fine-tuning, and save the results.
 
-    For each seed the labels are drawn from the training split anew and the sources are put in another order. What a method
-    chooses, it chooses by these labels, controls and existing methods by the loss as it is, ours by the calibrated one; the
-    test split is looked at once the method is done. Every merged model is fine-tuned in the same number of steps;
-    sources alone and their ensemble are not. What a method spends to choose comes on top: learned mixtures take as
-    many steps again; ours reads `num_batches` batches per source, with the gate for each half of the labels; and the gate
-    trains a model on each of two halves of the labels, in ours also without any source. A run that was stopped goes on
-    where it was: what `output` holds already is not run again.
+    Each seed draws labels from the training split and shuffles the sources. A method chooses by these labels only:
+    controls and existing methods by the plain loss, ours by the calibrated loss. The finished method is scored on the
+    test split. Every merged model is fine-tuned in the same number of steps; the sources alone and their ensemble are
+    not fine-tuned. The steps by which a method chooses are extra. Learned mixtures take as many steps again. Ours
+    reads `num_batches` batches per source, with the gate for each half of the labels. The gate trains one model on
+    each half of the labels, in ours also without any source.
+
+    A stopped comparison continues: results in `output` are not computed again.
 
     Args:
         recipe: Base model, sources, data with a split `test`, and the fine-tuning that each method may spend.
         output: Folder for the results.
-        sizes: Numbers of labels; `None` is all.
-        seeds: One run each.
-        methods: Keys of `METHODS` to run; all where left out.
-        variants: More rows of ours: a title, and the settings that make it.
+        sizes: Numbers of labels; `None` means all.
+        seeds: Seeds, each of which is one run.
+        methods: Keys of `METHODS` to run; by default all. Every source alone and ours always run.
+        variants: Settings that replace those of the recipe, by the title of the row. Each variant is another row of
+            ours.
 
     Returns:
-        All results that `output` holds now; printed, they are its tables.
+        All results that `output` holds; `str` gives their tables.
 
     Raises:
-        DataError: The comparison would be dishonest: test samples among the training samples, too few test samples, or
-            a source with other labels.
+        DataError: The comparison would be unfair: test samples are also training samples, the test samples are too
+            few, or a source has other labels.
         ConfigError: The folder holds another comparison, or an argument is out of range.
+        OutputExistsError: The folder cannot be written.
 
     Example:
         >>> print(compare(Recipe.from_yaml("recipe.yaml"), "comparison", sizes=[64, None]))  # doctest: +SKIP
     """
-    output, chosen = Path(output), _chosen(methods)
+    output, chosen = Path(output), _choose_methods(methods)
     if not sizes or not all(size is None or size >= 1 for size in sizes):
         raise ConfigError(
-            f"sizes: expected at least one number of labels of 1 or more, or None for all, got {[*sizes]}"
+            f"sizes: expected at least one number of labels, each 1 or more or None for all, got {[*sizes]}"
         )
     if not seeds:
-        raise ConfigError("seeds: expected at least one")
-    for seed in seeds:  # the configuration knows which there can be
+        raise ConfigError("seeds: expected at least one, got none")
+    for seed in seeds:  # the configuration checks the range of a seed
         replace(recipe.config, seed=seed)
     if recipe.base_model is None:
         raise ConfigError(
-            "base_model: expected one in a comparison, or rows such as the average of all would lack the first source; "
-            "name the model that the sources were fine-tuned from"
+            "base_model: expected one in a comparison, because without it the first source is the base, and rows such "
+            "as the average of all lack it; name the model that the sources were fine-tuned from"
         )
     if own := {"max_steps", "num_train_epochs"} & set(recipe.config.training_arguments):
         raise ConfigError(
-            f"training_arguments.{own.pop()}: expected none in a comparison, where each method splits the same budget in its "
-            "own way; set final_epochs"
+            f"training_arguments.{own.pop()}: expected none in a comparison, because each method splits the same "
+            "number of epochs in its own way; set final_epochs"
         )
     base, sources, data = prepare(recipe)
     digests = check_fairness(recipe, base, sources, data)
     counts = [len(data.train) if size is None else size for size in sizes]
     if max(counts) > len(data.train):
         raise DataError(
-            f"sizes: got {max(counts)}, but the split 'train' has {len(data.train)} samples; expected no more, or None for "
-            "all ('all' on the command line)"
+            f"sizes: got {max(counts)}, but the split 'train' has {len(data.train)} samples; expected no more, or "
+            "None for all ('all' on the command line)"
         )
     setting = _setting(recipe, digests, model_identities(recipe), variants or {})
-    with _held(output):
-        done = _continued(output, setting, chosen)
+    with _locked(output):
+        done = _load_earlier(output, setting, chosen)
         try:
             for count in counts:
                 for seed in seeds:
@@ -116,8 +120,8 @@ def compare(
 
 
 @contextmanager
-def _held(output: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, whose results each would write over those of the other."""
+def _locked(output: Path) -> Iterator[None]:
+    """Make and lock the folder, because two processes would overwrite each other's results."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -127,7 +131,7 @@ def _held(output: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(
-            f"another process is at work on the comparison in '{output}'; wait for it, or name another folder"
+            f"another process is running the comparison in '{output}'; wait for it, or name another folder"
         ) from None
     try:
         yield
@@ -137,19 +141,19 @@ def _held(output: Path) -> Iterator[None]:
 
 
 def model_identities(recipe: Recipe) -> dict[str, str]:
-    """Return what tells the recipe's base and each of its sources from other models of that name.
+    """Return an identity of the recipe's base and of each source, which differs for other models of the same name.
 
-    The commit of a model on the Hub; of a folder a digest of its weights and of what its configuration says of them.
+    For a model on the Hub it is the commit; for a folder, a digest of its weights and its configuration.
     """
     references = [*filter(None, [recipe.base_model]), *recipe.sources]
     return {reference: _identity(recipe.locate(reference), recipe) for reference in references}
 
 
-def _chosen(methods: Sequence[str] | None) -> dict[str, Method]:
+def _choose_methods(methods: Sequence[str] | None) -> dict[str, Method]:
     if methods is None:
         return METHODS
     if unknown := [name for name in methods if name not in METHODS]:
-        raise ConfigError(f"unknown methods {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
+        raise ConfigError(f"methods: got {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
     return {name: METHODS[name] for name in METHODS if name in {*methods, OURS}}
 
 
@@ -161,8 +165,8 @@ def _identity(reference: str, recipe: Recipe) -> str:
     for name in ("config.json", "adapter_config.json"):
         if (located.folder / name).exists():
             values = json.loads((located.folder / name).read_text(encoding="utf-8"))
-            said = {key: value for key, value in values.items() if key not in CIRCUMSTANCES}
-            digest.update(json.dumps(said, sort_keys=True).encode())
+            kept = {key: value for key, value in values.items() if key not in CIRCUMSTANCES}
+            digest.update(json.dumps(kept, sort_keys=True).encode())
     for path in sorted([*located.folder.glob("*.safetensors"), *located.folder.glob("*.bin")]):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -172,7 +176,7 @@ def _identity(reference: str, recipe: Recipe) -> str:
 def _setting(
     recipe: Recipe, digests: dict[str, str], models: dict[str, str], variants: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return what must be the same for results to stand in one table, and the versions that they began with."""
+    """Return the setting that all results of one table share, and the present versions."""
     packages = ("grasp_hf", "torch", "transformers", "peft")
     return {
         "recipe": {
@@ -190,9 +194,12 @@ def _setting(
 
 
 def code_digest(package: Path | None = None) -> str:
-    """Return a digest of every file of the package, in every folder, which tells states of one version apart.
+    """Return a digest of the names and contents of all files of the package; it tells states of one version apart.
 
-    The digest covers names and contents. It leaves out what Python compiles.
+    Compiled files of Python are left out.
+
+    Args:
+        package: Folder of the package; by default that of `grasp_hf`.
     """
     package = package or Path(str(files("grasp_hf")))
     digest = hashlib.sha256()
@@ -203,11 +210,17 @@ def code_digest(package: Path | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-def _continued(output: Path, setting: dict[str, Any], methods: Collection[str]) -> Comparison:
-    """Return what an earlier run of the same comparison has left in `output`; of `methods`, what could not be run, goes."""
+def _load_earlier(output: Path, setting: dict[str, Any], methods: Collection[str]) -> Comparison:
+    """Return the results of the same comparison in `output`, without those of `methods` that could not run.
+
+    Raises:
+        ConfigError: The folder holds something else, or the comparison of another setting.
+    """
     if not (output / RESULTS).exists():
         if any(not path.name.startswith(".") for path in output.iterdir()):
-            raise ConfigError(f"'{output}' holds something else; name a new folder for the comparison")
+            raise ConfigError(
+                f"'{output}' holds files but no '{RESULTS}', so it is not a comparison; name a new folder"
+            )
         return Comparison([], setting)
     earlier = Comparison.load(output)
     now = json.loads(json.dumps(setting))
@@ -217,18 +230,24 @@ def _continued(output: Path, setting: dict[str, Any], methods: Collection[str]) 
         raise ConfigError(
             f"'{output}' holds a comparison on other data (changed since: {', '.join(changed)}); name a new folder"
         )
-    models = earlier.setting.get("models", {})  # earlier versions did not keep it, and so cannot tell
+    models = earlier.setting.get("models", {})  # the first version did not record models
     if changed := [name for name, identity in now["models"].items() if models.get(name) != identity]:
         raise ConfigError(
             f"'{output}' holds a comparison of other models (changed since: {', '.join(changed)}); name a new folder"
         )
     known = earlier.setting["variants"]
     if changed := [name for name, settings in now["variants"].items() if known.get(name, settings) != settings]:
-        raise ConfigError(f"'{output}' holds a variant '{changed[0]}' with other settings; name it differently")
+        raise ConfigError(
+            f"'{output}' holds a variant '{changed[0]}' with other settings: got {now['variants'][changed[0]]}, "
+            f"expected {known[changed[0]]}; give the new variant another title"
+        )
     known.update(now["variants"])
     if earlier.setting["versions"] != now["versions"]:
         logger.warning(
-            "the results so far were made with %s, those to come with %s", earlier.setting["versions"], now["versions"]
+            "the earlier results in '%s' were computed with other versions: %s; the new ones will be computed with %s",
+            output,
+            earlier.setting["versions"],
+            now["versions"],
         )
     earlier.results = [result for result in earlier.results if not (result.problem and result.method in methods)]
     return earlier
@@ -246,10 +265,10 @@ def _run_seed(
     count: int,
     seed: int,
 ) -> None:
-    """Run what is missing of one seed."""
+    """Run the methods that have no result for this seed and number of labels."""
     order = [sources[i] for i in _permutation(len(sources), seed)]
     rows: dict[str, tuple[Callable[[Workbench], Evaluation | None], bool]] = {
-        f"source:{source}": (partial(source_alone, source=source), False) for source in sources
+        f"source:{source}": (partial(load_source, source=source), False) for source in sources
     }
     rows |= {name: (method.run, method.finetuned) for name, method in methods.items()}
     rows |= {f"variant:{name}": (partial(METHODS[OURS].run, **settings), False) for name, settings in variants.items()}
@@ -261,31 +280,31 @@ def _run_seed(
     config = replace(recipe.config, seed=seed)
     base.config = config
     epochs = config.total_epochs(len(sources))
-    with workspace(Path(tempfile.gettempdir()), "grasp_hf-compare-") as directory, ExitStack() as held:
+    with workspace(Path(tempfile.gettempdir()), "grasp_hf-compare-") as directory, ExitStack() as stack:
         bench = Workbench(base, order, replace(data, train=labels), epochs=epochs, directory=directory)
-        held.callback(bench.begin)  # the next bench starts from what the model holds then
+        stack.callback(bench.restore_base)  # the next workbench starts from the weights of the model
         for method, (run, finetuned) in missing.items():
             began = time.perf_counter()
             try:
                 scores = run(bench)
-                merged = {} if scores or not finetuned else bench.score()
+                merged = bench.evaluate() if finetuned and not scores else {}
                 if finetuned:
                     bench.finetune(epochs)
-                final = scores or bench.score()
+                final = scores or bench.evaluate()
                 problem = None
             except (GraspError, MemoryError, RuntimeError) as error:
                 if not isinstance(error, GraspError) and not _lacks_memory(error):
                     raise
                 if kind_of(method) != "existing":
                     message = f"while running '{title_of(method)}' with seed {seed}: {error}"
-                    told = error.reworded(message) if isinstance(error, GraspError) else type(error)(message)
-                    raise told from error
+                    reworded = error.reworded(message) if isinstance(error, GraspError) else type(error)(message)
+                    raise reworded from error
                 merged, final, problem = {}, {}, str(error) or "out of memory"
             result = Result(method, count, seed, merged, final, time.perf_counter() - began, problem)
             done.results.append(result)
             done.save(output)
-            shown = ", ".join(f"{key} {value:.3f}" for key, value in final.items()) or f"not run: {problem}"
-            logger.info("%d labels, seed %d: %s: %s (%.0f s)", count, seed, title_of(method), shown, result.seconds)
+            outcome = ", ".join(f"{key} {value:.3f}" for key, value in final.items()) or f"not run: {problem}"
+            logger.info("%d labels, seed %d: %s: %s (%.0f s)", count, seed, title_of(method), outcome, result.seconds)
 
 
 def _lacks_memory(error: Exception) -> bool:

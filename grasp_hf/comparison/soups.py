@@ -1,4 +1,4 @@
-"""Merges by means: average, greedy soup, Fisher-weighted average."""
+"""Merging by means of weights: average, greedy soup, Fisher-weighted average."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from ..methods.fisher import LEAST_FISHER, fisher_
 from ..tensors.mixing import interpolate_
 from ..tensors.placing import overwrite_, placed
 from ..tensors.units import movable_tensors
-from .inputs import MethodInputs, all_sources, each_source, finite_loss, moving
+from .inputs import MethodInputs, finite_loss, float_tensors, open_checked_sources, stream_checked_sources
 
 logger = logging.getLogger(__name__)
 
@@ -22,27 +22,28 @@ def average_(inputs: MethodInputs) -> None:
 
     Memory: one source at a time; 1 P of disk.
     """
-    mean, seen = inputs.room("mean"), Counter[str]()
-    for values in each_source(inputs):
-        take_into_mean_(mean, values, seen)
+    mean, seen = inputs.buffer("mean"), Counter[str]()
+    for values in stream_checked_sources(inputs):
+        add_to_mean_(mean, values, seen)
     overwrite_(movable_tensors(inputs.model), {name: mean[name] for name in seen})
 
 
 def greedy_soup_(inputs: MethodInputs) -> None:
-    """Change the model to a greedy soup (arXiv:2203.05482): sources join the mean, best first, if the loss does not rise.
+    """Change the model to a greedy soup (arXiv:2203.05482).
 
-    The paper sorts and judges by held-out accuracy; a few labels have too few values of it, so the loss takes its place.
+    The sources join the mean in the order of their losses, the lowest first. A source stays unless the loss rises. The
+    paper sorts and chooses by held-out accuracy. With few labels many accuracies are equal, so this uses the loss.
 
-    Memory: the sources stay mapped, in no private memory; 1 P of disk.
+    Memory: the sources stay mapped, outside private memory; 1 P of disk.
 
     Raises:
         NonFiniteError: No source has a finite loss.
     """
-    tensors, mean, seen = movable_tensors(inputs.model), inputs.room("mean"), Counter[str]()
-    with all_sources(inputs) as sources:
+    tensors, mean, seen = movable_tensors(inputs.model), inputs.buffer("mean"), Counter[str]()
+    with open_checked_sources(inputs) as sources:
         losses = []
         for values in sources:
-            with placed(tensors, values, inputs.start):
+            with placed(tensors, values, inputs.base):
                 losses.append(finite_loss(inputs))
         order = sorted(range(len(sources)), key=losses.__getitem__)
         if not math.isfinite(losses[order[0]]):
@@ -55,47 +56,48 @@ def greedy_soup_(inputs: MethodInputs) -> None:
             loss = finite_loss(inputs)
             if loss <= best:
                 best = loss
-                take_into_mean_(mean, values, seen)
-                logger.info("greedy soup: took source %d, loss %.4f", index + 1, loss)
+                add_to_mean_(mean, values, seen)
+                logger.info("greedy soup: kept source %d, loss %.4f", index + 1, loss)
             else:
-                overwrite_(tensors, {name: mean[name] if seen[name] else inputs.start[name] for name in values})
+                overwrite_(tensors, {name: mean[name] if seen[name] else inputs.base[name] for name in values})
 
 
 def fisher_average_(inputs: MethodInputs) -> None:
     """Change the model to the mean of the sources, each element weighted by its Fisher information (arXiv:2111.09832).
 
-    The Fisher of each source at the labelled inputs, one pass, see `fisher_`. What has none (statistics, unused tokens)
-    becomes the plain mean.
+    One pass over the labelled inputs gives the Fisher information of each source, see `fisher_`. Elements without any
+    (statistics, unused tokens) become the plain mean.
 
-    Memory: one source at a time, the batches of one pass; 3 P of disk.
+    Memory: one source at a time, and the batches of one pass; 3 P of disk.
 
     Raises:
-        DataError: The labels are no classes.
-        NonFiniteError: A loss or the Fisher of a source is not finite.
+        DataError: The labels are not classes.
+        NonFiniteError: A loss or the Fisher information of a source is not finite.
     """
-    tensors, batches = movable_tensors(inputs.model), list(inputs.batches(inputs.epoch))
-    weighted, total, fisher, seen = inputs.room("weighted"), inputs.room("total"), inputs.room("fisher"), set[str]()
-    for index, values in enumerate(each_source(inputs)):
-        brought = dict(moving(inputs, values))
+    tensors, batches = movable_tensors(inputs.model), list(inputs.batches(inputs.batches_per_epoch))
+    weighted_sum, total, fisher = (inputs.buffer(name) for name in ("weighted", "total", "fisher"))
+    seen = set[str]()
+    for index, values in enumerate(stream_checked_sources(inputs)):
+        source = dict(float_tensors(inputs, values))
         try:
-            with placed(tensors, values, inputs.start):
-                fisher_(fisher, inputs.model, batches, brought, seed=inputs.seed)
+            with placed(tensors, values, inputs.base):
+                fisher_(fisher, inputs.model, batches, source, seed=inputs.seed)
         except NonFiniteError as error:
             raise NonFiniteError(f"source {index + 1}: {error}") from error
-        for name, value in brought.items():
+        for name, value in source.items():
             fisher[name].add_(LEAST_FISHER)
             if name not in seen:
-                weighted[name].zero_()
+                weighted_sum[name].zero_()
                 total[name].zero_()
-            weighted[name].addcmul_(fisher[name], value.to(fisher[name].dtype))
+            weighted_sum[name].addcmul_(fisher[name], value.to(fisher[name].dtype))
             total[name].add_(fisher[name])
             seen.add(name)
     for name in seen:
-        tensors[name].data.copy_(weighted[name].div_(total[name]))
+        tensors[name].data.copy_(weighted_sum[name].div_(total[name]))
 
 
-def take_into_mean_(mean: Mapping[str, Tensor], values: Mapping[str, Tensor], seen: Counter[str]) -> None:
-    """Change each tensor of `mean` from the mean of the `seen` ones to that with `values`, and count them."""
+def add_to_mean_(mean: Mapping[str, Tensor], values: Mapping[str, Tensor], seen: Counter[str]) -> None:
+    """Change `mean`, over `seen[name]` values of each tensor, to the mean that includes `values`, and count them."""
     for name, value in values.items():
         seen[name] += 1
         interpolate_(mean[name], mean[name], value, 1 / seen[name])

@@ -28,14 +28,14 @@ COMMON = ("batch_size", "lora", "training_arguments", "seed", "accepted_bases", 
 
 
 class Workbench:
-    """What all methods of one run share: the labels, the sources, the model that each of them starts from.
+    """The labels, the sources and the model that all methods of one run share.
 
     Args:
-        merger: Holds the base model; every method works in its model, one after the other.
+        merger: Holds the base model. The methods work in its model, one at a time.
         sources: References, in the order of this run.
-        data: The run's labels (`train`, and `validation` where there is one) and the test samples.
-        epochs: Fine-tuning that each method may spend, in all.
-        directory: For files of this run.
+        data: The run's labels (`train`, and `validation` if there is one) and the test samples.
+        epochs: Epochs of fine-tuning that each method may spend in total.
+        directory: Folder for the files of this run.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Workbench:
         self.sources, self.data, self.epochs, self.directory = sources, data, epochs, directory
         self._origin = merger
         self.seed = merger.config.seed
-        self.config = GraspConfig(method="average", gate=False, order="given", final_epochs=0, **self.shared(COMMON))
-        self._start = MappedTensors(directory / "base", movable_tensors(merger.model)).copy_(
+        self.config = GraspConfig(method="average", gate=False, order="given", final_epochs=0, **self.settings(COMMON))
+        self._base = MappedTensors(directory / "base", movable_tensors(merger.model)).copy_(
             movable_tensors(merger.model)
         )
 
     @property
-    def labels(self) -> Any:
-        """The samples that choices are made by: `MOST_VALIDATION_LABELS` labels at most, and the validation split where there is one."""
+    def selection_samples(self) -> Any:
+        """The samples by which methods choose: up to `MOST_VALIDATION_LABELS` training samples, all for validation."""
         some = Subset(self.data.train, range(min(MOST_VALIDATION_LABELS, len(self.data.train))))
         return some if self.data.validation is None else ConcatDataset([some, self.data.validation])
 
@@ -62,75 +62,83 @@ class Workbench:
 
     @property
     def collator(self) -> Collator:
-        """What makes batches that the base model takes."""
+        """The function that makes batches for the base model."""
         origin = self._origin
         return collator_for(origin.model, origin.config, origin.processing_class, self.data.collator)
 
-    def shared(self, names: Iterable[str]) -> dict[str, Any]:
-        """Return settings of the recipe."""
+    def settings(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return the recipe's values of these settings."""
         return {name: getattr(self._origin.config, name) for name in names}
 
-    def begin(self) -> None:
-        """Put the base model's weights back."""
-        overwrite_(movable_tensors(self._origin.model), self._start)
+    def restore_base(self) -> None:
+        """Load the base's weights into the model."""
+        overwrite_(movable_tensors(self._origin.model), self._base)
 
-    def merger(self, config: GraspConfig) -> GraspMerger:
-        """Return a merger of the model as it is now, as if nothing had been merged into it."""
+    def new_merger(self, config: GraspConfig) -> GraspMerger:
+        """Return a merger of the model with its present weights and an empty record."""
         return self._origin.with_config(config, anew=True)
 
     def merge(self, config: GraspConfig, sources: list[str]) -> None:
-        """Merge `sources` into the model as it is now."""
-        self.merger(config).merge(sources, **self.data.keywords())
+        """Merge `sources` into the model with its present weights."""
+        self.new_merger(config).merge(sources, **self.data.keywords())
 
-    def continue_(self, settings: dict[str, Any]) -> None:
-        """Merge all sources into the model as the recipe says but for `settings`, where the base's record ends."""
+    def merge_by_recipe(self, settings: dict[str, Any]) -> None:
+        """Merge all sources into the model with the recipe's configuration, changed by `settings`.
+
+        The base keeps its record: if it is a merge, this merge appends to it.
+        """
         config = replace(self._origin.config, **settings)
         self._origin.with_config(config).merge(self.sources, **self.data.keywords())
 
-    def copy(self, source: str) -> None:
-        """Let the model hold the weights of a source; where it has none, those of the base."""
-        self.begin()
+    def load_source_weights(self, source: str) -> None:
+        """Load a source's weights into the model; tensors that the source lacks are those of the base."""
+        self.restore_base()
         self.merge(self.config, [source])
 
     def finetune(self, epochs: float, *, gate: bool = False) -> None:
-        """Fine-tune the model as it is now, as the recipe says; with the gate, no further than the labels allow."""
-        with self.session(replace(self.config, gate=gate)) as (_, step):
+        """Fine-tune the model by the recipe's settings.
+
+        Args:
+            epochs: Passes over the training samples.
+            gate: Whether the gate chooses how much of the change is kept.
+        """
+        with self.open_step(replace(self.config, gate=gate)) as (_, step):
             step.finetune(epochs, self.seed)
 
-    def score(self, dataset: Any = None) -> Evaluation:
-        """Return loss and accuracy of the model as it is now, on the test samples where `dataset` is left out."""
+    def evaluate(self, dataset: Any = None) -> Evaluation:
+        """Return loss and accuracy of the model on `dataset`, by default on the test samples."""
         dataset = self.data.test if dataset is None else dataset
-        return self.merger(self.config).evaluate(dataset, data_collator=self.data.collator)
+        return self.new_merger(self.config).evaluate(dataset, data_collator=self.data.collator)
 
     @contextmanager
-    def session(self, config: GraspConfig) -> Iterator[tuple[Run, Step]]:
-        """Yield a run with the model as it is now, within a step of it."""
-        with self.merger(config).open_run(self.data) as run, run.step() as step:
+    def open_step(self, config: GraspConfig) -> Iterator[tuple[Run, Step]]:
+        """Yield a new run with the model, and a step of it."""
+        with self.new_merger(config).open_run(self.data) as run, run.step() as step:
             yield run, step
 
     @contextmanager
-    def inputs(self) -> Iterator[MethodInputs]:
-        """Yield what an existing method works with; the model holds the base's weights at the start."""
-        self.begin()
-        with self.session(self.config) as (run, step), run.puller(None, whole=True) as puller:
+    def open_inputs(self) -> Iterator[MethodInputs]:
+        """Load the base's weights into the model, and yield the inputs of an existing method."""
+        self.restore_base()
+        with self.open_step(self.config) as (run, step), run.puller(None, whole=True) as puller:
             run.model.eval()
             tensors = movable_tensors(run.model)
 
-            def load(source: str, number: int, held: ExitStack) -> dict[str, Tensor]:
-                own = Scratch(run.scratch.directory / f"source-{number}", tensors)
-                own.directory.mkdir(exist_ok=True)
-                loaded = run.load(held.enter_context(puller.pull(source)), scratch=own)
+            def load(source: str, number: int, stack: ExitStack) -> dict[str, Tensor]:
+                scratch = Scratch(run.scratch.directory / f"source-{number}", tensors)
+                scratch.directory.mkdir(exist_ok=True)
+                loaded = run.load(stack.enter_context(puller.pull(source)), scratch=scratch)
                 return {name: loaded.tensors[name] for name in loaded.candidates}
 
-            def stream() -> Iterator[dict[str, Tensor]]:
+            def stream_sources() -> Iterator[dict[str, Tensor]]:
                 for source in self.sources:
-                    with ExitStack() as held:
-                        yield load(source, 0, held)
+                    with ExitStack() as stack:
+                        yield load(source, 0, stack)
 
             @contextmanager
-            def together() -> Iterator[list[dict[str, Tensor]]]:
-                with ExitStack() as held:
-                    yield [load(source, number, held) for number, source in enumerate(self.sources)]
+            def open_sources() -> Iterator[list[dict[str, Tensor]]]:
+                with ExitStack() as stack:
+                    yield [load(source, number, stack) for number, source in enumerate(self.sources)]
 
             def batches(count: int) -> Iterator[Batch]:
                 config = replace(self.config, num_batches=count)
@@ -141,22 +149,24 @@ class Workbench:
                 config = replace(self.config, lora=lora, training_arguments=arguments)
                 step.with_config(config).finetune(epochs, seed)
 
-            rooms: dict[str, MappedTensors] = {}
+            buffers: dict[str, MappedTensors] = {}
 
-            def room(name: str) -> MappedTensors:
-                if name not in rooms:
-                    rooms[name] = MappedTensors(run.scratch.directory / f"room-{name}", wide_like(tensors))
-                return rooms[name]
+            def buffer(name: str) -> MappedTensors:
+                if name not in buffers:
+                    buffers[name] = MappedTensors(run.scratch.directory / f"buffer-{name}", wide_like(tensors))
+                return buffers[name]
 
             yield MethodInputs(
                 model=run.model,
-                start=run.scratch.start,
-                stream=stream,
-                together=together,
+                base=run.scratch.start,
+                stream_sources=stream_sources,
+                open_sources=open_sources,
                 batches=batches,
-                epoch=math.ceil(min(len(self.data.train), MOST_VALIDATION_LABELS) / self.config.batch_size),
-                loss=lambda: self.score(self.labels)["loss"],
-                room=room,
+                batches_per_epoch=math.ceil(
+                    min(len(self.data.train), MOST_VALIDATION_LABELS) / self.config.batch_size
+                ),
+                loss=lambda: self.evaluate(self.selection_samples)["loss"],
+                buffer=buffer,
                 finetune=finetune,
                 seed=self.seed,
             )

@@ -80,7 +80,7 @@ def settings_help(width: int) -> str:
     """Return all settings for a terminal of `width` columns: `name=default`, and the first sentence of each."""
     rows = settings()
     column = max(len(f"  {row.name}={row.default}  ") for row in rows)
-    lines = ["settings, as keys of the recipe or as key=value, with their defaults:"]
+    lines = ["settings (key=value), with their defaults:"]
     for group in GROUPS:
         lines.append(f" {group}")
         for row in rows:

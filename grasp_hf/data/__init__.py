@@ -1,1 +1,1 @@
-"""From the `data:` section of a recipe to samples that a model takes."""
+"""Load the data of a recipe's `data:` section and prepare it as a model's samples."""

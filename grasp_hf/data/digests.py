@@ -1,29 +1,32 @@
-"""What a data set holds, as hashes: to find a sample again, and to tell whether the data is still the same."""
+"""Hashes of a data set: they find samples that occur twice, and show whether the data has changed."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
-from .pictures import encoded, is_picture, picture
+from .pictures import is_picture, load_picture, picture_bytes
 
 MASKS = ("attention_mask", "token_type_ids")
-SAMPLES = 1000  # of which a description is made, evenly spaced: more would cost as much as an epoch
+SAMPLES = 1000  # evenly spaced samples in a fingerprint: reading all of them could cost as much as an epoch
 
 
 def fingerprint(dataset: Any) -> dict[str, Any] | None:
-    """Return the number of samples and, of a `datasets.Dataset`, a digest of up to `SAMPLES` of them."""
+    """Return the number of samples and a digest of up to `SAMPLES` of them; `None` for no data set.
+
+    Only a `datasets.Dataset` has a digest; for other data sets it is `None`.
+    """
     if dataset is None:
         return None
     count = len(dataset)
     if not hasattr(dataset, "with_format"):
         return {"samples": count, "digest": None}
     some = dataset.select(range(0, count, -(-count // SAMPLES)))
-    return {"samples": count, "digest": digest(contents(some), some)}
+    return {"samples": count, "digest": digest(sample_hashes(some), some)}
 
 
 def digest(hashes: set[str], dataset: Any) -> str:
-    """Return a hash of all samples, with `contents` as known, and of their labels in order."""
+    """Return one hash of the `sample_hashes` of `dataset` and of its labels in order."""
     labels = [
         label
         for column in ("labels", "label")
@@ -33,24 +36,26 @@ def digest(hashes: set[str], dataset: Any) -> str:
     return hashlib.sha256(repr((sorted(hashes), labels)).encode()).hexdigest()[:16]
 
 
-def contents(dataset: Any) -> set[str]:
-    """Return a hash of what each sample holds beside its label; of a picture, its pixels."""
-    return {*_hashes(dataset, picture)}
+def sample_hashes(dataset: Any) -> set[str]:
+    """Return a hash of each sample without its label; of a picture, the pixels are hashed."""
+    return {*_hash_samples(dataset, load_picture)}
 
 
 def shared_samples(splits: Mapping[str, Any]) -> list[str]:
-    """Say which samples stand in more than one of `splits`, or twice in `train`; pictures are compared as files."""
-    hashes = {name: [*_hashes(split, encoded)] for name, split in splits.items()}
-    twice = len(hashes["train"]) - len({*hashes["train"]})
-    found = [f"{twice} samples of the split 'train' stand there again"] if twice else []
-    for of, split in combinations(hashes, 2):
-        if shared := {*hashes[of]} & {*hashes[split]}:
-            found.append(f"{len(shared)} samples of the split '{split}' also stand in the split '{of}'")
+    """List the samples that occur in two of `splits`, or more than once in `train`; pictures are compared as files."""
+    hashes = {name: [*_hash_samples(split, picture_bytes)] for name, split in splits.items()}
+    duplicates = len(hashes["train"]) - len({*hashes["train"]})
+    found = []
+    if duplicates:
+        found.append(f"{duplicates} samples of the split 'train' are duplicates")
+    for first, second in combinations(hashes, 2):
+        if shared := {*hashes[first]} & {*hashes[second]}:
+            found.append(f"{len(shared)} samples of the split '{second}' also occur in the split '{first}'")
     return found
 
 
-def _hashes(dataset: Any, read: Callable[[Any], Any]) -> Iterator[str]:
-    """Yield a hash of each sample, beside its label; `read` says what of a picture counts."""
+def _hash_samples(dataset: Any, read: Callable[[Any], Any]) -> Iterator[str]:
+    """Yield a hash of each sample without its label; `read` returns the data of a picture to hash."""
     columns = [name for name in dataset.column_names if name not in ("label", "labels", *MASKS)]
     for row in dataset.with_format(None).select_columns(columns):
         digest = hashlib.sha256()

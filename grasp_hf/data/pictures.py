@@ -1,4 +1,4 @@
-"""Pictures as datasets keeps them: as bytes or files, until they are needed."""
+"""Pictures of a data set, which are decoded only when they are needed."""
 
 import io
 from pathlib import Path
@@ -10,25 +10,27 @@ from ..errors import DataError
 
 
 def is_picture(value: Any) -> bool:
-    """Whether it is a picture, decoded or not."""
+    """Whether `value` is a picture, decoded or not."""
     return hasattr(value, "convert") or (isinstance(value, dict) and value.keys() == {"bytes", "path"})
 
 
-def encoded(value: Any) -> bytes:
-    """Return what a picture is kept as, of a decoded one its pixels; where its file is missing, the name of that."""
+def picture_bytes(value: Any) -> bytes:
+    """Return the bytes of a picture's file, or the pixels of a decoded picture; for a missing file, its name."""
     if not isinstance(value, dict):
         return value.tobytes()
     try:
         return Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
-    except OSError:  # who needs it will say so
+    except OSError:  # `load_picture` reports a missing file
         return repr(value).encode()
 
 
-def picture(value: Any) -> Image.Image:
-    """Return a picture in RGB, of 16 bits per pixel the upper 8; `value` is one, or the bytes or the file of one.
+def load_picture(value: Any) -> Image.Image:
+    """Return a picture in RGB; of 16 bits per pixel, the upper 8 are kept.
+
+    `value` is a decoded picture, or a dictionary with the bytes or the path of its file.
 
     Raises:
-        DataError: It cannot be read, or its pixels have no range that is known.
+        DataError: The picture cannot be read, or the range of its pixels is unknown.
     """
     name = (value.get("path") if isinstance(value, dict) else getattr(value, "filename", None)) or "of a data set"
     try:
@@ -38,7 +40,9 @@ def picture(value: Any) -> Image.Image:
         if image.mode.startswith("I;16"):
             image = image.point(lambda level: level / 256, "L")
         if image.mode in ("I", "F"):
-            raise ValueError(f"its pixels are of type {image.mode}, of which no range is known; save it with 8 bits")
+            raise ValueError(
+                f"its pixels are of type {image.mode}, whose range is unknown; save the picture with 8 bits per pixel"
+            )
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # Pillow calls a broken PNG a SyntaxError
         raise DataError(f"the picture '{name}' cannot be read: {error}") from error

@@ -12,9 +12,9 @@ class Samples:
 
     Attributes:
         train: Labelled samples; `None` for a merge without data.
-        validation: Held-out samples (`eval_dataset` of the public verbs); `None` where there are none.
-        test: Samples that are evaluated once, at the end.
-        collator: Makes batches of samples; `None` is the one that `transformers.Trainer` would take.
+        validation: Held-out samples (`eval_dataset` of the public verbs); `None` if there are none.
+        test: Samples that are evaluated once, at the end; `None` if there are none.
+        collator: Makes batches of samples; `None` stands for the default collator of transformers.
     """
 
     train: Any = None

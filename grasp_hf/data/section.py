@@ -17,16 +17,16 @@ class DataSection:
     """The keys of `data:` in a recipe.
 
     Attributes:
-        path: What `datasets.load_dataset` takes (`imagefolder`, `csv`, `json`, `parquet`, a Hub id), or a folder that
-            `save_to_disk` wrote. There must be a split `train`; `validation` and `test` are used where they are.
+        path: A path for `datasets.load_dataset` (`imagefolder`, `csv`, `json`, `parquet`, a Hub id), or a folder that
+            `save_to_disk` wrote. The split `train` is required; the splits `validation` and `test` are optional.
         name: Configuration of a data set on the Hub.
-        revision: Its branch, tag or commit.
+        revision: Branch, tag or commit of a data set on the Hub.
         data_dir: Folder of an `imagefolder`, relative to the recipe.
         data_files: Files per split, relative to the recipe.
         image: Column of the images.
         text: Column of the texts.
-        label: Column of the labels: class ids or names. Not used by language models.
-        max_length: Tokens per sample; longer texts are cut.
+        label: Column of the labels: class ids or names. Language models do not use it.
+        max_length: Largest number of tokens per sample; longer texts are cut.
     """
 
     path: str
@@ -41,10 +41,10 @@ class DataSection:
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> "DataSection":
-        """Read the section and look its files up in the recipe's folder.
+        """Read the section of a recipe; its files are relative to the recipe's folder.
 
         Raises:
-            ConfigError: `path` is missing, or a key is unknown; all problems are listed.
+            ConfigError: `path` is missing, a key is unknown, or a value is wrong; the error lists all problems.
         """
         known = {f.name for f in fields(cls)}
         problems = [
@@ -57,37 +57,41 @@ class DataSection:
         problems += [problem for key in recipe.data if (problem := cls._type_problem(key, recipe.data[key]))]
         if recipe.data.get("path") in file_formats() and not any(recipe.data.get(key) for key in FILES):
             problems.append(
-                f"data.{' or data.'.join(FILES)}: missing, expected where the files for '{recipe.data['path']}' are"
+                f"data.{' or data.'.join(FILES)}: missing, expected the location of the files for "
+                f"'{recipe.data['path']}'"
             )
         if problems:
             raise ConfigError("the recipe has problems", problems=problems)
 
-        def located(value: Any) -> Any:
+        def locate(value: Any) -> Any:
             if isinstance(value, dict):
-                return {key: located(item) for key, item in value.items()}
-            return [located(item) for item in value] if isinstance(value, list) else recipe.locate_pattern(value)
+                return {key: locate(item) for key, item in value.items()}
+            if isinstance(value, list):
+                return [locate(item) for item in value]
+            return recipe.locate_pattern(value)
 
-        return cls(**{key: located(value) if key in ("path", *FILES) else value for key, value in recipe.data.items()})
+        return cls(**{key: locate(value) if key in ("path", *FILES) else value for key, value in recipe.data.items()})
 
     def given(self) -> dict[str, Any]:
-        """Return the keys that have a value, as they stand in a recipe."""
+        """Return the keys that have a value, as in a recipe."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
     @property
     def is_saved(self) -> bool:
-        """Whether it is a folder that `save_to_disk` wrote."""
+        """Whether `path` is a folder that `save_to_disk` wrote."""
         return any((Path(self.path) / file).exists() for file in ("dataset_dict.json", "state.json"))
 
     @property
-    def where(self) -> str:
-        """The overrides that say where the files are, such as `data.data_dir=…`."""
+    def location_overrides(self) -> str:
+        """The overrides on the command line that set the location of the files, such as `data.data_dir=…`."""
         if isinstance(self.data_files, dict):
             return " ".join(f"data.data_files.{split}=…" for split in self.data_files)
-        return f"data.{next((key for key in FILES[::-1] if getattr(self, key)), 'path')}=…"
+        key = next((key for key in FILES[::-1] if getattr(self, key)), "path")
+        return f"data.{key}=…"
 
     @staticmethod
     def _type_problem(key: str, value: Any) -> str | None:
-        """Say what is wrong with the value of a known key; unknown keys have their own message."""
+        """Return the problem of the value of a known key; unknown keys have their own message."""
 
         def is_files(files: Any) -> bool:
             if isinstance(files, dict):

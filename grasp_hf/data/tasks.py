@@ -1,4 +1,4 @@
-"""What a model of each task takes: images as pixels, texts as tokens."""
+"""The preparation of data for each task: images become pixels, texts become tokens."""
 
 import logging
 from collections.abc import Callable
@@ -16,33 +16,42 @@ from ..errors import ConfigError, DataError
 from ..hub.reference import Source
 from ..models.batches import Collator
 from ..models.classes import task_of
-from .pictures import picture
+from .pictures import load_picture
 from .section import DataSection
 
 logger = logging.getLogger(__name__)
 
 
-def with_images(splits: DatasetDict, column: str, processor: Callable) -> tuple[DatasetDict, Collator]:
-    """Return splits of images, which become `pixel_values` when a sample is read, and labels; and their collator."""
+def prepare_images(splits: DatasetDict, column: str, processor: Callable) -> tuple[DatasetDict, Collator]:
+    """Return splits of `pixel_values` and labels, and their collator; an image is processed when it is read."""
 
     def transform(samples: dict[str, list]) -> dict[str, Any]:
-        images = [picture(value) for value in samples[column]]
+        images = [load_picture(value) for value in samples[column]]
         return {
             "pixel_values": list(processor(images, return_tensors="pt")["pixel_values"]),
             "labels": samples["labels"],
         }
 
-    # Decoded here, a picture that cannot be read is named.
+    # We decode the pictures ourselves, to name a file that cannot be read.
     splits = splits.cast_column(column, Image(decode=False))
     return splits.select_columns([column, "labels"]).with_transform(transform), default_data_collator
 
 
-def with_tokens(
+def tokenize_texts(
     splits: DatasetDict, section: DataSection, tokenizer: Any, *, generates: bool, positions: int | None = None
 ) -> tuple[DatasetDict, Collator]:
-    """Return tokenized splits and their collator; for a language model the labels are the tokens themselves.
+    """Return tokenized splits and their collator.
 
-    Its texts of less than two tokens, of which none is predicted, are left out. `positions` are those that the model has.
+    Args:
+        splits: Splits with a column of texts and, for a classifier, a column `labels`.
+        section: Names the column of texts and the largest number of tokens per sample.
+        tokenizer: The model's tokenizer; it gets a padding token if it has none.
+        generates: Whether the model is a language model. Its labels are the tokens themselves, and texts of fewer than
+            two tokens are left out, because they hold no token to predict.
+        positions: The largest number of tokens that the model takes; `None` for no limit.
+
+    Raises:
+        DataError: A split for a language model has no text of at least two tokens.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -55,12 +64,12 @@ def with_tokens(
     tokenized = DatasetDict()
     for name, split in splits.items():
         removed = [column for column in split.column_names if generates or column != "labels"]
-        # What `save_to_disk` wrote would else get a file beside it.
+        # In memory, because datasets would write a cache file into the folder that `save_to_disk` wrote.
         tokens = split.map(tokenize, batched=True, remove_columns=removed, keep_in_memory=section.is_saved)
         lengths = [len(ids) for ids in tokens["input_ids"]]
         if cut := sum(length == max_length for length in lengths):
             logger.info(
-                "split '%s': %d of %d texts fill all %d tokens; what is longer is cut",
+                "split '%s': %d of %d texts fill all %d tokens; longer texts are cut",
                 name,
                 cut,
                 len(split),
@@ -68,8 +77,8 @@ def with_tokens(
             )
         if generates and (short := [row for row, length in enumerate(lengths) if length < 2]):
             if len(short) == len(split):
-                raise DataError(f"split '{name}' has no text of two tokens or more; expected some to predict")
-            logger.warning("split '%s': %d texts of less than two tokens are left out", name, len(short))
+                raise DataError(f"split '{name}' has no text of two tokens or more; expected tokens to predict")
+            logger.warning("split '%s': %d texts of fewer than two tokens are left out", name, len(short))
             tokens = tokens.select([row for row, length in enumerate(lengths) if length > 1])
         tokenized[name] = tokens
     splits = tokenized
@@ -83,9 +92,9 @@ PREPARED = ("image-classification", "text-classification", "text-generation")
 
 
 def check_prepared(cls: type[PreTrainedModel], base: Source) -> None:
-    """Raise `ConfigError` where a recipe cannot prepare data for the task of `cls`."""
+    """Raise `ConfigError` if a recipe cannot prepare data for the task of `cls`."""
     if task_of(cls) not in PREPARED:
         raise ConfigError(
-            f"a recipe prepares data for {', '.join(PREPARED)}, but '{base.ref}' is a {cls.__name__}; from Python, "
-            "GraspMerger.merge takes a data set that you have prepared for it"
+            f"'{base.ref}' is a {cls.__name__}, but a recipe can prepare data only for {', '.join(PREPARED)}; prepare "
+            "the data yourself and pass it to GraspMerger.merge"
         )

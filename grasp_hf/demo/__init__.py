@@ -1,1 +1,1 @@
-"""The whole job on a small world of real handwritten digits. Nothing else imports this room."""
+"""A demonstration: makes models of handwritten digits, merges them, and compares the result with controls."""

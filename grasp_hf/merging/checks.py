@@ -49,19 +49,26 @@ def check_sources(sources: Any) -> None:
 def check_merge(
     model: PreTrainedModel, config: GraspConfig, report: MergeReport, sources: Sequence[Any], samples: Samples
 ) -> None:
-    """Raise where a merge makes no sense, and warn where it is worth less than it seems.
+    """Raise an error if a merge makes no sense, and warn if the result will be worse than it seems.
 
     Args:
         model: The target.
         config: How to merge.
-        report: The record of what was merged so far.
-        sources: References.
-        samples: The data.
+        report: The record of the merge so far.
+        sources: References of the sources.
+        samples: The data of the merge.
+
+    Raises:
+        ConfigError: The configuration does not fit the sources or the data.
     """
     check_sources(sources)
     for name, off in {"eval_strategy": "no", "eval_on_start": False}.items():
-        if samples.validation is None and config.training_arguments.get(name, off) != off:
-            raise ConfigError(f"training_arguments.{name}: expected none without evaluation data")
+        value = config.training_arguments.get(name, off)
+        if samples.validation is None and value != off:
+            raise ConfigError(
+                f"training_arguments.{name}: got {value!r}, expected none without evaluation data; pass eval_dataset, or "
+                "leave the argument out"
+            )
     if not sources:
         return
     check_units(model, config, report)
@@ -74,31 +81,32 @@ def check_merge(
     keeps_mean = METHODS[config.method].counts_units
     if len(sources) > 1 and keeps_mean and model.dtype in (torch.float16, torch.bfloat16):
         logger.warning(
-            "the target is in %s: its mean is rounded after every source, so that later sources lose weight. Load it in "
-            "float32 (the default), and convert the merged model.",
+            "the target is in %s: its mean is rounded after every source, so that later sources lose weight. Load the "
+            "target in float32 (the default), and convert the merged model.",
             str(model.dtype).removeprefix("torch."),
         )
 
 
 def check_units(model: PreTrainedModel, config: GraspConfig, report: MergeReport) -> None:
-    """Raise `ConfigError` where the sources so far were counted by other units than the next ones will be."""
+    """Raise `ConfigError` if earlier sources were merged with other units than the next source will be."""
     if not METHODS[config.method].counts_units:
         return
     names = {unit.name for unit in partition(model, config.unit)}
     for step in report.steps:
-        if other := [unit.name for unit in step.units if unit.name not in names]:
+        other = [unit.name for unit in step.units if unit.name not in names]
+        if other:
             raise ConfigError(
-                f"unit: got '{config.unit}', but source '{step.source}' was merged by other units, such as '{other[0]}'; "
-                "expected the same units, which tell how many sources each holds: the record of the earlier merge "
-                "(grasp_config.yaml) names them"
+                f"unit: got '{config.unit}', but source '{step.source}' was merged with other units, such as "
+                f"'{other[0]}'; expected the same units, because the mean counts the sources of each unit. The record of "
+                "the earlier merge (grasp_config.yaml) names the setting"
             )
 
 
 def check_loss(labels: Labels, dataset: Any, name: str) -> None:
-    """Raise where the model makes no finite loss of a batch. The Trainer would raise too, but later.
+    """Raise an error if the model has no finite loss on a batch; the Trainer would raise one later.
 
     Args:
-        labels: Makes batches for its model.
+        labels: Makes the batch, and holds the model.
         dataset: The samples.
         name: Name of the data set, for the message.
 
@@ -118,7 +126,7 @@ def check_loss(labels: Labels, dataset: Any, name: str) -> None:
             f"{name}: no batch can be made of its samples{given}: {first_line(error)}; expected "
             f"{model.main_input_name}, as the model's tokenizer or processor makes them, and labels as numbers"
         ) from error
-    if name == "eval_dataset" and not labelled_terms(model, batch):  # other batches may have some
+    if name == "eval_dataset" and not labelled_terms(model, batch):  # other batches may have labels
         return
     kind = model.config.problem_type
     try:
@@ -135,11 +143,11 @@ def check_loss(labels: Labels, dataset: Any, name: str) -> None:
             f"{name}: the {type(model).__name__} cannot take a batch of {shapes}: {first_line(error)}"
         ) from error
     finally:
-        model.config.problem_type = kind  # the model sets it by the first labels that it sees
+        model.config.problem_type = kind  # the model sets it when it sees its first labels
 
 
 def check_finetuning(step: Step, epochs: float) -> None:
-    """Raise where the Trainer would refuse to fine-tune, before the first source is merged.
+    """Raise an error if the Trainer would refuse to fine-tune, before the first source is merged.
 
     Args:
         step: An open step; its model comes back unchanged.

@@ -1,4 +1,4 @@
-"""The model with a source mixed into it, now one way and then another."""
+"""The model with a source mixed into it, by one candidate and then by another."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,15 +14,15 @@ from ..validation.losses import SampleLosses
 
 
 class MixedModel:
-    """The model with a source mixed into it, in one way and then another.
+    """The model with a source mixed into it. The candidates are put into the model one at a time.
 
     Args:
         tensors: The tensors of the model by name; changed in place.
         loaded: The source.
         units: The units that may move.
-        labels: Keeps the losses of the model, and is told of each change.
-        start: The tensors of the model before the step; `None` where no copy is kept, so that the source is mixed in once.
-        base: The weights that the merge began with, for mixes that need them.
+        labels: Caches the losses of the model; `put` and `undo` tell it of each change.
+        start: The tensors of the model before the step; `None` if no copy is kept, so that only one candidate can be put.
+        base: The weights that the merge began with; `None` for a method that does not need them.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class MixedModel:
         self._moved: dict[str, Unit] = {}
 
     def put(self, candidate: Candidate, mixes: Mixes | None = None) -> None:
-        """Change the model: mix the source in as `candidate` says, or by other `mixes` of the same kind."""
+        """Change the model: mix the source in by the mixes of `candidate`, or by other `mixes` that it is validated with."""
         mixes = candidate.mixes if mixes is None else mixes
         if mixes is self._now:
             return
@@ -54,6 +54,6 @@ class MixedModel:
         self._now, self._moved = mixes, moving
 
     def undo(self, losses: SampleLosses | None = None) -> None:
-        """Change the model back to what it was before the source; `losses` are those of that model, if known."""
+        """Change the model back to its weights before the source; `losses` are the losses with those weights, if known."""
         overwrite_(self._tensors, {name: self._start[name] for unit in self._moved.values() for name in unit.tensors})
         self._labels.changed(losses)

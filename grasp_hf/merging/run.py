@@ -1,4 +1,4 @@
-"""What all steps of one merge share: the data, the device, the files, and the way back."""
+"""The state that all steps of one merge share: the data, the device, the files, and a copy of the weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..data.samples import Samples
 from ..files import interrupts_held, workspace
 from ..hub.pull import Puller
 from ..hub.reference import Source
-from ..models.batches import Collator, check_dataset, keeping_model_columns
+from ..models.batches import Collator, check_dataset, keep_model_columns
 from ..models.gradients import checkpointing, preserved_state
 from ..sources.load import LoadedSource, load_source
 from ..tensors.placing import overwrite_
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """One merge at work. `Run.open` gives it a temporary directory.
+    """A merge in progress. `Run.open` gives it a temporary directory.
 
     Args:
-        model: The target; changed in place by the steps.
+        model: The target; the steps change it in place.
         config: How to merge.
-        samples: The data.
+        samples: The data of the merge.
         directory: Temporary directory of the run.
         learned: Whether the model was fine-tuned on the labels.
         processing_class: The target's tokenizer or processor.
-        base_of: Returns, for a source, the model that an adapter must be an adapter of.
+        base_of: Returns, for a source that is an adapter, the base model that the adapter must belong to.
         base_token: Hub token that the base was loaded with.
 
     Attributes:
@@ -82,13 +82,13 @@ class Run:
 
     @contextmanager
     def step(self, *, sharded: bool = False) -> Iterator[Step]:
-        """Check the data, move the model to the accelerator, and restore its weights if the block raises.
+        """Check the data, move the model to the accelerator, and restore its weights if the block raises an error.
 
         Args:
             sharded: Whether the source comes in shards, so that a step can fail after weights have moved.
 
         Raises:
-            DataError: The data is not fit for the model.
+            DataError: The data does not fit the model.
         """
         samples = {"train_dataset": self.samples.train, "eval_dataset": self.samples.validation}
         for name, dataset in samples.items():
@@ -114,13 +114,13 @@ class Run:
             except BaseException as error:
                 with interrupts_held():  # a second interrupt must not leave half of the weights
                     self.restore_()
-                # A caught exception would keep the source, or the optimizer, alive through the frames that it names.
+                # Without this, an exception that the caller keeps would also keep the source or the optimizer in memory.
                 traceback.clear_frames(error.__traceback__)
                 raise
 
     @contextmanager
     def trial(self) -> Iterator[Step]:
-        """Let the block fine-tune the model, then restore all that the run knows of it."""
+        """Let the block fine-tune the model, then restore the model and the state of the run."""
         check_dataset(self.samples.train, "train_dataset")
         learned = self.labels.learned
         with self.step() as step:
@@ -130,7 +130,7 @@ class Run:
             self.scratch.make_room()
 
     def restore_(self) -> None:
-        """Change the model back to what it was before the present step."""
+        """Change the model back to its weights before the present step."""
         overwrite_(movable_tensors(self.model), self.scratch.start)
         self.labels.changed()
 
@@ -140,7 +140,7 @@ class Run:
         Args:
             token: Hub token.
             commits: Commit of each source that is already known, by reference.
-            whole: Whether sources must come whole, and not in shards.
+            whole: Whether each source must come as a whole, and not in shards.
         """
         undo_bytes = None
         if not whole and METHODS[self.config.method].reads_once:
@@ -151,12 +151,12 @@ class Run:
         return Puller(token=token, prefetch=prefetch, trusted=trusted, undo_bytes=undo_bytes, commits=commits)
 
     def load(self, located: Source, *, scratch: Scratch | None = None, check_finite: bool = True) -> LoadedSource:
-        """Read a source as the model would hold it.
+        """Read the tensors of a source by the names and shapes of the model.
 
         Args:
             located: The source.
-            scratch: Temporary files for it; those of the run if left out, which hold one source at a time.
-            check_finite: Whether to raise on a weight that is NaN or infinite.
+            scratch: Temporary files for the source; if left out, those of the run, which hold one source at a time.
+            check_finite: Whether a weight that is NaN or infinite is an error.
         """
         return load_source(
             located,
@@ -170,7 +170,7 @@ class Run:
         )
 
     def describe_data(self) -> dict[str, Any]:
-        """Return what the record says of the data: number of samples and digest of each split. It is read once."""
+        """Return the number of samples and a digest of each split, for the record; only the first call reads the data."""
         if self._description is None:
             splits = {"train": self.samples.train, "eval": self.samples.validation}
             self._description = {name: fingerprint(dataset) for name, dataset in splits.items()}
@@ -180,9 +180,9 @@ class Run:
 def collator_for(
     model: PreTrainedModel, config: GraspConfig, processing_class: Any, data_collator: Collator | None
 ) -> Collator:
-    """Return the collator that makes batches which the model takes; `None` is the one that the Trainer would take."""
+    """Return the collator of the merge; for `None`, the one that the Trainer would take."""
     if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase):
         data_collator = DataCollatorWithPadding(processing_class)
     if data_collator is not None and config.training_arguments.get("remove_unused_columns") is False:
         return data_collator
-    return keeping_model_columns(model, data_collator)
+    return keep_model_columns(model, data_collator)

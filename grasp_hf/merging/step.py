@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Step:
-    """The model while it is changed, with the labels that teach and validate it.
+    """The model during one step, with the labels that teach and validate it.
 
     Args:
         model: The target, on the accelerator's device; changed in place.
@@ -48,9 +48,9 @@ class Step:
         self.model, self.config, self.labels, self.scratch, self.can_fail = model, config, labels, scratch, can_fail
 
     def with_config(self, config: GraspConfig) -> Step:
-        """Return this step by another configuration. A fine-tuning of that step does not count as learned here."""
-        own = self.labels
-        labels = Labels(self.model, own.samples, own.collator, config, learned=own.learned)
+        """Return this step with another configuration and labels of its own, which do not share `learned` with this step."""
+        old = self.labels
+        labels = Labels(self.model, old.samples, old.collator, config, learned=old.learned)
         return Step(self.model, config, labels, self.scratch, can_fail=self.can_fail)
 
     def transfer(
@@ -61,15 +61,15 @@ class Step:
         seed: int,
         stack: ExitStack,
     ) -> Transfer:
-        """Measure a source, mix in the candidate that the labels choose, and undo it where they say that it harms.
+        """Measure a source, mix in the candidate with the best losses, and undo it if it harms.
 
         Args:
             load: Reads the source.
             average: Returns how much of the source a mean of all sources so far would take, by unit.
             name: The source, for progress bars and messages.
             seed: Seeds the shuffling of the batches.
-            stack: Closed by the caller once the step is recorded. Where no copy of the weights is kept, interrupts wait
-                until then.
+            stack: The caller closes it after the step is recorded. If no copy of the weights is kept, interrupts wait until
+                then.
 
         Raises:
             NonFiniteLossError: A loss is NaN or infinite, and no gate undoes the source.
@@ -91,7 +91,7 @@ class Step:
         )
         try:
             candidates = find_candidates(inputs)
-        except NonFiniteLossError:  # the loss was finite before, so the source made it so
+        except NonFiniteLossError:  # the loss was finite before the source
             if before is None or not self.config.gate:
                 raise
             candidates = {}
@@ -118,11 +118,10 @@ class Step:
     ) -> Transfer:
         """Choose a candidate by its losses on the validation parts, and leave it in the model unless the gate undoes it."""
         validated: dict[str, SampleLosses] = {}
-        for (
-            name,
-            candidate,
-        ) in candidates.items():  # no comprehension: an exception would keep its cells, and the source
-            if losses := self._losses(mixed, candidate, candidate.validated):
+        # No comprehension: its cells would keep the source in memory after an error, as long as the exception lives.
+        for name, candidate in candidates.items():
+            losses = self._evaluate(mixed, candidate, candidate.validated)
+            if losses is not None:
                 validated[name] = losses
         calibrated = {name: losses.calibrated_loss for name, losses in validated.items()}
         chosen, after, whole = self._first_finite(candidates, validated, mixed)
@@ -134,7 +133,7 @@ class Step:
         }
         if after is None or whole is None:
             mixed.undo(before)
-            return Transfer(units, _nothing(units), accepted=False, reason=Reason.NOT_FINITE, **record)
+            return Transfer(units, _take_nothing(units), accepted=False, reason=Reason.NOT_FINITE, **record)
         candidate, change = candidates[chosen], paired_change(before, after)
         mixed.put(candidate)
         self.labels.changed(whole)
@@ -150,25 +149,29 @@ class Step:
     def _first_finite(
         self, candidates: Mapping[str, Candidate], validated: Mapping[str, SampleLosses], mixed: MixedModel
     ) -> tuple[str, SampleLosses | None, SampleLosses | None]:
-        """Return the best candidate that has a finite loss on every part, and its losses: as validated, and as merged.
+        """Return the best candidate that has a finite loss on every part, and its losses, as validated and as merged.
 
-        The two differ where halves of the labels validate fits of their own, of which the mean is merged. The losses are
-        `None` where no candidate is left.
+        The two differ if each half of the labels validates a fit of its own, because the mean of the fits is merged. The
+        losses are `None` if no candidate is left.
         """
         chosen, left = "", dict(validated)
         while left:
             chosen = choose_candidate(left, AVERAGE)
             candidate, after = candidates[chosen], left.pop(chosen)
             merged = [candidate.mixes] * len(candidate.validated)
-            whole = after if candidate.validated == merged else self._losses(mixed, candidate, merged)
+            whole = after if candidate.validated == merged else self._evaluate(mixed, candidate, merged)
             if whole is not None:
                 return chosen, after, whole
         return chosen, None, None
 
-    def _losses(self, mixed: MixedModel, candidate: Candidate, mixes: Sequence[Mixes]) -> SampleLosses | None:
-        """Return the losses of a candidate, on each validation part with its own mixes.
+    def _evaluate(self, mixed: MixedModel, candidate: Candidate, mixes: Sequence[Mixes]) -> SampleLosses | None:
+        """Return the losses of a candidate, on each validation part with the mixes for that part.
 
-        `None` where a loss is NaN or infinite, unless there is no gate to undo the source.
+        Returns:
+            The losses; `None` if one is NaN or infinite.
+
+        Raises:
+            NonFiniteLossError: A loss is NaN or infinite, and no gate undoes the source.
         """
         parts = []
         for own, samples in zip(mixes, self.labels.validation_parts, strict=True):
@@ -184,15 +187,19 @@ class Step:
     def finetune(
         self, epochs: float, seed: int, *, alone: Mapping[str, Tensor] | None = None
     ) -> FinetuneReport | None:
-        """Fine-tune the model, and keep as much of it as the gate says; `None` where there is nothing to do.
+        """Fine-tune the model, and keep as much of the fine-tuning as the gate allows.
 
-        Labels that the model has learned before cannot validate it. Without evaluation data all of such a fine-tuning is
-        kept.
+        Labels that the model has learned before cannot validate. Without evaluation data, such a fine-tuning is kept as a
+        whole.
 
         Args:
             epochs: Passes over the training samples.
             seed: Seeds the training.
-            alone: Weights without any source; the model is fine-tuned from them too, and kept if that loss is lower.
+            alone: Weights without any source. The model is fine-tuned from them too, and that result is kept if its loss is
+                lower.
+
+        Returns:
+            The entry for the record; `None` if there is nothing to fine-tune.
         """
         samples = self.labels.samples
         if samples.train is None or not self.config.trains(epochs):
@@ -231,6 +238,6 @@ class Step:
         return report
 
 
-def _nothing(units: Sequence[Unit]) -> Candidate:
-    """Return the candidate that takes nothing of a source."""
+def _take_nothing(units: Sequence[Unit]) -> Candidate:
+    """Return a candidate that takes nothing from the source."""
     return Candidate({unit.name: Mix.on_line(0.0) for unit in units}, [], {unit.name: None for unit in units})

@@ -1,4 +1,4 @@
-"""What a step found of one source and did with it, and how that is recorded."""
+"""The result of a step for one source, and its entry in the record."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,21 +18,21 @@ from ..validation.losses import SampleLosses
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a step found of one source, and did with it.
+    """The measurements of one source in a step, and the decision on it.
 
     Attributes:
         units: The units that could have moved.
         candidate: The candidate that was chosen.
         accepted: Whether the source stays in the model.
-        reason: Why the gate decided so.
-        notes: How head and vocabulary of the source were matched with the target's.
+        reason: The reason of the gate.
+        notes: How the head and the vocabulary of the source were matched with the target's.
         other_units: Number of units that could not move.
         validated_by: The samples that validated.
         losses: Mean calibrated loss of each candidate, by name.
-        chosen: Name of the chosen candidate; empty where nothing validated.
-        before: Losses before the source.
-        after: Losses of the chosen candidate.
-        change: From the one to the other, sample by sample.
+        chosen: Name of the chosen candidate; empty if nothing validated.
+        before: Losses before the source; `None` if nothing validated.
+        after: Losses of the chosen candidate; `None` if there are none.
+        change: Change from `before` to `after`, sample by sample.
     """
 
     units: Sequence[Unit]
@@ -51,13 +51,13 @@ class Transfer:
     def report(
         self, source: Source, tensors: Mapping[str, Tensor], finetuned: FinetuneReport | None, **end: Any
     ) -> StepReport:
-        """Return the step for the record.
+        """Return the entry of the step for the record.
 
         Args:
             source: The source.
             tensors: The tensors of the target.
             finetuned: The fine-tuning after the source, if any.
-            end: What is known at the end of the step only: `after`, `seconds` and `peak_memory`.
+            end: The fields `after`, `seconds` and `peak_memory` of the entry, which are known at the end of the step.
         """
         sizes = {unit.name: sum(tensors[name].numel() for name in unit.tensors) for unit in self.units}
         return StepReport(

@@ -1,1 +1,1 @@
-"""How much of a source is merged: a file for each method, and the table of them."""
+"""How much of a source is merged: one file for each method, and the function that finds it by name."""

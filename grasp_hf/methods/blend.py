@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -33,14 +33,14 @@ class CoefficientDescent:
     """Projected Adam on two coefficients per unit, with a step size that falls linearly to 0.
 
     With weights `W = B + k (T - B) + t (S - B)` the chain rule gives `dL/dk = <dL/dW, T - B>` and
-    `dL/dt = <dL/dW, S - B>`. Adam divides by the gradient's own size, so that a coefficient moves by about the step size
-    per step whatever the size of its unit. Both stay in [0, 2]: more than 1 goes beyond what a model learned, as the scaled
-    sums of task arithmetic do (arXiv:2212.04089).
+    `dL/dt = <dL/dW, S - B>`. Adam divides a gradient by its own size. So a coefficient moves by about the step size,
+    whatever the size of its unit. Both coefficients stay in [0, 2]. A value above 1 goes beyond what a model learned, as
+    the scaled sums of task arithmetic do (arXiv:2212.04089).
 
     Args:
-        initial: Shape `(units, 2)`.
+        initial: The first coefficients, shape `(units, 2)`.
         lr: Size of the first step.
-        steps: How many there will be.
+        steps: Number of all steps.
     """
 
     def __init__(self, initial: Sequence[Sequence[float]], lr: float, steps: int) -> None:
@@ -50,93 +50,135 @@ class CoefficientDescent:
 
     @property
     def values(self) -> list[list[float]]:
-        """The coefficients, two per unit."""
+        """The coefficients, shape `(units, 2)`."""
         return self._values.tolist()
 
     def step(self, slopes: Sequence[Sequence[float]]) -> None:
-        """Go down along `slopes`, the derivative of the loss for each coefficient, and back into [0, 2]."""
+        """Make one step down along `slopes`, the derivatives of the loss, and clamp the coefficients to [0, 2]."""
         self._values.grad = torch.tensor(slopes, dtype=torch.float64)
         self._adam.step()
         self._schedule.step()
         self._values.clamp_(0.0, LARGEST)
 
 
-def learned_coefficients(
+class _Slopes:
+    """The derivatives of the loss for the two coefficients of each unit, from the gradients of one backward pass.
+
+    Args:
+        units: The units.
+        target: The weights `T`.
+        source: The weights `S`.
+        base: The weights `B`.
+        changed: Names of the tensors in which `T` and `B` differ; the others have `dL/dk = 0`.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        target: Mapping[str, Tensor],
+        source: Mapping[str, Tensor],
+        base: Mapping[str, Tensor],
+        changed: Collection[str],
+    ) -> None:
+        self._target, self._source, self._base, self._changed = target, source, base, changed
+        self._keep, self._take = UnitProducts(units), UnitProducts(units)
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Take the inner products of the gradient `dL/dW` of one tensor with `S - B` and with `T - B`."""
+        if name not in self._take:
+            return
+        base = self._base[name].to(gradient.device)
+        self._take.add(name, gradient, self._source[name].to(gradient.device), base)
+        if name in self._changed:
+            self._keep.add(name, gradient, self._target[name].to(gradient.device), base)
+
+    def sums(self) -> dict[str, tuple[float, float, float | None]]:
+        """Return `dL/dk`, `dL/dt` and the cosine of `-dL/dW` and `S - B` for each unit; the cosine may be undefined."""
+        keep, take = self._keep.sums(), self._take.sums()
+        found = {}
+        for unit, products in take.items():
+            slopes = [own[0] if own else 0.0 for own in (keep[unit], products)]
+            rise = cosine(*products) if products else None
+            found[unit] = slopes[0], slopes[1], None if rise is None else -rise
+        return found
+
+
+def learn_coefficients(
     target: PreTrainedModel,
     source_values: Mapping[str, Tensor],
     units: Sequence[Unit],
     batches: Iterable[Batch],
-    shares: Mapping[str, float],
+    average: Mapping[str, float],
     *,
     scratch: Scratch,
     lr: float,
     steps: int,
 ) -> tuple[dict[str, Mix], Scores]:
-    """Learn how much of the target and how much of the source goes in, by descent on the loss of the mixed model.
+    """Learn how much of the target and of the source each unit takes, by descent on the loss of the mixed model.
 
-    This is a learned mixture of task vectors (AdaMerging, arXiv:2310.02575, with labels) for sources that come one at a
-    time. The weights of a unit are `W = B + k (T - B) + t (S - B)`, at first those of the average,
-    `k, t = 1 - share, share`; after each batch `k` and `t` make one step of projected Adam, see `CoefficientDescent`.
-    Statistics of normalisation layers are mixed with them but have no gradient, so that what they add to the slopes is
-    left out. Inner products are taken in the gradient hook and the gradient freed, so no gradient is stored; `W` is
-    written where `T` was, and `T` and `B` are read from their files. The model is in eval mode and comes back unchanged.
+    This is a learned mixture of task vectors (AdaMerging, arXiv:2310.02575) that uses labels, for sources that come one at
+    a time. The weights of a unit are `W = B + k (T - B) + t (S - B)`. The coefficients begin with those of the average,
+    `k = 1 - average` and `t = average`. Each batch makes one step of projected Adam (see `CoefficientDescent`).
+
+    The statistics of normalisation layers are mixed in the same proportions. They have no gradient, so the slopes leave
+    them out. The gradient hook takes the inner products and frees the gradient, so no gradient is stored. `W` overwrites
+    `T` in the model, and `T` and `B` are read from their files. The model is in eval mode and comes back unchanged.
+
+    Args:
+        target: The model with the weights `T`.
+        source_values: The weights `S` by name.
+        units: The units that may move.
+        batches: Labelled batches, one for each step.
+        average: How much of the source a mean of all sources so far takes, by unit.
+        scratch: Temporary files; `scratch.start` holds `T` and `scratch.base` holds `B`.
+        lr: Size of the first step.
+        steps: Number of batches.
 
     Returns:
-        The mix of each unit, and scores in [-1, 1]: the cosine between the source's task vector and the way down,
-        `<-dL/dW, S - B>` normalised, the mean over batches; `None` where a unit had no gradient.
+        The mix of each unit, and its score in [-1, 1]: the cosine of `-dL/dW` and `S - B`, the mean over batches. A score
+        is `None` if the unit had no gradient.
     """
     tensors, start, base = movable_tensors(target), scratch.start, scratch.base
-    descent = CoefficientDescent([Mix.on_line(shares[unit.name]) for unit in units], lr, steps)
+    descent = CoefficientDescent([Mix.on_line(average[unit.name]) for unit in units], lr, steps)
     scores: dict[str, list[float | None]] = {unit.name: [] for unit in units}
+    changed = {name for unit in units for name in unit.tensors if not torch.equal(start[name], base[name])}
     moved: set[str] = set()
-    differing = {name for unit in units for name in unit.tensors if not torch.equal(start[name], base[name])}
-
-    def mixes() -> dict[str, Mix]:
-        return {name: Mix(*values) for name, values in zip(scores, descent.values, strict=True)}
 
     with preserved_state(target):
         target.eval()
         try:
             for batch in batches:
-                now = mixes()
-                moving = [unit for unit in units if now[unit.name].moves or unit.name in moved]
-                blend_(tensors, start, source_values, moving, now, base)
+                mixes = _name_mixes(units, descent)
+                moving = [unit for unit in units if mixes[unit.name].moves or unit.name in moved]
+                blend_(tensors, start, source_values, moving, mixes, base)
                 moved |= {unit.name for unit in moving}
-                of_target, of_source = UnitProducts(units), UnitProducts(units)
-
-                def meet(
-                    name: str, gradient: Tensor, kept: UnitProducts = of_target, taken: UnitProducts = of_source
-                ) -> None:
-                    if name in taken:
-                        device = gradient.device
-                        taken.add(name, gradient, source_values[name].to(device), base[name].to(device))
-                        if name in differing:
-                            kept.add(name, gradient, start[name].to(device), base[name].to(device))
-
-                gradient_pass(target, batch, meet)
-                kept, taken = of_target.sums(), of_source.sums()
-                descent.step([[own[0] if own else 0.0 for own in (kept[name], taken[name])] for name in scores])
-                for name, sums in taken.items():
-                    found = cosine(*sums) if sums else None
-                    scores[name].append(None if found is None else -found)
+                slopes = _Slopes(units, start, source_values, base, changed)
+                gradient_pass(target, batch, slopes.add)
+                sums = slopes.sums()
+                descent.step([sums[unit.name][:2] for unit in units])
+                for unit in units:
+                    scores[unit.name].append(sums[unit.name][2])
         finally:
-            overwrite_(tensors, {n: start[n] for unit in units if unit.name in moved for n in unit.tensors})
-    return mixes(), {name: mean_defined(values) for name, values in scores.items()}
+            overwrite_(tensors, {name: start[name] for unit in units if unit.name in moved for name in unit.tensors})
+    return _name_mixes(units, descent), {name: mean_defined(values) for name, values in scores.items()}
+
+
+def _name_mixes(units: Sequence[Unit], descent: CoefficientDescent) -> dict[str, Mix]:
+    return {unit.name: Mix(*values) for unit, values in zip(units, descent.values, strict=True)}
 
 
 def candidates(inputs: Inputs) -> dict[str, Candidate]:
-    """Return the learned coefficients and, where something validates them, the means that they are compared with.
+    """Return the learned coefficients and, if something validates them, the means that they are compared with.
 
-    The labels teach in halves where labels validate: the mean of the two fits is what may be merged, and each fit is
-    validated on the labels that it has not seen.
+    If labels validate, each half of them teaches a fit, which the other half validates. The mean of the two fits is the
+    candidate.
     """
     config, labels = inputs.config, inputs.labels
     fits = []
-    for (
-        teacher
-    ) in labels.teachers:  # no comprehension: the frames of an exception would keep its cells, and the source
+    # No comprehension: its cells would keep the source in memory after an error, as long as the exception lives.
+    for teacher in labels.teachers:
         fits.append(
-            learned_coefficients(
+            learn_coefficients(
                 inputs.model,
                 inputs.source,
                 inputs.units,
@@ -157,17 +199,18 @@ def candidates(inputs: Inputs) -> dict[str, Candidate]:
         return {"blend": learned}
     found = {"blend": learned, AVERAGE: inputs.candidate(inputs.average_mixes(), scores)}
     fisher = running_fisher(inputs.scratch)
-    if (weighted := _fisher_mixes(inputs, fisher)) is None:
+    weighted = _find_fisher_mixes(inputs, fisher)
+    if weighted is None:
         return found
     found["fisher"] = inputs.candidate(weighted, scores, fisher.fractions)
-    return {name: replace(candidate, when_merged=fisher.take) for name, candidate in found.items()}
+    return {name: replace(candidate, when_merged=fisher.add) for name, candidate in found.items()}
 
 
-def _fisher_mixes(inputs: Inputs, fisher: RunningFisher) -> Mixes | None:
+def _find_fisher_mixes(inputs: Inputs, fisher: RunningFisher) -> Mixes | None:
     """Return the mixes of a mean weighted by Fisher information (arXiv:2111.09832).
 
-    Labels do not teach this mean, only their inputs do, so all labels may validate it. There is none (`None`) where the
-    plain mean takes the whole source, or where the labels are not classes.
+    This mean uses the inputs of the samples, but not their labels, so all labels may validate it. There is none (`None`)
+    if the plain mean takes the whole source, or if the labels are not classes.
     """
     if all(fraction == 1 for fraction in inputs.average.values()):
         return None

@@ -1,4 +1,4 @@
-"""What every method shares: what it may use, and the form of what it returns."""
+"""The inputs and the results of every method."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a method may use to find its candidates for one source.
+    """The inputs with which a method finds its candidates for one source.
 
     Attributes:
         name: The source, for progress bars and messages.
-        model: The target, on the device; a method may change its weights, and puts them back.
-        source: The source's values by runtime name.
+        model: The target, on the accelerator's device; a method that changes its weights restores them.
+        source: The source's weights, by the names of the target's tensors.
         units: The units that may move.
         average: How much of the source a mean of all sources so far would take, by unit: `1 / k` for the k-th.
         config: How to merge.
         labels: The labelled samples, with the losses of the model on them.
         scratch: Temporary files. `scratch.start` holds the target before this source, `scratch.base` (for methods that
-            learn) the target before the first one, `scratch.kept` what the method keeps between sources.
+            learn) the target before the first source, and `scratch.kept` the objects that a method keeps between sources.
         seed: Seeds the shuffling of the batches.
     """
 
@@ -75,7 +75,7 @@ class Inputs:
     seed: int
 
     def candidate(self, mixes: Mixes, scores: Scores, fractions: Fractions | None = None) -> Candidate:
-        """Return a candidate that no label taught, so that every part validates the same mixes."""
+        """Return a candidate that learned nothing from labels, so that every part validates the same mixes."""
         return Candidate(mixes, [mixes] * len(self.labels.validation_parts), scores, fractions)
 
     def average_mixes(self) -> dict[str, Mix]:

@@ -1,4 +1,4 @@
-"""The method `copy`: units whose gradients agree."""
+"""The method `copy`: each unit whose gradients agree with the target's is copied from the source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config.grasp import GraspConfig
 from ..errors import IncompatibleSourceError
 from ..files import workspace
-from ..models.batches import Batch, Collator, check_dataset, keeping_model_columns, sample_batches
+from ..models.batches import Batch, Collator, check_dataset, keep_model_columns, sample_batches
 from ..models.gradients import gradient_pass, mean_gradient, preserved_state
 from ..sources.fit import tensor_problems, tie_problems
 from ..tensors.mixing import Mix
@@ -38,15 +38,25 @@ def unit_cosines(
     seed: int,
     paper: bool = False,
 ) -> Scores:
-    """Return the gradient cosine of target and source per unit, the mean over `batches`; `None` where undefined.
+    """Return the cosine `<g_T, g_S> / (|g_T| |g_S|)` of the gradients of target and source, the mean over `batches`.
 
-    For each batch the target's gradient is stored in a file (one set, no private memory), the source's values take the
-    place of the target's, and each of the source's gradients meets the stored one and is freed. The mean of the cosines
-    of single batches needs no second gradient set, and is 1 for a model compared with itself. It is not the cosine of
-    the summed gradients: the noise of a batch is shared by both models and pulls it up. `summed_cosines` computes that.
+    For each batch, a file stores the gradient `g_T` of the target. Then the source's values replace the target's, and each
+    gradient of the source is multiplied by the stored one and freed. The mean of the cosines of single batches needs no
+    second set of gradients, and is 1 for a model compared with itself. It is higher than the cosine of the summed
+    gradients (`summed_cosines`), because both models share the noise of a batch.
 
-    With `paper` the target is in train mode, its dropout drawn from `seed`, and its batch statistics change; the
-    denominator has 1e-8 added.
+    Args:
+        target: The model; comes back with its weights, but see `paper`.
+        source_values: The source's weights by name.
+        units: The units.
+        batches: Labelled batches.
+        scratch: Temporary files; `scratch.start` holds the target's weights.
+        seed: Seeds the dropout of the target, which `paper` turns on.
+        paper: Whether to measure as the paper does: the target is in train mode, so that its batch statistics change, and
+            1e-8 is added to the denominator.
+
+    Returns:
+        The cosine of each unit; `None` if it is undefined, because a gradient is missing or zero.
     """
     tensors = movable_tensors(target)
     scores: dict[str, list[float | None]] = {unit.name: [] for unit in units}
@@ -61,7 +71,7 @@ def unit_cosines(
                 scratch.gradients[name].copy_(gradient)
                 stored.add(name)
 
-            def meet(name: str, gradient: Tensor, products: UnitProducts = products, stored: set = stored) -> None:
+            def multiply(name: str, gradient: Tensor, products: UnitProducts = products, stored: set = stored) -> None:
                 if name in stored and name in products:
                     products.add(name, gradient, scratch.gradients[name].to(gradient.device))
 
@@ -69,7 +79,7 @@ def unit_cosines(
             gradient_pass(target, batch, store)
             target.eval()
             with placed(tensors, source_values, scratch.start):
-                gradient_pass(target, batch, meet)
+                gradient_pass(target, batch, multiply)
             for name, sums in products.sums().items():
                 scores[name].append(None if sums is None else cosine(*sums, epsilon=epsilon))
     return {name: mean_defined(values) for name, values in scores.items()}
@@ -83,19 +93,19 @@ def summed_cosines(
     *,
     scratch: Scratch,
 ) -> Scores:
-    """Return the cosine of the gradients over all `batches` together, per unit; `None` where undefined.
+    """Return the cosine of the summed gradients over all `batches`, which is exactly that of one large batch.
 
-    This is the cosine of one large batch, exactly. It needs a second set of gradients (in a file), because norms do not
-    add up over batches as inner products do.
+    This needs a file for a second set of gradients, because the norm of a sum is not the sum of the norms. Arguments and
+    result are those of `unit_cosines`.
     """
     batches = list(batches)
     products = UnitProducts(units)
     with preserved_state(target):
         target.eval()
-        stored, _ = mean_gradient(target, batches, scratch.gradients)
+        in_target, _ = mean_gradient(target, batches, scratch.gradients)
         with placed(movable_tensors(target), source_values, scratch.start):
-            met, _ = mean_gradient(target, batches, scratch.source_gradients)
-        for name in stored & met:
+            in_source, _ = mean_gradient(target, batches, scratch.source_gradients)
+        for name in in_target & in_source:
             if name in products:
                 products.add(name, scratch.source_gradients[name], scratch.gradients[name])
     return {name: cosine(*sums) if sums else None for name, sums in products.sums().items()}
@@ -111,14 +121,14 @@ def configured_cosines(
     scratch: Scratch,
     seed: int,
 ) -> Scores:
-    """Return the gradient cosine of target and source per unit, over single batches or all together, as `config` says."""
+    """Return the cosines of the summed gradients if `config` accumulates them, otherwise those of single batches."""
     if config.accumulate_gradients:
         return summed_cosines(target, source_values, units, batches, scratch=scratch)
     return unit_cosines(target, source_values, units, batches, scratch=scratch, seed=seed, paper=config.published)
 
 
 def candidates(inputs: Inputs) -> dict[str, Candidate]:
-    """Return the units whose cosine is above `config.threshold` as copies of the source, the others as they are."""
+    """Return a candidate that copies each unit whose cosine is above `config.threshold`; the other units stay."""
     config, batches = inputs.config, inputs.batches(inputs.labels.samples.train)
     scores = configured_cosines(
         inputs.model, inputs.source, inputs.units, batches, config, scratch=inputs.scratch, seed=inputs.seed
@@ -136,22 +146,24 @@ def gradient_alignment(
     config: GraspConfig | None = None,
     data_collator: Collator | None = None,
 ) -> Scores:
-    """Return the cosine between the gradients of two models on the same data, per unit; nothing is changed.
+    """Return the cosine between the gradients of two models on the same data, per unit; both models stay unchanged.
 
     Args:
         source: One model.
         target: Another of the same class and shapes.
         dataset: Labelled samples, as for `transformers.Trainer`.
-        config: Says unit, number and size of batches, and seed; `GraspConfig.paper()` measures as published.
-        data_collator: Makes batches from samples; `transformers.default_data_collator` where left out.
+        config: Sets the unit, the number and size of batches, and the seed; `GraspConfig.paper()` measures as the paper
+            does. If left out, the defaults.
+        data_collator: Makes batches from samples; if left out, `transformers.default_data_collator`.
 
     Returns:
-        Unit name -> cosine in [-1, 1], the mean over batches; `None` where a gradient is missing or zero, so that
-        the cosine is undefined.
+        Unit name -> cosine in [-1, 1], the mean over batches; `None` if it is undefined, because a gradient is missing or
+        zero.
 
     Raises:
-        IncompatibleSourceError: The models differ in tensors or shapes; all differences are listed.
-        DataError, NonFiniteError: The data set is empty or has no labels; a loss or a gradient is not finite.
+        IncompatibleSourceError: The models differ in tensors or shapes; the error lists all differences.
+        DataError: The data set is empty, or has no labels.
+        NonFiniteError: A loss or a gradient is NaN or infinite.
 
     Example:
         >>> gradient_alignment(model, model, dataset)["classifier"]  # doctest: +SKIP
@@ -163,7 +175,7 @@ def gradient_alignment(
     if problems:
         raise IncompatibleSourceError("the two models cannot be compared", problems=problems)
     accelerator = Accelerator()
-    collator = keeping_model_columns(target, data_collator)
+    collator = keep_model_columns(target, data_collator)
     batches = sample_batches(dataset, collator, accelerator, config, seed=config.seed)
     with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as directory, preserved_state(target):
         target.to(accelerator.device)

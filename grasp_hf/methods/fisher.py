@@ -1,4 +1,4 @@
-"""The Fisher information of a model's parameters, and a mean of models that weighs each parameter by it."""
+"""The Fisher information of a model's parameters, and a mean of models that is weighted by it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import NonFiniteError
 from ..models.batches import IGNORED, Batch, batch_loss, class_terms, labelled_terms, predicts_next
 from ..models.gradients import gradient_pass, preserved_state
-from ..tensors.mixing import Mix, in_rows
+from ..tensors.mixing import Mix, split_rows
 from ..tensors.placing import placed
 from ..tensors.scratch import Scratch
 from ..tensors.units import Unit, movable_tensors
@@ -19,8 +19,8 @@ from ..tensors.units import Unit, movable_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROWS = 1024  # of logits that labels are drawn for at once
-LEAST_FISHER = 1e-30  # far below any Fisher that counts, far above the smallest float32
+ROWS = 1024  # rows of logits for which labels are drawn at once
+LEAST_FISHER = 1e-30  # far below any Fisher information that counts, far above the smallest float32
 
 
 def fisher_(
@@ -31,24 +31,24 @@ def fisher_(
     *,
     seed: int,
 ) -> None:
-    """Write the diagonal Fisher information of `model`, in eval mode, at the inputs of `batches` to `buffer`.
+    """Change `buffer`: write the diagonal Fisher information of `model` in eval mode, at the inputs of `batches`.
 
-    Labels are drawn from the model's own predictions as the definition says (true labels would favour a model that fits
-    them worse). Gradients of single terms are then independent with mean 0, so the square of a whole batch's summed
-    gradient estimates the sum of their squares, without a pass per sample. That is right in the mean but noisier than a
-    sum over single samples: so few squares tell little of a single element, and two equal models do not get equal
-    weights there. What has no gradient has a Fisher of 0.
+    The Fisher information of a parameter is the expected square of `d log p(y | x)`, with `y` drawn from the model's own
+    predictions `p`. True labels would favour a model that fits them worse. The gradients of single terms are independent
+    and have the mean 0. So the square of the summed gradient of a batch estimates the sum of their squares, without a pass
+    per sample. The estimate is right on average, but noisy: it says little about a single element, and two equal models
+    do not get equal weights there. A tensor without a gradient has a Fisher information of 0.
 
     Args:
-        buffer: One tensor per name, of its shape.
-        model: Comes back unchanged.
-        batches: Labelled samples; of the labels it only counts which are ignored.
-        names: Tensors to look at; one that is no parameter has no gradient.
-        seed: Of the labels that are drawn.
+        buffer: One tensor per name, of the shape of that parameter.
+        model: The model; comes back unchanged.
+        batches: Labelled batches. The labels only say which terms are ignored.
+        names: Tensors to measure; a tensor that is not a parameter has no gradient.
+        seed: Seeds the labels that are drawn.
 
     Raises:
-        DataError: The labels are no classes.
-        NonFiniteError: A loss or the Fisher of a parameter is not finite.
+        DataError: The labels are not classes.
+        NonFiniteError: A loss, or the Fisher information of a parameter, is NaN or infinite.
     """
     for name in names:
         buffer[name].zero_()
@@ -63,27 +63,27 @@ def fisher_(
                     gradient = gradient.to(buffer[name].device, buffer[name].dtype)
                     buffer[name].addcmul_(gradient, gradient, value=float(weight) ** 2)
 
-            gradient_pass(model, _with_drawn_labels(model, batch), square)
+            gradient_pass(model, _draw_labels(model, batch), square)
     for name in names:
         if not torch.isfinite(buffer[name]).all():
-            raise NonFiniteError(f"the Fisher information of {name} is NaN or infinite")
+            raise NonFiniteError(f"the Fisher information of {name} is NaN or infinite; expected finite numbers")
 
 
 @torch.no_grad()
-def _with_drawn_labels(model: Any, batch: Batch) -> Batch:
-    """Return `batch` with each label drawn from what `model` predicts; ignored labels stay ignored."""
+def _draw_labels(model: Any, batch: Batch) -> Batch:
+    """Return `batch` with each label drawn from the predictions of `model`; ignored labels stay ignored."""
     _, output = batch_loss(model, batch)
     logits, _ = class_terms(model, output.get("logits"), batch.get("labels"))
     labels = batch["labels"].clone()
     drawn_for = labels[:, 1:] if predicts_next(model) else labels
-    # A few rows at a time, for vocabularies are large, and on the CPU, so that every device draws the same.
+    # A few rows at a time because vocabularies are large, and on the CPU so that every device draws the same labels.
     drawn = [torch.multinomial(rows.softmax(-1).cpu(), 1) for rows in logits.split(ROWS)]
     drawn_for.copy_(
         torch.where(drawn_for == IGNORED, drawn_for, torch.cat(drawn).view_as(drawn_for).to(labels.device))
     )
     drawn_batch = {**batch, "labels": labels}
     if model.can_generate() and model.config.is_encoder_decoder and "decoder_input_ids" not in batch:
-        # Of the drawn labels the model would make another prefix than the one that they are drawn for.
+        # The labels were drawn for the prefix of the true labels. From the drawn ones, the model would make another.
         drawn_batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
     return drawn_batch
 
@@ -93,20 +93,22 @@ def _is_weight(tensor: Tensor) -> bool:
 
 
 class RunningFisher:
-    """How much of the next model a Fisher-weighted mean takes (arXiv:2111.09832), for models that come one at a time.
+    """A Fisher-weighted mean of models that come one at a time (arXiv:2111.09832).
 
-    A mean weighs each parameter of each model by its Fisher there, so that its sum over the models in the mean is all that
-    must be kept of them. Where it is not known, the Fisher of the mean itself counts in its place, times their number.
+    Each parameter of the mean moves by the fraction `F_S / (F + F_S)` of the way to the next model `S`, and then `F`
+    becomes `F + F_S`. Here `F_S` is the Fisher information of `S`, and `F` the sum over the models in the mean, so only
+    this sum is kept. If `F` is not known, the Fisher information of the mean itself, times the number of its models, takes
+    its place.
 
     Args:
-        total: Room for the sum, a tensor for each parameter; in a type that has the range of float32.
-        own: Room for the Fisher of the next model.
+        total: Buffer for `F`, one tensor per parameter, in a type with the range of float32.
+        own: Buffer for `F_S`, likewise.
     """
 
     def __init__(self, total: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
         self._total, self._own = total, own
-        self._known: set[str] = set()
-        self._plain: dict[str, float] = {}
+        self._known: set[str] = set()  # tensors whose `F` is in `total`
+        self._average: dict[str, float] = {}  # of each weight that `measure` saw last, its fraction in a plain mean
 
     def measure(
         self,
@@ -114,68 +116,78 @@ class RunningFisher:
         source_values: Mapping[str, Tensor],
         start: Mapping[str, Tensor],
         units: Sequence[Unit],
-        shares: Mapping[str, float],
+        average: Mapping[str, float],
         batches: Sequence[Batch],
         *,
         seed: int,
     ) -> dict[str, Mix]:
-        """Return what goes in, by unit: the mean of `fractions`; the plain share where there are statistics only.
+        """Measure the next model, and return its mix with the mean by unit: the mean of `fractions` over the elements.
+
+        A unit that holds statistics only gets the mix of a plain mean.
 
         Args:
             model: The mean so far; comes back unchanged.
-            source_values: The next model.
-            start: What `model` holds.
-            units: Tensors that may move.
-            shares: How much the plain mean takes.
-            batches: See `fisher_`, as the next one.
-            seed: See there.
+            source_values: The weights of the next model by name.
+            start: The weights of `model` by name.
+            units: The units that may move.
+            average: How much of the next model a plain mean takes, by unit: `1 / k` for the k-th.
+            batches: Labelled batches, as for `fisher_`.
+            seed: Seeds the labels that are drawn.
         """
         tensors = movable_tensors(model)
-        plain = {name: shares[unit.name] for unit in units for name in unit.tensors}
-        self._plain = {name: share for name, share in plain.items() if _is_weight(tensors[name])}
-        unknown = [name for name in self._plain if name not in self._known]
-        counted = [name for name in unknown if self._plain[name] < 1]
-        for name in unknown:
-            self._total[name].zero_()
-        if counted:
-            fisher_(self._total, model, batches, counted, seed=seed)
-            for name in counted:
-                self._total[name].mul_(1 / self._plain[name] - 1)
-        self._known.update(counted)
+        average_of = {name: average[unit.name] for unit in units for name in unit.tensors}
+        self._average = {name: value for name, value in average_of.items() if _is_weight(tensors[name])}
+        self._measure_total(model, batches, seed)
         with placed(tensors, source_values, start):
-            fisher_(self._own, model, batches, self._plain, seed=seed)
-        return {unit.name: Mix.on_line(self._mean(unit, shares[unit.name])) for unit in units}
+            fisher_(self._own, model, batches, self._average, seed=seed)
+        return {unit.name: Mix.on_line(self._mean_fraction(unit, average[unit.name])) for unit in units}
 
     def fractions(self, name: str) -> Iterator[Tensor] | None:
-        """Return how much of each element of a parameter goes in, in [0, 1], as `in_rows` does; `None` for a statistic."""
-        return self._fractions(name) if name in self._plain else None
+        """Return `F_S / (F + F_S)` for each element of a parameter, a few rows at a time; `None` for a statistic."""
+        return self._weight_fractions(name) if name in self._average else None
 
-    def _fractions(self, name: str) -> Iterator[Tensor]:
-        for own, total in zip(in_rows(self._own[name]), in_rows(self._total[name]), strict=True):
-            own = own.float() + LEAST_FISHER  # so that what has no Fisher goes in as in a plain mean
-            yield own.div_((own + total).add_(LEAST_FISHER * (1 / self._plain[name] - 1)))
-
-    def take(self) -> None:
-        """Count the model that was measured last as one of the mean."""
-        for name in self._plain:
+    def add(self) -> None:
+        """Add the Fisher information of the model that was measured last to the sum, because that model was merged."""
+        for name in self._average:
             self._total[name].add_(self._own[name])
-        self._known.update(self._plain)
+        self._known.update(self._average)
 
-    def _mean(self, unit: Unit, plain: float) -> float:
-        weights = [name for name in unit.tensors if name in self._plain]
-        total = sum(float(share.sum()) for name in weights for share in self._fractions(name))
-        return total / sum(self._own[name].numel() for name in weights) if weights else plain
+    def _measure_total(self, model: PreTrainedModel, batches: Sequence[Batch], seed: int) -> None:
+        """Measure `F` where it is not known; it is 0 if the mean holds no model yet."""
+        unknown = [name for name in self._average if name not in self._known]
+        for name in unknown:
+            self._total[name].zero_()
+        measured = [name for name in unknown if self._average[name] < 1]
+        if not measured:
+            return
+        fisher_(self._total, model, batches, measured, seed=seed)
+        for name in measured:
+            self._total[name].mul_(1 / self._average[name] - 1)
+        self._known.update(measured)
+
+    def _weight_fractions(self, name: str) -> Iterator[Tensor]:
+        for own, total in zip(split_rows(self._own[name]), split_rows(self._total[name]), strict=True):
+            own = own.float() + LEAST_FISHER  # without any Fisher information, the fraction is that of a plain mean
+            yield own.div_((own + total).add_(LEAST_FISHER * (1 / self._average[name] - 1)))
+
+    def _mean_fraction(self, unit: Unit, average: float) -> float:
+        """Return the mean fraction over the weights of a unit; `average` if it has none."""
+        weights = [name for name in unit.tensors if name in self._average]
+        if not weights:
+            return average
+        total = sum(float(rows.sum()) for name in weights for rows in self._weight_fractions(name))
+        return total / sum(self._own[name].numel() for name in weights)
 
 
 def running_fisher(scratch: Scratch) -> RunningFisher:
-    """Return the Fisher information of the sources merged so far, which stays until `scratch.make_room`."""
+    """Return the running mean of the present merge; it begins anew after `scratch.make_room`."""
     if "fisher" not in scratch.kept:
-        total, own = ({name: _wide_range(tensor) for name, tensor in buffer.items()} for buffer in scratch.line)
+        total, own = ({name: _widen_range(tensor) for name, tensor in buffer.items()} for buffer in scratch.line)
         scratch.kept["fisher"] = RunningFisher(total, own)
     found: RunningFisher = scratch.kept["fisher"]
     return found
 
 
-def _wide_range(tensor: Tensor) -> Tensor:
-    """Return `tensor`, in the same memory, as a type with the range of float32 if its own is float16."""
+def _widen_range(tensor: Tensor) -> Tensor:
+    """Return `tensor`, in the same memory, as bfloat16 if it is float16, because squares need the range of float32."""
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.float16 else tensor

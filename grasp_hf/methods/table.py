@@ -1,4 +1,4 @@
-"""From the name of a method to its code. `grasp_hf/config/methods.py` holds the table of the methods."""
+"""Finds the code of a method by its name. `grasp_hf/config/methods.py` holds the table of the methods."""
 
 from importlib import import_module
 
@@ -6,7 +6,7 @@ from .candidates import Candidate, Inputs
 
 
 def find_candidates(inputs: Inputs) -> dict[str, Candidate]:
-    """Return the ways to merge a source that the method of `inputs.config` finds, by name; the method's own is first.
+    """Return the candidates of the method of `inputs.config` by name; that of the method itself comes first.
 
     Raises:
         NonFiniteLossError: A loss is NaN or infinite while the model holds something of the source.

@@ -1,1 +1,1 @@
-"""A transformers model: its class, its data, its gradients, its training, and what is private upstream."""
+"""A transformers model: its class, its target, its processor, its batches, its gradients and its training."""

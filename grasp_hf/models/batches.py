@@ -1,4 +1,4 @@
-"""Batches of the user's data, and what a model makes of them: a loss, and how many terms it is the mean of."""
+"""Batches of the user's data, and the loss of a model on a batch."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ Collator = Callable[[list], Batch]
 
 
 def check_dataset(dataset: Any, name: str) -> None:
-    """Raise `DataError` where `dataset` has no rows or no length, or cannot be one."""
+    """Raise `DataError` unless `dataset` is a data set with a length and at least one row; errors call it `name`."""
     if dataset is None:
         raise DataError(
-            f"{name} is missing; expected labelled samples: only an average (method='average', order='given', "
-            "final_epochs=0) can do without"
+            f"{name} is missing; expected labelled samples. Only an average needs none: method='average', "
+            "order='given', final_epochs=0"
         )
     if isinstance(dataset, str | Path):
-        raise DataError(f"{name} is the text '{dataset}'; expected a data set: load it, with datasets.load_dataset")
+        raise DataError(f"{name} is the text '{dataset}'; expected a data set; load it with datasets.load_dataset")
     if isinstance(dataset, Mapping):
         raise DataError(f"{name} holds the splits {', '.join(map(str, dataset))}; expected one of them")
     if not hasattr(dataset, "__len__"):
         raise DataError(
-            f"{name} is a {type(dataset).__name__} without a length; expected a data set with rows to count"
+            f"{name} is a {type(dataset).__name__} without a length; expected a data set with a known number of rows"
         )
     if len(dataset) == 0:
         raise DataError(f"{name} is empty; expected at least one labelled sample")
 
 
-def keeping_model_columns(model: PreTrainedModel, collator: Collator | None) -> Collator:
-    """Return `collator` (or the default one) behind a filter that keeps only what `model.forward` takes, and labels.
+def keep_model_columns(model: PreTrainedModel, collator: Collator | None) -> Collator:
+    """Return a collator that gives `collator` only the columns that `model.forward` takes, and the labels.
 
-    A `forward` that does not name its inputs takes all.
+    A `forward` that does not name its inputs gets every column. `None` stands for the default collator.
     """
     parameters = inspect.signature(model.forward).parameters
     if model.main_input_name not in parameters:
@@ -58,9 +58,9 @@ def keeping_model_columns(model: PreTrainedModel, collator: Collator | None) -> 
 def sample_batches(
     dataset: Any, collator: Collator, accelerator: Accelerator, config: GraspConfig, *, seed: int
 ) -> Iterator[Batch]:
-    """Yield `config.num_batches` shuffled training batches on the accelerator's device, epoch after epoch.
+    """Yield `config.num_batches` shuffled training batches on the accelerator's device, from as many epochs as needed.
 
-    The published procedure drops a last batch that is not full; ours takes it, so that few labels are all seen.
+    The paper drops a last batch that is not full. We keep it, so that every sample of a small data set is used.
     """
     loader = accelerator.prepare_data_loader(
         DataLoader(
@@ -72,17 +72,17 @@ def sample_batches(
             drop_last=config.published and len(dataset) >= config.batch_size,
         )
     )
-    left = config.num_batches
+    remaining = config.num_batches
     while True:
         for batch in loader:
             yield batch
-            left -= 1
-            if left == 0:
+            remaining -= 1
+            if remaining == 0:
                 return
 
 
 def batch_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Any]:
-    """Return the loss of `model(**batch)`, a scalar, and the whole output.
+    """Return the loss of `model(**batch)`, a scalar, and the complete output.
 
     Raises:
         DataError: The batch holds no labels, or the model returns no loss.
@@ -90,23 +90,23 @@ def batch_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Any]:
     """
     if not {model.main_input_name, "inputs_embeds"} & set(batch):
         raise DataError(
-            f"a batch holds {', '.join(sorted(batch)) or 'nothing that the model takes'}, expected {model.main_input_name}; "
-            "prepare the data set with the model's tokenizer or processor"
+            f"a batch holds {', '.join(sorted(batch)) or 'no column that the model takes'}, expected "
+            f"{model.main_input_name}; prepare the data set with the model's tokenizer or processor"
         )
     labels, classes = batch.get("labels"), model.config.num_labels or 0
     if isinstance(labels, Tensor) and "Classification" in type(model).__name__ and is_class_ids(labels):
         if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise DataError(
-                f"a batch holds labels from {int(labels.min())} to {int(labels.max())}, expected 0 to {classes - 1}, the "
-                f"label ids of the {type(model).__name__}"
+                f"a batch holds labels from {int(labels.min())} to {int(labels.max())}; expected 0 to {classes - 1}, "
+                f"the class ids of the {type(model).__name__}"
             )
     if not labelled_terms(model, batch):
-        raise DataError(f"a batch holds no labelled token: every label is {IGNORED}; leave such samples out")
+        raise DataError(f"a batch holds no labelled token: every label is {IGNORED}; remove such samples")
     output = model(**batch)
     if output.get("loss") is None:
         raise DataError(
-            f"{type(model).__name__} returned no loss for a batch with {', '.join(sorted(batch))}; expected a data set "
-            "with labels (a column 'label' or 'labels')"
+            f"{type(model).__name__} returned no loss for a batch with {', '.join(sorted(batch))}; expected a data "
+            "set with labels (a column 'label' or 'labels')"
         )
     if not torch.isfinite(output["loss"]):
         raise NonFiniteLossError(
@@ -116,7 +116,7 @@ def batch_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Any]:
 
 
 def labelled_terms(model: PreTrainedModel, batch: Batch) -> int:
-    """Return how many terms the mean loss of a batch is over: tokens with a label, or samples."""
+    """Return the number of terms that the loss of a batch is the mean of: labelled tokens, or samples."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
         return len(next(iter(batch.values())))
@@ -126,28 +126,31 @@ def labelled_terms(model: PreTrainedModel, batch: Batch) -> int:
 
 
 def predicts_next(model: PreTrainedModel) -> bool:
-    """Whether each label is that of the position before, as in causal language models."""
+    """Whether the logits of a position predict the label of the next one, as in causal language models."""
     return model.can_generate() and not model.config.is_encoder_decoder
 
 
 def is_class_ids(labels: Tensor) -> bool:
-    """Whether there is one class id per sample."""
+    """Whether `labels` holds one class id per sample."""
     return labels.ndim == 1 and not labels.is_floating_point()
 
 
 def class_terms(model: PreTrainedModel, logits: Any, labels: Any) -> tuple[Tensor, Tensor]:
-    """Return what the loss is the mean of: logits `(n, classes)` in float32 and class ids `(n,)`, some of them ignored.
+    """Return the terms of the mean loss: logits `(n, classes)` in float32, and class ids `(n,)`.
+
+    Some of the ids may be `IGNORED`.
 
     Raises:
-        DataError: There is no class id for each row of logits.
+        DataError: The labels do not hold one class id for each row of logits.
     """
     if not (isinstance(logits, Tensor) and isinstance(labels, Tensor)):
         raise DataError(
-            f"expected a {type(model).__name__} that returns logits, and labels with a class id for each row"
+            f"a {type(model).__name__} returned logits of type {type(logits).__name__} for labels of type "
+            f"{type(labels).__name__}; expected two tensors, with one class id for each row of logits"
         )
     if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
         raise DataError(
-            f"got {labels.dtype} labels of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}, "
+            f"got {labels.dtype} labels of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}; "
             "expected one class id for each row of logits"
         )
     if predicts_next(model):

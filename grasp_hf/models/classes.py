@@ -1,4 +1,4 @@
-"""From a configuration to a model class and its task."""
+"""The model class and the task of a configuration."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep the progress bars and load reports of transformers off the terminal; their content is checked here."""
+    """Hide the progress bars and load reports of transformers; this package checks loaded weights itself."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going away
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers
             warnings.filterwarnings("ignore", module=r"peft\.")
             yield
     finally:
@@ -40,8 +40,8 @@ def load_config(source: Source) -> PretrainedConfig:
     """Return the model configuration of a full source.
 
     Raises:
-        IncompatibleSourceError: It cannot be read, names an architecture that transformers does not hold, or is that of
-            quantized weights.
+        IncompatibleSourceError: The source is an adapter, its config.json cannot be read, transformers does not have
+            its architecture, or its weights are quantized.
     """
     if source.kind == "adapter" and not (source.folder / "config.json").is_file():
         raise IncompatibleSourceError(f"'{source.ref}' is an adapter; expected a full model")
@@ -50,14 +50,14 @@ def load_config(source: Source) -> PretrainedConfig:
     except (ValueError, OSError, KeyError, StrictDataclassError) as error:
         if not source.trusted and "auto_map" in _raw_config(source):
             raise IncompatibleSourceError(
-                f"'{source.ref}' needs Python code of its own; read it, and let it run with "
+                f"'{source.ref}' needs Python code of its own; read the code, and allow it to run with "
                 f"trust_remote_code: ['{source.ref}']"
             ) from error
         raise IncompatibleSourceError(f"its config.json cannot be used: {error}", subject=source.ref) from error
     if getattr(config, "quantization_config", None):
         raise IncompatibleSourceError(
-            "its weights are quantized, expected float weights; name the model that it was made from, or dequantize it "
-            "and save it first",
+            "its weights are quantized, expected float weights; name the float model that it was made from, or "
+            "dequantize it and save it first",
             subject=source.ref,
         )
     return config
@@ -71,47 +71,53 @@ def _raw_config(source: Source) -> str:
 
 
 def _custom_class(config: PretrainedConfig, autos: Sequence[Any]) -> type[PreTrainedModel] | None:
-    """Return the class that a trusted model brings along for one of `autos`, or for its architecture."""
+    """Return the class that a trusted model defines for one of `autos`; without `autos`, for its architecture."""
     if not has_own_code(config):
         return None
     named = getattr(config, "auto_map", None) or {}
     for auto, reference in named.items():
-        wanted = auto in {found.__name__ for found in autos} if autos else None
-        if wanted or (wanted is None and reference.rpartition(".")[2] in (config.architectures or [])):
+        if autos:
+            wanted = auto in {candidate.__name__ for candidate in autos}
+        else:
+            wanted = reference.rpartition(".")[2] in (config.architectures or [])
+        if wanted:
             found: Any = own_class(reference, config)
-            found.register_for_auto_class(auto)  # its code is saved with it
+            found.register_for_auto_class(auto)  # save_pretrained then saves the code too
             type(config).register_for_auto_class()
             return cast("type[PreTrainedModel]", found)
     return None
 
 
 def model_class(config: PretrainedConfig, task: str | None = None, name: str = "model") -> type[PreTrainedModel]:
-    """Return the class for `task`, or the one that the config names where `task` is left out.
+    """Return the model class for `task`; without a task, the class that the config names.
 
     Args:
         config: The model's configuration.
         task: A pipeline name (`text-classification`) or an auto class (`AutoModelForQuestionAnswering`).
-        name: What errors call the model.
+        name: The model's name in errors.
 
     Raises:
-        IncompatibleSourceError: There is no such task, or the architecture has no model for it.
+        IncompatibleSourceError: The task is unknown, the architecture has no model for it, or neither the config nor
+            `task` names a task.
     """
     if task is None:
         found = _custom_class(config, ()) or getattr(transformers, (config.architectures or [""])[0], None)
         if found is None or is_headless(config):
             raise IncompatibleSourceError(
-                f"'{name}' names the architecture {config.architectures}, which has no task on top; say which one you "
-                "want, for example task='text-classification'"
+                f"'{name}' names the architecture {config.architectures}, which has no task on top; name the task, "
+                "for example task='text-classification'"
             )
         return found
     if task.startswith("AutoModelFor") and hasattr(transformers, task):
         autos = [getattr(transformers, task)]
-    elif task in (tasks := task_classes()):
-        autos = [*tasks[task]]
     else:
-        raise IncompatibleSourceError(
-            f"unknown task '{task}', expected the name of an AutoModelFor class, or one of {', '.join(sorted(tasks))}"
-        )
+        tasks = task_classes()
+        if task not in tasks:
+            raise IncompatibleSourceError(
+                f"unknown task '{task}', expected the name of an AutoModelFor class, or one of "
+                f"{', '.join(sorted(tasks))}"
+            )
+        autos = [*tasks[task]]
     if custom := _custom_class(config, autos):
         return custom
     for auto in autos:
@@ -121,12 +127,12 @@ def model_class(config: PretrainedConfig, task: str | None = None, name: str = "
 
 
 def is_headless(config: PretrainedConfig) -> bool:
-    """Whether a checkpoint names an architecture without a task on top, such as `BertModel`."""
+    """Whether a config names an architecture without a task on top, such as `BertModel`."""
     return (config.architectures or [""])[0] in class_names(transformers.AutoModel)
 
 
 def task_of(cls: type[PreTrainedModel]) -> str | None:
-    """Return the pipeline name of the task that a model class solves; `None` where there is none."""
+    """Return the pipeline name of the task that a model class solves; `None` if no pipeline uses the class."""
     for task, autos in task_classes().items():
         for auto in autos:
             if cls.__name__ in class_names(auto) and auto is not transformers.AutoModel:

@@ -1,4 +1,4 @@
-"""Fine-tuning between sources: one run of `transformers.Trainer`, whose best weights really come back."""
+"""Fine-tuning: one run of `transformers.Trainer` that restores all weights of its best epoch."""
 
 import math
 import re
@@ -50,28 +50,28 @@ def finetune_(
     seed: int,
     directory: Path,
 ) -> None:
-    """Change `model` in place by fine-tuning it; with evaluation data, the best epoch's weights are kept.
+    """Change `model` in place by fine-tuning it; with evaluation data, keep the weights of the best epoch.
 
     Args:
-        model: In any mode; left in train mode, on the Trainer's device.
+        model: A model in any mode. It is in train mode and on the Trainer's device afterwards.
         train_dataset: Labelled samples.
-        eval_dataset: Held-out samples that choose the best epoch; `None` keeps the last one.
+        eval_dataset: Evaluation data that chooses the best epoch; `None` keeps the last epoch.
         collator: Makes batches from samples and keeps only the model's columns.
-        config: Its `training_arguments` win over everything that is set here.
-        epochs: Epochs to train; nothing happens for 0.
-        seed: Seed of shuffling and dropout.
-        directory: Where the best epoch's weights are kept meanwhile.
+        config: The configuration; its `training_arguments` override every value that is set here.
+        epochs: Number of epochs; 0 changes nothing.
+        seed: Seeds shuffling and dropout.
+        directory: Folder for the weights of the best epoch during the training.
 
     Raises:
-        ConfigError: `training_arguments` holds something that `transformers.TrainingArguments` does not take.
+        ConfigError: The Trainer refuses `training_arguments`.
         NonFiniteError: The loss or a weight became NaN or infinite.
     """
     if not config.trains(epochs):
         return
-    with _ready(model, train_dataset, eval_dataset, collator, config, epochs, seed, directory) as trainer:
+    with _prepared_trainer(model, train_dataset, eval_dataset, collator, config, epochs, seed, directory) as trainer:
         try:
             result = trainer.train()
-        except ImportError as error:  # of an optimizer, say
+        except ImportError as error:  # for example the package of an optimizer
             raise ConfigError(f"training_arguments: {error}") from error
     if not math.isfinite(result.training_loss):
         raise NonFiniteError(f"fine-tuning ended with the loss {result.training_loss}; try a lower learning_rate")
@@ -88,14 +88,14 @@ def check_finetuning(
     config: GraspConfig,
     directory: Path,
 ) -> None:
-    """Raise `ConfigError` where `finetune_` would, before a merge has cost anything; arguments as there.
+    """Raise the `ConfigError` that `finetune_` would raise, before a merge starts; the arguments are the same.
 
-    The Trainer is made, with its optimizer, its schedule and what it reports to, and thrown away. An adapter may leave
-    rounding errors in the weights; nothing else is changed.
+    The function builds a Trainer with its optimizer, schedule and reporting, and discards it. An adapter may leave
+    rounding errors in the weights; nothing else changes.
     """
     with (
         preserved_state(model),
-        _ready(model, train_dataset, eval_dataset, collator, config, 1, config.seed, directory) as trainer,
+        _prepared_trainer(model, train_dataset, eval_dataset, collator, config, 1, config.seed, directory) as trainer,
         trainer_refusals(),
     ):
         trainer.get_train_dataloader()
@@ -107,7 +107,7 @@ def check_finetuning(
 
 
 @contextmanager
-def _ready(
+def _prepared_trainer(
     model: PreTrainedModel,
     train_dataset: Any,
     eval_dataset: Any,
@@ -117,17 +117,14 @@ def _ready(
     seed: int,
     directory: Path,
 ) -> Iterator[Trainer]:
-    """Yield a Trainer that trains `model`, whose adapter, if it is to have one, becomes part of the weights at the end.
-
-    Its checkpoints are removed after the block.
-    """
+    """Yield a Trainer for `model`; after the block, merge its LoRA adapter and remove its checkpoints."""
     with (
         tempfile.TemporaryDirectory(prefix="training-", dir=directory, ignore_cleanup_errors=True) as folder,
         preserved_randomness(),
         only_weights_changed(model),
         quiet_transformers(),
         checkpoints_in_runtime_names(model),
-        adapted(model, config.lora, seed) as trained,
+        attach_lora(model, config.lora, seed) as trained,
     ):
         arguments = training_arguments(
             config,
@@ -139,24 +136,27 @@ def _ready(
             normalizes_batches=normalizes_batches(model),
         )
         with trainer_refusals():
-            trainer = _trainer(trained, train_dataset, eval_dataset, collator, arguments, paper=config.published)
+            trainer = _build_trainer(trained, train_dataset, eval_dataset, collator, arguments, paper=config.published)
         yield trainer
 
 
 @contextmanager
-def adapted(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int) -> Iterator[PreTrainedModel | PeftModel]:
-    """Yield what is to be trained: `model`, or a LoRA adapter on it that becomes part of its weights at the end.
+def attach_lora(
+    model: PreTrainedModel, lora: dict[str, Any] | None, seed: int
+) -> Iterator[PreTrainedModel | PeftModel]:
+    """Yield a LoRA adapter on `model` for training, and merge it into the weights of `model` after the block.
 
-    The head is trained whole, but not where it holds tied weights. `model` has its own modules and parameters again after
-    the block, whatever happens; where the block raises, the training is lost.
+    All weights of the head are trained, unless some of them are tied. After the block, `model` has its own modules and
+    parameters again. If the block raises, the training is lost.
 
     Args:
-        model: Changed in place.
-        lora: Arguments of `peft.LoraConfig`; `None` trains all weights. `target_modules` is `all-linear` where left out.
-        seed: Seed of the adapter's first weights.
+        model: The base model; it is changed in place.
+        lora: Arguments of `peft.LoraConfig`, with the default `target_modules="all-linear"`. `None` yields `model`
+            itself, to train all weights.
+        seed: Seeds the adapter's initial weights.
 
     Raises:
-        ConfigError: The adapter does not fit the model, or would train a copy of tied weights, of which nothing stays.
+        ConfigError: The adapter does not fit the model, or would train a copy of tied weights, which would be lost.
     """
     if lora is None:
         yield model
@@ -184,8 +184,8 @@ def adapted(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int) -> I
                 raise ConfigError(f"lora: cannot be applied to a {type(model).__name__}: {error}") from error
         if lost := sorted(tied - dict(model.named_parameters(remove_duplicate=False)).keys()):
             raise ConfigError(
-                f"lora: it would train a copy of {lost[0].rpartition('.')[0]}, whose weights are tied to others, and nothing "
-                "of that would stay; leave it out of target_modules and modules_to_save"
+                f"lora: it would train a copy of {lost[0].rpartition('.')[0]}, whose weights are tied to others, and "
+                "lose the copy afterwards; leave this module out of target_modules and modules_to_save"
             )
         yield adapter
         merged = movable_tensors(adapter.merge_and_unload())
@@ -200,7 +200,7 @@ def adapted(model: PreTrainedModel, lora: dict[str, Any] | None, seed: int) -> I
             parameter.requires_grad_(trainable[name])
 
 
-def _trainer(
+def _build_trainer(
     model: PreTrainedModel | PeftModel,
     train_dataset: Any,
     eval_dataset: Any,
@@ -209,16 +209,17 @@ def _trainer(
     *,
     paper: bool,
 ) -> Trainer:
-    """Return the Trainer for one run; raise `ConfigError` where there is nothing to train or to judge by."""
+    """Return the Trainer for one run; raise `ConfigError` if nothing is trainable or the metric does not exist."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
-            "every parameter is frozen; set initial_epochs, finetune_epochs and final_epochs to 0, or call requires_grad_(True)"
+            "every parameter is frozen, expected some to train; set initial_epochs, finetune_epochs and final_epochs "
+            "to 0, or call requires_grad_(True)"
         )
     by_accuracy = arguments.metric_for_best_model in ("accuracy", "eval_accuracy")
     if by_accuracy and eval_dataset is not None and not _has_classes(model, collator([eval_dataset[0]])):
         raise ConfigError(
-            f"a {type(model).__name__} has no accuracy to choose the best epoch by; set metric_for_best_model: loss in "
-            "training_arguments"
+            f"a {type(model).__name__} has no accuracy to choose the best epoch by; set metric_for_best_model: loss "
+            "in training_arguments"
         )
     trainer = WholeEvaluationTrainer(
         model=model,
@@ -233,14 +234,14 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     if not model.can_generate():
-        # The Trainer takes every classifier for one that divides its loss by the samples of all accumulated batches;
-        # most do not, and their gradients would be gradient_accumulation_steps times too large.
+        # The Trainer assumes that a model divides its loss by the samples of all accumulated batches. Most classifiers
+        # do not, and their gradients would be gradient_accumulation_steps times too large.
         average_each_batch_(trainer)
     return trainer
 
 
 def _has_classes(model: PreTrainedModel | PeftModel, batch: Batch) -> bool:
-    """Whether a model gives one of several classes to each sample, so that there is an accuracy."""
+    """Whether a model assigns one of several classes to each sample: only then does it have an accuracy."""
     labels = batch.get("labels")
     return (
         not model.can_generate() and (model.config.num_labels or 0) > 1 and labels is not None and is_class_ids(labels)
@@ -257,7 +258,7 @@ def training_arguments(
     evaluates: bool,
     normalizes_batches: bool,
 ) -> TrainingArguments:
-    """Return the Trainer's arguments: quiet, one checkpoint of weights only, and what the user asked for on top."""
+    """Return the Trainer's arguments: no output, one checkpoint with weights only, and the user's arguments on top."""
     keeping_best = {
         "eval_strategy": "epoch",
         "save_strategy": "best",
@@ -287,15 +288,15 @@ def training_arguments(
         values.pop("metric_for_best_model", None)
     with trainer_refusals():
         arguments = TrainingArguments(**values)
-    # Where there is no full batch there would be none, and statistics of a batch cannot be those of a single sample.
-    alone = normalizes_batches and samples % arguments.train_batch_size == 1
-    drops = arguments.dataloader_drop_last or alone
+    # A BatchNorm cannot normalize a batch of one sample. A data set below one batch must keep its only batch.
+    ends_in_one = normalizes_batches and samples % arguments.train_batch_size == 1
+    drops = arguments.dataloader_drop_last or ends_in_one
     arguments.dataloader_drop_last = drops and samples >= arguments.train_batch_size
     return arguments
 
 
 def _predictions(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Return the class of each sample; an encoder-decoder gives more outputs after its logits."""
+    """Return the predicted class of each sample; an encoder-decoder returns more outputs after its logits."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
 
 
@@ -306,7 +307,7 @@ def _accuracy(prediction: Any) -> dict[str, float]:
 def _paper_optimizer(
     model: PreTrainedModel | PeftModel, arguments: TrainingArguments, samples: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """Return AdamW over all parameters with equal weight decay, and a cosine schedule that steps once an epoch."""
+    """Return the paper's AdamW, with the same weight decay on all parameters, and its cosine schedule by epoch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
     steps = max(1, samples // (arguments.train_batch_size * arguments.gradient_accumulation_steps))
     epochs = arguments.num_train_epochs

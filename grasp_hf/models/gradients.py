@@ -1,4 +1,4 @@
-"""Gradients of a model that leave as they arrive, so that no set of them is held."""
+"""Gradients of a model, handed over one by one, so that the model never holds all of them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 
 def mean_gradient(
-    target: PreTrainedModel, batches: Iterable[Batch], room: Mapping[str, Tensor]
+    target: PreTrainedModel, batches: Iterable[Batch], buffers: Mapping[str, Tensor]
 ) -> tuple[set[str], float]:
-    """Write the gradient of the mean loss over all samples (or tokens) of `batches` to `room`, in the present mode.
+    """Overwrite `buffers` with the gradient of the mean loss over all samples (or labelled tokens) of `batches`.
+
+    The model stays in its present mode. `buffers` holds one tensor per parameter, by name.
 
     Returns:
         The names of the parameters that have a gradient, and the mean loss.
@@ -33,24 +35,23 @@ def mean_gradient(
     total, loss = 0.0, 0.0
     for batch in batches:
         weight = labelled_terms(target, batch)
-        share = weight / (total + weight)
+        fraction = weight / (total + weight)
+        missing = set(found)
 
-        without = set(found)
-
-        def gather(name: str, gradient: Tensor, share: float = share, without: set[str] = without) -> None:
-            kept = room[name]
+        def add(name: str, gradient: Tensor, fraction: float = fraction, missing: set[str] = missing) -> None:
+            mean = buffers[name]
             if name in found:
-                kept.lerp_(gradient.to(kept.device, kept.dtype), share)
+                mean.lerp_(gradient.to(mean.device, mean.dtype), fraction)
             else:
-                kept.copy_(gradient * share)
+                mean.copy_(gradient * fraction)
                 found.add(name)
-            without.discard(name)
+            missing.discard(name)
 
-        batch_loss = gradient_pass(target, batch, gather)
-        for name in without:
-            room[name].mul_(1 - share)
+        batch_loss = gradient_pass(target, batch, add)
+        for name in missing:  # a parameter without a gradient on this batch counts as zero
+            buffers[name].mul_(1 - fraction)
         total += weight
-        loss += share * (batch_loss - loss)
+        loss += fraction * (batch_loss - loss)
     return found, loss
 
 
@@ -59,7 +60,10 @@ Visit = Callable[[str, Tensor], None]
 
 @contextmanager
 def preserved_state(model: torch.nn.Module) -> Iterator[None]:
-    """Give every module its mode and every parameter its `requires_grad` and device back, and clear the gradients."""
+    """Restore after the block the mode of every module and the `requires_grad` of every parameter.
+
+    The gradients are cleared. A model that was on one device returns to it.
+    """
     modes = {module: module.training for module in model.modules()}
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     devices = {parameter.device for parameter in model.parameters()}
@@ -77,7 +81,7 @@ def preserved_state(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserved_randomness() -> Iterator[None]:
-    """Give Python, NumPy and torch their random states back at the end."""
+    """Restore after the block the random states of Python, NumPy and torch."""
     python, array = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
@@ -88,11 +92,11 @@ def preserved_randomness() -> Iterator[None]:
 
 
 @contextmanager
-def gradients_leaving(model: torch.nn.Module, visit: Visit) -> Iterator[None]:
+def visit_gradients(model: torch.nn.Module, visit: Visit) -> Iterator[None]:
     """Inside the block, hand each gradient to `visit(name, gradient)` as soon as it is complete, and free it.
 
-    Every floating-point parameter takes part, also a frozen one. The model never holds more gradients than those that
-    backward is working on, and none are left, nor any hook, when the block ends or raises.
+    Every floating-point parameter takes part, even a frozen one. The model holds only the gradients that backward is
+    computing. When the block ends or raises, the model has no gradients and no hooks.
     """
     handles = []
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
@@ -125,10 +129,10 @@ def gradients_leaving(model: torch.nn.Module, visit: Visit) -> Iterator[None]:
 def gradient_pass(model: PreTrainedModel, batch: Batch, visit: Visit) -> float:
     """Run one forward and backward pass in the model's present mode, hand each gradient to `visit`, return the loss.
 
-    Accelerate has chosen the device and made the batches, but its own backward would scale the loss by settings that
-    belong to training (gradient accumulation, mixed precision).
+    We do not use Accelerate's `backward`, because it scales the loss by settings of the training (gradient
+    accumulation, mixed precision).
     """
-    with gradients_leaving(model, visit), checkpointed(model), torch.enable_grad():
+    with visit_gradients(model, visit), checkpointed(model), torch.enable_grad():
         loss, _ = batch_loss(model, batch)
         loss.backward()
     return float(loss.detach())
@@ -136,10 +140,10 @@ def gradient_pass(model: PreTrainedModel, batch: Batch, visit: Visit) -> float:
 
 @contextmanager
 def checkpointed(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block, keep only the inputs of those layers that activation checkpointing is switched on for.
+    """Inside the block, keep only the inputs of the layers that have activation checkpointing switched on.
 
-    transformers itself does so in train mode only. Never reentrant: a reentrant checkpoint would hand out partial
-    gradients of a layer that is used more than once.
+    transformers itself does this in train mode only; the block does it in any mode. The checkpoints are never
+    reentrant: a reentrant one would hand over partial gradients of a layer that is used more than once.
     """
     checkpointing_layer = transformers.GradientCheckpointingLayer
     layers = [m for m in model.modules() if isinstance(m, checkpointing_layer) and m.gradient_checkpointing]
@@ -148,7 +152,7 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
     for layer in layers:
         vars(layer)["forward"] = partial(checkpoint, type(layer).forward.__get__(layer), use_reentrant=False)
     for config in caching:
-        config.use_cache = False  # a layer that is run twice would write its keys twice
+        config.use_cache = False  # backward runs a layer again, and it would write its keys twice
     try:
         yield
     finally:
@@ -160,10 +164,10 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def checkpointing(model: PreTrainedModel, asked: bool) -> Iterator[None]:
-    """Switch activation checkpointing on inside the block where it was `asked` for and is off.
+    """Switch on activation checkpointing inside the block, if `asked` is true and it is off.
 
     Raises:
-        ConfigError: The model does not support it.
+        ConfigError: The model does not support activation checkpointing.
     """
     if not asked or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         yield

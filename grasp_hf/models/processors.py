@@ -16,12 +16,12 @@ PROCESSING_FILES = ("tokenizer*.json", "vocab*", *TOKENIZERS, "preprocessor_conf
 
 
 def load_processing_class(source: Source) -> Any:
-    """Return the tokenizer or processor in the folder of `source`, `None` where there is none."""
-    # Without these, transformers makes up a tokenizer that knows no word.
+    """Return the tokenizer or processor in the folder of `source`; `None` if there is none or it cannot be loaded."""
+    # Without these files, transformers makes up a tokenizer that knows no word.
     if not any(path for pattern in PROCESSING_FILES for path in source.folder.glob(pattern)):
         return None
     problem: Exception | None = None
-    # A processor of sounds needs more files than its tokenizer.
+    # A speech processor needs more files than its tokenizer.
     for auto in (transformers.AutoProcessor, transformers.AutoTokenizer):
         try:
             with quiet_transformers():
@@ -29,14 +29,17 @@ def load_processing_class(source: Source) -> Any:
         except (ValueError, OSError, KeyError, ImportError) as error:
             problem = error
     if problem:
-        said = first_line(problem)
-        logger.warning("%s: its tokenizer or processor cannot be loaded, and is left out: %s", source.ref, said)
+        reason = first_line(problem)
+        logger.warning("%s: its tokenizer or processor cannot be loaded and is not used: %s", source.ref, reason)
     return None
 
 
 def required_processing_class(base: Source) -> Any:
-    """Return the tokenizer or image processor of `base`; raise `DataError` where it has none."""
+    """Return the tokenizer or image processor of `base`; raise `DataError` if it has none."""
     processor = load_processing_class(base)
     if processor is None:
-        raise DataError(f"'{base.ref}' holds no tokenizer or image processor, which its data needs; add one to it")
+        raise DataError(
+            f"'{base.ref}' holds no tokenizer or image processor, and the data cannot be prepared without one; add "
+            "its files"
+        )
     return processor

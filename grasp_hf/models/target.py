@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Tensors below the head that many a checkpoint lacks, because it was trained for a task that has no use for them.
+# Tensors below the head that many checkpoints lack, because they were trained for a task that does not use them.
 TRAINED_LATER = re.compile(r"(^|\.)(pooler\..+|mask_token|masked_spec_embed|num_batches_tracked)$")
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -38,11 +38,20 @@ def load_target(
 ) -> PreTrainedModel:
     """Load the model that a merge starts from.
 
-    It gets a fresh head, drawn from `seed`, where its files hold none or one of another size, or with `new_head`.
+    The model gets a fresh random head if its files hold no head, or a head of another size, or with `new_head`.
+
+    Args:
+        source: The model's files.
+        task: A task as `model_class` takes it; `None` for the class that the config names.
+        dtype: The dtype of the weights; `"auto"` is that of the files.
+        seed: Seeds the weights that the files do not hold.
+        new_head: Whether to replace the head in the files with a fresh one.
+        needs_head: Whether a fresh head is an error, because no data will train it.
+        **model_kwargs: Further arguments of `from_pretrained`.
 
     Raises:
-        IncompatibleSourceError: It is an adapter, or its files lack weights below the head, or, with `needs_head`, those
-            of the head.
+        IncompatibleSourceError: The source is an adapter, or its files lack weights below the head; with `needs_head`
+            also if they lack weights of the head.
     """
     if source.kind == "adapter":
         raise IncompatibleSourceError(f"'{source.ref}' is an adapter; expected a full model to start from")
@@ -51,64 +60,67 @@ def load_target(
         torch.manual_seed(seed)
         model, fresh = load_pretrained(source, cls, dtype=dtype, **model_kwargs)
         if problems := fresh_problems(model, fresh, needs_head=needs_head):
-            raise IncompatibleSourceError(f"'{source.ref}' cannot be the start of a merge", problems=problems)
+            raise IncompatibleSourceError(f"a merge cannot start from '{source.ref}'", problems=problems)
         if new_head:
             fresh |= dict.fromkeys(_reinitialize_head_(model, source), "")
     if fresh:
-        logger.warning("%s: new weights, which must be trained: %s", source.ref, ", ".join(sorted(fresh)))
+        logger.warning("%s: these weights are new and must be trained: %s", source.ref, ", ".join(sorted(fresh)))
     model.name_or_path = model.config.name_or_path = source.ref.name
     return model
 
 
 def fresh_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return what `model` would draw anew where its files hold `tensors`, each with the shape that is wrong, if any."""
+    """Return the tensors that `from_pretrained` would draw at random if the files of `model` hold `tensors`.
+
+    The values describe a wrong shape; they are empty for a tensor that is missing.
+    """
     found = {}
     for name, expected in movable_tensors(model).items():
         if name in tensors and (got := tensors[name].shape) != expected.shape:
-            found[name] = _shapes(got, expected.shape)
+            found[name] = _describe_shapes(got, expected.shape)
         elif name not in tensors and not is_computed(model, name):
             found[name] = ""
     return found
 
 
-def _shapes(got: Sequence[int], expected: Sequence[int]) -> str:
+def _describe_shapes(got: Sequence[int], expected: Sequence[int]) -> str:
     return f" (got shape {tuple(got)}, expected {tuple(expected)})"
 
 
 def is_computed(model: PreTrainedModel, name: str) -> bool:
-    """Tell whether a tensor is never saved, because every model computes the same one."""
+    """Whether the model computes a tensor, so that no checkpoint needs to hold it."""
     return any(re.search(pattern, name) for pattern in computed_patterns(model))
 
 
 def fresh_problems(model: PreTrainedModel, fresh: Mapping[str, str], *, needs_head: bool) -> list[str]:
-    """Say which `fresh` tensors, as `fresh_tensors` returns them, a merge must not start with.
+    """List the problems of a merge that starts with the random tensors `fresh`, as `fresh_tensors` returns them.
 
-    They are random: those of a head are trained on the data, so they are a problem with `needs_head` only.
+    A random head is a problem only with `needs_head`; otherwise it is trained on the data.
     """
     trained = {name for name in fresh if name in head_tensors(model) or TRAINED_LATER.search(name)}
 
-    def listed(names: Collection[str]) -> str:
+    def list_tensors(names: Collection[str]) -> str:
         return f"{len(names)} of its tensors: {first_few([name + fresh[name] for name in sorted(names)])}"
 
     problems = []
     if body := fresh.keys() - trained:
         advice = "download it again, or compare its config.json with its files"
-        problems.append(f"its files hold no weights, or of another shape, for {listed(body)}; {advice}")
+        problems.append(f"its files hold no weights, or weights of another shape, for {list_tensors(body)}; {advice}")
     if needs_head and trained:
-        advice = "give data to train them with, or start from a model that holds them"
+        advice = "give data to train them, or start from a model that holds them"
         problems.append(
-            f"its files hold no head that fits, and without data none is trained: {listed(trained)}; {advice}"
+            f"its files hold no head that fits, and no head is trained without data: {list_tensors(trained)}; {advice}"
         )
     return problems
 
 
 def _reinitialize_head_(model: PreTrainedModel, source: Source) -> set[str]:
-    """Change the head of `model` to fresh random weights, and return the names of its tensors."""
+    """Change the head of `model` to fresh random weights and return the names of its tensors."""
     names = head_tensors(model)
     if not names:
         raise IncompatibleSourceError(
-            f"'{source.ref}' has other label names than the data, and its head cannot be told from the rest of a "
-            f"{type(model).__name__}; expected a base model with the data's label names in its config.json"
+            f"'{source.ref}' has other label names than the data, and its head cannot be distinguished from the rest "
+            f"of a {type(model).__name__}; expected a base model with the data's label names in its config.json"
         )
     for module_name in {name.rpartition(".")[0] for name in names}:
         initialize_(model.get_submodule(module_name), model)
@@ -118,7 +130,7 @@ def _reinitialize_head_(model: PreTrainedModel, source: Source) -> set[str]:
 def load_pretrained(
     source: Source, cls: type[PreTrainedModel], **kwargs: Any
 ) -> tuple[PreTrainedModel, dict[str, str]]:
-    """Load the files of `source` as a `cls`; also return what was drawn anew, as `fresh_tensors` does."""
+    """Load the files of `source` as a `cls`; also return the tensors that are random, as `fresh_tensors` does."""
     try:
         loaded: Any = cls.from_pretrained(
             source.folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -128,11 +140,14 @@ def load_pretrained(
     model, info = loaded
     tied = set(tied_names(model))
     fresh = dict.fromkeys(info["missing_keys"], "")
-    fresh |= {name: _shapes(got, expected) for name, got, expected in info["mismatched_keys"]}
+    fresh |= {name: _describe_shapes(got, expected) for name, got, expected in info["mismatched_keys"]}
     return model, {name: shapes for name, shapes in fresh.items() if name not in tied}
 
 
 def checkpoint_dtype(source: Source) -> torch.dtype:
-    """Return the dtype to load `source` in without a copy: the checkpoint's own, float32 where it holds several."""
+    """Return the dtype of the files of `source`; float32 if they hold several.
+
+    Weights that keep their dtype are mapped from the files; others are copied into memory.
+    """
     floating = source.float_dtypes()
     return FLOATING[floating.pop()] if len(floating) == 1 else torch.float32

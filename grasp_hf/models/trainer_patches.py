@@ -1,4 +1,4 @@
-"""What `transformers.Trainer` does differently here, and why."""
+"""Our changes to the behaviour of `transformers.Trainer`, and the reasons for them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +15,11 @@ from ..internals import forget_original_forward_, forward_hooks, restore_forward
 
 @contextmanager
 def only_weights_changed(model: PreTrainedModel) -> Iterator[None]:
-    """Take back what the Trainer and PEFT leave on a model beside its weights.
+    """Undo after the block what the Trainer and PEFT change on a model besides its weights.
 
-    The Trainer sets `use_cache` in its configuration, and leaves an autocast wrapper (which would cast later gradient
-    passes) and, where it is interrupted, its hooks; PEFT says that tied weights are no more, and leaves hooks where
-    activations are checkpointed.
+    The Trainer sets `use_cache` in the model's configuration. It leaves an autocast wrapper, which would cast later
+    gradient passes, and after an interrupt its hooks. PEFT sets `tie_word_embeddings` to false in the configuration,
+    and leaves hooks if activations are checkpointed.
     """
     forward = vars(model).get("forward")
     configs = [(config, dict(vars(config))) for config in (model.config, model.config.get_text_config())]
@@ -40,7 +40,7 @@ def only_weights_changed(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def trainer_refusals() -> Iterator[None]:
-    """Name `training_arguments` where the Trainer does not take them, or a package that they ask for is missing."""
+    """Raise `ConfigError` if the Trainer refuses `training_arguments`, or a package that they need is missing."""
     try:
         yield
     except GraspError:
@@ -50,11 +50,12 @@ def trainer_refusals() -> Iterator[None]:
 
 
 class WholeEvaluationTrainer(Trainer):
-    """A Trainer whose `dataloader_drop_last` drops training samples only, never samples that it is judged on."""
+    """A Trainer whose `dataloader_drop_last` drops training samples only, never evaluation samples."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return the loader of evaluation samples, with the last batch, whole or not."""
-        self.args.dataloader_drop_last, drops = False, self.args.dataloader_drop_last
+        """Return the loader of the evaluation samples; it keeps a last batch that is not full."""
+        drops = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
@@ -62,32 +63,32 @@ class WholeEvaluationTrainer(Trainer):
 
 
 class EpochStatistics(TrainerCallback):
-    """Brings back the statistics of the best epoch too: the checkpoint of an adapter has none."""
+    """Restores the buffers of the best epoch, such as BatchNorm statistics; an adapter's checkpoint lacks them."""
 
     def __init__(self) -> None:
         self._saved: dict[int, list[Tensor]] = {}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the statistics of this checkpoint, and those of the best one so far."""
+        """Keep the buffers of this checkpoint and of the best one so far."""
         self._saved = {step: values for step, values in self._saved.items() if step == state.best_global_step}
         self._saved[state.global_step] = [buffer.clone() for buffer in kwargs["model"].buffers()]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put back the statistics of the best epoch."""
+        """Restore the buffers of the best epoch."""
         if args.load_best_model_at_end and state.best_global_step in self._saved:
             for buffer, value in zip(kwargs["model"].buffers(), self._saved[state.best_global_step], strict=True):
                 buffer.copy_(value)
 
 
 class TrainingProgress(TrainerCallback):
-    """One progress bar that disappears when it is done, on a terminal or in a notebook."""
+    """One progress bar, on a terminal or in a notebook, that disappears at the end."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
         self._bar = tqdm(total=state.max_steps, desc="fine-tuning", unit="step", leave=False, disable=None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar on by one step."""
+        """Advance the bar by one step."""
         self._bar.update(1)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,1 +1,1 @@
-"""The record that a merge leaves: report, card, figures, and how they are saved."""
+"""The record of a merge: its report, card and figures, and how they are saved."""

@@ -1,4 +1,4 @@
-"""The model card of a merge, in the words and metadata that the Hub knows."""
+"""The model card of a merge: its text, and the metadata that the Hub reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..config.methods import METHODS
 from ..hub.licenses import license_of, strictest
 from ..hub.reference import SourceRef
 from ..models.classes import task_of
-from .entries import EVALUATION_DATA
+from .entries import EVALUATION_DATA, Evaluation
 from .report import MergeReport
 from .text import markdown_table
 
@@ -60,7 +60,8 @@ Started from {{ base }}.{{ included }}
 
 {{ table }}
 
-The scores are means over units; every unit's score, coefficient and decision are in `grasp_report.json`.{{ losses }}
+A score is the mean over the units of a source. `grasp_report.json` holds the score, coefficient and decision of every
+unit.{{ losses }}
 
 {{ conclusions }}
 {{ figures }}
@@ -73,10 +74,12 @@ The scores are means over units; every unit's score, coefficient and decision ar
 ```yaml
 {{ configuration }}```
 {{ citation }}"""
-GUIDED = """ Gradients of labelled target data
-said what to take from each, one source after the other, as in [GRASP](https://arxiv.org/abs/2606.14900)."""
+GUIDED = """ Gradients on labelled
+data of the target task decided how much of each source was merged, as in [GRASP](https://arxiv.org/abs/2606.14900)."""
+LOSSES = """ `loss before` and `loss after`
+are mean losses on {samples} of the target task, without and with the source."""
 
-# By task: what the snippet imports, and a call with an input that needs no file and no network.
+# For each task, the imports of the usage snippet, and an input that needs no file and no network.
 PIPELINES = {
     "image-classification": ("from PIL import Image\n", 'Image.new("RGB", (224, 224), "white")'),
     "text-classification": ("", '"An example sentence."'),
@@ -84,19 +87,19 @@ PIPELINES = {
 }
 
 CAPTIONS = {
-    "alignment.png": "How each source agrees with the target data, layer by layer, and what was decided",
+    "alignment.png": "Score of each source, layer by layer, and the decision",
     "progress.png": "Loss along the merge",
 }
 
 
 def hub_ids(report: MergeReport) -> list[str]:
-    """Return the Hub ids of the base and of what was merged into it, each once; local folders have no id."""
-    named = [(report.base, report.base_sha)] + [(step.source, step.sha) for step in report.steps if step.moved]
-    return list(dict.fromkeys(SourceRef.parse(name).name for name, sha in named if sha))
+    """Return the Hub ids of the base and of the merged sources, each once; local folders have no id."""
+    parents = [(report.base, report.base_sha)] + [(step.source, step.sha) for step in report.steps if step.moved]
+    return list(dict.fromkeys(SourceRef.parse(name).name for name, sha in parents if sha))
 
 
 def declared_license(folder: Path) -> str | None:
-    """Return the licence that the card in `folder` declares; `None` where there is no card or no licence in it."""
+    """Return the licence that the card in `folder` declares; `None` if there is no card, or no licence in it."""
     card = folder / "README.md"
     try:
         return license_of(ModelCard.load(card, ignore_metadata_errors=True).data) if card.is_file() else None
@@ -105,7 +108,7 @@ def declared_license(folder: Path) -> str | None:
 
 
 def trained_on_test(folder: Path, dataset: str) -> str | None:
-    """Return the line of the card in `folder` that says that its model was trained on a test split, if it names `dataset`."""
+    """Return the line of the card in `folder` that reports a training on the test split of `dataset`; `None` without one."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     if not re.search(rf"(?<![\w-]){re.escape(dataset)}(?![\w-])", text):
@@ -118,7 +121,10 @@ def trained_on_test(folder: Path, dataset: str) -> str | None:
 
 
 def parent_licenses(report: MergeReport) -> dict[str, str | None]:
-    """Return what the base and all that was merged into it declare; folders of one name are told apart by a number."""
+    """Return the declared licence of the base and of each merged source, by name.
+
+    A number is added to a name that several folders have.
+    """
     licenses: dict[str, str | None] = {}
     seen: set[tuple[str, str | None, str | None]] = set()
     steps = [(step.name, step.sha, step.license) for step in report.steps if step.moved]
@@ -135,7 +141,7 @@ def parent_licenses(report: MergeReport) -> dict[str, str | None]:
 
 
 def dataset_ids(report: MergeReport) -> list[str]:
-    """Return the Hub id of the recipe's data set; nothing where the data is a folder, or files that a builder reads."""
+    """Return the Hub id of the recipe's data set; an empty list if the data is a folder, or the name of a file format."""
     path = (report.run.recipe.get("data") or {}).get("path")
     if not isinstance(path, str) or path.count("/") != 1 or Path(path).exists():
         return []
@@ -147,17 +153,18 @@ def dataset_ids(report: MergeReport) -> list[str]:
 
 
 def usage(model: PreTrainedModel, model_id: str, *, with_pipeline: bool = True) -> str:
-    """Return Python that uses the model: as a pipeline on a literal input, for the tasks in `PIPELINES`; as a class."""
-    task, cls, trust = task_of(type(model)), type(model).__name__, ""
-    if not hasattr(transformers, cls):  # the model's own code
-        autos = getattr(model.config, "auto_map", None) or {}
-        own, cls = cls, next((name for name in autos if name.startswith("AutoModel")), "")
-        trust = ", trust_remote_code=True"
-        if not cls:
+    """Return Markdown with Python that loads the model; for a task in `PIPELINES`, a call of a pipeline comes first."""
+    task, class_name, trust = task_of(type(model)), type(model).__name__, ""
+    if not hasattr(transformers, class_name):  # the repository holds the code of the class
+        auto_map = getattr(model.config, "auto_map", None) or {}
+        auto_class = next((name for name in auto_map if name.startswith("AutoModel")), None)
+        if auto_class is None:
             return (
-                f"Its class is not a part of transformers, so import it first: `{own}.from_pretrained('{model_id}')`."
+                "Its class is not a part of transformers, so import it first: "
+                f"`{class_name}.from_pretrained('{model_id}')`."
             )
-    load = f'from transformers import {cls}\n\nmodel = {cls}.from_pretrained("{model_id}"{trust})'
+        class_name, trust = auto_class, ", trust_remote_code=True"
+    load = f'from transformers import {class_name}\n\nmodel = {class_name}.from_pretrained("{model_id}"{trust})'
     blocks = [f"```python\n{load}\n```"]
     if with_pipeline and task in PIPELINES:
         imports, example = PIPELINES[task]
@@ -167,25 +174,33 @@ def usage(model: PreTrainedModel, model_id: str, *, with_pipeline: bool = True) 
 
 
 def licence_section(report: MergeReport, gated: Collection[str] = ()) -> str:
-    """Return what the merge declares and why: every parent's licence, and warnings where they are not all one."""
+    """Return the licence that the merge declares, the licence of every parent, and warnings about conflicts and gates."""
     licenses = parent_licenses(report)
     declared, warnings = strictest(licenses)
-    warnings += [f"`{name}` is gated: what was accepted to get its files may hold for the merge too" for name in gated]
-    rows = [{"model": name, "licence": license or "–"} for name, license in licenses.items()]
-    says = f"This merge declares `{declared}`, chosen from" if declared else "This merge declares no licence, after"
-    note = f"{says} what the cards of its parents declare; that is no legal advice."
-    return "\n\n".join(
-        [note, markdown_table(rows), *(["\n".join(f"- {text}" for text in warnings)] if warnings else [])]
-    )
+    warnings += [f"`{name}` is gated: the conditions for its files may also apply to the merge" for name in gated]
+    if declared:
+        choice = f"This merge declares `{declared}`, chosen from the licences that the cards of its parents declare."
+    else:
+        choice = "This merge declares no licence, because no card of its parents declares one."
+    rows = [{"model": name, "licence": license or None} for name, license in licenses.items()]
+    sections = [f"{choice} This is no legal advice.", markdown_table(rows)]
+    if warnings:
+        sections.append("\n".join(f"- {text}" for text in warnings))
+    return "\n\n".join(sections)
 
 
 def _evaluation_rows(report: MergeReport, task: str | None) -> list[EvalResult]:
-    """Return the last held-out loss and accuracy as rows of the card's metadata."""
-    last, kind = report.run.final.after if report.run.final else {}, "held-out"
-    if not report.run.final and report.steps and report.steps[-1].validated_by == EVALUATION_DATA:
-        last = report.steps[-1].after
-    if report.run.test:  # which chose nothing
-        last, kind = report.run.test, "test"
+    """Return loss and accuracy as rows of the metadata: those on the test data or, without any, on the evaluation data."""
+    run = report.run
+    last_step = report.steps[-1] if report.steps else None
+    scores: Evaluation = {}
+    kind = "held-out"
+    if run.test:
+        scores, kind = run.test, "test"
+    elif run.final:
+        scores = run.final.after
+    elif last_step and last_step.validated_by == EVALUATION_DATA:
+        scores = last_step.after
     return [
         EvalResult(
             task_type=task or "other",
@@ -194,7 +209,7 @@ def _evaluation_rows(report: MergeReport, task: str | None) -> list[EvalResult]:
             metric_type=name,
             metric_value=round(value, 4),
         )
-        for name, value in last.items()
+        for name, value in scores.items()
     ]
 
 
@@ -202,14 +217,14 @@ def _base_name(report: MergeReport) -> str:
     return report.base if report.base_sha else Path(report.base).name
 
 
-def _linked(name: str, sha: str | None) -> str:
-    """Return a model for a reader, with a link to its page where it has one."""
+def _link(name: str, sha: str | None) -> str:
+    """Return the name of a model in Markdown, as a link if the model is on the Hub."""
     return f"[{name}](https://huggingface.co/{SourceRef.parse(name).name})" if sha else f"`{name}`"
 
 
-def _included(report: MergeReport) -> str:
-    """Return the sources that the merged model took something from, as a list."""
-    sources = dict.fromkeys(_linked(step.name, step.sha) for step in report.steps if step.moved)
+def _list_included(report: MergeReport) -> str:
+    """Return the sources of which the merged model holds something, as a list in Markdown."""
+    sources = dict.fromkeys(_link(step.name, step.sha) for step in report.steps if step.moved)
     items = "\n".join(f"* {source}" for source in sources)
     return f" The following models were included in the merge:\n\n{items}" if items else ""
 
@@ -243,15 +258,16 @@ def model_card(
 
     Args:
         model: The merged model.
-        report: Its record; local folders in it are named by their last part only after `without_paths`.
-        model_id: What the usage snippet loads: the name of a repository or of a folder.
-        figures: Files beside the card to show, such as `save_figures` returns.
-        with_pipeline: Whether a tokenizer or processor is saved with the model, which a pipeline needs.
-        gated: Names of the parents whose files are behind conditions.
+        report: The record of the merge; call `without_paths` first, so that the card shows no path of this machine.
+        model_id: The repository or folder that the usage snippet loads.
+        figures: Names of the images to show, which are in the folder of the card.
+        with_pipeline: Whether a tokenizer or processor is saved with the model; a pipeline needs one.
+        gated: Names of the gated parents.
     """
-    name, judged = str(report.run.config.get("method")), report.validated_by
-    method = METHODS[name]
+    method_name = str(report.run.config.get("method"))
+    method = METHODS[method_name]
     images = "\n\n".join(f"![{CAPTIONS.get(name, name)}]({name})" for name in figures)
+    samples = report.validated_by
     return ModelCard.from_template(
         _metadata(model, report, model_id),
         template_str=TEXT,
@@ -259,12 +275,12 @@ def model_card(
         count=f"{sum(step.moved > 0 for step in report.steps)} of {len(report.steps)} sources",
         model_class=type(model).__name__,
         usage=usage(model, model_id, with_pipeline=with_pipeline),
-        method=f"`{name}`. {method.card}",
+        method=f"`{method_name}`. {method.card}",
         guided=GUIDED if method.needs_data else "",
-        base=_linked(_base_name(report), report.base_sha),
-        included=_included(report),
+        base=_link(_base_name(report), report.base_sha),
+        included=_list_included(report),
         table=report.table(),
-        losses=f" Losses are\non {judged} of the target task: before the transfer and after it." if judged else "",
+        losses=LOSSES.format(samples=samples) if samples else "",
         conclusions="\n".join(f"- {text}" for text in report.conclusions()),
         figures=f"\n{images}\n" if images else "",
         licence=licence_section(report, gated),

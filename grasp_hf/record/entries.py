@@ -104,9 +104,13 @@ class ChangeReport:
 
     @property
     def doubt(self) -> str:
-        """How many samples it would take to be sure, to be put after a statement; empty if the samples are enough."""
+        """The number of samples that would tell this change from none; empty if the samples are enough."""
         more = self.samples_to_see
-        return f"; {more} samples would tell this change from none" if more and more > self.samples else ""
+        return f"{more} samples would tell this change from none" if more and more > self.samples else ""
+
+    def append_doubt(self, sentence: str) -> str:
+        """Return `sentence` with the doubt after it, if there is one."""
+        return f"{sentence}; {self.doubt}" if self.doubt else sentence
 
     def __str__(self) -> str:
         return f"{self.loss:+.3f} ± {'?' if self.half_interval is None else f'{self.half_interval:.3f}'}"
@@ -142,7 +146,7 @@ class FinetuneReport:
         return self.alone if self.without_sources else self.losses.get(str(self.fraction))
 
     def sentences(self) -> list[str]:
-        """Return what came of it: the fine-tuning and, if that was tried, the gain over fine-tuning alone."""
+        """Return the outcome: how much of the fine-tuning was kept and, if known, the gain over fine-tuning alone."""
         if not self.losses:
             return ["fine-tuned"]
         before, there = self.losses["0.0"], self.losses[str(self.fraction)]
@@ -153,7 +157,7 @@ class FinetuneReport:
             kept = f"kept {100 * self.fraction:.0f} % of the way" if self.fraction else "undone"
             first = (
                 f"fine-tuned, {kept}: loss {format_number(before)} before, {format_number(there)} there, "
-                f"{format_number(end)} at its end, on {self.validated_by}"
+                f"{format_number(end)} at the end of the way, on {self.validated_by}"
             )
         return [first, *self._against_alone()]
 
@@ -161,10 +165,11 @@ class FinetuneReport:
         if self.gain is None:
             return []
         there = format_number(self.losses[str(self.fraction)])
-        return [
+        sentence = (
             f"from fine-tuning alone to the merge: loss {format_number(self.alone)} -> {there} ({self.gain}), on "
-            f"{self.gain.samples} samples of {self.validated_by}{self.gain.doubt}"
-        ]
+            f"{self.gain.samples} samples of {self.validated_by}"
+        )
+        return [self.gain.append_doubt(sentence)]
 
 
 @dataclass
@@ -175,7 +180,7 @@ class ControlReport:
         validated_by: The samples that both were evaluated on: `evaluation data` or `test data`.
         alone: Loss (and accuracy) of the start, fine-tuned without any source.
         merged: Loss (and accuracy) of the merge.
-        change: Change from the one to the other.
+        change: Change from `alone` to `merged`.
     """
 
     validated_by: str
@@ -188,9 +193,9 @@ class ControlReport:
         values = ", ".join(
             f"{name} {format_number(self.alone[name])} -> {format_number(self.merged[name])}" for name in self.alone
         )
-        text = (
+        text = self.change.append_doubt(
             f"from fine-tuning alone to the merge: {values}, calibrated loss {self.change}, on {self.change.samples} "
-            f"samples of the {self.validated_by}{self.change.doubt}"
+            f"samples of the {self.validated_by}"
         )
         if self.validated_by == EVALUATION_DATA:
             text += "; these samples also chose what was kept, so both losses are too low: add a split 'test'"

@@ -1,16 +1,18 @@
-"""Figures: what each source brought to each layer, the loss along a merge, and what the methods of a comparison reached."""
+"""Figures of a merge: the score and the decision for each source and layer, and the loss from source to source."""
 
 import io
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .entries import EVALUATION_DATA, UnitReport
+from .entries import EVALUATION_DATA, Evaluation, UnitReport
 from .report import MergeReport, StepReport
+from .text import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,34 +20,41 @@ if TYPE_CHECKING:
 
 ALIGNMENT_FILE = "alignment.png"
 PROGRESS_FILE = "progress.png"
-MOST_COLUMNS = 24  # with more units than this, those of a layer share a column
-NAME_LENGTH = 34
+MOST_COLUMNS = 24  # with more units than this, the units of a layer share a column
+NAME_LENGTH = 34  # characters of the name of a source or unit on an axis
 DPI = 120
-# Colours of Okabe and Ito, which the colour-blind can tell apart.
+Point = tuple[float, float]  # place of a source on the horizontal axis, loss
+# Colours of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, GREEN, ORANGE, VERMILION = "#0072B2", "#009E73", "#E69F00", "#D55E00"
 GREY = "0.82"
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """The units of one source in one column: their mean value, and what was decided on them."""
+    """The units of one source in one column.
+
+    Attributes:
+        value: Mean score or coefficient of the units; `None` if no unit has one.
+        decision: The decision on them; if they differ, the first of `undone`, `moved`, `kept` and `undefined`.
+        moved: Fraction of the units that moved.
+    """
 
     value: float | None
     decision: str
-    share: float  # of the units that moved
+    moved: float
 
 
 def save_figures(report: MergeReport, directory: Path) -> list[str]:
     """Write the figures for which `report` has data to `directory`, and return their file names.
 
-    Those of an earlier merge are removed. An average without data measured nothing: its coefficients are all alike.
+    Figures of an earlier merge are removed. An average without data gets no figure, because nothing was measured.
     """
     figures = {ALIGNMENT_FILE: alignment_figure, PROGRESS_FILE: progress_figure}
     measured = report.start or any(unit.score is not None for step in report.steps for unit in step.units)
     drawn = {name: figure for name, draw in figures.items() if measured and (figure := draw(report)) is not None}
     written = {name: io.BytesIO() for name in drawn}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ ")  # of names in writings that the font lacks
+        warnings.filterwarnings("ignore", r"Glyph \d+ ")  # the font lacks some scripts, such as Chinese
         for name, figure in drawn.items():
             figure.savefig(written[name], dpi=DPI, metadata={"Software": None})
     for name in figures:
@@ -57,79 +66,89 @@ def save_figures(report: MergeReport, directory: Path) -> list[str]:
 
 
 def alignment_figure(report: MergeReport) -> "Figure | None":
-    """Draw sources against layers: the mean score of the units (the coefficient where none has a score), the decision.
+    """Draw one row per source and one column per unit or layer, with the mean score and the decision.
+
+    If no unit has a score, the coefficient takes its place.
 
     Returns:
-        The figure; `None` where no source has a unit that could have moved.
+        The figure; `None` if no source has a unit that could have moved.
     """
     if not any(step.units for step in report.steps):
         return None
     from matplotlib.figure import Figure
 
     scored = any(unit.score is not None for step in report.steps for unit in step.units)
-    columns = _columns(report.steps)
+    columns = _find_columns(report.steps)
     labels = list(dict.fromkeys(columns.values()))
-    cells = [_cells(step, columns, labels, scored) for step in report.steps]
+    cells = [_make_cells(step, columns, labels, scored) for step in report.steps]
     width = min(max(7.5, 3.6 + 0.34 * len(labels)), 20)
-    height = min(1.5 + 0.3 * len(cells) + 0.07 * max(len(_short(label)) for label in labels), 24)
+    height = min(1.5 + 0.3 * len(cells) + 0.07 * max(len(_shorten_name(label)) for label in labels), 24)
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     _draw_heat(figure, axes, cells, scored)
     _draw_decisions(axes, cells)
     grouped = len(labels) < len(columns)
     measured = "score (cosine)" if scored else "coefficient"
-    axes.set_title(
-        f"{'Mean ' + measured if grouped else measured.capitalize()} per source and {'layer' if grouped else 'unit'}"
-    )
+    if grouped:
+        axes.set_title(f"Mean {measured} per source and layer")
+    else:
+        axes.set_title(f"{measured.capitalize()} per source and unit")
     axes.set_xlabel("layer" if grouped else "unit")
     axes.set_ylabel("source, in order of merging" if len(cells) > 5 else "source")
-    _label(axes, "x", [_short(label) for label in labels], most=round(width / 0.17), rotation=90)
-    _label(axes, "y", [_short(step.name) for step in report.steps], most=round(height / 0.17))
-    _legend(figure, cells)
+    _label_axis(axes, "x", [_shorten_name(label) for label in labels], most=round(width / 0.17), rotation=90)
+    _label_axis(axes, "y", [_shorten_name(step.name) for step in report.steps], most=round(height / 0.17))
+    _draw_legend(figure, cells)
     return figure
 
 
 def progress_figure(report: MergeReport) -> "Figure | None":
-    """Draw the loss on the judges from source to source: before the transfer, after it, and at the end of the step.
+    """Draw the loss on the validation samples for each source: before it, with it, and at the end of its step.
 
-    Behind them stands the loss that the model has after the last fine-tuning, and as a line that of fine-tuning alone,
-    where these were judged. The names say by what, for it may be other samples.
+    The last point is the loss after the last fine-tuning, and a dashed line shows the loss of fine-tuning alone, if they
+    were measured. Their labels name the samples if these are not the validation samples of the steps.
 
     Returns:
-        The figure; `None` where no loss was measured along the way.
+        The figure; `None` if no loss was measured during the merge.
     """
-    losses = [[_finite(step, name) for name in ("before", "after_transfer", "after")] for step in report.steps]
+    losses = [
+        [_finite_loss(evaluation) for evaluation in (step.before, step.after_transfer, step.after)]
+        for step in report.steps
+    ]
     if not any(math.isfinite(loss) for row in losses for loss in row):
         return None
     from matplotlib.figure import Figure
 
     start = report.start.get("loss", math.nan)
-    names = ["start", *(_short(step.name) for step in report.steps)]
+    names = ["start", *(_shorten_name(step.name) for step in report.steps)]
     width = min(max(6.4, 2.5 + 0.36 * len(names)), 20)
     longest = max(map(len, names))
-    upright = longest > 13 * width / len(names)  # thirteen letters take about an inch
-    figure = Figure(figsize=(width, 4.2 + 0.07 * longest * upright), layout="constrained")
+    # About thirteen letters fit in an inch. Longer names are turned by 90 degrees, and the figure grows by their length.
+    rotation, extra_height = (90, 0.07 * longest) if longest > 13 * width / len(names) else (0, 0.0)
+    figure = Figure(figsize=(width, 4.2 + extra_height), layout="constrained")
     axes = figure.add_subplot()
     _draw_path(axes, report.steps, losses, start)
     _draw_losses(axes, report.steps, losses, start)
-    judged = report.validated_by or "what judges"
-    ends = _draw_end(axes, report, len(losses) + 0.5, judged)
+    samples = report.validated_by or "the validation samples"
+    ends = _draw_end(axes, report, len(losses) + 0.5, samples)
     seen = [loss for row in [*losses, [start, *ends]] for loss in row if math.isfinite(loss)]
     if min(seen) > 0 and max(seen) > 20 * min(seen):
         axes.set_yscale("log")
-    axes.set_title("Loss along the merge\non " + judged.replace(", later", ",\nlater"))
+    axes.set_title("Loss along the merge\n" + textwrap.fill(f"on {samples}", 60))
     axes.set_xlabel("source, in order of merging")
     axes.set_ylabel("mean loss")
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     axes.set_xlim(-0.6, len(losses) + 0.6)
-    _label(axes, "x", names, most=round(width / 0.17), rotation=90 * upright)
+    _label_axis(axes, "x", names, most=round(width / 0.17), rotation=rotation)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
-def _columns(steps: Sequence[StepReport]) -> dict[str, str]:
-    """Return the column of every unit, in the order of the model: its own name, or its layer where units are many."""
+def _find_columns(steps: Sequence[StepReport]) -> dict[str, str]:
+    """Return the column of every unit, in the order of the model.
+
+    A column is named by its unit or, if there are more units than `MOST_COLUMNS`, by their layer.
+    """
     longest = max(steps, key=lambda step: len(step.units))
     names = list(dict.fromkeys(unit.name for step in [longest, *steps] for unit in step.units))
     heads = [name.partition(".")[0] for name in names]
@@ -138,40 +157,39 @@ def _columns(steps: Sequence[StepReport]) -> dict[str, str]:
     bare = {name: name.removeprefix(prefix) for name in names}
     if len(names) <= MOST_COLUMNS:
         return bare
-    layers = {name: _layer(text) for name, text in bare.items()}
+    layers = {name: _layer_of(text) for name, text in bare.items()}
     tails = {layer: ".".join(layer.split(".")[-2:]) for layer in layers.values()}
     unique = len(set(tails.values())) == len(tails)
     return {name: tails[layer] if unique else layer for name, layer in layers.items()}
 
 
-def _layer(name: str) -> str:
-    """Return the part of a unit's name that says its layer: up to the first number, else the first part."""
+def _layer_of(name: str) -> str:
+    """Return the part of a unit's name that names its layer: up to the first number or, without one, the first part."""
     numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", name)
     return numbered[0] if numbered else name.partition(".")[0]
 
 
 def literal_text(name: str) -> str:
-    """Return a name as a label that shows it: matplotlib takes what stands between two dollars for a formula."""
+    """Return `name` with its dollar signs escaped, because matplotlib reads text between two of them as a formula."""
     return name.replace("$", r"\$")
 
 
-def _short(name: str) -> str:
-    """Return a name that fits beside an axis: without its organisation, then without its middle where it is long."""
+def _shorten_name(name: str) -> str:
+    """Return a name that fits next to an axis: a long one loses its organisation, and then its middle."""
     if len(name) > NAME_LENGTH and "/" in name:
         name = f"…/{name.partition('/')[2]}"
-    half = (NAME_LENGTH - 1) // 2
-    return name if len(name) <= NAME_LENGTH else f"{name[:half]}…{name[-half:]}"
+    return shorten(name, NAME_LENGTH)
 
 
-def _cells(step: StepReport, columns: dict[str, str], labels: Sequence[str], scored: bool) -> list[_Cell | None]:
-    """Return one cell per column, `None` where the source has no unit that could have moved."""
-    found: dict[str, list[UnitReport]] = {}
+def _make_cells(step: StepReport, columns: dict[str, str], labels: Sequence[str], scored: bool) -> list[_Cell | None]:
+    """Return one cell per column, `None` for a column in which the source has no unit."""
+    units: dict[str, list[UnitReport]] = {}
     for unit in step.units:
-        found.setdefault(columns[unit.name], []).append(unit)
-    return [_cell(found[label], scored) if label in found else None for label in labels]
+        units.setdefault(columns[unit.name], []).append(unit)
+    return [_make_cell(units[label], scored) if label in units else None for label in labels]
 
 
-def _cell(units: Sequence[UnitReport], scored: bool) -> _Cell:
+def _make_cell(units: Sequence[UnitReport], scored: bool) -> _Cell:
     values = [unit.score if scored else unit.coefficient for unit in units]
     known = [value for value in values if value is not None and math.isfinite(value)]
     decisions = {"kept" if unit.decision == "rescaled" else unit.decision for unit in units}
@@ -181,7 +199,7 @@ def _cell(units: Sequence[UnitReport], scored: bool) -> _Cell:
 
 
 def _draw_heat(figure: "Figure", axes: "Axes", cells: Sequence[Sequence[_Cell | None]], scored: bool) -> None:
-    """Colour the cells by value; those without one are grey, and those without a unit white."""
+    """Colour each cell by its value: grey without a value, white without a unit."""
     import numpy as np
     from matplotlib.colors import ListedColormap
 
@@ -198,7 +216,10 @@ def _draw_heat(figure: "Figure", axes: "Axes", cells: Sequence[Sequence[_Cell | 
 
 
 def _draw_decisions(axes: "Axes", cells: Sequence[Sequence[_Cell | None]]) -> None:
-    """Mark what was decided: a dot as large as the share that moved, a ring where all was kept, a cross where undone."""
+    """Mark the decision in each cell: a dot for moved units, a ring for kept ones, a cross for undone ones.
+
+    The size of a dot shows the fraction of the units that moved.
+    """
     scale = 0.6 if max(len(cells), len(cells[0])) > 60 else 1.0
     looks: dict[str, dict[str, Any]] = {
         "moved": {"marker": "o", "color": "black", "edgecolors": "white", "linewidths": 0.8},
@@ -207,24 +228,24 @@ def _draw_decisions(axes: "Axes", cells: Sequence[Sequence[_Cell | None]]) -> No
     }
     for decision, look in looks.items():
         found = [
-            (x, y, cell.share)
+            (x, y, cell.moved)
             for y, row in enumerate(cells)
             for x, cell in enumerate(row)
             if cell and cell.decision == decision
         ]
-        sizes = [scale * {"moved": 15 + 65 * share, "kept": 26, "undone": 60}[decision] for _, _, share in found]
+        sizes = [scale * {"moved": 15 + 65 * moved, "kept": 26, "undone": 60}[decision] for _, _, moved in found]
         axes.scatter([x for x, _, _ in found], [y for _, y, _ in found], s=sizes, **look)
 
 
-def _legend(figure: "Figure", cells: Sequence[Sequence[_Cell | None]]) -> None:
-    """Say what the marks mean, those that are there."""
+def _draw_legend(figure: "Figure", cells: Sequence[Sequence[_Cell | None]]) -> None:
+    """Explain the marks that occur in the figure."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     found = {cell.decision for row in cells for cell in row if cell}
     ring: dict[str, Any] = {"marker": "o", "linestyle": "none", "color": "black"}
     entries: dict[str, Any] = {
-        "moved (large: all units)": Line2D([], [], **ring) if "moved" in found else None,
+        "moved (large dot: all units)": Line2D([], [], **ring) if "moved" in found else None,
         "kept": Line2D([], [], **ring, markerfacecolor="white") if "kept" in found else None,
         "undone": Line2D([], [], **{**ring, "marker": "X"}) if "undone" in found else None,
         "undefined": Patch(facecolor=GREY) if "undefined" in found else None,
@@ -234,69 +255,79 @@ def _legend(figure: "Figure", cells: Sequence[Sequence[_Cell | None]]) -> None:
     figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
 
 
-def _finite(step: StepReport, name: str) -> float:
-    loss = getattr(step, name).get("loss", math.nan)
+def _finite_loss(evaluation: Evaluation) -> float:
+    """Return the loss; NaN if it is missing or infinite."""
+    loss = evaluation.get("loss", math.nan)
     return loss if math.isfinite(loss) else math.nan
 
 
 def _draw_path(axes: "Axes", steps: Sequence[StepReport], losses: Sequence[Sequence[float]], start: float) -> None:
-    """Draw the loss of the model that the merge went on with; a rejected transfer is a dashed way aside."""
+    """Draw the loss of the merge from step to step; a dotted line leads to the loss with a rejected source."""
     path = [(0.0, start)]
-    for place, (step, (before, transferred, after)) in enumerate(zip(steps, losses, strict=True), start=1):
+    for place, (step, (before, with_source, after)) in enumerate(zip(steps, losses, strict=True), start=1):
         path.append((place - 0.25, before))
         if step.accepted:
-            path.append((place, transferred))
+            path.append((place, with_source))
         else:
-            axes.plot([place - 0.25, place], [before, transferred], color=VERMILION, linestyle=":", linewidth=1)
+            axes.plot([place - 0.25, place], [before, with_source], color=VERMILION, linestyle=":", linewidth=1)
         path.append((place + 0.25, after))
     known = [point for point in path if math.isfinite(point[1])]
     axes.plot(*zip(*known, strict=True), color="0.65", linewidth=1.2, zorder=1)
 
 
 def _draw_losses(axes: "Axes", steps: Sequence[StepReport], losses: Sequence[Sequence[float]], start: float) -> None:
-    """Mark what was measured, each kind with a shape and a colour of its own."""
-    series: dict[str, tuple[str, str, list[tuple[float, float]]]] = {
-        "start": ("D", "black", [(0.0, start)]),
-        "before the transfer": ("o", BLUE, []),
-        "transferred": ("^", ORANGE, []),
-        "transferred, rejected and undone": ("X", VERMILION, []),
-        "end of the step": ("s", GREEN, []),
-    }
-    for place, (step, (before, transferred, after)) in enumerate(zip(steps, losses, strict=True), start=1):
-        series["before the transfer"][2].append((place - 0.25, before))
-        series["transferred" if step.accepted else "transferred, rejected and undone"][2].append((place, transferred))
-        series["end of the step"][2].append((place + 0.25, after))
-    for label, (marker, colour, points) in series.items():
-        known = [point for point in points if math.isfinite(point[1])]
-        if known:
-            places, values = zip(*known, strict=True)
-            axes.scatter(places, values, marker=marker, color=colour, s=34, label=label, zorder=2)
+    """Mark each measured loss; its kind has a shape and a colour of its own."""
+    before, accepted, rejected, after = list[Point](), list[Point](), list[Point](), list[Point]()
+    for place, (step, values) in enumerate(zip(steps, losses, strict=True), start=1):
+        before.append((place - 0.25, values[0]))
+        (accepted if step.accepted else rejected).append((place, values[1]))
+        after.append((place + 0.25, values[2]))
+    _mark(axes, [(0.0, start)], "start", marker="D", color="black")
+    _mark(axes, before, "before the source", marker="o", color=BLUE)
+    _mark(axes, accepted, "with the source", marker="^", color=ORANGE)
+    _mark(axes, rejected, "with the source, which was rejected", marker="X", color=VERMILION)
+    _mark(axes, after, "end of the step", marker="s", color=GREEN)
 
 
-def _draw_end(axes: "Axes", report: MergeReport, place: float, judged: str) -> list[float]:
-    """Mark the loss after the last fine-tuning, and draw that of fine-tuning alone as a line; return both, if known."""
+def _mark(axes: "Axes", points: Sequence[Point], label: str, **look: Any) -> None:
+    known = [point for point in points if math.isfinite(point[1])]
+    if known:
+        places, losses = zip(*known, strict=True)
+        axes.scatter(places, losses, s=34, label=label, zorder=2, **look)
+
+
+def _draw_end(axes: "Axes", report: MergeReport, place: float, samples: str) -> list[float]:
+    """Mark the loss after the last fine-tuning, draw that of fine-tuning alone as a line, and return those that are known.
+
+    Args:
+        axes: The axes to draw on.
+        report: The record of the merge.
+        place: Place of the last fine-tuning on the horizontal axis.
+        samples: The validation samples of the steps; the label of a loss on other samples names those.
+    """
     final, control = report.run.final, report.run.control
-    ends: dict[str, float] = {}
-    if final and (final.loss is not None or final.after):
-        loss, by = (
-            (final.loss, final.validated_by) if final.loss is not None else (final.after["loss"], EVALUATION_DATA)
-        )
-        on = "" if by == judged else f", on {by}"
-        axes.scatter([place], [loss], marker="*", color=GREEN, s=90, label=f"at the end{on}", zorder=2)
-        ends["end"] = loss
-        if final.alone is not None:
-            ends["alone"] = final.alone
-    if "alone" not in ends and control and control.validated_by == judged:
-        on, ends["alone"] = "", control.alone["loss"]
-    if "alone" in ends:
-        label = f"fine-tuning alone{on}"
-        axes.axhline(ends["alone"], color=GREEN, linestyle="--", linewidth=1, label=label)
-    return list(ends.values())
+    loss = alone = None
+    suffix = ""
+    if final and final.loss is not None:
+        loss, alone = final.loss, final.alone
+        suffix = "" if final.validated_by == samples else f", on {final.validated_by}"
+    elif final and final.after:
+        loss = final.after["loss"]
+        suffix = "" if samples == EVALUATION_DATA else f", on {EVALUATION_DATA}"
+    if loss is not None:
+        label = f"after the last fine-tuning{suffix}"
+        axes.scatter([place], [loss], marker="*", color=GREEN, s=90, label=label, zorder=2)
+    if alone is None and control and control.validated_by == samples:
+        alone, suffix = control.alone["loss"], ""
+    if alone is not None:
+        label = f"fine-tuning alone{suffix}"
+        axes.axhline(alone, color=GREEN, linestyle="--", linewidth=1, label=label)
+    return [value for value in (loss, alone) if value is not None]
 
 
-def _label(axes: "Axes", axis: str, labels: Sequence[str], *, most: int, rotation: int = 0) -> None:
-    """Name the places of an axis, every second (third, …) one where all do not fit."""
+def _label_axis(axes: "Axes", axis: str, labels: Sequence[str], *, most: int, rotation: int = 0) -> None:
+    """Label the places of an axis; if there are more than `most`, only every second (third, …) one."""
     every = math.ceil(len(labels) / max(most, 1))
     places = range(0, len(labels), every)
-    setter = axes.set_xticks if axis == "x" else axes.set_yticks
-    setter(list(places), [literal_text(labels[place]) for place in places], rotation=rotation, fontsize=8)
+    set_ticks = axes.set_xticks if axis == "x" else axes.set_yticks
+    set_ticks(list(places), [literal_text(labels[place]) for place in places], rotation=rotation, fontsize=8)

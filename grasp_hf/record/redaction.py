@@ -1,4 +1,4 @@
-"""What a record must not tell others: secrets in URLs, and where files lie on this machine."""
+"""Removes from a record what others must not see: secrets in URLs, and paths on this machine."""
 
 import re
 from pathlib import Path
@@ -9,17 +9,17 @@ SECRET = re.compile("auth|credential|key|pass|secret|sig|token", re.IGNORECASE) 
 
 
 def without_secrets(value: Any) -> Any:
-    """Return `value` with every URL in it, at any depth, cut of passwords, tokens and signatures."""
+    """Return `value` without the passwords, tokens and signatures of the URLs in it, at any depth."""
     if isinstance(value, dict):
         return {key: without_secrets(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_secrets(item) for item in value]
     if not isinstance(value, str) or "://" not in value:
         return value
-    return "::".join(map(_public, value.split("::")))  # data sets chain URLs: a file in an archive at an address
+    return "::".join(map(_redact_url, value.split("::")))  # `datasets` chains URLs, such as "zip://a.csv::https://…"
 
 
-def _public(url: str) -> str:
+def _redact_url(url: str) -> str:
     if "://" not in url:
         return url
     parts = urlsplit(url)
@@ -31,7 +31,7 @@ def _public(url: str) -> str:
 
 
 def names_of_paths(value: Any) -> Any:
-    """Return `value` with every absolute path in it, at any depth, cut to its last part."""
+    """Return `value` with the last part of every absolute path in it, at any depth, instead of the path."""
     if isinstance(value, dict):
         return {key: names_of_paths(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The record of a merge: what every source was worth, unit by unit, as data and as tables."""
+"""The record of a merge: every source, unit by unit, as data, tables and sentences."""
 
 import json
 import re
@@ -16,10 +16,12 @@ from .entries import ChangeReport, ControlReport, Evaluation, FinetuneReport, Re
 from .redaction import names_of_paths
 from .text import WIDTH, format_number, markdown_table, shorten, wrap
 
+Row = dict[str, str | None]  # column -> text; `None` where the report holds no value
+
 
 @dataclass
 class StepReport:
-    """One source: what it is, what was measured, what was done with it, and how the loss changed.
+    """One source: where it came from, the measurements, the decision, and how the loss changed.
 
     Attributes:
         source: The reference as the user gave it.
@@ -30,9 +32,9 @@ class StepReport:
         gated: Whether its files on the Hub are gated.
         accepted: `False` if the gate undid the source.
         reason: Why the gate undid it, or did not.
-        notes: How its head and its vocabulary were matched with the target's, where there is something to say.
+        notes: How its head and its vocabulary were matched with the target's, if they differ.
         units: One entry per unit that could have moved.
-        other_units: Number of units that could not move: an adapter does not touch them, or a head does not fit.
+        other_units: Number of units that could not move because an adapter lacks them, or because a head does not fit.
         validated_by: The samples of the next losses: `evaluation data`, `labels` that the model has not been fine-tuned
             on, or both; empty if there are none. Of `two halves of the labels`, each half validates the coefficients that
             the other half taught; the losses before the source and at the end of the step are on both halves.
@@ -41,8 +43,8 @@ class StepReport:
         chosen: The candidate that was chosen: the average, unless another is better by more than the standard error of
             their difference; then the one with the lowest loss.
         before: Loss (and accuracy) before the source.
-        after_transfer: The same with the source, before the decision of the gate.
-        change: Change from the one to the other.
+        after_transfer: Loss (and accuracy) with the source, before the decision of the gate.
+        change: Change from `before` to `after_transfer`.
         finetuned: The fine-tuning after the source; `None` if there was none.
         after: Loss (and accuracy) at the end of the step.
         seconds: Duration of the step.
@@ -111,7 +113,7 @@ class StepReport:
 
     @property
     def mean_kept(self) -> float:
-        """Mean fraction of the target that was to stay, likewise; it need not add up to 1 with the coefficient."""
+        """Mean fraction of the target that was to stay, over the same elements; with `blend` the two need not sum to 1."""
         return self._mean(lambda unit: unit.kept, default=1.0)
 
     def _mean(self, value: Callable[[UnitReport], float], default: float) -> float:
@@ -120,7 +122,7 @@ class StepReport:
 
     @property
     def decision(self) -> str:
-        """What became of the source, for a reader."""
+        """The decision on the source, for a reader."""
         if not self.accepted:
             return "rejected"
         if not self.moved:
@@ -132,42 +134,43 @@ class StepReport:
         """The decision and its reason, for a reader."""
         return f"{self.decision} ({self.reason})" if self.reason else self.decision
 
-    def row(self) -> dict[str, str]:
+    def row(self) -> Row:
         """Return the line of the source in the table of the card."""
         scores = [unit.score for unit in self.units if unit.score is not None]
+        accuracies = [evaluation.get("accuracy") for evaluation in (self.before, self.after_transfer)]
         return {
             "source": self.name,
             "kind": self.kind,
-            "score": format_number(sum(scores) / len(scores) if scores else None),
+            "score": _format_known(sum(scores) / len(scores) if scores else None),
             "moved": f"{self.moved}/{len(self.units)}",
             "undefined": str(sum(unit.decision == "undefined" for unit in self.units)),
             "coefficient": format_number(self.mean_coefficient),
             "target kept": format_number(self.mean_kept),
             "decision": self.decision,
-            "loss before": format_number(self.before.get("loss")),
-            "loss after": format_number(self.after_transfer.get("loss")),
-            "change (calibrated)": str(self.change or "–"),
-            "accuracy": " → ".join(format_number(e.get("accuracy")) for e in (self.before, self.after_transfer)),
-            **({"fine-tuned": format_number(self.after.get("loss"))} if self.finetuned else {}),
+            "loss before": _format_known(self.before.get("loss")),
+            "loss after": _format_known(self.after_transfer.get("loss")),
+            "change (calibrated)": str(self.change) if self.change else None,
+            "accuracy": None if accuracies == [None, None] else " → ".join(map(format_number, accuracies)),
+            "fine-tuned": _format_known(self.after.get("loss")) if self.finetuned else None,
             "seconds": f"{self.seconds:.1f}",
         }
 
-    def short_row(self) -> dict[str, str]:
+    def short_row(self) -> Row:
         """Return the line of the source in the table for a terminal."""
-        row = self.row()
+        losses = [format_number(evaluation.get("loss")) for evaluation in (self.before, self.after_transfer)]
         return {
             "source": shorten(self.name, 28),
             "decision": self.decision,
-            "coefficient": row["coefficient"],
-            "loss": f"{row['loss before']} → {row['loss after']}" if self.before else "–",
-            "calibrated": row["change (calibrated)"],
+            "coefficient": format_number(self.mean_coefficient),
+            "loss": " → ".join(losses) if self.before else None,
+            "calibrated": str(self.change) if self.change else None,
         }
 
     def summary_line(self, width: int = WIDTH) -> str:
         """Return one line of at most `width` columns: the source, the verdict and, if something validated, three numbers."""
         numbers = f"coefficient {format_number(self.mean_coefficient)}"
         if self.before:
-            losses = (format_number(e.get("loss")) for e in (self.before, self.after_transfer))
+            losses = [format_number(evaluation.get("loss")) for evaluation in (self.before, self.after_transfer)]
             numbers = f"loss {' -> '.join(losses)}"
         if self.change:
             numbers += f", calibrated {self.change}"
@@ -175,14 +178,14 @@ class StepReport:
         return shorten(self.name, max(width - len(text), 8)) + text
 
     def details(self) -> list[str]:
-        """Return what the line leaves out, a sentence each."""
+        """Return the facts that the summary line leaves out, a sentence each."""
         found = [
             f"{self.kind}, {self.moved} of {len(self.units)} units moved, {self.other_units} others could not, mean "
             f"coefficient {format_number(self.mean_coefficient)}, target kept {format_number(self.mean_kept)}, "
             f"{self.seconds:.1f} s"
         ]
         if self.change:
-            found.append(f"validated on {self.change.samples} samples: {self.validated_by}{self.change.doubt}")
+            found.append(self.change.append_doubt(f"validated on {self.change.samples} samples: {self.validated_by}"))
         if len(self.candidates) > 1:
             losses = ", ".join(f"{name} {format_number(loss)}" for name, loss in self.candidates.items())
             text = f"calibrated losses of the candidates: {losses}"
@@ -213,7 +216,7 @@ _MEANS = {"average": "averaged", "fisher": "averaged by Fisher"}
 
 @dataclass
 class RunReport:
-    """What belongs to one run: a merge that is appended to has several runs, and its record keeps the last.
+    """The last run of a merge. A merge that continues an earlier one has several runs, and its record keeps the last.
 
     Attributes:
         config: The settings.
@@ -236,11 +239,11 @@ class RunReport:
     test: Evaluation = field(default_factory=dict)
 
     def next(self, config: dict[str, Any], versions: dict[str, str]) -> "RunReport":
-        """Return the report of a new run, which has the same recipe and data until it says otherwise."""
+        """Return the report of a new run with the recipe and data of this one; later calls may replace them."""
         return RunReport(config, versions, deepcopy(self.recipe), deepcopy(self.data))
 
     def after_source(self, data: dict[str, Any]) -> "RunReport":
-        """Return the report after one more source, learned from `data`: an earlier end of the run is no end any more."""
+        """Return the report after one more source, which used `data`, without the results of an earlier end."""
         return replace(self, data=data, final=None, control=None, test={})
 
     @classmethod
@@ -268,7 +271,7 @@ class MergeReport:
         starts_from_source: Whether the base is itself the first source, so that an average counts it.
         finetuned: Whether the model was fine-tuned on labels, in this merge or in one that it continues.
         steps: One entry per source.
-        run: What belongs to the last run only.
+        run: The last run.
         continues: The merge that this one was appended to: a Hub reference with its commit, or a folder.
         continued_steps: Number of steps of that merge.
     """
@@ -291,7 +294,7 @@ class MergeReport:
 
     @property
     def gated(self) -> list[str]:
-        """Names of the parents that have conditions before their files."""
+        """Names of the gated parents."""
         return [*([self.base] if self.base_gated else []), *(step.source for step in self.steps if step.gated)]
 
     @property
@@ -301,11 +304,11 @@ class MergeReport:
 
     @property
     def validated_by(self) -> str:
-        """What the losses of the steps are of; where that changed on the way, one after the other."""
+        """The samples of the steps' losses; if they changed during the merge, all of them in order."""
         return ", later on ".join(dict.fromkeys(step.validated_by for step in self.steps if step.validated_by))
 
     def without_paths(self) -> "MergeReport":
-        """Return a copy that names local folders by their last part, for others to read."""
+        """Return a copy for other readers, which names local folders by their last part."""
         base = self.base if self.base_sha else Path(self.base).name
         continues = self.continues
         if continues and not re.fullmatch(r".+@[0-9a-f]{40}", continues):
@@ -322,7 +325,7 @@ class MergeReport:
     def configuration(self) -> str:
         """Return the last run as a recipe in YAML, every Hub reference pinned to its commit, with a record of the run.
 
-        What was appended to an earlier merge starts from that merge. Ranked sources are listed in their final order.
+        A run that continues an earlier merge starts from that merge. Ranked sources are listed in their final order.
         """
         start = {"base_model": self.continues or self.base_reference}
         sources = [_pinned(step.source, step.sha) for step in self.steps[self.continued_steps :]]
@@ -343,14 +346,14 @@ class MergeReport:
         return _table_of([step.row() for step in self.steps])
 
     def conclusions(self) -> list[str]:
-        """Return what came of the merge, a sentence each."""
+        """Return the outcome of the merge, a sentence each."""
         merged = sum(step.moved > 0 for step in self.steps)
         found = [f"{merged} of {len(self.steps)} sources merged"]
         averaged = [step.name for step in self.steps if step.was_averaged]
         if averaged:
             found.append(f"averaged, because learned coefficients were not clearly better: {', '.join(averaged)}")
         doubted = [
-            step.name + (step.change.doubt.replace("; ", ": ") if step.change else "")
+            f"{step.name}: {step.change.doubt}" if step.change and step.change.doubt else step.name
             for step in self.steps
             if step.accepted and step.moved and step.reason == Reason.UNCLEAR
         ]
@@ -385,12 +388,12 @@ class MergeReport:
         """Read what `to_json` wrote.
 
         Raises:
-            ConfigError: It holds something else.
+            ConfigError: The file holds something else.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             steps = [_read_step(step) for step in values.pop("steps")]
-            # In records of version 0.1 the fields of the run stand beside the others.
+            # In a record of version 0.1, the fields of the run are fields of the whole record.
             run = values.pop("run", None) or {name: values.pop(name) for name in RUN_FIELDS if name in values}
             return cls(**values, steps=steps, run=RunReport.from_dict(run))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -415,7 +418,7 @@ def _renamed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_step(values: dict[str, Any]) -> StepReport:
-    """Return a step from what `asdict` made of it; records of earlier versions lack some of it."""
+    """Return a step from the dictionary that `asdict` made; in records of earlier versions some fields are missing."""
     change = values.get("change")
     return StepReport(
         **{
@@ -439,16 +442,16 @@ def _read_finetuned(values: dict[str, Any] | None) -> FinetuneReport | None:
     return FinetuneReport(**{**_renamed(values), "gain": gain and ChangeReport(**gain)})
 
 
-def _table_of(rows: Sequence[dict[str, str]]) -> str:
+def _table_of(rows: Sequence[Row]) -> str:
     """Return rows as a Markdown table, without the columns that hold no value."""
     if not rows:
         return "no source merged"
-    columns = [
-        column
-        for column in dict.fromkeys(column for row in rows for column in row)
-        if any(row.get(column, "–").strip("– →") for row in rows)
-    ]
-    return markdown_table([{column: row.get(column, "–") for column in columns} for row in rows])
+    columns = [column for column in rows[0] if any(row[column] is not None for row in rows)]
+    return markdown_table([{column: row[column] for column in columns} for row in rows])
+
+
+def _format_known(value: float | None) -> str | None:
+    return None if value is None else format_number(value)
 
 
 def _pinned(name: str, sha: str | None) -> str:

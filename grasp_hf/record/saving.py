@@ -1,4 +1,4 @@
-"""What a merge leaves: a model folder with its card, its configuration and its record."""
+"""Saves a merge: a model folder with its card, its configuration and its record."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ if TYPE_CHECKING:
 
 REPORT_FILE = "grasp_report.json"
 CONFIG_FILE = "grasp_config.yaml"
-# The record as long as the weights may be those of another merge.
+# This text replaces the record until all files are written, because the weights may still be those of another merge.
 UNFINISHED = '{"unfinished": "this merge was not saved to its end"}\n'
 
 
 def read_record(folder: Path) -> MergeReport | None:
-    """Return the record of the merge in `folder`; `None` where it holds another model.
+    """Return the record of the merge in `folder`; `None` if the folder holds no merge.
 
     Raises:
-        ConfigError: It holds a record that cannot be read, or a merge that was not saved to its end.
+        ConfigError: The record cannot be read, or the merge was not saved completely.
     """
     path = folder / REPORT_FILE
     if not path.is_file():
         return None
     if path.read_bytes() == UNFINISHED.encode():
         raise ConfigError(
-            f"the merge in '{folder}' was not saved to its end; merge again, into the same folder if you like"
+            f"the merge in '{folder}' was not saved completely; merge again, into the same folder or into another one"
         )
     return MergeReport.from_json(path)
 
 
 def check_output(directory: Path) -> None:
-    """Make `directory` where it is missing.
+    """Create `directory` if it is missing, and check that a merge can be saved in it.
 
     Raises:
-        OutputExistsError: It holds something that is not an earlier merge, or nothing can be written there.
+        OutputExistsError: The directory holds something that is not an earlier merge, or it cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        taken = any(directory.iterdir()) and not (directory / REPORT_FILE).exists()
+        holds_other_files = any(directory.iterdir()) and not (directory / REPORT_FILE).exists()
     except OSError as error:
         raise OutputExistsError(f"'{directory}' cannot be written: {error.strerror}; name another folder") from error
-    if taken:
+    if holds_other_files:
         raise OutputExistsError(
-            f"'{directory}' already holds something that is not a merge; expected a new or empty folder, or one with "
-            f"{REPORT_FILE} in it"
+            f"'{directory}' already holds something that is not a merge; expected a new or empty folder, or an earlier "
+            f"merge with its {REPORT_FILE}"
         )
     if not os.access(directory, os.W_OK):
         raise OutputExistsError(f"'{directory}' cannot be written: no permission; name another folder")
@@ -73,13 +73,13 @@ def save_merge(
     *,
     model_id: str | None = None,
 ) -> None:
-    """Write the model, its tokenizer or processor, the card, the configuration and, at last, the report to `directory`.
+    """Write the model, its tokenizer or processor, the card, the configuration and finally the record to `directory`.
 
-    As long as that is not done, `read_record` says so.
+    Until all are written, `read_record` raises an error.
     """
     save_record(directory, model, processing_class, report, model_id=model_id, weights=True)
     for path in directory.glob("*.safetensors"):
-        path.chmod(0o644)  # safetensors writes them for the owner alone
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def save_record(
@@ -91,8 +91,17 @@ def save_record(
     model_id: str | None = None,
     weights: bool = False,
 ) -> None:
-    """Write all but the weights to `directory`, or with them: configurations, tokenizer or processor, card and report."""
-    # What is wrong with them is wrong before anything of an earlier merge is replaced.
+    """Write configuration, tokenizer or processor, card, figures and record to `directory`, and the weights if asked for.
+
+    Args:
+        directory: Created if it is missing; an earlier merge in it is replaced.
+        model: The merged model.
+        processing_class: Its tokenizer or processor; `None` if there is none.
+        report: The record of the merge.
+        model_id: The repository that the usage snippet of the card loads; the name of the folder if left out.
+        weights: Whether to write the weights too.
+    """
+    # Configuration and card are made first, so that an error in them leaves the record of an earlier merge in place.
     configuration = report.configuration()
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / REPORT_FILE).exists():
@@ -117,9 +126,9 @@ def save_record(
 
 
 def saved_shards(directory: Path, model: PreTrainedModel, max_shard_size: int | str) -> Iterator[Path]:
-    """Write the weights as `save_pretrained` would, but each shard only when it is asked for, and the index at the end.
+    """Write the weights as `save_pretrained` does, one shard for each path that is asked for, and finally the index.
 
-    The files of a folder that loads are the same, byte for byte; who asks may delete a shard before the next.
+    The files are those of `save_pretrained`, byte for byte. The caller may delete a shard before it asks for the next.
     """
     state = saved_state(model)
     split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)

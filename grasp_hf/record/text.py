@@ -1,16 +1,17 @@
 """Tables and numbers as text."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+WIDTH = 100  # columns of a line in a terminal
+NO_VALUE = "–"
 
 
-def markdown_table(rows: Sequence[dict[str, str]]) -> str:
-    """Return rows as a Markdown table with aligned columns, which also reads well in a terminal."""
+def markdown_table(rows: Sequence[Mapping[str, str | None]]) -> str:
+    """Return rows as a Markdown table with aligned columns; `None` is printed as a dash."""
     columns = list(rows[0])
-    lines = [
-        [cell.replace("|", "\\|") for cell in line]
-        for line in [columns, *([row[column] for column in columns] for row in rows)]
-    ]
+    lines = [columns, *([_cell(row[column]) for column in columns] for row in rows)]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
     texts = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
@@ -19,12 +20,18 @@ def markdown_table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join([texts[0], rule, *texts[1:]])
 
 
+def _cell(text: str | None) -> str:
+    return NO_VALUE if text is None else text
+
+
 def format_number(value: float | None, digits: int = 3) -> str:
-    """Return a number for a table; a dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    """Return a number as text; a dash for `None`."""
+    return NO_VALUE if value is None else f"{value:.{digits}f}"
 
 
-WIDTH = 100  # columns of a line in a terminal
+def format_size(size: float) -> str:
+    """Return a number of bytes in MB, from 1 GB on in GB."""
+    return f"{size / 1e6:.1f} MB" if size < 999.95e6 else f"{size / 1e9:.2f} GB"
 
 
 def shorten(name: str, width: int) -> str:

@@ -1,1 +1,1 @@
-"""From a recipe to a run: prepared, planned, merged, delivered, appended to and reproduced."""
+"""Runs recipes: plans, prepares, merges, saves, pushes, appends and reproduces."""

@@ -1,21 +1,26 @@
-"""What a merge will download, and hold on the disk and in memory."""
+"""Estimates of the download, the disk and the memory that a merge needs."""
 
 import math
 
 from ..config.grasp import GraspConfig
 from ..config.methods import METHODS
+from ..record.text import format_size
 from .planned import PlannedSource
 
-DOWNLOAD_RATE = 50e6  # bytes per second; an assumption, for a feeling of the time
+DOWNLOAD_RATE = 50e6  # bytes per second, assumed
 
 
 def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
-    """Return what a merge will download, and hold on the disk and in memory, as estimates.
+    """Return lines with estimates of the download, the disk and the memory of a merge.
 
-    The factors are those that `python -m tests.benchmarks.memory` measures; activations come on top.
+    The factors of memory are those that `python -m tests.benchmarks.memory` measures; they do not include activations.
+
+    Args:
+        rows: The base, and then the sources.
+        config: Configuration of the merge.
     """
     base, sources = rows[0], rows[1:]
-    weights = 4 * (base.parameters or base.num_bytes // 4)  # the target is float32
+    weights = 4 * (base.parameters or base.num_bytes // 4)  # bytes, because the target is float32
     largest = sorted((row.bytes_to_download for row in sources), reverse=True)
     ordering = sum(largest) if config.order != "given" and len(sources) > 1 else 0
     download = base.bytes_to_download + ordering + sum(largest[: config.top])
@@ -24,23 +29,23 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     temporary = weights * (_temporary_copies(config, adapters) if config.needs_data else 0)
     factor, how = _memory_factor(config)
     seconds = download / DOWNLOAD_RATE
-    twice = f"; of that {_gigabytes(ordering)} to find the order, where sources are not kept" if ordering else ""
-    return [
-        f"download: {_gigabytes(download)}, {_minutes(seconds)} at {DOWNLOAD_RATE / 1e6:.0f} MB/s{twice}",
-        f"disk at most: {_gigabytes(disk)} of models, {_gigabytes(temporary)} of temporary files",
-        f"memory: about {_gigabytes(factor * weights)} and activations ({how})",
-    ]
+    lines = [f"download: {format_size(download)}, {_duration(seconds)} at {DOWNLOAD_RATE / 1e6:.0f} MB/s"]
+    if ordering:
+        lines.append(f"  of it, to find the order: {format_size(ordering)}; the sources are then downloaded again")
+    lines.append(f"disk at most: {format_size(disk)} of models, {format_size(temporary)} of temporary files")
+    lines.append(f"memory: about {format_size(factor * weights)} and activations ({how})")
+    return lines
 
 
 def _temporary_copies(config: GraspConfig, adapters: bool) -> int:
-    """Return how many copies of the target the temporary files of a merge with data hold at most."""
-    kept = 1 + (config.learns or config.compares_alone)  # as it was before the step, and before the merge
-    both = 2 if config.gate else 0  # Fisher information, or both ends of the line
+    """Return the largest number of copies of the target in the temporary files of a merge with data."""
+    kept = 1 + (config.learns or config.compares_alone)  # the target before the step, and before the merge
+    both = 2 if config.gate else 0  # two files of Fisher information, or both ends of the gate's line
     gradients = 1 + config.accumulate_gradients if METHODS[config.method].stores_gradients else 0
     transfer = adapters + gradients + (both if config.learns or config.finetunes_between else 0)
     ranking = adapters + 1 + (both if _trains(config) else 0) if config.order == "rank" else 0
     longest = max(config.initial_epochs, config.finetune_epochs, config.final_epochs)
-    training = both + min(2, math.ceil(longest)) if _trains(config) else 0  # the best epoch, and the next one
+    training = both + min(2, math.ceil(longest)) if _trains(config) else 0  # the best epoch and the next one
     return kept + max(transfer, ranking, training)
 
 
@@ -49,19 +54,15 @@ def _trains(config: GraspConfig) -> bool:
 
 
 def _memory_factor(config: GraspConfig) -> tuple[float, str]:
-    """Return the peak of a merge in sizes of its model, and what sets it."""
+    """Return the peak memory of a merge in sizes of its model, and the kind of fine-tuning that causes it."""
     if not _trains(config):
         return 1.1, "no fine-tuning"
     if config.lora is not None:
         return 1.2, "fine-tuning by LoRA"
     if config.training_arguments.get("optim") == "adafactor":
         return 2.2, "fine-tuning with Adafactor"
-    return 4.1, "fine-tuning with AdamW; lora: or optim: adafactor need less"
+    return 4.1, "fine-tuning with AdamW; less with `lora` or `optim: adafactor`"
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
-
-
-def _minutes(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""A merge from its sources to the folder or the repository that it goes to; whatever fails, the merged model is kept."""
+"""Runs a merge, and saves and pushes the result; after any error the merged model is kept."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Delivery:
-    """Where a merge goes.
+    """The destination of a merge.
 
     Attributes:
-        output: Folder for the merged model; `None` saves none.
-        repo_id: Repository on the Hub; `None` pushes nothing.
+        output: Folder for the merged model; `None` does not save it.
+        repo_id: Repository on the Hub; `None` does not push it.
         private: Whether a new repository is private.
         create_pr: Whether to open a pull request instead of changing the branch.
     """
@@ -41,11 +41,11 @@ class Delivery:
 
     @contextmanager
     def checked(self) -> Iterator[None]:
-        """Check folder and name before the work in the block, and remove a new folder that stays empty.
+        """Check folder and repository name before the block, and remove a new folder that stays empty after it.
 
         Raises:
-            OutputExistsError: The folder holds something else, or cannot be written.
-            PushError: No repository can have this name.
+            OutputExistsError: The folder holds something that is not a merge, or cannot be written.
+            PushError: The Hub allows no repository of this name.
         """
         if self.repo_id:
             check_repo_id(self.repo_id)
@@ -62,16 +62,21 @@ class Delivery:
 def merge_sources(
     merger: GraspMerger, sources: Sequence[str], data: Samples, to: Delivery, *, control: bool = False
 ) -> None:
-    """Merge `sources`, evaluate the result on the test split, and save and push it as `to` says.
+    """Merge `sources`, evaluate the result on the test split, and save and push it to its destination.
 
-    Where the merge stops on the way, the sources merged before are saved.
+    If the merge stops early, the result of the sources merged so far is saved.
 
     Args:
         merger: The target; changed in place.
         sources: References of the sources.
-        data: The data; without a test split nothing is evaluated at the end.
-        to: Where the merge goes.
-        control: Whether to fine-tune the start without any source too, and to record what the sources gain over it.
+        data: The samples; without a test split the result is not evaluated.
+        to: The destination.
+        control: Whether to also fine-tune the start without any source, and to record how much better the merge is.
+
+    Raises:
+        ConfigError: `control` lacks samples or epochs of fine-tuning.
+        OutputExistsError: The output folder could not be written, so the merged model is in another folder.
+        PushError: The merged model could not be pushed.
     """
     before = len(merger.report.steps)
     alone = _finetuned_alone(merger, sources, data) if control else None
@@ -87,30 +92,41 @@ def merge_sources(
         logger.info("\n%s\n", merger.report)
     except BaseException:
         done = len(merger.report.steps) - before
-        if done and (kept := _keep(merger, to)):
-            logger.info("saved what was merged before: %d of %d sources, %s", done, len(sources), kept)
+        if done and (kept := _save(merger, to)):
+            logger.info("saved the merge so far, %d of %d sources: %s", done, len(sources), kept)
         raise
-    kept = _keep(merger, to) if to.output else None
+    kept = _save(merger, to) if to.output else None
     if kept:
         logger.info("saved: %s", kept)
     if to.repo_id:
         push(merger, to, kept)
     if kept != to.output:
-        raise OutputExistsError(f"the merged model is not in '{to.output}', see above")
+        where = f"it is in '{kept}'" if kept else "it could not be saved"
+        raise OutputExistsError(f"the merged model is not in '{to.output}'; {where}, see the errors above")
 
 
 def push(merger: GraspMerger, to: Delivery, kept: Path | None) -> None:
-    """Push the merge. Where that fails, it stays in the folder `kept`, or is saved to a new one in the working directory."""
+    """Push the merge; if that fails, keep it in a folder.
+
+    Args:
+        merger: Holds the merge.
+        to: The destination.
+        kept: Folder that already holds the merge; `None` saves it to a new folder in the working directory if the push
+            fails.
+
+    Raises:
+        PushError: The merge could not be pushed; the message names the folder that holds it.
+    """
     assert to.repo_id is not None
     try:
         url = merger.push_to_hub(to.repo_id, private=to.private or None, create_pr=to.create_pr)
     except BaseException as error:
-        kept = kept or _keep(merger, to)
+        kept = kept or _save(merger, to)
         where = "the merged model could not be saved either"
         if kept:
             where = f"the merged model is in the folder '{kept}'"
             if not isinstance(error, StaleMergeError):
-                where += f": `grasp-hf push {kept} {to.repo_id}` goes on"
+                where += f"; push it again with `grasp-hf push {kept} {to.repo_id}`"
         if isinstance(error, PushError):
             raise error.reworded(f"{error}; {where}") from error
         logger.info("not pushed; %s", where)
@@ -118,11 +134,11 @@ def push(merger: GraspMerger, to: Delivery, kept: Path | None) -> None:
     logger.info("pushed: %s", url)
 
 
-def _keep(merger: GraspMerger, to: Delivery) -> Path | None:
-    """Save the merge in the output folder, or in a new one in the working directory; return the one that took it, if any."""
+def _save(merger: GraspMerger, to: Delivery) -> Path | None:
+    """Save the merge in the output folder or else in a new one; return that folder, or `None` if both fail."""
     name = to.output.name if to.output else f"{(to.repo_id or '').rpartition('/')[2]}-not-pushed"
-    other = next(path for n in count(1) if not (path := Path(name if n == 1 else f"{name}-{n}")).exists())
-    for folder in (to.output, other) if to.output else (other,):
+    new = _unused_path(name)
+    for folder in (to.output, new) if to.output else (new,):
         try:
             with interrupts_held():
                 merger.save_pretrained(folder)
@@ -130,6 +146,16 @@ def _keep(merger: GraspMerger, to: Delivery) -> Path | None:
         except (GraspError, OSError, SafetensorError) as error:
             logger.error("the merged model could not be saved in '%s': %s", folder, error)
     return None
+
+
+def _unused_path(name: str) -> Path:
+    """Return the first path in the working directory that does not exist, of `name`, `name-2`, `name-3` and so on."""
+    path = Path(name)
+    for number in count(2):
+        if not path.exists():
+            break
+        path = Path(f"{name}-{number}")
+    return path
 
 
 def _control_samples(data: Samples) -> tuple[Any, str]:
@@ -142,9 +168,10 @@ def _finetuned_alone(merger: GraspMerger, sources: Sequence[str], data: Samples)
     samples, _ = _control_samples(data)
     if samples is None or data.train is None:
         raise ConfigError(
-            "--control: expected data with the splits 'train' and 'test' (or 'validation') to compare on"
+            "--control: expected data with the splits 'train' and 'test' (or 'validation'), on which it compares; add "
+            "the missing split"
         )
     if not merger.config.total_epochs(len(sources)):
-        raise ConfigError("--control: expected epochs of fine-tuning, which it compares with; set final_epochs")
+        raise ConfigError("--control: expected epochs of fine-tuning, got none; set final_epochs")
     logger.info("control: fine-tuning alone")
     return merger.finetuned_alone(len(sources), samples, **data.keywords())

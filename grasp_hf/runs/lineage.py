@@ -1,4 +1,4 @@
-"""The life of a merge after it was made: sources appended to it, and its record replayed."""
+"""Appends sources to an earlier merge, and reproduces a merge from its record."""
 
 import logging
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from .prepare import prepare
 
 logger = logging.getLogger(__name__)
 
-SHOWN_FIRST = ("data", "training_arguments", "accepted_bases")  # what a record decides beyond weights and numbers
+LOGGED = ("data", "training_arguments", "accepted_bases")  # keys of a record that a user should check
 
 
 def append_recipe(
@@ -31,38 +31,40 @@ def append_recipe(
 ) -> Recipe:
     """Return the recipe that appends `sources` to a merge, with the data and the settings of its last run.
 
-    The new sources are ordered as those were. Relative paths are looked up in the working directory. The record is a
-    stranger's data: Python code of a model runs only if `overrides` name it in `trust_remote_code`.
+    The new sources are ordered by the same rule as the earlier ones. Relative paths start in the working directory. A
+    stranger may have written the record, so Python code of a model runs only if `overrides` names the model in
+    `trust_remote_code`.
 
     Args:
         merged: Hub id or folder of a merge by this package.
         sources: References of the new sources.
-        overrides: `key=value`, such as `data.data_files.train=...` where the data lies elsewhere now.
+        overrides: Texts `key=value`, such as `data.data_files.train=...` if the data has moved.
         token: Hub token.
 
     Raises:
-        ConfigError: It is not such a merge, or an override is wrong.
+        ConfigError: `merged` is not such a merge, or an override is wrong.
     """
-    values, record, _ = _recorded(merged, token)
+    values, record, _ = _read_merge(merged, token)
     values |= {"base_model": merged, "sources": list(sources)}
-    # What is saved pins the order that was found, so that it can be replayed.
+    # The saved recipe has the order that was found, for `reproduce`; the record has the rule that found it.
     values |= {key: record.run.config[key] for key in ("order", "top") if key in record.run.config}
     recipe = _recorded_recipe(merged, values, overrides)
     if recipe.config.needs_data and not recipe.data:
         raise ConfigError(
-            f"the data of '{merged}' was given from Python, and its record names none; name it with data.path=..."
+            f"the record of '{merged}' names no data, because the data was given from Python; name it with "
+            "data.path=..."
         )
     return recipe
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A merge made again from its record.
+    """The result of reproducing a merge.
 
     Attributes:
-        report: Of the new merge.
-        differences: The largest absolute difference by tensor, of those that are not equal bit for bit.
-        tensors: Number of tensors compared.
+        report: Report of the new merge.
+        differences: Largest absolute difference of each tensor that is not equal bit for bit.
+        tensors: Number of compared tensors.
     """
 
     report: MergeReport
@@ -74,80 +76,84 @@ class Replay:
             return f"reproduced: all {self.tensors} tensors are equal, bit for bit"
         worst = sorted(self.differences, key=lambda name: self.differences[name], reverse=True)[:5]
         lines = [f"- {name}: differs by up to {self.differences[name]:.3g}" for name in worst]
-        count = f"not reproduced: {len(self.differences)} of {self.tensors} tensors differ, most of all"
+        count = f"not reproduced: {len(self.differences)} of {self.tensors} tensors differ; the largest differences:"
         return "\n".join([count, *lines])
 
 
 def reproduce(merged: str, overrides: Sequence[str] = (), *, token: str | None = None) -> Replay:
-    """Make the last run of a merge again, from its recorded revisions, data and seeds, and compare the weights.
+    """Run the last run of a merge again, with its recorded revisions, data and seeds, and compare the weights.
 
-    Equal bits are expected on the same platform with the same versions and number of threads. The record is a
-    stranger's data: Python code of a model runs only if `overrides` name it in `trust_remote_code`.
+    The weights are equal bit for bit on the same platform with the same versions and number of threads. A stranger may
+    have written the record, so Python code of a model runs only if `overrides` names the model in `trust_remote_code`.
 
     Args:
         merged: Hub id or folder of a merge by this package.
-        overrides: `key=value`, such as `data.data_files.train=...` where the data lies elsewhere now.
+        overrides: Texts `key=value`, such as `data.data_files.train=...` if the data has moved.
         token: Hub token.
 
     Raises:
-        ConfigError: It is not such a merge, or its record names something that only its author had: a local folder, or
-            data that was given from Python; or the data is another one.
+        ConfigError: `merged` is not such a merge; or only its author has something that the record names: a local
+            folder, or data that was given from Python; or the data has changed.
     """
-    values, record, located = _recorded(merged, token)
+    values, record, located = _read_merge(merged, token)
     recipe = _recorded_recipe(merged, values, overrides)
     named = [*([recipe.base_model] if recipe.base_model else []), *recipe.sources]
-    if lost := [name for name in named if "@" not in name and not Path(name).is_dir()]:
+    if missing := [name for name in named if "@" not in name and not Path(name).is_dir()]:
         raise ConfigError(
-            f"'{merged}' cannot be reproduced: it was made with folders that are not here: {', '.join(lost)}"
+            f"'{merged}' cannot be reproduced: these folders of its recipe do not exist here: {', '.join(missing)}"
         )
     if recipe.config.needs_data and not recipe.data:
         raise ConfigError(
-            f"'{merged}' cannot be reproduced: its data was given from Python, and its record names none; name the same "
-            "data with data.path=..."
+            f"'{merged}' cannot be reproduced: its record names no data, because the data was given from Python; name "
+            "the same data with data.path=..."
         )
     if (dtypes := located.float_dtypes()) and "F32" not in dtypes:
         raise ConfigError(
-            f"'{merged}' cannot be reproduced: its weights are {', '.join(sorted(dtypes))}, so it was made from Python with "
-            "a dtype of its own, which the record does not name; a recipe's are F32"
+            f"'{merged}' cannot be reproduced: got weights of type {', '.join(sorted(dtypes))}, expected F32; a "
+            "recipe always gives F32, so the merge was made from Python with a `dtype`, which its record does not name"
         )
     merger, sources, data = prepare(recipe, token=token)
     if merger.report.continued_steps != record.continued_steps:
         raise ConfigError(
-            f"'{merged}' cannot be reproduced: it was appended to a merge that is not there any more: "
-            f"'{recipe.base_model}' holds another one now"
+            f"'{merged}' cannot be reproduced: it was appended to a merge in '{recipe.base_model}', which now holds "
+            f"another merge: got {merger.report.continued_steps} earlier steps, expected {record.continued_steps}"
         )
     for split, dataset in {"train": data.train, "eval": data.validation}.items():
         recorded, found = record.run.data.get(split) or {}, fingerprint(dataset) or {}
-        if not record.run.recipe.get("data"):  # given from Python, with columns of its own
+        if not record.run.recipe.get("data"):  # data from Python has other columns, and so another digest
             found.pop("digest", None)
-        if other := {key: value for key, value in found.items() if value != recorded.get(key, value)}:
+        if changed := {key: value for key, value in found.items() if value != recorded.get(key, value)}:
             raise ConfigError(
-                f"'{merged}' cannot be reproduced: the {split} data is not the recorded one: got {other}, expected "
-                f"{recorded}; name the same data with data.path=... or data.data_dir=..."
+                f"'{merged}' cannot be reproduced: the {split} data is not the recorded data: got {changed}, expected "
+                f"{recorded}; name the recorded data with data.path=... or data.data_dir=..."
             )
     merger.merge(sources, token=token, **data.keywords())
-    pushed = file_tensors(located)
-    return Replay(merger.report, _differences(merger.model, pushed), len(pushed))
+    earlier = file_tensors(located)
+    return Replay(merger.report, _differences(merger.model, earlier), len(earlier))
 
 
-def _differences(model: Any, pushed: dict[str, torch.Tensor]) -> dict[str, float]:
+def _differences(model: Any, earlier: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return the largest difference of each tensor that differs; infinity if it is missing or has another shape."""
     made = saved_state(model)
-    found = dict.fromkeys(made.keys() ^ pushed.keys(), float("inf"))
-    for name in made.keys() & pushed.keys():
-        ours, theirs = made[name].cpu(), pushed[name]
-        if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
-            found[name] = (
-                float((ours.double() - theirs.double()).abs().max()) if ours.shape == theirs.shape else float("inf")
-            )
+    found = dict.fromkeys(made.keys() ^ earlier.keys(), float("inf"))
+    for name in made.keys() & earlier.keys():
+        ours, theirs = made[name].cpu(), earlier[name]
+        if ours.shape != theirs.shape:
+            found[name] = float("inf")
+        elif ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
+            found[name] = float((ours.double() - theirs.double()).abs().max())
     return found
 
 
-def _recorded(merged: str, token: str | None) -> tuple[dict[str, Any], MergeReport, Source]:
+def _read_merge(merged: str, token: str | None) -> tuple[dict[str, Any], MergeReport, Source]:
+    """Return the saved recipe of a merge, its record, and its files."""
     located = locate(merged, token=token)
     record = read_record(located.folder)
     path = located.folder / CONFIG_FILE
     if record is None or not path.is_file():
-        raise ConfigError(f"'{merged}' is not a merge by grasp_hf: it holds no {CONFIG_FILE} or no record beside it")
+        raise ConfigError(
+            f"'{merged}' is not a merge by grasp_hf: expected a {CONFIG_FILE} and a record in it; name another model"
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -161,9 +167,9 @@ def _recorded(merged: str, token: str | None) -> tuple[dict[str, Any], MergeRepo
 
 
 def _recorded_recipe(merged: str, values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
-    """Return the recipe that a record holds, changed by the user's `overrides`, and log what the record decides in it.
+    """Return the recipe of a record, changed by the user's `overrides`, and log the keys that a user should check.
 
-    Only the user lets code run: the record's own `trust_remote_code` is dropped.
+    The `trust_remote_code` of the record is dropped, because only the user may allow code to run.
     """
     recorded = values.pop("trust_remote_code", None)
     for text in overrides:
@@ -173,13 +179,13 @@ def _recorded_recipe(merged: str, values: dict[str, Any], overrides: Sequence[st
     untrusted = [name for name in names if name not in recipe.config.trust_remote_code]
     if untrusted:
         logger.warning(
-            "the record of '%s' was made with Python code of %r. That code does not run here unless you name it: read it, "
+            "the record of '%s' was made with Python code of %r. This code does not run unless you allow it: read it, "
             "then add trust_remote_code=%r",
             merged,
             untrusted,
             untrusted,
         )
-    for key in SHOWN_FIRST:
+    for key in LOGGED:
         if values.get(key):
             logger.info("from the record of '%s': %s: %r", merged, key, without_secrets(values[key]))
     return recipe

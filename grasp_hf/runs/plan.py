@@ -1,4 +1,4 @@
-"""What a merge would do, and all that stands in its way, before any weight is read."""
+"""Plans a merge: looks up every model and lists all problems, before any weight is read."""
 
 import re
 from collections.abc import Collection
@@ -34,24 +34,36 @@ from ..tensors.units import head_tensors, movable_tensors, partition
 from .costs import cost_lines
 from .planned import PlannedSource
 
-LOOK_UPS = 8  # at a time
+LOOK_UPS = 8  # in parallel
 
 
 @dataclass
 class _Found:
-    """One reference after the Hub was asked: its configuration files are here, and the headers of its weights."""
+    """A model that was found; its configuration files are on this machine, and the headers of its weights are read.
+
+    Attributes:
+        source: The model, without its weights.
+        listing: Its files on the Hub; `None` for a folder.
+        headers: Its tensors by name, without storage; `None` if the weights are pickled.
+    """
 
     source: Source
     listing: Listing | None
-    headers: dict[str, Tensor] | None  # None where the weights are pickled
+    headers: dict[str, Tensor] | None
 
 
 def plan(recipe: Recipe, *, token: str | None = None) -> list[PlannedSource]:
-    """Look up the base model and every source of `recipe` and list all problems of each; no weight is read.
+    """Look up the base model and every source of `recipe`, and list all problems of each; no weight is read.
 
-    Several references are looked up at a time. Models are built on the meta device from their configurations, and compared
-    by the shapes in the headers of their files, so nothing large is read. An adapter's own tensors are checked when it is
-    loaded.
+    Models are built on the meta device from their configurations, and compared with the shapes in the headers of their
+    files, so nothing large is read. The tensors of an adapter are checked later, when it is loaded.
+
+    Args:
+        recipe: The recipe of the merge.
+        token: Hub token.
+
+    Returns:
+        The facts about the base, and then about each source.
     """
     references = [recipe.base_model, *recipe.sources] if recipe.base_model else recipe.sources
     rows = [
@@ -60,7 +72,7 @@ def plan(recipe: Recipe, *, token: str | None = None) -> list[PlannedSource]:
     ]
     for number, row in enumerate(rows):
         if row.reference in (earlier.reference for earlier in rows[:number]):
-            row.notes.append("it is named twice, and counts twice in a mean")
+            row.notes.append("the recipe names it twice, so it counts twice in a mean")
     with ThreadPoolExecutor(max_workers=LOOK_UPS) as threads:
         found = list(threads.map(lambda row: _find(row, token, recipe.config.trust_remote_code), rows))
     target: _Target | None = None
@@ -80,7 +92,7 @@ def plan(recipe: Recipe, *, token: str | None = None) -> list[PlannedSource]:
 
 
 def _find(planned: PlannedSource, token: str | None, trusted: Collection[str]) -> _Found | None:
-    """Ask the Hub, or look into the folder, and note what that says; `None` where there is nothing to go on."""
+    """Look up a reference on the Hub or in its folder, and record the facts in `planned`; `None` if that fails."""
     try:
         source, listing = look_up(planned.reference, token=token, trusted=trusted)
         planned.kind, planned.sha = source.kind, source.sha
@@ -94,7 +106,7 @@ def _find(planned: PlannedSource, token: str | None, trusted: Collection[str]) -
             planned.parameters = sum(tensor.numel() for tensor in headers.values())
         else:
             planned.notes.append(
-                "its weights are pickled: weights_only=True reads them, and only then are shapes known"
+                "its weights are pickled, so their shapes are unknown until the merge reads them (weights_only=True)"
             )
         return _Found(source, listing, headers)
     except GraspError as error:
@@ -102,12 +114,17 @@ def _find(planned: PlannedSource, token: str | None, trusted: Collection[str]) -
         return None
 
 
-def plan_table(rows: list[PlannedSource], recipe: Recipe | None = None) -> str:
-    """Return the plan as a Markdown table; below it the cost, the units, every note and every problem in full."""
-    table = [row.row() for row in rows]
-    told = [column for column in table[0] if any(line[column] for line in table)]
+def plan_table(rows: list[PlannedSource], recipe: Recipe | None = None, *, verbose: bool = False) -> str:
+    """Return the plan as text: a Markdown table, the costs, the units, and every note and every problem.
+
+    Args:
+        rows: The plan.
+        recipe: The recipe, without which the costs are left out.
+        verbose: Whether to add all other facts about each model, such as licence, revision and data type.
+    """
     blocks = [
-        [markdown_table([{column: line[column] or "–" for column in told} for line in table])],
+        [markdown_table([row.row() for row in rows])],
+        *([row.detail_lines() for row in rows] if verbose else []),
         cost_lines(rows, recipe.config) if recipe and rows[0].kind else [],
         [line for row in rows for line in row.partition],
         [f"- {row.reference}: {note}" for row in rows for note in row.notes],
@@ -118,21 +135,23 @@ def plan_table(rows: list[PlannedSource], recipe: Recipe | None = None) -> str:
 
 
 def licence_lines(rows: list[PlannedSource]) -> list[str]:
-    """Return the licence that a merge of what is on the Hub would declare, and what its maker should know."""
+    """Return the licence that a merge of the models on the Hub would declare, and a line for each warning about it."""
     licenses = {row.reference: row.license for row in rows if row.sha}
     declared, warnings = strictest(licenses) if licenses else (None, [])
-    return [*([f"licence of the merge: {declared}"] if declared else []), *(f"- {warning}" for warning in warnings)]
+    lines = [f"licence of the merge: {declared}"] if declared else []
+    return lines + [f"- {warning}" for warning in warnings]
 
 
 def partition_lines(model: PreTrainedModel, unit: str) -> list[str]:
-    """Return one line per kind of unit: its name, with a range where units differ in numbers only, and its size."""
+    """Return a line per kind of unit with its name and size; units whose names differ only in numbers share a line."""
     tensors = movable_tensors(model)
     kinds: dict[tuple[str, int], list[str]] = {}
     units = partition(model, unit)
     for part in units:
         elements = sum(tensors[name].numel() for name in part.tensors)
         kinds.setdefault((re.sub(r"(?<=\.)\d+", "*", part.name), elements), []).append(part.name)
-    lines = [f"{len(units)} units of {sum(t.numel() for t in tensors.values()):,} numbers (unit: {unit}):"]
+    total = sum(tensor.numel() for tensor in tensors.values())
+    lines = [f"{len(units)} units with {total:,} parameters (unit: {unit}):"]
     for (kind, elements), names in kinds.items():
         name = names[0] if len(names) == 1 else f"{len(names)} × {kind}"
         lines.append(f"  {name}: {elements:,}")
@@ -140,24 +159,33 @@ def partition_lines(model: PreTrainedModel, unit: str) -> list[str]:
 
 
 def problem_list(rows: list[PlannedSource]) -> list[str]:
-    """Return every problem of the plan as a line that names its model, or the data."""
+    """Return every problem of the plan as a line that names its model or the data."""
     return [problem for row in rows for problem in row.problem_lines()]
 
 
 @dataclass
 class _Target:
-    """What sources are compared with: the base, as a model without weights, and what the recipe wants of it."""
+    """The target that sources are compared with, without its weights.
+
+    Attributes:
+        base: The base model.
+        model: The target on the meta device.
+        has_labels: Whether its label names are those of the merge; not if the data cannot be read.
+        processing_class: Tokenizer or image processor of the base; `None` if it has none.
+        accepted_bases: Setting of the recipe.
+        token: Hub token.
+    """
 
     base: Source
     model: PreTrainedModel
-    has_labels: bool  # whether its label names are those of the merge; they are not where the data cannot be read
+    has_labels: bool
     processing_class: Any
     accepted_bases: list[str]
     token: str | None = field(repr=False)
 
     @property
     def adapters_base(self) -> Source:
-        """The model whose adapters can be merged: of a continued merge, the one that it started from."""
+        """The model whose adapters can be merged; if the base is a merge, the model that this merge started from."""
         record = read_record(self.base.folder)
         return look_up(record.base_reference, token=self.token)[0] if record else self.base
 
@@ -178,22 +206,22 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
         planned.data_problems = _take_labels_(config, recipe, base, cls)
     with torch.device("meta"):
         model = cls(config)
-    planned.problems += fresh_problems(model, _fresh(found, model, config), needs_head=not needs_data)
+    planned.problems += fresh_problems(model, _missing_tensors(found, model, config), needs_head=not needs_data)
     planned.partition = partition_lines(model, recipe.config.unit)
     has_labels = not planned.data_problems
     return _Target(base, model, has_labels, load_processing_class(base), recipe.config.accepted_bases, token)
 
 
 def _take_labels_(config: PretrainedConfig, recipe: Recipe, base: Source, cls: type[PreTrainedModel]) -> list[str]:
-    """Change `config` to the label names of the data; return the problems of the data, with which it stays as it is."""
-    from ..data.section import DataSection  # datasets, which a merge without data never imports
+    """Change `config` to the label names of the data; if the data has problems, return them and change nothing."""
+    from ..data.section import DataSection  # imports datasets, which a merge without data does not need
     from ..data.splits import labelled_splits
     from ..data.tasks import check_prepared
 
     try:
         DataSection.from_recipe(recipe)
     except ConfigError as error:
-        return error.problems  # each names its key, such as data.path
+        return error.problems  # each problem names its key, such as data.path
     try:
         check_prepared(cls, base)
         required_processing_class(base)
@@ -204,8 +232,8 @@ def _take_labels_(config: PretrainedConfig, recipe: Recipe, base: Source, cls: t
     return []
 
 
-def _fresh(found: _Found, model: PreTrainedModel, config: PretrainedConfig) -> dict[str, str]:
-    """Return what `model` would draw anew; of pickled weights, what the configuration says is not there."""
+def _missing_tensors(found: _Found, model: PreTrainedModel, config: PretrainedConfig) -> dict[str, str]:
+    """Return the tensors that `model` would initialise; for pickled weights, those that the configuration lacks."""
     if found.headers is None:
         return dict.fromkeys(head_tensors(model), "") if is_headless(config) else {}
     return fresh_tensors(model, runtime_tensors(found.headers, model, Path())[0])
@@ -248,13 +276,13 @@ def _plan_full(planned: PlannedSource, found: _Found, target: _Target | None) ->
         return
     model = _without_weights(target, config)
     labels = label_names(config if target.has_labels else target.model.config)
-    if found.headers is None:  # pickled: what the configuration promises
+    if found.headers is None:  # pickled weights: only the configuration shows the tensors
         lacking = head_tensors(model) if is_headless(config) else set()
         tensors = {name: tensor for name, tensor in movable_tensors(model).items() if name not in lacking}
         read = SourceFiles(tensors, set(tensors), labels)
     else:
         tensors, problems = runtime_tensors(found.headers, target.model, Path())
         read = SourceFiles(tensors, set(tensors), labels, problems)
-    comparison = fit_source(source, read, target.model, target.processing_class)
-    planned.problems += comparison.problems + tie_problems(target.model, model)
-    planned.notes += comparison.notes
+    fit = fit_source(source, read, target.model, target.processing_class)
+    planned.problems += fit.problems + tie_problems(target.model, model)
+    planned.notes += fit.notes

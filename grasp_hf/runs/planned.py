@@ -1,35 +1,38 @@
-"""What is known of one model before any weight is read."""
+"""The facts about one model that are known before any weight is read."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ..errors import first_few
+from ..record.text import format_size, shorten
+
+NAME_WIDTH = 36  # characters; with it the table fits in 100 columns
 
 
 @dataclass
 class PlannedSource:
-    """What is known of one reference without its weights.
+    """The facts about one reference that are known without its weights.
 
     Attributes:
-        reference: As the user gave it.
+        reference: Reference as the user gave it.
         role: `base` or `source`.
-        kind: `full` or `adapter`; empty where it was not found.
-        sha: Commit on the Hub.
-        architecture: The model type, or the type of the adapter.
-        dtypes: Of its weights, in the spelling of safetensors.
-        parameters: Number of numbers in its files.
+        kind: `full` or `adapter`; empty if the model was not found.
+        sha: Commit on the Hub; `None` for a folder.
+        architecture: Model type, or the type of the adapter.
+        dtypes: Data types of its weights, such as `float32`; empty if only reading the weights shows them.
+        parameters: Number of elements in its weight files.
         labels: Names of its classes; `None` for a model that generates.
-        vocabulary: Number of tokens that it embeds.
-        adapter_of: The model that an adapter says that it belongs to.
-        license: What its card declares.
-        gated: Whether conditions stand before its files.
-        num_bytes: Size of its weights.
-        cached_bytes: How much of them lies on this machine already.
-        problems: Everything that keeps it from being merged.
-        data_problems: Of the base: everything that keeps its data from being used.
-        notes: What will happen to its head and its vocabulary, where there is something to say.
-        partition: Of the base: the units that are decided together, those that differ in a number only on one line.
+        vocabulary: Number of tokens in its embedding.
+        adapter_of: Base model that the configuration of an adapter names.
+        license: Licence that its card declares.
+        gated: Whether a user must accept conditions before a download.
+        num_bytes: Size of its weights in bytes.
+        cached_bytes: Size in bytes of the weights that are already on this machine.
+        problems: All reasons why it cannot be merged.
+        data_problems: For the base, all reasons why its data cannot be used.
+        notes: Changes that a merge makes to its head and its vocabulary, and other remarks.
+        partition: For the base, lines that list the units; units whose names differ only in numbers share a line.
     """
 
     reference: str
@@ -53,29 +56,39 @@ class PlannedSource:
 
     @property
     def bytes_to_download(self) -> int:
-        """Size of the weights that are not on this machine."""
+        """Size in bytes of the weights that are not on this machine."""
         return self.num_bytes - self.cached_bytes
 
     def problem_lines(self) -> list[str]:
-        """Return every problem as a line that names the data, or this model."""
+        """Return every problem as a line that names the data or this model."""
         return self.data_problems + [f"{self.reference}: {problem}" for problem in self.problems]
 
     def row(self) -> dict[str, str | None]:
-        """Return its line of the plan; `None` where nothing is known."""
+        """Return its row of the plan's table; a dash stands for an unknown value."""
         name = Path(self.reference).name if Path(self.reference).is_dir() else self.reference
-        revision = self.sha or ("local" if self.kind else None)
         return {
             "": self.role,
-            "model": name,
-            "kind": self.kind or None,
-            "architecture": self.architecture or None,
-            "adapter of": self.adapter_of or None,
-            "dtype": ", ".join(self.dtypes) or None,
-            "labels": first_few(self.labels, 3) if self.labels else None,
-            "tokens": str(self.vocabulary) if self.vocabulary else None,
-            "licence": f"{self.license or '–'}, gated" if self.gated else self.license or None,
-            "revision": revision and revision[:7],
-            "MB": f"{self.num_bytes / 1e6:.1f}" if self.kind else None,
-            "to download": f"{self.bytes_to_download / 1e6:.1f}" if self.kind else None,
+            "model": shorten(name, NAME_WIDTH),
+            "kind": self.kind or "–",
+            "size": format_size(self.num_bytes) if self.kind else "–",
+            "download": format_size(self.bytes_to_download) if self.kind else "–",
             "problems": str(len(self.problem_lines()) or "none"),
         }
+
+    def detail_lines(self) -> list[str]:
+        """Return its reference and all other known facts as lines of text."""
+        revision = self.sha[:7] if self.sha else "local" if self.kind else ""
+        licence = [self.license] if self.license else []
+        facts = {
+            "licence": ", ".join([*licence, *(["gated"] if self.gated else [])]),
+            "revision": revision,
+            "architecture": self.architecture,
+            "adapter of": self.adapter_of,
+            "dtype": ", ".join(self.dtypes),
+            "labels": first_few(self.labels, 3) if self.labels else "",
+            "tokens": str(self.vocabulary or ""),
+        }
+        return [
+            f"{self.role} {self.reference}",
+            *(f"  {name + ':':13} {fact}" for name, fact in facts.items() if fact),
+        ]

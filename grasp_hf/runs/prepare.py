@@ -1,4 +1,4 @@
-"""From a recipe to a merger and its data, ready to run."""
+"""Loads the base model and the data of a recipe, ready for a merge."""
 
 import logging
 
@@ -19,13 +19,20 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, list[str], Samples]:
-    """Load the base model and the data of `recipe`, and return the merger, the sources still to merge, and the data.
+    """Load the base model and the data of `recipe`.
 
-    A base model that knows other labels than the data gets a new head with the data's label names. A recipe that needs
+    A base model with other labels than the data gets a new head with the label names of the data. A recipe that needs
     no data may have none.
 
+    Args:
+        recipe: The recipe of the merge.
+        token: Hub token.
+
+    Returns:
+        The merger, the references of the sources to merge, and the samples.
+
     Raises:
-        GraspError: The recipe, the base model or the data is not usable; nothing has been changed or written.
+        GraspError: The recipe, the base model or the data cannot be used; nothing is changed or written.
     """
     sources = [recipe.locate(source) for source in recipe.sources]
     start = recipe.locate(recipe.base_model) if recipe.base_model else sources.pop(0)
@@ -33,9 +40,9 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
         merger = GraspMerger.from_pretrained(start, config=recipe.config, task=recipe.task, token=token)
         merger.describe_run(starts_from_source=recipe.base_model is None)
         return merger, sources, Samples(collator=default_data_collator)
-    from ..data.section import DataSection  # datasets, which a merge without data never imports
+    from ..data.section import DataSection  # imports datasets, which a merge without data does not need
     from ..data.splits import labelled_splits
-    from ..data.tasks import check_prepared, with_images, with_tokens
+    from ..data.tasks import check_prepared, prepare_images, tokenize_texts
 
     section = DataSection.from_recipe(recipe)
     base = locate(start, token=token, trusted=recipe.config.trust_remote_code)
@@ -48,21 +55,23 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     new_head = bool(names) and names != known
     if new_head and known != [f"LABEL_{index}" for index in range(len(known))]:
         logger.warning(
-            "the labels of the data are %s, those of '%s' are %s: it gets a new head",
-            first_few(names),
+            "'%s' gets a new head, because its labels are %s and those of the data are %s",
             base.ref,
             first_few(known),
+            first_few(names),
         )
     if cls.main_input_name == "pixel_values":
-        splits, collator = with_images(splits, section.image, processor)
+        splits, collator = prepare_images(splits, section.image, processor)
     else:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        splits, collator = with_tokens(splits, section, processor, generates=cls.can_generate(), positions=positions)
+        splits, collator = tokenize_texts(
+            splits, section, processor, generates=cls.can_generate(), positions=positions
+        )
         if config.pad_token_id is None:
             model_kwargs["pad_token_id"] = processor.pad_token_id
     if shared := shared_samples(splits):
         logger.warning(
-            "%s; what judges a merge then knows what it judges, and its numbers flatter: remove them",
+            "%s; the reported losses will be too low. Remove the duplicates",
             "; ".join(shared),
         )
     merger = GraspMerger.from_pretrained(

@@ -1,1 +1,1 @@
-"""From the files of a source to tensors as the target would hold them, checked or refused."""
+"""Read the files of a source into tensors of the target's names and shapes; refuse a source that does not fit."""

@@ -1,4 +1,4 @@
-"""PEFT adapters as sources: what they say of themselves, and what they make of their base model."""
+"""PEFT adapters as sources: the checks of their configuration, and their merge into the base model."""
 
 import copy
 from collections.abc import Collection
@@ -37,9 +37,9 @@ class AppliedAdapter:
     """A base model after an adapter was merged into it.
 
     Attributes:
-        model: The model; what the adapter changed lies in a file, the rest where it was.
-        touched: Runtime names of the modules that the adapter changed or brought along.
-        whole: Runtime names of the modules that it brought along whole (`modules_to_save`).
+        model: The merged model. The weights that the adapter changed are mapped from a file; the others stay in place.
+        touched: Runtime names of the modules that the adapter changed or replaced.
+        whole: Runtime names of the modules that the adapter replaced (`modules_to_save`).
     """
 
     model: PreTrainedModel
@@ -51,7 +51,7 @@ def load_adapter_config(source: Source) -> PeftConfig:
     """Return the configuration of an adapter.
 
     Raises:
-        IncompatibleSourceError: It cannot be read, or is of a type that PEFT does not know.
+        IncompatibleSourceError: The configuration cannot be read, or PEFT does not know the type of the adapter.
     """
     try:
         return PeftConfig.from_pretrained(str(source.folder))
@@ -68,60 +68,69 @@ def adapter_problems(
     *,
     token: str | None = None,
 ) -> list[str]:
-    """List what an adapter's config alone says against applying it to `base`.
+    """List the problems in an adapter's config that keep it from being applied to `base`.
 
-    `accepted_bases` are names (`org/name` or `org/name@revision`) that the user declares to be the same model as `base`;
-    `token` lets the Hub be asked about it.
+    Args:
+        config: The adapter's configuration.
+        adapter: The adapter's files.
+        base: The base of the target; `None` if it is unknown.
+        accepted_bases: Names (`org/name` or `org/name@revision`) that the user declares to be the model `base`.
+        token: Hub token, to look up the commit of a revision.
     """
     problems = []
-    kind = PeftType(config.peft_type)
-    if config.is_prompt_learning or not _merges(kind):
-        problems.append(f"an adapter of type {kind.value} cannot be merged into weights; expected LoRA or alike")
+    if config.is_prompt_learning or not _can_merge(PeftType(config.peft_type)):
+        problems.append(type_problem(config))
     named = config.base_model_name_or_path or ""
     if base is None:
         problems.append(
-            f"it is an adapter of '{named}', but where the target started is not known; load the target with "
+            f"it is an adapter of '{named}', but the base of the target is unknown; load the target with "
             "GraspMerger.from_pretrained"
         )
     elif {named, f"{named}@{config.revision}"} & set(accepted_bases):
         pass
-    elif named != base.ref.name and not _is_folder(named, adapter, base):
+    elif named != base.ref.name and not _names_folder(named, adapter, base):
         problems.append(
-            f"it is an adapter of '{named}', expected an adapter of '{base.ref.name}'; if they are the same, accept it "
-            f"by name: accepted_bases=['{named}']"
+            f"it is an adapter of '{named}', expected an adapter of '{base.ref.name}'; if both are the same model, "
+            f"accept it by name: accepted_bases=['{named}']"
         )
-    elif config.revision and base.sha and not _is_commit(named, config.revision, base, token):
+    elif config.revision and base.sha and not _names_commit(named, config.revision, base, token):
         revised = f"{named}@{config.revision}"
         problems.append(
-            f"it is an adapter of '{named}' at revision '{config.revision}', expected '{base.ref}'; if they are the same, "
-            f"accept it by name: accepted_bases=['{revised}']"
+            f"it is an adapter of '{named}' at revision '{config.revision}', expected '{base.ref}'; if both are the "
+            f"same model, accept it by name: accepted_bases=['{revised}']"
         )
     return problems
 
 
-def _merges(kind: PeftType) -> bool:
-    """Whether PEFT can merge adapters of this type into weights: whether some layer of its kind says how."""
+def type_problem(config: PeftConfig) -> str:
+    """Return the problem of an adapter of a type that PEFT cannot merge."""
+    kind = PeftType(config.peft_type).value
+    return f"an adapter of type {kind} cannot be merged into weights; expected LoRA or a similar type"
+
+
+def _can_merge(kind: PeftType) -> bool:
+    """Whether PEFT can merge adapters of this type into weights: whether one of its layers has a `merge` method."""
     layers = [*filter(None, [merging_layer(kind)])]
     for layer in layers:
         layers += layer.__subclasses__()
     return any(layer.merge is not BaseTunerLayer.merge for layer in layers)
 
 
-def _is_folder(name: str, adapter: Source, base: Source) -> bool:
-    """Whether `name` is the folder of `base`, seen from here or from the adapter's own folder."""
+def _names_folder(name: str, adapter: Source, base: Source) -> bool:
+    """Whether `name` is the folder of `base`, relative to the working directory or to the adapter's folder."""
     paths = (Path(name), adapter.folder / name)
     return bool(name) and any(path.is_dir() and path.samefile(base.folder) for path in paths)
 
 
-def _is_commit(name: str, revision: str, base: Source, token: str | None) -> bool:
-    """Whether `revision` (a branch, a tag, a sha) is the commit that `base` was taken from."""
+def _names_commit(name: str, revision: str, base: Source, token: str | None) -> bool:
+    """Whether `revision` (a branch, a tag, a sha) of the repository `name` is the commit of `base`."""
     if revision in (base.sha, base.ref.revision):
         return True
     return commit_of(SourceRef(name, revision), token=token) == base.sha
 
 
-def saved_classes(adapter: Source, class_tensors: Collection[str]) -> int | None:
-    """Return the number of classes of a head that the adapter brings along whole; `None` where it brings none.
+def count_saved_classes(adapter: Source, class_tensors: Collection[str]) -> int | None:
+    """Return the number of classes of the head in an adapter's file; `None` if the file holds no head.
 
     `class_tensors` are the names of the model's tensors that have a row per class.
     """
@@ -131,32 +140,34 @@ def saved_classes(adapter: Source, class_tensors: Collection[str]) -> int | None
 
 
 def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> AppliedAdapter:
-    """Change `base` in place to what the adapter makes of it.
+    """Change `base` in place by merging an adapter into its weights.
 
-    The result is that of PEFT's `merge_and_unload()`, but the changed weights are written to a file in `directory`,
-    module by module, so that one module and not one model is held in private memory.
+    The result is that of PEFT's `merge_and_unload()`. The changed weights are written to a file in `directory`, module
+    by module: private memory holds the weights of one module, not of the model.
 
     Raises:
-        IncompatibleSourceError: The adapter's file lacks weights, or holds some that belong nowhere or have other shapes.
-        ValueError, RuntimeError, OSError: PEFT cannot read it or apply it to this model.
+        IncompatibleSourceError: The adapter's file lacks weights, or holds weights that belong to no module or have
+            other shapes.
+        ValueError, RuntimeError, OSError: PEFT cannot read the adapter or apply it to this model.
     """
-    folder = _in_runtime_names(base, adapter, directory)
+    folder = _use_runtime_names(base, adapter, directory)
     adapted = PeftModel.from_pretrained(base, str(folder))
-    # Saving embedding layers is left out because PEFT would ask the Hub about the base model.
+    # To save embedding layers, PEFT would ask the Hub about the base model.
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     weights = adapter_weights_in_runtime_names(adapted, load_peft_weights(str(folder), device="cpu"))
-    # The weights below an adapted embedding or output layer are saved along, although they are the base model's.
+    # An adapter of an embedding or output layer is saved with the base model's weights of that layer.
     expected, found = ({key for key in keys if ".base_layer." not in key} for keys in (state, weights))
     if found != expected:
-        some = sorted(found ^ expected)
+        first = min(found ^ expected)
         raise IncompatibleSourceError(
-            f"'{adapter.ref}' does not fit its own configuration on this model: {len(expected - found)} weights are not "
-            f"in its file and {len(found - expected)} belong nowhere, starting with {some[0]}"
+            f"'{adapter.ref}' does not fit its own configuration on this model: its file lacks "
+            f"{len(expected - found)} weights and holds {len(found - expected)} that belong to no module, starting "
+            f"with {first}"
         )
     for key in sorted(expected):
         if weights[key].shape != state[key].shape:
             raise IncompatibleSourceError(
-                f"'{adapter.ref}' does not fit this model: {key} has shape {tuple(weights[key].shape)}, expected "
+                f"'{adapter.ref}' does not fit this model: {key}: got shape {tuple(weights[key].shape)}, expected "
                 f"{tuple(state[key].shape)}"
             )
     touched, whole = _touched_modules(adapted, expected)
@@ -166,39 +177,39 @@ def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> A
 
 @torch.no_grad()
 def _merge_into_file(adapted: PeftModel, path: Path) -> None:
-    """Let PEFT merge one adapted layer after the other, and put the result of each in a file at `path`."""
+    """Let PEFT merge the adapted layers sequentially, and write each result to a file at `path`."""
     modules = dict(adapted.get_base_model().named_modules())
-    # What PEFT unwraps in a way of its own, such as single trained tokens, is one embedding: it is left to PEFT.
-    own_way = tuple(f"{name}." for name, m in modules.items() if unloads_itself(m))
+    # `merge_and_unload()` merges the modules that unload themselves, such as embeddings with single trained tokens.
+    unloading = tuple(f"{name}." for name, m in modules.items() if unloads_itself(m))
     layers = {
         name: module
         for name, module in modules.items()
-        if isinstance(module, BaseTunerLayer) and not f"{name}.".startswith(own_way)
+        if isinstance(module, BaseTunerLayer) and not f"{name}.".startswith(unloading)
     }
 
     def parameters(name: str) -> dict[str, Tensor]:
         return {f"{name}.{key}": p for key, p in layers[name].get_base_layer().named_parameters()}
 
-    room = MappedTensors(path, {key: p for name in layers for key, p in parameters(name).items()})
+    buffer = MappedTensors(path, {key: p for name in layers for key, p in parameters(name).items()})
     for name, layer in layers.items():
         for key, parameter in parameters(name).items():
-            parameter.data = room[key].copy_(parameter.data)
+            parameter.data = buffer[key].copy_(parameter.data)
         layer.merge()
         for key, parameter in parameters(name).items():
-            if parameter.data_ptr() != room[key].data_ptr():
-                parameter.data = room[key].copy_(parameter.data)
+            if parameter.data_ptr() != buffer[key].data_ptr():  # some layers replace their weight
+                parameter.data = buffer[key].copy_(parameter.data)
 
 
 def _touched_modules(adapted: PeftModel, keys: set[str]) -> tuple[set[str], set[str]]:
-    """Return the names of the base model's modules that the adapter changes, and of those that it brings along whole."""
+    """Return the names of the base model's modules that the adapter changes, and of those that it replaces."""
     modules = dict(adapted.get_base_model().named_modules())
     touched: set[str] = set()
-    for name, module in modules.items():  # from the outside in
+    for name, module in modules.items():  # a module comes before those inside it
         inside = name.startswith(tuple(f"{outer}." for outer in touched))
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not inside:
             touched.add(name)
     whole = {name for name in touched if isinstance(modules[name], ModulesToSaveWrapper)}
-    for key in keys:  # such as the bias of a module that is not adapted
+    for key in keys:  # for example the bias of a module that is not adapted
         name = _module_of(key, modules)
         if name and not f"{name}.".startswith(tuple(f"{outer}." for outer in touched)):
             touched.add(name)
@@ -206,19 +217,19 @@ def _touched_modules(adapted: PeftModel, keys: set[str]) -> tuple[set[str], set[
 
 
 def _module_of(key: str, modules: Collection[str]) -> str:
-    """Return the innermost of `modules` that a weight of an adapter belongs to; empty where it is none."""
+    """Return the innermost of `modules` that a weight of an adapter belongs to; empty if there is none."""
     name = key.removeprefix(PREFIX)
     while name and name not in modules:
         name = name.rpartition(".")[0]
     return name
 
 
-def _in_runtime_names(base: PreTrainedModel, adapter: Source, directory: Path) -> Path:
-    """Return a folder with the adapter in the names that modules have in memory: its own, or a new one in `directory`.
+def _use_runtime_names(base: PreTrainedModel, adapter: Source, directory: Path) -> Path:
+    """Return the adapter's folder, or a new folder in `directory` with the modules' names in memory.
 
-    An adapter that was made under transformers 4 names modules as they were called then (`attention.attention.query` of
-    a ViT, now `attention.q_proj`). Its weights are renamed as transformers renames those of a checkpoint, and its
-    configuration names each module in full.
+    An adapter that was trained under transformers 4 uses the names of that version (`attention.attention.query` of a
+    ViT, now `attention.q_proj`). The new folder holds the weights under the names that transformers would give them
+    when it loads a checkpoint, and a configuration that lists the full name of each module.
     """
     renamings, _ = weight_conversions(base)
     weights = load_peft_weights(str(adapter.folder), device="cpu")

@@ -1,4 +1,4 @@
-"""The weights of a full source, mapped from its files, by the names that the target's have in memory."""
+"""The weights of a full source, mapped from its files, under the names of the target's tensors in memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def file_tensors(source: Source) -> dict[str, Tensor]:
-    """Return the tensors in the files of `source` by the names that they have there; mapped, so that none is read yet.
+    """Return the tensors in the files of `source` by their names there; they are mapped, and nothing is read yet.
 
     Raises:
         SafetensorError, OSError, RuntimeError, UnpicklingError: A file cannot be read.
@@ -42,18 +42,18 @@ def file_tensors(source: Source) -> dict[str, Tensor]:
 def runtime_tensors(
     raw: Mapping[str, Tensor], target: PreTrainedModel, directory: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of files by the names that `movable_tensors(target)` has, in the shapes that they have there.
+    """Return the tensors `raw` of a file under the names of `movable_tensors(target)`.
 
-    The names in files are changed as `from_pretrained` changes them, without building a second model: nothing but page
-    cache is used. What transformers fuses when it loads (the experts of a Mixtral) is fused into a file in `directory`,
-    unless the tensors are those of a plan, on the meta device.
+    The names are changed as `from_pretrained` changes them, but without a second model: only page cache is used.
+    transformers fuses some tensors when it loads them, such as the experts of a Mixtral. They are fused into a file in
+    `directory`, or left on the meta device if the target is there.
 
     Returns:
-        The tensors, and the problems: tensors like the target's that the target has no place for, such as those of a
-        further layer, and two different tensors where the target has one that is tied.
+        The tensors, and a list of problems: tensors of layers that the target does not have, and different tensors
+        that are tied in the target.
 
     Raises:
-        IncompatibleSourceError: A part of what is fused is not there.
+        IncompatibleSourceError: A tensor that must be fused with others is missing or has another shape.
     """
     renamings, converters = weight_conversions(target)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -70,13 +70,13 @@ def runtime_tensors(
         else:
             collect_(fused.setdefault(name, deepcopy(by_pattern[pattern])), name, key, pattern, raw[key])
     found |= _fuse(fused, target, expected, directory)
-    prefix = f"{target.base_model_prefix}."  # the name of a further layer lacks it where the file's do
-    problems = _further([name if name.startswith(prefix) else prefix + name for name in without_place], expected)
-    problems = problems or _further(without_place, expected)
+    prefix = f"{target.base_model_prefix}."  # missing in the files of a model without a head
+    with_prefix = [name if name.startswith(prefix) else prefix + name for name in without_place]
+    problems = _extra_layer_problems(with_prefix, expected) or _extra_layer_problems(without_place, expected)
     for alias, name in tied_names(target).items():
         other = found.pop(alias, None)
         if other is not None and not (found.setdefault(name, other).is_meta or torch.equal(found[name], other)):
-            problems.append(f"{alias} and {name} differ; in the target they are tied")
+            problems.append(f"{alias} and {name} differ, but they are tied in the target")
     return {name: found[name] for name in movable_tensors(target) if name in found}, problems
 
 
@@ -84,28 +84,28 @@ def runtime_tensors(
 def _fuse(
     converters: Mapping[str, WeightConverter], target: PreTrainedModel, like: Mapping[str, Tensor], directory: Path
 ) -> dict[str, Tensor]:
-    """Carry out conversions of several tensors into one, one after the other, into a file."""
+    """Run sequentially the conversions of several tensors into one, and write the results to a file."""
     if not converters:
         return {}
     planned = any(like[name].is_meta for name in converters)
-    room = {} if planned else dict(MappedTensors(directory / "fused", {name: like[name] for name in converters}))
+    buffer = {} if planned else dict(MappedTensors(directory / "fused", {name: like[name] for name in converters}))
     for first, converter in converters.items():
         try:
             values = convert(converter, first, target)
         except (ValueError, RuntimeError) as error:
-            problem = "cannot be made of what is in the files, where a part is missing or of another shape"
+            problem = "cannot be made from the tensors in the files: one is missing or has another shape"
             raise IncompatibleSourceError(f"{first} {problem}: {error}") from error
         for name, value in values.items():
-            room[name] = value if planned else room[name].copy_(value)
-    return room
+            buffer[name] = value if planned else buffer[name].copy_(value)
+    return buffer
 
 
-def _further(names: Collection[str], expected: Collection[str]) -> list[str]:
-    """Say which of `names` are like expected ones but for their numbers: those of further layers."""
+def _extra_layer_problems(names: Collection[str], expected: Collection[str]) -> list[str]:
+    """Return a problem that lists the names of additional layers: they differ from expected names only in numbers."""
 
     def without_numbers(name: str) -> str:
         return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
     kinds = {without_numbers(name) for name in expected}
-    further = [name for name in names if re.search(r"\.\d+\.", name) and without_numbers(name) in kinds]
-    return [f"{len(further)} tensors of the source are not in the target: {first_few(further)}"] if further else []
+    extra = [name for name in names if re.search(r"\.\d+\.", name) and without_numbers(name) in kinds]
+    return [f"{len(extra)} tensors of the source are not in the target: {first_few(extra)}"] if extra else []

@@ -19,9 +19,9 @@ from .rows import RowMatch, RowMatches, match_head, match_tokens, token_tensors,
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Settings that change what the same weights mean, and that no shape tells.
+# Settings that change what a model computes from the same weights; the shapes of the weights do not show them.
 WITHOUT_SHAPE = (
-    "num_hidden_layers",  # an ALBERT shares them
+    "num_hidden_layers",  # the layers of an ALBERT share their weights
     "num_attention_heads",
     "num_key_value_heads",
     "hidden_act",
@@ -34,13 +34,13 @@ WITHOUT_SHAPE = (
 
 @dataclass
 class Fit:
-    """How a source meets the target.
+    """The result of the comparison of a source with the target.
 
     Attributes:
         tensors: The source's tensors, without those of a head that does not fit.
-        rows: Where rows are matched by label name or token, the matches by tensor.
-        notes: What a reader should know of them.
-        problems: Everything that keeps it from being merged.
+        rows: The row matches by tensor name, for tensors whose rows are matched by label name or token.
+        notes: Remarks on the matches, for the report.
+        problems: The reasons why the source cannot be merged; empty if it can.
     """
 
     tensors: dict[str, Tensor]
@@ -51,73 +51,83 @@ class Fit:
 
 @dataclass
 class SourceFiles:
-    """What the files of a source hold: its own tensors by runtime name, which may move, and what its classes mean."""
+    """The content of a source's files.
+
+    Attributes:
+        tensors: The source's own tensors by runtime name.
+        candidates: Names of the tensors that may move.
+        labels: Label names by class id; `None` if the classes have no names.
+        problems: Problems that were found while reading.
+    """
 
     tensors: dict[str, Tensor]
     candidates: set[str]
-    labels: list[str] | None  # None where the classes have no names
+    labels: list[str] | None
     problems: list[str] = field(default_factory=list)
 
 
-def fit_source(source: Source, read: SourceFiles, target: PreTrainedModel, processing_class: Any) -> Fit:
-    """Match heads and vocabularies, and list what keeps a source from being merged; its tensors may be on the meta device."""
+def fit_source(source: Source, files: SourceFiles, target: PreTrainedModel, processing_class: Any) -> Fit:
+    """Match head and vocabulary of a source with the target's, and list the problems that keep it from being merged.
+
+    The tensors may be on the meta device.
+    """
     targets = movable_tensors(target)
-    brings_head = source.kind == "full" or bool(read.candidates & head_tensors(target))
-    head = match_head(target, read.tensors, read.labels, brings=brings_head)
-    tokens = match_vocabularies(source, read.tensors, target, processing_class)
-    tensors = {name: tensor.detach() for name, tensor in read.tensors.items() if name not in head.left_out}
+    brings_head = source.kind == "full" or bool(files.candidates & head_tensors(target))
+    head = match_head(target, files.tensors, files.labels, brings=brings_head)
+    tokens = match_vocabularies(source, files.tensors, target, processing_class)
+    tensors = {name: tensor.detach() for name, tensor in files.tensors.items() if name not in head.left_out}
     matches = {name: match for name, match in (head.rows | tokens.rows).items() if name in tensors}
-    lacking = [name for name in targets if name not in tensors and name not in head.left_out]
-    problems = [*read.problems, *tensor_problems(targets, tensors, {*lacking, *head.left_out, *matches})]
+    missing = [name for name in targets if name not in tensors and name not in head.left_out]
+    problems = [*files.problems, *tensor_problems(targets, tensors, {*missing, *head.left_out, *matches})]
     problems += head.problems + tokens.problems
-    lacking = [name for name in lacking if not is_computed(target, name)]
-    if lacking and source.kind == "full":
-        problems.append(f"{len(lacking)} tensors are not in its files, starting with {min(lacking)}")
+    missing = [name for name in missing if not is_computed(target, name)]
+    if missing and source.kind == "full":
+        problems.append(f"{len(missing)} tensors are not in its files, starting with {min(missing)}")
     return Fit(tensors, matches, [*head.notes, *tokens.notes], problems)
 
 
 def match_vocabularies(
     source: Source, tensors: Mapping[str, Tensor], target: PreTrainedModel, processing_class: Any
 ) -> RowMatches:
-    """Match the tokens of `source`, which holds `tensors`, with the target's; by number where its tokenizer is not known.
+    """Match the tokens of `source` with the target's by their strings; by number if the target's tokenizer is unknown.
 
-    An adapter has the vocabulary of its base model.
+    `tensors` are the tensors of `source`; `processing_class` is the target's tokenizer or processor.
     """
     expected = vocabulary(processing_class)
-    if source.kind == "adapter" or not token_tensors(target):
+    if source.kind == "adapter" or not token_tensors(target):  # an adapter has the vocabulary of its base model
         return RowMatches()
     if expected is None:
         return RowMatches(
-            notes=["vocabulary: tokens matched by their numbers, for the target's tokenizer is not known"]
+            notes=["vocabulary: tokens matched by their numbers, because the target's tokenizer is unknown"]
         )
     return match_tokens(target, expected, tensors, vocabulary(load_processing_class(source)))
 
 
 def architecture_problems(config: PretrainedConfig, target: PreTrainedModel) -> list[str]:
-    """List what a source's config alone says against merging it into `target`."""
+    """List the problems in a source's config that keep it from being merged into `target`."""
     problems = []
     if config.model_type != target.config.model_type:
-        return [f"another architecture: got {config.model_type}, expected {target.config.model_type}"]
+        return [f"different architecture: got {config.model_type}, expected {target.config.model_type}"]
     for key in WITHOUT_SHAPE:
         got, expected = getattr(config, key, None), getattr(target.config, key, None)
         if got != expected:
-            problems.append(f"another {key}: got {got}, expected {expected}")
+            problems.append(f"different {key}: got {got}, expected {expected}")
     return problems
 
 
 def tie_problems(target: PreTrainedModel, source: PreTrainedModel) -> list[str]:
-    """Say where weights are tied in one of two models only."""
+    """Return a problem that lists the weights that are tied in only one of two models; empty if there are none."""
     ties, others = (tied_names(model) for model in (target, source))
     pairs = sorted(f"{a} = {b}" for a, b in set(ties.items()) ^ set(others.items()))
-    return [f"weights are tied in one model and not in the other: {first_few(pairs)}"] if pairs else []
+    return [f"weights are tied in one model but not in the other: {first_few(pairs)}"] if pairs else []
 
 
 def tensor_problems(
     target: Mapping[str, Tensor], source: Mapping[str, Tensor], ignored: Collection[str] = ()
 ) -> list[str]:
-    """List what keeps the tensors of a source from taking the place of the target's: names and shapes.
+    """List the names and shapes that keep the tensors of a source from replacing the target's.
 
-    `ignored` names tensors of the target that stay whatever the source holds.
+    `ignored` are names of target tensors that need no counterpart of the same shape.
     """
     problems = []
     missing = [name for name in target if name not in source and name not in ignored]

@@ -1,4 +1,4 @@
-"""Names, shapes and dtypes of weights, read from the headers of their files; no weight is read."""
+"""The names, shapes and dtypes of weights, read from the headers of their files; no weight is read."""
 
 import json
 from collections.abc import Iterable
@@ -23,15 +23,15 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "BOOL": torch.bool,
-}  # any other is read as bytes: its shape counts here
+}  # any other dtype is read as bytes, because only the shape matters
 
 
 def header_tensors(
     source: Source, listing: Listing | None = None, *, token: str | None = None
 ) -> dict[str, Tensor] | None:
-    """Return the tensors of a source on the meta device, by the names in its files; `None` where they are pickled.
+    """Return the tensors of a source on the meta device, by their names in its files; `None` if the files are pickled.
 
-    Of a source on the Hub, `listing`, the first kilobytes of each file are downloaded, and not kept.
+    With `listing`, the files are on the Hub. The first kilobytes of each file are downloaded and not stored.
 
     Raises:
         IncompatibleSourceError: A header cannot be read.
@@ -42,14 +42,14 @@ def header_tensors(
         return None
     found: dict[str, Tensor] = {}
     for name in names:
-        rows = _remote(listing, name, token) if listing else _local(source, name)
+        rows = _read_remote_header(listing, name, token) if listing else _read_local_header(source, name)
         found |= {
             key: torch.empty(shape, dtype=DTYPES.get(dtype, torch.uint8), device="meta") for key, dtype, shape in rows
         }
     return found
 
 
-def _remote(listing: Listing, name: str, token: str | None) -> Iterable[tuple[str, str, list[int]]]:
+def _read_remote_header(listing: Listing, name: str, token: str | None) -> Iterable[tuple[str, str, list[int]]]:
     api = HfApi(token=token)
     try:
         with hub_errors(listing.ref, token):
@@ -62,7 +62,7 @@ def _remote(listing: Listing, name: str, token: str | None) -> Iterable[tuple[st
     return [(key, tensor.dtype, tensor.shape) for key, tensor in header.tensors.items()]
 
 
-def _local(source: Source, name: str) -> Iterable[tuple[str, str, list[int]]]:
+def _read_local_header(source: Source, name: str) -> Iterable[tuple[str, str, list[int]]]:
     try:
         with safe_open(name, "pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}

@@ -1,4 +1,4 @@
-"""From the files of a source to tensors as the target would hold them, checked before they are used."""
+"""Load a source as tensors with the target's names and shapes, and check them before they are used."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoadedSource:
-    """A source in memory, as the target would hold it.
+    """A source in memory, with the target's names and shapes.
 
     Attributes:
-        tensors: Values by runtime name, in the target's shapes, on the CPU, mapped from files. What is not the source's
-            (a head that it lacks or that does not fit) is not among them; a row without a counterpart is the target's.
-            On the meta device where they come shard by shard.
-        candidates: Names of the tensors that may move: all of a full model's, those that an adapter touches.
-        notes: What a reader of the report should know: how a head and a vocabulary were matched.
-        shards: The values, in the order in which they come; each set is emptied when the next one is asked for.
+        tensors: Values by runtime name, in the target's shapes, on the CPU, mapped from files. A head that the source
+            lacks, or that does not fit, is left out. A row without a counterpart holds the target's values. If the
+            values come shard by shard, these tensors are on the meta device.
+        candidates: Names of the tensors that may move: all of a full model, the touched ones of an adapter.
+        notes: Remarks for the report: how the head and the vocabulary were matched.
+        shards: The values, one set per shard in the order of arrival; a set is emptied when the next one is requested.
     """
 
     tensors: dict[str, Tensor]
@@ -62,21 +62,22 @@ def load_source(
     check_finite: bool = True,
     token: str | None = None,
 ) -> LoadedSource:
-    """Load one source as the target would hold it, and check that it fits.
+    """Load one source with the target's names and shapes, and check that it fits.
 
     Args:
-        source: Where the files are.
-        target: The model that it will be merged into; not changed.
-        base: The model that the target started from; an adapter must be an adapter of it.
-        directory: Where the weights that an adapter makes, and those whose rows move, are kept as files.
+        source: The files of the source.
+        target: The model that the source will be merged into; it is not changed.
+        base: The model that the target started from. An adapter must be an adapter of this model.
+        directory: Folder for the files of weights that an adapter changes, that are fused, or whose rows are matched.
         processing_class: The target's tokenizer; its tokens are matched with the source's by their strings.
         accepted_bases: Names of models that the user declares to be the same as `base`.
-        check_finite: Read every weight once to see that it is finite.
-        token: Hub token that the base was loaded with.
+        check_finite: Whether to read every weight once and check that it is finite.
+        token: Hub token with which the base was loaded.
 
     Raises:
-        IncompatibleSourceError: It does not fit; all of its problems are listed.
-        NonFiniteError: A weight is NaN or infinite; of shards that come one by one, when it is its turn.
+        IncompatibleSourceError: The source does not fit; the error lists all problems.
+        NonFiniteError: A weight is NaN or infinite. Values that come shard by shard are checked when they arrive, and
+            the iteration over `shards` raises the error.
     """
     if isinstance(source, ShardedSource):
         if loaded := _load_in_shards(source, target, processing_class):
@@ -84,50 +85,48 @@ def load_source(
         source.gather()
     with quiet_transformers():
         if source.kind == "adapter":
-            read = _read_adapter(source, target, base, directory, accepted_bases, token)
+            files = _read_adapter(source, target, base, directory, accepted_bases, token)
         else:
-            read = _read_full(source, target, directory)
-    found = _compared(source, read, target, processing_class)
-    tensors = found.tensors
+            files = _read_full(source, target, directory)
+    fit = _require_fit(source, files, target, processing_class)
+    tensors = fit.tensors
     if check_finite:
         _check_finite(source, tensors)
-    if found.rows:
+    if fit.rows:
         targets = movable_tensors(target)
-        held = {name: targets[name].detach() for name in found.rows}
-        room = MappedTensors(directory / "rows", held)
-        for name, match in found.rows.items():
-            match.fill_(room[name], held[name], tensors[name])
-        tensors |= room
-    return LoadedSource(tensors, read.candidates & set(tensors), found.notes)
+        own = {name: targets[name].detach() for name in fit.rows}
+        buffer = MappedTensors(directory / "rows", own)
+        for name, match in fit.rows.items():
+            match.fill_(buffer[name], own[name], tensors[name])
+        tensors |= buffer
+    return LoadedSource(tensors, files.candidates & set(tensors), fit.notes)
 
 
 def _load_in_shards(source: ShardedSource, target: PreTrainedModel, processing_class: Any) -> LoadedSource | None:
-    """Check by its headers that a source fits, and return what reads its shards one by one.
+    """Check from its headers that a source fits, and return a source whose shards are read one by one.
 
-    `None` where one shard alone does not say what the target would hold: tensors that are fused, rows that are matched
-    by name; or where there is more to check: tied tensors that are there twice, tensors that the target has no place
-    for, an unusual dtype.
+    Return `None` if one shard alone does not determine the target's tensors, because tensors are fused or rows are
+    matched by name. Return `None` also if a check needs all files: tied tensors that are saved twice, tensors that the
+    target does not have, or an unusual dtype.
     """
     headers = header_tensors(source, source.listing, token=source.token) or {}
     with quiet_transformers():
-        read = _read_full(source, target, Path(), headers)
-    runtime_names = {id(tensor): name for name, tensor in read.tensors.items()}
+        files = _read_full(source, target, Path(), headers)
+    runtime_names = {id(tensor): name for name, tensor in files.tensors.items()}
     one_to_one = set(runtime_names) == set(map(id, headers.values()))
     if not one_to_one or any(tensor.dtype == torch.uint8 for tensor in headers.values()):
         return None
     names = {key: runtime_names[id(tensor)] for key, tensor in headers.items()}
-    found = _compared(source, read, target, processing_class)
-    if found.rows:
+    fit = _require_fit(source, files, target, processing_class)
+    if fit.rows:
         return None
-    return LoadedSource(
-        found.tensors, set(found.tensors), found.notes, _values_in_shards(source, names, found.tensors)
-    )
+    return LoadedSource(fit.tensors, set(fit.tensors), fit.notes, _read_shards(source, names, fit.tensors))
 
 
-def _values_in_shards(
+def _read_shards(
     source: ShardedSource, names: Mapping[str, str], like: Mapping[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield what is in each shard by the runtime names that `names` has for those in the files."""
+    """Yield the tensors of each shard that are in `like`; `names` maps names in files to runtime names."""
     for path in source.shards():
         try:
             with safe_open(path, "pt") as weights:
@@ -136,14 +135,14 @@ def _values_in_shards(
             raise IncompatibleSourceError(f"{path.name} cannot be read: {error}", subject=source.ref) from error
         _check_finite(source, values)
         yield values
-        values.clear()  # a file's room is free when it is removed and nothing maps it any more
+        values.clear()  # a removed file occupies the disk until nothing maps it
 
 
-def _compared(source: Source, read: SourceFiles, target: PreTrainedModel, processing_class: Any) -> Fit:
-    found = fit_source(source, read, target, processing_class)
-    if found.problems:
-        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=found.problems)
-    return found
+def _require_fit(source: Source, files: SourceFiles, target: PreTrainedModel, processing_class: Any) -> Fit:
+    fit = fit_source(source, files, target, processing_class)
+    if fit.problems:
+        raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=fit.problems)
+    return fit
 
 
 def _check_finite(source: Source, tensors: Mapping[str, Tensor]) -> None:
@@ -153,7 +152,7 @@ def _check_finite(source: Source, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; a finite sum says so in one pass without a mask."""
+    """Whether no element is NaN or infinite; a finite sum shows this in one pass, without a mask."""
     if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float32)):
         return True
     return bool(torch.isfinite(tensor).all())
@@ -183,13 +182,13 @@ def _read_adapter(
     accepted_bases: Collection[str],
     token: str | None,
 ) -> SourceFiles:
-    # Imported here: peft takes seconds, and a merge of full models does not need it.
-    from .adapters import adapter_problems, apply_adapter_, load_adapter_config, saved_classes
+    # Imported here, because peft takes seconds to import and a merge of full models does not need it.
+    from .adapters import adapter_problems, apply_adapter_, count_saved_classes, load_adapter_config, type_problem
 
     config = load_adapter_config(source)
     if problems := adapter_problems(config, source, base, accepted_bases, token=token):
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=problems)
-    assert base is not None  # else it were among the problems
+    assert base is not None  # an unknown base is one of the problems
     kwargs: dict[str, Any] = {}
     labels: list[str] | None = None
     try:
@@ -198,7 +197,7 @@ def _read_adapter(
             tensors = movable_tensors(target)
             head = {name: tensors[name] for name in head_tensors(target)}
             rows = class_tensors(head, len(label_names(target.config))) or ()
-            classes = saved_classes(source, rows) or len(labels)
+            classes = count_saved_classes(source, rows) or len(labels)
             labels = labels if classes == len(labels) else None
             names = labels or [f"LABEL_{index}" for index in range(classes)]
             kwargs = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
@@ -207,17 +206,14 @@ def _read_adapter(
     except IncompatibleSourceError:
         raise
     except NotImplementedError as error:
-        raise IncompatibleSourceError(
-            f"an adapter of type {config.peft_type} cannot be merged into weights; expected LoRA or alike",
-            subject=source.ref,
-        ) from error
+        raise IncompatibleSourceError(type_problem(config), subject=source.ref) from error
     except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be applied to '{base.ref}': {error}") from error
 
     def inside(name: str, modules: set[str]) -> bool:
         return any(name.startswith(f"{module}.") for module in modules)
 
-    # What an adapter adds to weights that its base lacks belongs to weights that nobody has.
+    # Weights that the base lacks are random here. A low-rank update of them is of no use without the originals.
     own = {
         name: tensor
         for name, tensor in movable_tensors(applied.model).items()
@@ -229,11 +225,11 @@ def _read_adapter(
 
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:
-    """Return the label names of an adapter: those of a config.json beside it, else those of its base model."""
+    """Return the label names in the config.json of an adapter; if it has none, those of its base model."""
     return label_names(load_config(adapter if (adapter.folder / "config.json").is_file() else base))
 
 
 def saves_head(config: PeftConfig, target: PreTrainedModel) -> bool:
-    """Whether an adapter brings a head along whole, in a model like `target`."""
+    """Whether an adapter replaces the head of a model like `target`."""
     heads = {name.partition(".")[0] for name in head_tensors(target)}
     return bool(heads & set(getattr(config, "modules_to_save", None) or ()))

@@ -1,4 +1,4 @@
-"""Rows that mean the same in two models: classes by their label names, tokens by their strings, by number only without."""
+"""Match the rows of two models: classes by label name, tokens by string; by number only if there are no names."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class RowMatch:
     """Which row of the source belongs to which row of the target.
 
     Attributes:
-        target: Rows of the target's tensor that have a counterpart.
-        source: The counterpart of each, a row of the source's tensor.
-        sizes: Number of rows of the target's and of the source's tensor.
+        target: Numbers of the rows of the target's tensor that have a counterpart.
+        source: Numbers of their counterparts in the source's tensor, in the same order.
+        sizes: Number of rows of the target's tensor, and of the source's.
     """
 
     target: Sequence[int]
@@ -32,25 +32,25 @@ class RowMatch:
 
     @property
     def is_identity(self) -> bool:
-        """Whether every row stays where it is."""
+        """Whether both tensors have the same rows in the same order."""
         return self.sizes[0] == self.sizes[1] == len(self.target) and list(self.target) == list(self.source)
 
     @torch.no_grad()
     def fill_(self, out: Tensor, target: Tensor, source: Tensor) -> None:
-        """Change `out` to the source's tensor as the target would hold it: its own rows where there is no counterpart."""
+        """Change `out` to the source's rows in the target's order; a row without a counterpart is the target's own."""
         out.copy_(target)
         out[torch.tensor(self.target)] = source[torch.tensor(self.source)].to(out.dtype)
 
 
 @dataclass
 class RowMatches:
-    """How the rows of a source's head or vocabulary were matched with the target's.
+    """The result of matching a source's head or vocabulary with the target's.
 
     Attributes:
-        rows: The match by name of tensor, where rows do not simply stay where they are.
-        left_out: Names of the tensors that the source has nothing to say about.
-        notes: What was done, for the report.
-        problems: What makes the source unfit.
+        rows: The match by tensor name, for tensors whose rows are matched by name; other tensors move as they are.
+        left_out: Names of the tensors that keep the target's values.
+        notes: Remarks for the report.
+        problems: The reasons why the source does not fit.
     """
 
     rows: dict[str, RowMatch] = field(default_factory=dict)
@@ -60,7 +60,13 @@ class RowMatches:
 
 
 def match_rows(target: Mapping[str, int], source: Mapping[str, int], sizes: tuple[int, int]) -> RowMatch:
-    """Match rows by name, from name to row in each model; a row whose number the tensor does not hold has no match."""
+    """Match rows by name.
+
+    Args:
+        target: The target's row numbers by name.
+        source: The source's row numbers by name.
+        sizes: Number of rows of the target's tensor, and of the source's; a higher row number has no match.
+    """
     shared = [
         (row, source[name])
         for name, row in target.items()
@@ -76,20 +82,20 @@ def label_names(config: PretrainedConfig) -> list[str]:
 
 
 def match_labels(target: Sequence[str], source: Sequence[str]) -> RowMatch:
-    """Match classes by name; a name that stands for two classes matches nothing."""
+    """Match classes by name; a name of two classes matches nothing."""
 
-    def rows(names: Sequence[str]) -> dict[str, int]:
+    def unique_rows(names: Sequence[str]) -> dict[str, int]:
         return {name: row for row, name in enumerate(names) if list(names).count(name) == 1}
 
     if list(target) == list(source):
         return RowMatch(range(len(target)), range(len(source)), (len(target), len(source)))
-    return match_rows(rows(target), rows(source), (len(target), len(source)))
+    return match_rows(unique_rows(target), unique_rows(source), (len(target), len(source)))
 
 
 def class_tensors(head: Mapping[str, Tensor], classes: int) -> set[str] | None:
-    """Return the names of a head's tensors that have a row per class; `None` where that cannot be told.
+    """Return the names of a head's tensors that have a row per class; `None` if these tensors are ambiguous.
 
-    It cannot be told where a layer inside the head happens to be as wide as there are classes.
+    They are ambiguous if a layer inside the head is as wide as the number of classes.
     """
     found = {name for name, tensor in head.items() if tensor.ndim and tensor.shape[0] == classes}
     inside = any(head[name].ndim > 1 and head[name].shape[1] == classes for name in found)
@@ -97,19 +103,19 @@ def class_tensors(head: Mapping[str, Tensor], classes: int) -> set[str] | None:
 
 
 def vocabulary(processing_class: Any) -> dict[str, int] | None:
-    """Return the token id of each token of a tokenizer or of a processor that holds one; `None` where there is none."""
+    """Return the token ids by token of a tokenizer, or of the tokenizer in a processor; `None` if there is none."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     return dict(tokenizer.get_vocab()) if hasattr(tokenizer, "get_vocab") else None
 
 
 def token_tensors(model: PreTrainedModel) -> set[str]:
-    """Return the names of the tensors that have a row per token: the embeddings, and the layer that predicts tokens."""
-    if type(model).__name__.endswith("ForCTC"):  # it predicts tokens of sounds
+    """Return the names of the tensors that have a row per token: those of the embeddings and of the output layer."""
+    if type(model).__name__.endswith("ForCTC"):  # a speech model; its only token layer is the head
         tensors, rows = movable_tensors(model), model.config.vocab_size
         return {name for name in head_tensors(model) if tensors[name].shape[0] == rows}
     try:
         modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    except NotImplementedError:  # a model of images
+    except NotImplementedError:  # an image model
         return set()
     if not isinstance(modules[0], torch.nn.Embedding):
         return set()
@@ -123,16 +129,16 @@ def match_head(
 ) -> RowMatches:
     """Match the classes of two heads by their names.
 
-    Classes in another order are permuted; where some names are shared, their rows are matched; where none is, or the
-    source has no head, the target's stays as it is. A language model has no classes; its config still names two.
+    Classes in another order are permuted. If only some names are shared, their rows are matched. If no name is shared,
+    or the source has no head, the target keeps its head.
 
     Args:
         target: The target.
         source: The source's own tensors, with its own number of classes.
-        labels: The source's label names by class id; `None` where its classes have no names.
-        brings: Whether the source has something to say about the head; an adapter need not.
+        labels: The source's label names by class id; `None` if its classes have no names.
+        brings: Whether the source brings a head; an adapter may bring none.
     """
-    if target.can_generate():
+    if target.can_generate():  # a language model has no classes, although its config names two
         return RowMatches()
     names, expected = head_tensors(target), label_names(target.config)
     if names - set(source):
@@ -140,21 +146,23 @@ def match_head(
     match = match_labels(expected, labels or ())
     if match.is_identity:
         unnamed = len(expected) > 1 and expected == [f"LABEL_{number}" for number in range(len(expected))]
-        if unnamed and "Classification" in type(target).__name__:  # the default names of others mean nothing
-            return RowMatches(notes=["head: classes matched by their numbers, for they have no names"])
+        if unnamed and "Classification" in type(target).__name__:  # other models have default names but no classes
+            return RowMatches(notes=["head: classes matched by their numbers, because they have no names"])
         return RowMatches()
     got = f"got {first_few(labels or ['classes without names'], 12)}, expected {first_few(expected, 12)}"
     if not names:
-        how = "its head cannot be told from the rest of the model"
-        return RowMatches(problems=[f"other label names: {got}; and {how}"])
+        obstacle = "the head cannot be distinguished from the rest of the model"
+        return RowMatches(
+            problems=[f"different label names: {got}; the classes cannot be matched, because {obstacle}"]
+        )
     tensors = movable_tensors(target)
     rows = class_tensors({name: source[name] for name in names}, len(labels or ()))
     if not match.target:
         note = f"head stays: no label name is shared: {got}"
     elif rows is None or rows != class_tensors({name: tensors[name] for name in names}, len(expected)):
-        note = f"head stays: which of its rows belong to a class cannot be told: {got}"
+        note = f"head stays: its rows cannot be assigned to classes: {got}"
     elif any(source[name].shape[1:] != tensors[name].shape[1:] for name in rows):
-        note = "head stays: it is of another width"
+        note = "head stays: the source's head has another width"
     else:
         how = "classes matched by name" if len(match.target) == len(expected) else "only shared classes move"
         note = f"head: {how}, {len(match.target)} of {len(expected)}: {got}"
@@ -165,17 +173,22 @@ def match_head(
 def match_tokens(
     target: PreTrainedModel, expected: Mapping[str, int], source: Mapping[str, Tensor], got: Mapping[str, int] | None
 ) -> RowMatches:
-    """Match the rows of two vocabularies, from token to id, by the tokens' strings."""
+    """Match the rows of two vocabularies by the tokens' strings.
+
+    Args:
+        target: The target.
+        expected: The target's token ids by token.
+        source: The source's own tensors.
+        got: The source's token ids by token; `None` if it has no tokenizer.
+    """
     if got is None:
-        problem = (
-            "it holds no tokenizer, so its tokens cannot be matched with the target's; save its tokenizer beside it"
-        )
+        problem = "it holds no tokenizer, so its tokens cannot be matched with the target's; add its tokenizer files"
         return RowMatches(problems=[problem])
     tensors = movable_tensors(target)
     names = {name for name in token_tensors(target) if name in source}
     sizes = {(len(tensors[name]), len(source[name])) for name in names}
     if len(sizes) != 1 or any(tensors[name].shape[1:] != source[name].shape[1:] for name in names):
-        return RowMatches()  # the shapes are refused by themselves
+        return RowMatches()  # the comparison of shapes reports this problem
     size = sizes.pop()
     if got == expected and size[0] == size[1]:
         return RowMatches()

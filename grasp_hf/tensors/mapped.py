@@ -1,4 +1,4 @@
-"""Tensors that live in a file: pages of the system's cache, which it can write out, and no private memory."""
+"""Tensors in a mapped file: they use page cache, which the system can write to disk, and no private memory."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -13,17 +13,17 @@ ALIGNMENT = 64  # bytes
 
 
 class MappedTensors(Mapping[str, Tensor]):
-    """Room for tensors in one new file, mapped into memory and shared with it.
+    """Buffers for tensors in one new file, which is mapped into memory.
 
-    Writing to a tensor writes to the file. The space is taken when the file is made, so a full disk is an error then and
+    Writing to a tensor writes to the file. The constructor reserves the disk space: a full disk is an error there and
     not a crash later.
 
     Args:
-        path: The file; an existing one is replaced, and tensors mapped from it stay what they are.
-        like: Tensors whose names, shapes and dtypes the new ones have; nothing is copied.
+        path: The file. An existing file is replaced; tensors that are mapped from the old file keep their values.
+        like: Tensors with the names, shapes and dtypes of the new ones; no value is copied.
 
     Raises:
-        DiskFullError: There is no room for the file.
+        DiskFullError: The disk has no space for the file.
     """
 
     def __init__(self, path: Path, like: Mapping[str, Tensor]) -> None:
@@ -36,13 +36,13 @@ class MappedTensors(Mapping[str, Tensor]):
             with open(path, "wb") as file:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, max(size, 1))
-                else:  # macOS has no such call; a full disk is then noticed late
+                else:  # macOS lacks posix_fallocate: it reserves no space, and a full disk shows up later
                     file.truncate(max(size, 1))
         except OSError as error:
             path.unlink(missing_ok=True)
             raise DiskFullError(
-                f"no room for {size / 1e6:,.1f} MB in '{path.parent}' ({error.strerror}); free some space there, or set "
-                "TMPDIR to a folder on a larger disk"
+                f"no space for {size / 1e6:,.1f} MB in '{path.parent}' ({error.strerror}); free some space there, or "
+                "set TMPDIR to a folder on a larger disk"
             ) from error
         memory = torch.from_file(str(path), shared=True, size=max(size, 1), dtype=torch.uint8)
         self._tensors = {
@@ -54,7 +54,7 @@ class MappedTensors(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def copy_(self, tensors: Mapping[str, Tensor]) -> "MappedTensors":
-        """Overwrite all of them with `tensors`, from any device, one after the other."""
+        """Overwrite all tensors with the values of `tensors`, which may be on any device."""
         for name, tensor in self._tensors.items():
             tensor.copy_(tensors[name])
         return self

@@ -1,4 +1,4 @@
-"""The arithmetic of a merge: how much of the target and of a source each tensor takes."""
+"""The arithmetic of a merge: the mix of the target and a source in each tensor."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,13 +10,17 @@ from torch import Tensor, nn
 
 from .units import Unit
 
-PIECE = 2**20  # elements that are worked on at once
+PIECE = 2**20  # elements per view of `split_rows`
 
 
 class Mix(NamedTuple):
-    """How much of two models goes into one: `base + keep * (target - base) + take * (source - base)`.
+    """The coefficients of `base + keep * (target - base) + take * (source - base)`.
 
-    With a sum of 1 the base drops out, and it is the point `take` of the line from the target to the source.
+    If they sum to 1, the base cancels out, and the mix is the point `take` of the line from the target to the source.
+
+    Attributes:
+        keep: Coefficient of the target.
+        take: Coefficient of the source.
     """
 
     keep: float
@@ -24,26 +28,26 @@ class Mix(NamedTuple):
 
     @classmethod
     def on_line(cls, take: float) -> "Mix":
-        """Return that point of the line from the target (0) to the source (1)."""
+        """Return the mix at the point `take` of the line from the target (0) to the source (1)."""
         return cls(1.0 - take, take)
 
     @classmethod
     def mean(cls, mixes: Sequence["Mix"]) -> "Mix":
-        """Return what makes the mean of the models that `mixes` make; of statistics, which have proportions, nearly so."""
+        """Return the mix whose model is the mean of the models of `mixes`; for statistics the mean is approximate."""
         return cls(fmean(mix.keep for mix in mixes), fmean(mix.take for mix in mixes))
 
     @property
     def moves(self) -> bool:
-        """Whether anything but the target comes out."""
+        """Whether the mix differs from the target."""
         return self != (1.0, 0.0)
 
 
 @torch.no_grad()
 def interpolate_(tensor: Tensor, start: Tensor, end: Tensor, coefficient: float) -> None:
-    """Change `tensor` in place to `start + coefficient * (end - start)`, exactly an end for 0 and for 1.
+    """Change `tensor` in place to `start + coefficient * (end - start)`, exact for the coefficients 0 and 1.
 
-    Integer tensors (such as the batch count of a BatchNorm) have no point in between: they are `end` for a coefficient
-    of at least one half.
+    An integer tensor, such as the batch count of a BatchNorm, has no values in between. It becomes `end` for a
+    coefficient of at least 0.5, otherwise `start`.
     """
     if coefficient == 0 or (coefficient < 0.5 and not tensor.is_floating_point()):
         tensor.data.copy_(start)
@@ -51,7 +55,7 @@ def interpolate_(tensor: Tensor, start: Tensor, end: Tensor, coefficient: float)
         tensor.data.copy_(end)
     else:
         device = tensor.device
-        dtype = torch.promote_types(tensor.dtype, torch.float32)  # half precision has no room for the difference
+        dtype = torch.promote_types(tensor.dtype, torch.float32)  # half precision would round the difference
         out = tensor.data if tensor.dtype == dtype else None
         mixed = torch.lerp(start.to(device, dtype), end.to(device, dtype), coefficient, out=out)
         if out is None:
@@ -62,8 +66,8 @@ def interpolate_(tensor: Tensor, start: Tensor, end: Tensor, coefficient: float)
 def mix_(tensor: Tensor, start: Tensor, end: Tensor, base: Tensor | None, mix: Mix) -> None:
     """Change `tensor` in place to the mix of `start` (the target), `end` (the source) and `base`.
 
-    Statistics, which are no parameters, have a mean but no direction: of those comes the point of the line between the
-    two that has the same proportions. `base` may be `None` where the mix has a sum of 1.
+    Statistics, the tensors that are not parameters, are only averaged: if the mix does not sum to 1, they become the
+    average of `start` and `end` with the weights `keep` and `take`. `base` may be `None` if the mix sums to 1.
     """
     total = mix.keep + mix.take
     if base is None or math.isclose(total, 1.0, abs_tol=1e-9):
@@ -81,19 +85,22 @@ def mix_(tensor: Tensor, start: Tensor, end: Tensor, base: Tensor | None, mix: M
             tensor.data.copy_(mixed)
 
 
-def in_rows(tensor: Tensor) -> Sequence[Tensor]:
-    """Return views of `tensor`, each a few of its rows, so that no arithmetic needs room for the whole."""
+def split_rows(tensor: Tensor) -> Sequence[Tensor]:
+    """Return views of a few rows of `tensor` each, so that no arithmetic needs a copy of all rows."""
     tensor = torch.atleast_1d(tensor)
     return tensor.split(max(1, PIECE * len(tensor) // max(1, tensor.numel())))
 
 
 @torch.no_grad()
-def weigh_(tensor: Tensor, start: Tensor, end: Tensor, shares: Iterable[Tensor]) -> None:
-    """Change `tensor` in place to `start + share * (end - start)`, element by element; `shares` come as `in_rows` does."""
+def interpolate_elements_(tensor: Tensor, start: Tensor, end: Tensor, fractions: Iterable[Tensor]) -> None:
+    """Change `tensor` in place to `start + fraction * (end - start)`, element by element.
+
+    `fractions` holds the fraction of each element, in pieces as `split_rows` makes them.
+    """
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    for rows, share in zip(zip(*map(in_rows, (tensor.data, start, end)), strict=True), shares, strict=True):
-        place, *ends = rows
-        place.copy_(torch.lerp(*(each.to(tensor.device, dtype) for each in (*ends, share))))
+    pieces = zip(*map(split_rows, (tensor.data, start, end)), fractions, strict=True)
+    for out, *operands in pieces:
+        out.copy_(torch.lerp(*(operand.to(tensor.device, dtype) for operand in operands)))
 
 
 def blend_(
@@ -105,15 +112,23 @@ def blend_(
     base: Mapping[str, Tensor] | None = None,
     fractions: Callable[[str], Iterable[Tensor] | None] | None = None,
 ) -> None:
-    """Change the tensors of `units` in place to the mix of `start` and the source that `mixes` names for each unit.
+    """Change the tensors of `units` in place to mixes of the target and a source.
 
-    Where `fractions` returns how much of the source each element of a tensor takes, that replaces the mix.
+    Args:
+        tensors: The tensors to change, by name.
+        start: The target's values.
+        source_values: The source's values.
+        units: The units to change.
+        mixes: The mix by name of unit.
+        base: The base's values; `None` if all mixes sum to 1.
+        fractions: Returns by name the fractions of a tensor's elements, as `interpolate_elements_` takes them; they
+            replace the mix of the unit. A tensor for which it returns `None` takes the mix.
     """
     for unit in units:
         for name in unit.tensors:
             own = fractions(name) if fractions else None
             if own is not None:
-                weigh_(tensors[name], start[name], source_values[name], own)
+                interpolate_elements_(tensors[name], start[name], source_values[name], own)
             else:
                 origin = None if base is None else base[name]
                 mix_(tensors[name], start[name], source_values[name], origin, mixes[unit.name])

@@ -23,14 +23,14 @@ class UnitProducts:
         return tensor in self._unit_of
 
     def add(self, tensor: str, a: Tensor, b: Tensor, minus: Tensor | None = None) -> None:
-        """Take in the vectors of one tensor: `a`, and `b` or `b - minus`."""
+        """Add the products of one tensor's vectors: `a`, and `b` or `b - minus`."""
         self._products[self._unit_of[tensor]][tensor] = inner_products(a, b, minus)
 
     def sums(self) -> dict[str, tuple[float, float, float] | None]:
-        """Return the three sums per unit; `None` for a unit of which no tensor was taken in.
+        """Return the three sums per unit; `None` for a unit without any added tensor.
 
         Raises:
-            NonFiniteError: A product is NaN or infinite, so a gradient is.
+            NonFiniteError: A product is NaN or infinite, because a gradient is.
         """
         found: dict[str, tuple[float, float, float] | None] = {}
         for unit, products in self._products.items():
@@ -46,17 +46,17 @@ class UnitProducts:
 
 
 PAPER_EPSILON = 1e-8
-CPU_PIECE = 2**17  # elements; pieces of this size stay in a core's cache
+CPU_PIECE = 2**17  # elements; a piece of this size fits into the cache of a core
 DEVICE_PIECE = 2**24
-VANISHING = 1e-30  # below this a sum of float32 squares may have lost some of them
+VANISHING = 1e-30  # in a float32 sum below this, some squares may have been rounded to zero
 
 
 def inner_products(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
     """Return `<a, b>`, `<a, a>` and `<b, b>` over all elements, float64, shape `(3,)`, on the CPU.
 
-    With `minus`, `b - minus` takes the place of `b`. All of one device; dtypes may differ. Computed in float32, piece by
-    piece, so that no copy of the whole is made; the sums of pieces are added in float64. Where squares vanish in float32
-    or overflow, a piece is computed in float64.
+    With `minus`, `b - minus` replaces `b`. The tensors are on one device; their dtypes may differ. The products are
+    computed in float32, piece by piece, so that no tensor is copied as a whole, and the sums are added in float64. If
+    squares vanish or overflow in float32, the piece is computed again in float64.
     """
     piece = CPU_PIECE if a.device.type == "cpu" else DEVICE_PIECE
     flat = [t.detach().flatten().split(piece) for t in (a, b, *(() if minus is None else (minus,)))]
@@ -64,7 +64,7 @@ def inner_products(a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
     products = products.to("cpu", torch.float64)
     unsafe = (products[:, 1:] < VANISHING).any(1) | ~products.isfinite().all(1)
     for index in unsafe.nonzero().flatten().tolist():
-        if flat[0][index].any():  # an embedding has a gradient for few of its tokens
+        if flat[0][index].any():  # zeros need no second pass: most rows of an embedding's gradient are zero
             products[index] = _products(*(pieces[index].cpu() for pieces in flat), dtype=torch.float64)
     return products.sum(0)
 
@@ -79,9 +79,8 @@ def _products(a: Tensor, b: Tensor, minus: Tensor | None = None, *, dtype: torch
 def cosine(dot: float, square_a: float, square_b: float, *, epsilon: float = 0.0) -> float | None:
     """Return `dot / (|a| |b| + epsilon)` from the inner product and the two squared norms.
 
-    Without `epsilon` the cosine of a zero vector is undefined, which is `None`, and that of equal vectors is exactly
-    as large as rounding allows, however short they are. With `epsilon` it is the score of arXiv:2606.14900, which
-    falls towards 0 for short gradients.
+    Without `epsilon`, the cosine of a zero vector is `None`, and short vectors lose no accuracy. With `epsilon`, the
+    result is the score of arXiv:2606.14900, which falls towards 0 for short gradients.
     """
     norms = math.sqrt(square_a) * math.sqrt(square_b)
     if epsilon == 0.0 and norms == 0.0:
@@ -90,6 +89,6 @@ def cosine(dot: float, square_a: float, square_b: float, *, epsilon: float = 0.0
 
 
 def mean_defined(scores: list[float | None]) -> float | None:
-    """Return the mean of the scores that are defined; `None` where none is."""
+    """Return the mean of the scores that are not `None`; `None` if there is none."""
     defined = [score for score in scores if score is not None]
     return sum(defined) / len(defined) if defined else None

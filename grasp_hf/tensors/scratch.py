@@ -23,8 +23,8 @@ class Scratch:
 
     Attributes:
         directory: Folder of the files.
-        kept: What a method keeps from one source to the next, by a name of its choice. Such an object may use the files
-            `line`. A fine-tuning needs those files for itself, so `make_room` empties this.
+        kept: Objects that a method keeps from one source to the next, by a name of its choice. They may use the files
+            `line`. A fine-tuning needs these files for itself, so `make_room` removes the objects.
     """
 
     def __init__(self, directory: Path, like: Mapping[str, Tensor]) -> None:
@@ -63,7 +63,8 @@ class Scratch:
     def make_room(self) -> None:
         """Empty `kept`, and remove the files that only the next source needs.
 
-        A fine-tuning changes the model by other means than a mean, uses the files `line`, and has larger files of its own.
+        A fine-tuning needs the disk space and the files `line`. It also changes the target, so that the objects in
+        `kept` no longer describe it.
         """
         self.kept.clear()
         for name in ("gradients", "source_gradients"):
@@ -73,7 +74,7 @@ class Scratch:
         shutil.rmtree(self._source_folder, ignore_errors=True)
 
     def source_folder(self) -> Path:
-        """Make an empty folder for the files that a source needs in addition to its own, and remove that of the last one."""
+        """Return an empty folder for the temporary files of one source; the folder of the last source is removed."""
         shutil.rmtree(self._source_folder, ignore_errors=True)
         self._source_folder.mkdir(exist_ok=True)
         return self._source_folder

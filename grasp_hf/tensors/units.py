@@ -20,11 +20,11 @@ NUMBERED = re.compile(r".*?\.\d+(?=\.|$)")
 
 @dataclass(frozen=True)
 class Unit:
-    """Tensors that are decided together.
+    """Tensors that move together.
 
     Attributes:
-        name: The module's or the parameter's name in `named_modules()` or `named_parameters()`.
-        tensors: Names of the parameters and persistent buffers that move together.
+        name: Name of the unit's module in `named_modules()`, or of its parameter in `named_parameters()`.
+        tensors: Names of the unit's parameters and persistent buffers.
     """
 
     name: str
@@ -34,8 +34,9 @@ class Unit:
 def movable_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     """Return every parameter and persistent buffer of `model` by its runtime name; tied weights appear once.
 
-    Runtime names are what `named_parameters()` says; names in a checkpoint file can differ (transformers renames on
-    load). Non-persistent buffers, such as position ids, are no part of a checkpoint and never move.
+    Runtime names are the names in `named_parameters()`. The names in a checkpoint file can differ, because
+    transformers renames some tensors when it loads them. Non-persistent buffers, such as position ids, are not part
+    of a checkpoint and never move.
     """
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     for prefix, module in model.named_modules():
@@ -50,11 +51,11 @@ def partition(model: torch.nn.Module, unit: str) -> list[Unit]:
 
     `unit` is one of
 
-    - `"layer"`: all tensors of one transformer block or stage, that is below the first number in a name
-      (`bert.encoder.layer.3`); outside of those, as `"module"`;
-    - `"module"`: all tensors that a module owns itself (those of the model's own are one unit each);
-    - `"tensor"`: one parameter each, but a module with statistics stays whole;
-    - `"parameter"`: one parameter each, statistics in no unit.
+    - `"layer"`: one unit per transformer block or stage: all tensors with the same name up to its first number
+      (`bert.encoder.layer.3`). Tensors outside of blocks are divided as with `"module"`.
+    - `"module"`: one unit per module that owns tensors directly; a tensor of the model itself is a unit.
+    - `"tensor"`: one unit per parameter; a module with statistics is one unit.
+    - `"parameter"`: one unit per parameter; statistics are in no unit.
     """
     parameters = dict(model.named_parameters())
     groups: dict[str, list[str]] = {}
@@ -73,16 +74,16 @@ def partition(model: torch.nn.Module, unit: str) -> list[Unit]:
 
 
 def units_within(units: Sequence[Unit], candidates: Collection[str]) -> list[Unit]:
-    """Return the units cut down to the tensors that may move, without those that have none."""
+    """Return the units with only those of their tensors that are `candidates`; units without any are left out."""
     cut = [Unit(unit.name, tuple(name for name in unit.tensors if name in candidates)) for unit in units]
     return [unit for unit in cut if unit.tensors]
 
 
 def head_tensors(model: PreTrainedModel) -> set[str]:
-    """Return the names of the tensors of the head that a task puts on top; empty where there is no telling.
+    """Return the names of the tensors of the task's head; empty if the head cannot be distinguished.
 
-    The head is what stands outside the base model, or, in a classifier that is its own base model (CLIP, SigLIP), its
-    last child.
+    The head consists of the tensors outside the base model. In a classifier that is its own base model (CLIP, SigLIP),
+    the head is the last child module.
     """
     names = list(movable_tensors(model))
     if model.base_model is not model:

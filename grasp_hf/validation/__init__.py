@@ -1,1 +1,1 @@
-"""How a model does on labels, and what is kept because of it."""
+"""Validation on labelled samples: losses, their changes, the gate, and the line of a fine-tuning."""

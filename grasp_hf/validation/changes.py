@@ -1,4 +1,4 @@
-"""How the loss differs between two models on the same samples, and whether that is more than noise."""
+"""The change of the loss between two models on the same samples, and its noise."""
 
 import math
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from ..record.entries import ChangeReport
 from .losses import SampleLosses
 
 NORMAL_95 = 1.96
-ROUNDING = 1e-6  # a mean of no more than this part of its standard error is none
-LEAST_SAMPLES = 100  # with fewer, a difference of 14 points drowns in noise
+ROUNDING = 1e-6  # a mean change below this fraction of its standard error is a rounding error
+LEAST_SAMPLES = 100  # with fewer samples, even a difference of 14 points can be noise
 
 
 @dataclass(frozen=True)
 class Change:
-    """How the mean loss differs between two models on the same samples.
+    """The change of the mean loss from one model to another on the same samples.
 
     Attributes:
-        mean: Of the second minus the first; below 0 is better.
-        standard_error: Of that mean, over samples; 0 for a single one, which shows no noise.
-        samples: Number of pairs.
+        mean: Mean loss of the second model minus that of the first; below 0 is better.
+        standard_error: Standard error of `mean` over samples; 0 for a single sample, which shows no noise.
+        samples: Number of samples.
     """
 
     mean: float
@@ -29,7 +29,7 @@ class Change:
 
     @property
     def half_interval(self) -> float:
-        """Half of the 95 % interval (Student's t over samples)."""
+        """Half of the 95 % interval of the mean (Student's t over samples)."""
         return self.standard_error * float(stdtrit(self.samples - 1, 0.975)) if self.samples > 1 else 0.0
 
     @property
@@ -38,12 +38,12 @@ class Change:
         return self.mean > self.standard_error
 
     def report(self) -> ChangeReport:
-        """Return it for a report."""
+        """Return the change as an entry of a report."""
         half = self.half_interval if self.samples > 1 else None
         return ChangeReport(self.mean, half, self.samples, self.samples_to_see())
 
     def samples_to_see(self) -> int | None:
-        """Return how many samples would put a change of this size outside its 95 % interval; `None` for no change."""
+        """Return the number of samples with which 0 would be outside the 95 % interval; `None` if there is no change."""
         if self.samples < 2 or abs(self.mean) <= ROUNDING * self.standard_error:
             return None
         found = math.ceil(self.samples * (NORMAL_95 * self.standard_error / self.mean) ** 2)
@@ -51,7 +51,15 @@ class Change:
 
 
 def paired_change(before: SampleLosses, after: SampleLosses, *, calibrated: bool = True) -> Change:
-    """Return the difference of the mean loss, calibrated or not, with the standard error of a ratio of sums (linearised)."""
+    """Return the change of the mean loss `sum(d) / sum(m)`, where `d` is the difference and `m` the terms of each sample.
+
+    Its standard error is that of a ratio of sums, linearised: the residuals are `d - mean * m`.
+
+    Args:
+        before: Losses of the first model.
+        after: Losses of the second model on the same samples.
+        calibrated: Whether to compare the calibrated losses.
+    """
     difference = after.calibrated - before.calibrated if calibrated else after.losses - before.losses
     terms = before.terms
     samples, total = len(terms), float(terms.sum())
@@ -64,11 +72,12 @@ def paired_change(before: SampleLosses, after: SampleLosses, *, calibrated: bool
 
 
 def detectable_difference(samples: int, least: int = LEAST_SAMPLES) -> str:
-    """Return what a number of samples shows of two classifiers that disagree on every second of them, and what it takes.
+    """Return, in words, the smallest difference in accuracy that `samples` can show, and how many samples show 5 points.
 
-    Where the two answer alike more often, less is enough.
+    The two classifiers are taken to disagree on every second sample. Fewer samples are enough if they agree more often.
     """
-    points, needed = 100 * NORMAL_95 * math.sqrt(0.5 / samples), round(0.5 * (NORMAL_95 / 0.05) ** 2)
+    points = 100 * NORMAL_95 * math.sqrt(0.5 / samples)
+    needed = round(0.5 * (NORMAL_95 / 0.05) ** 2)
     return (
         f"{samples} samples: two models would have to differ by about {points:.0f} points to be told apart; expected at "
         f"least {least}, and {needed} show 5 points"

@@ -16,9 +16,9 @@ def verdict(change: Change, floor: float, *after: SampleLosses) -> tuple[bool, R
     first source since the last fine-tuning; it keeps many small doubts from adding up.
 
     Args:
-        change: From the model without the source to the model with it.
-        floor: A mean calibrated loss.
-        after: The losses with the source: as validated, and as merged.
+        change: Change from the model without the source to the model with it.
+        floor: Largest mean calibrated loss that is allowed.
+        after: Losses with the source, both as validated and as merged.
     """
     if change.harms:
         return False, Reason.HARMS
@@ -39,7 +39,7 @@ def choose_candidate(losses: Mapping[str, SampleLosses], plain: str) -> str:
 
     Args:
         losses: The losses of each candidate on the same samples.
-        plain: The candidate that needs no proof. Where it is not among them, the lowest loss decides alone.
+        plain: Name of the candidate that needs no proof. If it is missing, the lowest loss decides alone.
     """
     simple = losses.get(plain)
     better = {name: own for name, own in losses.items() if simple is None or paired_change(own, simple).harms}

@@ -1,4 +1,4 @@
-"""Which labels teach, which validate, and the losses of the model on those that validate."""
+"""The labels that teach and those that validate, with the losses of the model on the latter."""
 
 from __future__ import annotations
 
@@ -25,24 +25,23 @@ logger = logging.getLogger(__name__)
 
 
 class Labels:
-    """The labelled samples of a merge. They teach, they validate, and no label validates coefficients that it taught.
+    """The labelled samples of a merge. They teach and validate, but no label validates coefficients that it taught.
 
     A source is validated by the evaluation data and, as long as the model has not been fine-tuned on them, by the labels.
     Where a method learns coefficients from labels, the labels are cut into two halves, and each half validates the
     coefficients that the other labels taught.
 
-    This class alone keeps the losses of the model, so that they are not computed twice. Whoever changes the weights calls
-    `changed`.
+    This class alone caches the losses of the model. Code that changes the weights calls `changed`.
 
     Args:
         model: The target.
-        samples: Its data.
-        collator: Makes batches of the data.
+        samples: The data of the merge.
+        collator: Makes batches from samples.
         config: How to merge.
         learned: Whether the model was fine-tuned on the labels.
 
     Attributes:
-        learned: See above; a fine-tuning sets it.
+        learned: Whether the model was fine-tuned on the labels; a fine-tuning sets it.
         floor: The mean calibrated loss before the first source since the last fine-tuning; infinite until it is known.
     """
 
@@ -57,7 +56,7 @@ class Labels:
 
     @property
     def _parts(self) -> list[list[int]]:
-        """Indices of the labels that validate: one part, or two halves where labels teach; empty where none validates."""
+        """Indices of the labels that validate: one part, or two halves if labels teach; empty if no label validates."""
         if not self.config.gate or self.samples.train is None or self.learned:
             return []
         indices = self._validation_indices()
@@ -79,9 +78,10 @@ class Labels:
 
     @property
     def teachers(self) -> list[Any]:
-        """For each part of the labels that validates, the other labels; all labels where no label validates."""
-        everyone = {*range(len(self.samples.train))}
-        return [Subset(self.samples.train, sorted(everyone - {*part})) for part in self._parts] or [self.samples.train]
+        """For each part of the labels that validates, the other labels; all labels if no label validates."""
+        every_label = set(range(len(self.samples.train)))
+        teachers = [Subset(self.samples.train, sorted(every_label - set(part))) for part in self._parts]
+        return teachers or [self.samples.train]
 
     @property
     def labels_validate(self) -> bool:
@@ -90,48 +90,56 @@ class Labels:
 
     @property
     def validated_by(self) -> str:
-        """What validates a source, for the report: `labels`, `two halves of the labels`, `evaluation data`, or both."""
+        """The samples that validate a source, such as `labels` or `two halves of the labels and evaluation data`."""
         names = []
         if self._parts:
-            some = "the labels"
+            some = "labels"
             if len(self.samples.train) > MOST_VALIDATION_LABELS:
                 some = f"{MOST_VALIDATION_LABELS} of the labels"
-            names.append(f"two halves of {some}" if self.config.learns else some.removeprefix("the "))
+            elif self.config.learns:
+                some = "the labels"
+            names.append(f"two halves of {some}" if self.config.learns else some)
         if self.samples.validation is not None:
             names.append(EVALUATION_DATA)
         return " and ".join(names)
 
     def losses(self) -> SampleLosses | None:
-        """Return the losses of the model on all validation parts; `None` where there are none."""
-        if self._losses is None and (parts := self.validation_parts):
-            self._losses = concatenate(*map(self.losses_on, parts))
+        """Return the losses of the model on all validation parts; `None` if there are none."""
+        if self._losses is None:
+            parts = self.validation_parts
+            if parts:
+                self._losses = concatenate(*map(self.losses_on, parts))
         return self._losses
 
     def losses_before_source(self) -> SampleLosses | None:
-        """Return what `losses` does, set the floor if this is the first source, and warn once of few samples."""
+        """Return `losses()`; set the floor if this is the first source, and warn once if the samples are few."""
         before = self.losses()
         if before is None:
             return None
         few = before.correct is not None and len(before.losses) < LEAST_SAMPLES
         if few and self.config.gate and not self._warned:
             self._warned = True
-            samples = detectable_difference(len(before.losses))
-            logger.warning("the sources are validated by %s, %s", self.validated_by, samples)
+            difference = detectable_difference(len(before.losses))
+            logger.warning("the sources are validated by %s, %s", self.validated_by, difference)
         if self.floor == math.inf:
             self.floor = before.calibrated_loss
         return before
 
     def source_losses(self) -> SampleLosses:
-        """Return the losses of the model while it holds a source: on the validation parts, or on labels where none are."""
+        """Return the losses of the model while it holds a source: on the validation parts or, without any, on labels."""
         parts = self.validation_parts or [Subset(self.samples.train, self._validation_indices())]
         return concatenate(*map(self.losses_on, parts))
 
     def losses_on(self, dataset: Any) -> SampleLosses:
-        """Return the losses of the model as it is now on `dataset`."""
+        """Return the losses of the present model on `dataset`."""
         return evaluation_losses(self.model, dataset, self.collator, self.config.batch_size)
 
     def changed(self, losses: SampleLosses | None = None) -> None:
-        """Note that the weights have changed; `losses` are those of the model now on all validation parts, if known."""
+        """Note that the weights have changed.
+
+        Args:
+            losses: Losses of the changed model on all validation parts; `None` if they are not known.
+        """
         self._losses = losses
 
     def finetuned(self) -> None:

@@ -16,8 +16,8 @@ from .losses import SampleLosses, concatenate
 
 FRACTIONS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
-Train = Callable[[Any, int], None]  # fine-tunes the model in place: on which samples, with which seed
-Evaluate = Callable[[Any], SampleLosses]  # the losses of the model as it is now on some samples
+Train = Callable[[Any, int], None]  # fine-tunes the model in place on samples, with a seed
+Evaluate = Callable[[Any], SampleLosses]  # returns the losses of the present model on samples
 Weights = Mapping[str, Tensor]
 
 
@@ -31,7 +31,7 @@ class Line:
         tensors: The tensors of the model; changed in place.
         end: Buffer for the weights after a fine-tuning.
         train: Fine-tunes the model.
-        evaluate: Returns the losses of the model as it is now.
+        evaluate: Returns the losses of the present model.
     """
 
     tensors: Weights
@@ -85,26 +85,26 @@ def finetune_on_line_(
     seed: int,
     alone: Weights | None = None,
 ) -> FinetuneReport:
-    """Fine-tune the model, then go back on the line between the weights before and after as far as the losses say.
+    """Change the model: fine-tune it, then move it back on the line to the weights before, as far as the losses require.
 
-    Few samples cannot tell neighbouring points apart, and the training gets the benefit of the doubt: the farthest point is
-    taken whose loss is not above the lowest one by more than the 95 % interval of their difference. That loss is not
-    calibrated, because a fine-tuning also mends the scale of the logits, or spoils it. A point is never kept where both
-    losses, calibrated and not, are above those of the start: such a training has taught nothing but confidence.
+    Few samples cannot tell neighbouring points of the line apart, so the training gets the benefit of the doubt. The
+    farthest point is kept whose loss is not above the lowest one by more than half of the 95 % interval of their
+    difference. That loss is not calibrated, because a fine-tuning changes the scale of the logits too. A point where both
+    losses, calibrated and not, are above those of the start is never kept: there, the training has taught only confidence.
 
     Evaluation data validate where there are any. Otherwise the labels are cut into two halves at random. Each half trains
-    a model, which the other half validates along its line. The point that both halves together allow is taken on the line
-    of a third training, on all labels. This is a cross-validation, in which each half makes as many steps as the whole.
+    a model, which the other half validates along its line. A third training, on all labels, is then moved to the point
+    that both halves together allow. In this cross-validation, each half makes as many passes over its labels as the whole.
 
-    A merge may be the better model and yet the worse start of a training. With `alone`, the weights without any source,
-    the same is done from there, and the start is chosen whose point has the lower loss. A merge is then never worse than
-    fine-tuning alone on the samples that validate. This doubles the trainings that are only for validation.
+    A merge can be the better model and yet the worse start of a training. So `alone`, the weights without any source, is
+    fine-tuned and validated in the same way, and the start whose point has the lower loss is kept. A merge is then never
+    worse than fine-tuning alone on the samples that validate. This doubles the trainings that serve validation only.
 
     Args:
         tensors: The tensors of the model; changed in place.
-        buffers: Two buffers for a set of them each.
+        buffers: Two buffers, each for a whole set of tensors.
         train: Fine-tunes the model.
-        evaluate: Returns the losses of the model as it is now.
+        evaluate: Returns the losses of the present model.
         labels: Samples to train on.
         validation: Evaluation data; `None` validates by the labels.
         seed: Seeds the training and the choice of the halves.
@@ -150,12 +150,15 @@ def finetune_on_line_(
 
 
 def farthest_fraction(points: Mapping[float, SampleLosses]) -> float:
-    """Return the largest fraction that the samples do not tell from the best one, and that is no worse than the start."""
+    """Return the largest fraction whose loss the samples cannot tell from the lowest, and that is not worse than 0.
+
+    It is worse if both of its losses, calibrated and not, are above those of the start.
+    """
     start, lowest = points[0.0], min(points.values(), key=lambda point: point.loss)
 
     def is_allowed(point: SampleLosses) -> bool:
         from_lowest = paired_change(lowest, point, calibrated=False)
-        improves = point.loss <= start.loss or point.calibrated_loss <= start.calibrated_loss
-        return improves and from_lowest.mean <= from_lowest.half_interval
+        is_worse = point.loss > start.loss and point.calibrated_loss > start.calibrated_loss
+        return not is_worse and from_lowest.mean <= from_lowest.half_interval
 
     return max(fraction for fraction, point in points.items() if is_allowed(point))

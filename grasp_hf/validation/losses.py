@@ -1,4 +1,4 @@
-"""The losses of a model, sample by sample, so that two models can be compared in pairs."""
+"""The losses of a model, sample by sample, so that two models can be compared on the same samples."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ..models.gradients import preserved_randomness, preserved_state
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SCALES = tuple(2 ** (half / 2) for half in range(-6, 9))  # of the logits, from 1/8 to 16
-MOST_VALIDATION_LABELS = 512  # labels that choose among sources and judge them, at most; fine-tuning is judged by all
+SCALES = tuple(2 ** (half / 2) for half in range(-6, 9))  # factors of the logits, from 1/8 to 16
+MOST_VALIDATION_LABELS = 512  # labels that rank and validate sources, at most; all labels validate a fine-tuning
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class SampleLosses:
     """The losses of one model on labelled samples.
 
     Attributes:
-        losses: Of each sample, summed over its terms; float64, shape `(n,)`.
-        terms: How many terms that sum has: 1 for a class, the labelled tokens of a text.
-        calibrated: The losses after all logits were multiplied by the one number that makes their sum least; the losses
-            themselves where there are no classes. An average of models is right as often as its loss is low only after
-            that: its logits are too small (temperature scaling, arXiv:1706.04599).
-        correct: How many samples a classifier got right; `None` for other models.
+        losses: Loss of each sample, summed over its terms; float64, shape `(n,)`.
+        terms: Number of terms of each sample: 1 for a class, the number of labelled tokens for a text; shape `(n,)`.
+        calibrated: Losses after all logits were multiplied by the one scale of `SCALES` with the smallest sum (temperature
+            scaling, arXiv:1706.04599); shape `(n,)`. Without classes they equal `losses`. A mean of models is
+            under-confident: its logits are too small, so that its loss is high although its answers are right.
+        correct: Number of samples that a classifier got right; `None` for other models.
     """
 
     losses: Tensor
@@ -61,7 +61,7 @@ class SampleLosses:
 
 
 def concatenate(*parts: SampleLosses) -> SampleLosses:
-    """Return the losses of one or several models on different samples as one."""
+    """Return the losses on several sets of samples as one."""
     correct = [part.correct for part in parts if part.correct is not None]
     return SampleLosses(
         torch.cat([part.losses for part in parts]),
@@ -73,7 +73,7 @@ def concatenate(*parts: SampleLosses) -> SampleLosses:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Let what is random in samples and batches (masked tokens, augmentations) be the same in each such block."""
+    """Make randomness in samples and batches (masked tokens, augmentations) the same in each such block."""
     with preserved_randomness():
         random.seed(0)
         np.random.seed(0)
@@ -86,14 +86,20 @@ def repeatable() -> Iterator[None]:
 def sample_losses(
     model: PreTrainedModel, dataset: Any, collator: Collator, accelerator: Accelerator, batch_size: int
 ) -> SampleLosses:
-    """Return the losses of `model`, in its mode, on every sample of `dataset`.
+    """Return the losses of `model`, in its present mode, on every sample of `dataset`.
 
-    Where a model gives a whole batch one loss only (a regression, tags of tokens, spans), samples go through it one by one.
+    For a regression, tags of tokens or spans, a model returns one loss for a whole batch. Such a model gets one sample at
+    a time.
+
+    Raises:
+        DataError: No sample has a label.
+        NonFiniteLossError: A loss is NaN or infinite.
     """
     loader = accelerator.prepare_data_loader(DataLoader(dataset, batch_size=batch_size, collate_fn=collator))
     losses, terms, logits, labels = [], [], [], []
     for batch in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=None):
-        if not labelled_terms(model, batch):  # texts cut before their answer, say: the mean loss would be NaN
+        # Without a labelled token, as in a text that is cut before its answer, the mean loss would be NaN.
+        if not labelled_terms(model, batch):
             continue
         mean, output = batch_loss(model, batch)
         if _is_classification(batch, output):
@@ -114,12 +120,12 @@ def sample_losses(
             f"none of the {len(dataset)} samples has a labelled token; expected labels other than {IGNORED}"
         )
     if logits and not losses:
-        return _of_classes(torch.cat(logits), torch.cat(labels))
+        return _class_losses(torch.cat(logits), torch.cat(labels))
     summed = torch.cat(losses)
     return SampleLosses(summed, torch.cat(terms), summed, None)
 
 
-def _of_classes(logits: Tensor, labels: Tensor) -> SampleLosses:
+def _class_losses(logits: Tensor, labels: Tensor) -> SampleLosses:
     scaled = [cross_entropy(logits * scale, labels, reduction="none").double() for scale in SCALES]
     losses = cross_entropy(logits, labels, reduction="none").double()
     best = min([losses, *scaled], key=lambda values: float(values.sum()))
@@ -127,7 +133,7 @@ def _of_classes(logits: Tensor, labels: Tensor) -> SampleLosses:
 
 
 def _token_losses(logits: Tensor, labels: Tensor, *, shifted: bool) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of each text, and how many labelled tokens it has."""
+    """Return the summed loss of each text and its number of labelled tokens; both float64, shape `(n,)`."""
     if shifted:  # each token predicts the next
         logits, labels = logits[:, :-1], labels[:, 1:]
     losses = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
@@ -136,13 +142,13 @@ def _token_losses(logits: Tensor, labels: Tensor, *, shifted: bool) -> tuple[Ten
 
 
 def _is_classification(batch: Batch, output: Any) -> bool:
-    """Whether there is one class id per sample, and one logit per class for it."""
+    """Return whether the batch has one class id per sample, and the output one logit per class."""
     labels, logits = batch.get("labels"), output.get("logits")
     return labels is not None and logits is not None and is_class_ids(labels) and logits.ndim == 2
 
 
 def _is_language(model: PreTrainedModel, batch: Batch, output: Any) -> bool:
-    """Whether there is one token id per position, and one logit per token of the vocabulary for it."""
+    """Return whether the batch has one token id per position, and the output one logit per token of the vocabulary."""
     labels, logits = batch.get("labels"), output.get("logits")
     if not model.can_generate() or labels is None or logits is None or labels.is_floating_point():
         return False
@@ -150,7 +156,7 @@ def _is_language(model: PreTrainedModel, batch: Batch, output: Any) -> bool:
 
 
 def evaluation_losses(model: PreTrainedModel, samples: Any, collator: Collator, batch_size: int) -> SampleLosses:
-    """Return the losses of the model as it is now, in eval mode, on `samples`; its mode comes back."""
+    """Return the losses of the model in eval mode on `samples`; its mode is restored."""
     with preserved_state(model):
         model.eval()
         return sample_losses(model, samples, collator, Accelerator(), batch_size)

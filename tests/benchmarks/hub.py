@@ -1,17 +1,17 @@
-"""Disk and bytes on the wire of a merge of K sources from the Hub, against a download of all of them.
+"""Measures the disk and the traffic of a merge of K sources from the Hub, against a download of all of them.
 
-Run it with `python -m tests.benchmarks.hub`, and with `--xet` for the client's other transfer mode (whose payload is
-not HTTP, so that its bytes are not counted). The Hub is the project's own loopback server, the clients are real, and each
-row is a process of its own with an empty `HF_HOME`. The sources are BERTs of 21 MB that differ everywhere; the unit of
-the table is the size of one. The base model stands in the user's cache from the start.
+Run it with `python -m tests.benchmarks.hub`. `--xet` lets the clients use Xet; its bytes are not counted, because it
+is not HTTP. The Hub is the loopback server of the tests, and the clients are the real ones. Each row is a process with
+an empty `HF_HOME`, except that the user's cache holds the base model. The sources are BERTs of 21 MB that differ in
+every weight. The numbers are in sizes of one source:
 
-- `models`: the most that `HF_HOME` held beside the base model; what every process holds at the end is in brackets.
-- `temporary`: the most that the temporary directory held: the target as it was, the best epoch, and both ends
-  of the gate's line.
+- `models`: the peak of `HF_HOME` in addition to the base model; in brackets, what stays after the process.
+- `temporary`: the peak of the temporary directory: the target before the step, the best epoch, and both ends of the
+  gate's line.
 - `wire`: bytes that the server sent, configuration files included.
 
-With `--plan N`, it also prints how long `plan` takes for N sources, and with `--shards` what an average of K = 2 sources
-in shards needs, by itself and with held-out data, at 50 MB/s: over the loopback a shard is here before it is seen.
+`--plan N` also prints the duration of `plan` for N sources. `--shards` also averages K = 2 sources in shards, with and
+without evaluation data, at 50 MB/s, because an unlimited loopback delivers a shard before it can be observed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 from tests.support.hub.server import HubServer
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
-SHARDED = {"vocab_size": 1024, "num_hidden_layers": 16}  # nothing in it is much larger than the rest
+SHARDED = {"vocab_size": 1024, "num_hidden_layers": 16}  # all its tensors have similar sizes
 TOKEN = "hf_me"
 
 MAKE = f"""
@@ -88,10 +88,10 @@ print(time.perf_counter() - began)
 """
 
 
-def held(folder: Path) -> int:
-    """Return the bytes that the files below `folder` take on the disk, each once."""
+def disk_usage(folder: Path) -> int:
+    """Return the bytes of the files below `folder` on the disk; a file with several links counts once."""
     found = {}
-    for directory, _, names in os.walk(folder):  # which passes over what is removed in between
+    for directory, _, names in os.walk(folder):  # it skips folders that are removed meanwhile
         for name in names:
             try:
                 stat = os.lstat(os.path.join(directory, name))
@@ -105,11 +105,11 @@ class Bench:
     """A Hub with models, and processes that use it."""
 
     def __init__(self, hub: HubServer, root: Path, xet: bool) -> None:
-        """Keep everything below `root`."""
+        """Use a Hub, and keep all files below `root`."""
         self.hub, self.root, self.xet = hub, root, xet
 
     def run(self, code: str, *arguments: str, home: Path, temporary: Path | None = None) -> tuple[str, dict[str, int]]:
-        """Run Python code in a process of its own; return what it prints, and the peaks of the two folders in bytes."""
+        """Run Python code in a new process; return its output, and the peaks of the two folders in bytes."""
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
             "HF_ENDPOINT": self.hub.url,
@@ -123,8 +123,8 @@ class Bench:
 
         def watch() -> None:
             while not done.wait(0.01):
-                peaks["models"] = max(peaks["models"], held(home))
-                peaks["temporary"] = max(peaks["temporary"], held(temporary) if temporary else 0)
+                peaks["models"] = max(peaks["models"], disk_usage(home))
+                peaks["temporary"] = max(peaks["temporary"], disk_usage(temporary) if temporary else 0)
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
@@ -137,30 +137,30 @@ class Bench:
         return result.stdout, peaks
 
     def publish(self, folder: Path, count: int, name: str, sizes: dict[str, int], shards: str) -> list[int]:
-        """Make `count` models and put them on the Hub; return the sizes of the shards of the second."""
+        """Make `count` models and upload them; return the sizes in bytes of the shards of the second model."""
         home = Path(self.root, "maker")
         self.run(MAKE, str(folder), str(count), name, json.dumps(sizes), shards, home=home)
         self.run(PUBLISH, str(folder), str(count), name, home=home)
         return [path.stat().st_size for path in (folder / f"{name}-1").glob("*.safetensors")]
 
     def row(self, code: str, *arguments: str, base: str = "model") -> dict[str, float]:
-        """Run one row with an empty home that holds the base model, and return its bytes."""
+        """Run one row with a home that holds only the base model, and return its numbers in bytes."""
         with tempfile.TemporaryDirectory(dir=self.root) as name:
             home, temporary = Path(name, "home"), Path(name, "tmp")
             temporary.mkdir()
             self.run(CACHE_BASE, base, home=home)
-            before, since = held(home), len(self.hub.requests)
+            before, since = disk_usage(home), len(self.hub.requests)
             _, peaks = self.run(code, *arguments, home=home, temporary=temporary)
             return {
                 "models": peaks["models"] - before,
-                "left": held(home) - before,
+                "left": disk_usage(home) - before,
                 "temporary": peaks["temporary"],
                 "wire": self.hub.sent(since=since),
             }
 
 
 def main() -> None:
-    """Print the table, and write it if asked to."""
+    """Print the table, and with `--json` write its numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", type=int, nargs="+", default=[2, 8, 20], metavar="K")
     parser.add_argument("--xet", action="store_true", help="let the clients use Xet")
@@ -179,9 +179,9 @@ def main() -> None:
         def print_row(label: str, size: int, code: str, *arguments: str, base: str = "model") -> None:
             row = {key: value / size for key, value in bench.row(code, *arguments, base=base).items()}
             rows[label] = row
-            models_held = f"{row['models']:.2f} ({row['left']:.2f})"
+            models_cell = f"{row['models']:.2f} ({row['left']:.2f})"
             wire = "–" if args.xet else f"{row['wire']:.2f}"
-            print(f"{label:36}{models_held:>18}{row['temporary']:>12.2f}{wire:>8}", flush=True)
+            print(f"{label:36}{models_cell:>18}{row['temporary']:>12.2f}{wire:>8}", flush=True)
 
         for sources in args.sources:
             print_row(f"K = {sources}, merge", size, MERGE, str(sources), "yes", "given")

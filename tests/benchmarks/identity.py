@@ -1,14 +1,14 @@
-"""Whether the working tree computes what a commit computes, bit for bit.
+"""Checks that the working tree computes the same as a commit, bit for bit.
 
-Run it with `python -m tests.benchmarks.identity COMMIT` before a refactoring is committed. It builds the commit and the
-working tree with its uncommitted changes, each with the dependencies that its own `.ci/constraints.txt` pins, and runs
+Run it with `python -m tests.benchmarks.identity COMMIT` before you commit a refactoring. It builds the commit and the
+working tree with its uncommitted changes, each with the dependencies that its own `.ci/constraints.txt` pins. It runs
 the same commands with both, offline and on one thread: the demo, every recipe in `recipes/digits/`, merges with other
-settings, `append`, `rank` and `compare`. Then it compares all weights, and all numbers of all JSON files. Texts, durations,
-memory and versions may differ.
+settings, `append`, `rank` and `compare`. Then it compares all weights, and all numbers of all JSON files. Texts,
+durations, memory and versions may differ.
 
-It needs nothing of the package but the command `grasp-hf` and the folder `recipes/`, so files may move. `--keep FOLDER`
-keeps the environments and the results of the commit, so that the next call runs the working tree only. Kept results are
-good on the machine that made them: other processors round differently.
+It uses only the command `grasp-hf` and the folder `recipes/`, so files may move. `--keep FOLDER` keeps the
+environments and the results of the commit, and the next call runs only the working tree. Kept results are valid only
+on the machine that made them, because other processors round differently.
 
 Exit codes: 0 identical, 1 different, 2 a command failed.
 """
@@ -41,17 +41,17 @@ from tests.benchmarks.packages import complete
 
 # New names of fields and files, by their old names.
 RENAMED = {"options": "candidates", "share": "fraction"}
-IGNORED = {"seconds", "peak_memory", "versions"}  # fields whose numbers may differ; all that they hold is left out
+IGNORED = {"seconds", "peak_memory", "versions"}  # fields that may differ, with everything in them
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = Path(".ci", "constraints.txt")
-SHOWN = 10  # differences that are listed
-SECONDS = "seconds.json"  # CPU time by run, beside the kept outputs
+SHOWN = 10  # number of differences to print
+SECONDS = "seconds.json"  # CPU time by run, in the folder of the kept outputs
 WORK = "work"  # the working directory of all runs
 LOADERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {  # by the suffix of files with weights
     ".safetensors": load_file,
     ".bin": partial(torch.load, weights_only=True),
 }
-SETTINGS = {  # of the environment of every run
+SETTINGS = {  # environment variables of every run
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -62,8 +62,8 @@ SETTINGS = {  # of the environment of every run
     "HF_DATASETS_OFFLINE": "1",
     "LANG": "C.UTF-8",
 }
-Name = tuple[str, ...]  # of a tensor or a number: the parts of its file's path, then what leads to it in the file
-Number = int | float  # a boolean is one of Python's
+Name = tuple[str, ...]  # of a tensor or a number: the parts of its file's path, then the keys in the file
+Number = int | float  # including booleans
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Run:
 
     Attributes:
         name: Its name in the printed lines.
-        output: The folder that it fills, relative to the working directory.
-        arguments: Those of `grasp-hf`.
-        prints_scores: Whether its printed table holds scores that no file holds.
+        output: Its output folder, relative to the working directory.
+        arguments: Arguments of `grasp-hf`.
+        prints_scores: Whether its printed table has scores that are in no file.
     """
 
     name: str
@@ -84,12 +84,12 @@ class Run:
 
     @property
     def printed(self) -> str:
-        """The file for what the command prints."""
+        """The name of the file for the output of the command."""
         return f"{self.name}.out"
 
 
 def list_runs(recipes: Sequence[str]) -> list[Run]:
-    """Return all runs, in an order in which each finds the models that it needs.
+    """Return all runs; each comes after the runs that make its models.
 
     Args:
         recipes: Names of the recipes in `recipes/digits/`.
@@ -122,12 +122,12 @@ def list_runs(recipes: Sequence[str]) -> list[Run]:
 
 
 class Version:
-    """One version of the package, installed beside the working directory of its runs.
+    """One version of the package, installed next to the working directory of its runs.
 
     Args:
-        source: Its files.
-        folder: Gets the package in `package/` and all outputs in `work/`.
-        keep: See `environment`.
+        source: Folder with the files of the version.
+        folder: Folder for the package, in `package/`, and for all outputs, in `work/`.
+        keep: Folder for environments, as in `environment`.
     """
 
     def __init__(self, source: Path, folder: Path, keep: Path) -> None:
@@ -168,7 +168,7 @@ class Version:
 
 
 def environment(source: Path, keep: Path) -> Path:
-    """Return the Python of an environment with the dependencies of a version, built where `keep` lacks it."""
+    """Return the Python of an environment with the dependencies of a version; build it if `keep` lacks it."""
     project, constraints = source / "pyproject.toml", source / CONSTRAINTS
     folder = keep / "environments" / digest(project.read_text(), constraints.read_text(), sys.version)
     if not folder.exists():
@@ -182,7 +182,7 @@ def environment(source: Path, keep: Path) -> Path:
 
 
 def call(*command: str, folder: Path | None = None) -> bytes:
-    """Run a command of another program, and return its output.
+    """Run another program, and return its output.
 
     Raises:
         RuntimeError: The command failed.
@@ -194,7 +194,7 @@ def call(*command: str, folder: Path | None = None) -> bytes:
 
 
 def digest(*texts: str) -> str:
-    """Return the first digits of a SHA-256 of texts."""
+    """Return the first 16 digits of the SHA-256 of texts."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
@@ -207,7 +207,7 @@ def copy_commit(root: Path, commit: str, folder: Path) -> None:
 
 
 def copy_working_tree(root: Path, folder: Path) -> None:
-    """Copy the working tree to a new folder: tracked files as they are now, and new files that Git does not ignore."""
+    """Copy the working tree to a new folder: tracked files, and new files that Git does not ignore."""
     folder.mkdir()
     listed = call("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", folder=root)
     for name in listed.decode().split("\0"):
@@ -218,13 +218,13 @@ def copy_working_tree(root: Path, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What two versions of one output have in common.
+    """The comparison of two versions of one output.
 
     Attributes:
         tensors: Number of all tensors.
         numbers: Number of all numbers and booleans.
         other_tensors: A line of text for each tensor that differs.
-        other_numbers: The same of numbers and booleans.
+        other_numbers: A line of text for each number or boolean that differs.
     """
 
     tensors: int
@@ -234,7 +234,7 @@ class Outcome:
 
     @property
     def differences(self) -> list[str]:
-        """All differences, those of numbers first, as they are easier to read."""
+        """All differences, first those of numbers, because they are easier to read."""
         return self.other_numbers + self.other_tensors
 
     def __str__(self) -> str:
@@ -246,9 +246,9 @@ def compare_folders(old: Path, new: Path, printed: tuple[str, str] = ("", "")) -
     """Compare the weights and the numbers in two folders.
 
     Args:
-        old: Output of the commit; its names are replaced as `RENAMED` says.
+        old: Output of the commit, with names that `RENAMED` replaces.
         new: Output of the working tree.
-        printed: What the two versions printed; the scores in the tables are compared, too.
+        printed: Printed text of the two versions, in which the scores of tables are compared.
     """
     old_tensors, new_tensors = renamed(read_tensors(old)), read_tensors(new)
     old_numbers = renamed(read_numbers(old) | read_scores(printed[0]))
@@ -262,7 +262,7 @@ def compare_folders(old: Path, new: Path, printed: tuple[str, str] = ("", "")) -
 
 
 def renamed(values: Mapping[Name, Any]) -> dict[Name, Any]:
-    """Return values with the new name of each part of their names."""
+    """Return values under their new names; `RENAMED` replaces each part of a name."""
     return {tuple(RENAMED.get(part, part) for part in name): value for name, value in values.items()}
 
 
@@ -279,10 +279,10 @@ def read_tensors(folder: Path) -> dict[Name, Tensor]:
 def read_numbers(folder: Path) -> dict[Name, Number]:
     """Return the numbers and booleans of all JSON files in a folder.
 
-    The record of a merge may hold the fields of its last run at the top or under `run`; their names are the same here.
+    The fields of the last run of a merge may be at the top of its record or under `run`. Both get the same names.
 
     Raises:
-        ValueError: A field stands at the top and under `run`.
+        ValueError: A field is at the top and under `run`.
     """
     found = {}
     for path in sorted(folder.rglob("*.json")):
@@ -298,7 +298,7 @@ def read_numbers(folder: Path) -> dict[Name, Number]:
 
 
 def leaves(value: Any) -> Iterator[tuple[Name, Number]]:
-    """Yield the numbers and booleans in a value of JSON, each with the keys and indices that lead to it."""
+    """Yield the numbers and booleans in a JSON value, each with its path of keys and indices."""
     if isinstance(value, int | float):
         yield (), value
     elif isinstance(value, dict | list):
@@ -319,7 +319,7 @@ def read_scores(printed: str) -> dict[Name, Number]:
 def differences(
     old: Mapping[Name, Any], new: Mapping[Name, Any], difference: Callable[[Any, Any], str | None]
 ) -> list[str]:
-    """Return a line of text for each name that one side lacks, or whose values have a difference."""
+    """Return a line of text for each name that one side lacks, and for each whose values differ."""
     found = []
     for name in dict.fromkeys([*old, *new]):
         if name not in new:
@@ -334,13 +334,13 @@ def differences(
 
 
 def number_difference(old: Number, new: Number) -> str | None:
-    """Return both values where they differ; a boolean is no number, and NaN equals NaN."""
+    """Return both values if they differ; a boolean differs from a number, and NaN equals NaN."""
     same = isinstance(old, bool) == isinstance(new, bool) and (old == new or (math.isnan(old) and math.isnan(new)))
     return None if same else f"{old!r} != {new!r}"
 
 
 def tensor_difference(old: Tensor, new: Tensor) -> str | None:
-    """Return type, shape and digest of both tensors where they differ in one of these."""
+    """Return type, shape and digest of both tensors if one of these differs."""
     if fingerprint(old) == fingerprint(new):
         return None
     text = f"{fingerprint(old)} != {fingerprint(new)}"
@@ -357,7 +357,7 @@ def fingerprint(tensor: Tensor) -> str:
 
 @contextmanager
 def in_sequence(work: Callable[[Run], float], runs: Sequence[Run]) -> Iterator[list[Future[float]]]:
-    """Yield the results to come of runs, one at a time in a thread; those not begun at the end of the block are dropped."""
+    """Run one at a time in a thread, and yield the futures; the end of the block cancels runs that have not begun."""
     pool = ThreadPoolExecutor(max_workers=1)
     try:
         yield [pool.submit(work, run) for run in runs]
@@ -366,13 +366,13 @@ def in_sequence(work: Callable[[Run], float], runs: Sequence[Run]) -> Iterator[l
 
 
 def compare_versions(commit: str, keep: Path, scratch: Path) -> int:
-    """Run both versions, print a line for each run and the first differences, and return how many there are."""
+    """Run both versions, print a line for each run and the first differences; return the number of differences."""
     commit = call("git", "rev-parse", "--verify", f"{commit}^{{commit}}", folder=ROOT).decode().strip()
     sources, tree = scratch / "commit", scratch / "tree"
     copy_commit(ROOT, commit, sources)
     copy_working_tree(ROOT, tree)
     runs = list_runs([path.stem for path in sorted((sources / "recipes" / "digits").glob("*.yaml"))])
-    # The tables at the top of this file are not in it: a change of them asks for no new results.
+    # The digest leaves out the tables at the top of this file, because their changes need no new results.
     how = (repr(runs), repr(SETTINGS), sys.version, inspect.getsource(Version), inspect.getsource(environment))
     kept, new = keep / "results" / f"{commit[:12]}-{digest(*how)}", scratch / "new"
     total = 0
@@ -391,7 +391,7 @@ def compare_versions(commit: str, keep: Path, scratch: Path) -> int:
             printed = [(folder / WORK / run.printed).read_text() if run.prints_scores else "" for folder in (old, new)]
             outcome = compare_folders(old / WORK / run.output, new / WORK / run.output, (printed[0], printed[1]))
             if not outcome.numbers:
-                raise RuntimeError(f"the run '{run.name}' left no number to compare in '{run.output}'")
+                raise RuntimeError(f"the run '{run.name}' wrote no number to compare in '{run.output}'")
             print(f"{run.name:10} CPU {seconds[run.name]:5.1f} s and {new_seconds:5.1f} s, {outcome}", flush=True)
             for line in outcome.differences[: max(0, SHOWN - total)]:
                 print(f"  {line}", flush=True)
@@ -404,8 +404,10 @@ def compare_versions(commit: str, keep: Path, scratch: Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare the working tree with a commit, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commit", metavar="COMMIT", help="commit before the refactoring")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="folder for environments and results of commits")
+    parser.add_argument("commit", metavar="COMMIT", help="commit to compare with")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="folder that keeps environments and results of commits"
+    )
     options = parser.parse_args(arguments)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="grasp_hf-identity-") as name:

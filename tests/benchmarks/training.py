@@ -1,4 +1,4 @@
-"""Training and scoring of any model of the benchmarks."""
+"""Trains and scores any model of the benchmarks."""
 
 import tempfile
 from typing import Any
@@ -18,7 +18,7 @@ from grasp_hf.models.batches import Collator
 
 
 def collator_for(model: Any, processor: Any) -> Collator:
-    """Return what makes batches for `model`: of images, of texts, or of texts that are their own labels."""
+    """Return the collator for `model`: for images, for texts, or for texts that are their own labels."""
     if model.can_generate():
         return DataCollatorForLanguageModeling(processor, mlm=False)
     return default_data_collator if model.main_input_name == "pixel_values" else DataCollatorWithPadding(processor)
@@ -27,15 +27,15 @@ def collator_for(model: Any, processor: Any) -> Collator:
 def train_(
     model: Any, processor: Any, examples: Any, seed: int, *, head_rate: float | None = None, **arguments: Any
 ) -> None:
-    """Train `model` in place in batches of 32; its `classifier` at a learning rate of its own where `head_rate` is given.
+    """Train `model` in place in batches of 32.
 
     Args:
         model: A model with or without an adapter.
         processor: Its tokenizer or image processor.
         examples: Samples with labels, or with tokens for a language model.
-        seed: Seed of the order of the samples and of dropout.
-        head_rate: Learning rate of the classifier.
-        **arguments: What `transformers.TrainingArguments` takes.
+        seed: Seeds the order of the samples and dropout.
+        head_rate: Learning rate of `model.classifier`; by default that of all weights.
+        **arguments: Arguments of `transformers.TrainingArguments`.
     """
     optimizer = None
     if head_rate is not None:
@@ -68,7 +68,7 @@ def train_(
 
 @torch.no_grad()
 def score(model: Any, processor: Any, examples: Any) -> float:
-    """Return the accuracy of `model`, or of a language model the negative log-likelihood per token."""
+    """Return the accuracy of `model`; for a language model, the negative log-likelihood per token."""
     model.eval()
     total = count = 0.0
     for batch in DataLoader(examples, batch_size=100, collate_fn=collator_for(model, processor)):

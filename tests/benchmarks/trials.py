@@ -1,37 +1,37 @@
-"""Trials behind the default: which sources to turn away, and how far to go with fine-tuning, on real data.
+"""Tries rules for the default on real data: which sources to refuse, and how far to fine-tune.
 
-Run it with `python -m tests.benchmarks.trials lora:nyt dinov2:noto` after `python -m tests.benchmarks.sources`: the kind
-of the sources, and the domain whose labels there are. All models are small enough to be kept in memory, so that many rules
-are tried quickly, outside the engine. Losses that choose are those of the labels, calibrated as in `grasp_hf.validation.losses`; a
-score is loss, accuracy and calibrated loss on `TEST` test samples.
+Run it with `python -m tests.benchmarks.trials lora:nyt dinov2:noto` after `python -m tests.benchmarks.sources`. An
+argument is the kind of the sources and the domain of the labels. All models are small enough to stay in memory, so
+this tries many rules quickly without a merger. Rules choose by the losses on the labels, calibrated as in
+`grasp_hf.validation.losses`. A score is loss, accuracy and calibrated loss on `TEST` test samples.
 
-`rules`: sources are averaged one after the other, the one with the lowest loss first (`loss`) or in a random order
-(`given`). A source stays
+`rules`: sources are averaged sequentially, by increasing loss (`loss`) or in a random order (`given`). A source stays
 
 - `first`: if it is the first;
 - `all`: always;
 - `harm`: unless the mean loss rises by more than its standard error, `harm*2`: by more than twice that;
-- `rise`: unless it rises;
-- `help`: only if it falls by more than its standard error.
+- `rise`: unless the loss rises;
+- `help`: only if the loss falls by more than its standard error.
 
-`merged` is its score, `end` that after fine-tuning, and `half` that of the mean of the weights before and after.
+`merged` is the score of the merge, `end` the score after fine-tuning, and `half` the score of the mean of the weights
+before and after.
 
-`others`: more ways with `harm`, by loss. `base`: the average begins with the base model. `partial`: no average, but of each
-layer whose gradients on the labels agree in target and source (a cosine above `AGREE`, as published) the target moves a
-part of the way to the source.
+`others`: more rules with `harm`, by loss. `base`: the average begins with the base model. `partial`: the target moves
+a part of the way to the source, only in layers whose gradients on the labels agree in target and source (a cosine
+above `AGREE`, as in the paper).
 
-`means`: the average of `harm`, by loss, weighs every model alike (`mean`), each parameter by its Fisher information in each
-model (`fisher`), or for each source as the labels judge better (`better`).
+`means`: the average of `harm`, by loss, weights every model equally (`mean`), each parameter by its Fisher information
+in each model (`fisher`), or for each source by the one of both with the lower loss (`better`).
 
-`line`: the merge of `harm` in the order of the loss is fine-tuned, on all labels (`whole`), or on two halves of them whose
-models are averaged (`halves`), and scored along the line from before to after. `least` is the point of that line where
-the loss of each half in the other's model is lowest; of the points where it is not higher by more than one or two of its
-standard errors, `farthest` is the last one and `middle` the middle one; with `no worse`, of those
-where the loss, calibrated or not, is not higher than at the start. The loss is calibrated or plain.
-`base-line`: the same from the base model, which has everything to learn.
+`line`: the merge of `harm`, by loss, is fine-tuned on all labels (`whole`), or on two halves of them whose models are
+averaged (`halves`). It is scored along the line between the weights before and after. `least` is the point where the
+loss of each half in the other half's model is lowest. Among the points where that loss is at most one or two of its
+standard errors higher, `farthest` is the last and `middle` the middle one; `no worse` keeps only points where the
+loss, calibrated or not, is at most that of the start. The loss is calibrated or plain. `base-line`: the same from the
+base model.
 
-Results stand in `tests/benchmarks/results/trials.json`; `--table` prints their means, and differences to the first line,
-of all `--parts` and `--kinds`.
+The results are in `tests/benchmarks/results/trials.json`. `--table` prints their means, and differences to the first
+row, for all `--parts` and `--kinds`.
 """
 
 import argparse
@@ -80,7 +80,7 @@ MEASURES = ("loss", "accuracy", "calibrated loss")
 
 
 class Laboratory:
-    """A network whose weights are exchanged for those of states."""
+    """A network that takes the weights of different states."""
 
     def __init__(self, kind: Kind, cache: Path) -> None:
         """Load the base model."""
@@ -91,7 +91,7 @@ class Laboratory:
         self.base = self.state()
 
     def draw(self, samples: Sequence[Any], count: int, seed: int) -> list[Any]:
-        """Return so many of the samples, drawn at random."""
+        """Return `count` random samples."""
         return [samples[index] for index in random.Random(seed).sample(range(len(samples)), min(count, len(samples)))]
 
     def state(self) -> State:
@@ -111,15 +111,15 @@ class Laboratory:
         return torch.cat(found), torch.cat(labels)
 
     def losses(self, state: State, samples: list[Any], scales: Sequence[float] = (1.0,)) -> Tensor:
-        """Return the loss of each sample at that one of the scales of the logits that makes their sum least."""
+        """Return the loss of each sample, at the scale of the logits with the lowest sum of losses."""
         logits, labels = self.logits(state, samples)
         scaled = [cross_entropy(logits * scale, labels, reduction="none") for scale in scales]
         return min(scaled, key=lambda values: float(values.sum()))
 
     def score(self, state: State, samples: list[Any]) -> Score:
-        """Return what `MEASURES` name."""
+        """Return the numbers that `MEASURES` names."""
         logits, labels = self.logits(state, samples)
-        return measured(logits, labels)
+        return measure(logits, labels)
 
     def gradients(self, state: State, samples: list[Any]) -> State:
         """Return the gradient of the loss, summed over batches, of each parameter that has one."""
@@ -148,22 +148,22 @@ class Laboratory:
         return self.state()
 
 
-def measured(logits: Tensor, labels: Tensor) -> Score:
-    """Return what `MEASURES` name; the last one at that scale of the logits which makes it least."""
+def measure(logits: Tensor, labels: Tensor) -> Score:
+    """Return the numbers that `MEASURES` names; the calibrated loss is that of the best scale of the logits."""
     calibrated = min(float(cross_entropy(logits * scale, labels)) for scale in SCALES)
     return float(cross_entropy(logits, labels)), float((logits.argmax(-1) == labels).float().mean()), calibrated
 
 
-def between(start: State, end: State, share: float) -> State:
-    """Return a point of the line between two states; counters stay."""
+def interpolate(start: State, end: State, fraction: float) -> State:
+    """Return a point of the line between two states; integers are those of the start."""
     return {
-        name: torch.lerp(value, end[name], share) if value.is_floating_point() else value
+        name: torch.lerp(value, end[name], fraction) if value.is_floating_point() else value
         for name, value in start.items()
     }
 
 
-def sources(kind: str, cache: Path, target: str) -> dict[str, State]:
-    """Return the weights of every source but the target's, adapters merged into the base."""
+def source_states(kind: str, cache: Path, target: str) -> dict[str, State]:
+    """Return the weights of every source except the target's; adapters are merged into the base."""
     found = {}
     for domain in KINDS[kind].domains:
         folder = source_folder(cache, kind, domain)
@@ -179,7 +179,7 @@ def sources(kind: str, cache: Path, target: str) -> dict[str, State]:
 
 
 def agreeing(units: Sequence[Unit], a: State, b: State) -> set[str]:
-    """Return the tensors of those units whose gradients have a cosine above `AGREE`; without a gradient none agree."""
+    """Return the tensors of units whose gradients have a cosine above `AGREE`; without a gradient there is none."""
     found = set()
     for unit in units:
         names = [name for name in unit.tensors if name in a and name in b]
@@ -191,15 +191,15 @@ def agreeing(units: Sequence[Unit], a: State, b: State) -> set[str]:
 
 
 def harms(before: Tensor, after: Tensor, errors: float = 1.0) -> bool:
-    """Whether the mean rises by more than so many of its standard errors."""
+    """Return whether the mean rises by more than `errors` of its standard errors."""
     difference = after - before
     return float(difference.mean()) > errors * float(difference.std()) / math.sqrt(len(difference))
 
 
-def merged(
+def merge_by_rule(
     lab: Laboratory, states: dict[str, State], order: list[str], labels: list[Any], rule: str
 ) -> tuple[State, list[str]]:
-    """Return what the sources that stay make, and their names."""
+    """Return the merge by a rule, and the names of its sources."""
     kind, _, part = rule.partition(" ")
     state, taken = states[order[0]], [order[0]]
     losses = lab.losses(state, labels, SCALES)
@@ -207,9 +207,9 @@ def merged(
     for name in [] if rule == "first" else order[1:]:
         if kind == "partial":
             own = agreeing(units, lab.gradients(state, labels), lab.gradients(states[name], labels))
-            candidate = state | between({key: state[key] for key in own}, states[name], float(part))
+            candidate = state | interpolate({key: state[key] for key in own}, states[name], float(part))
         else:
-            candidate = between(state, states[name], 1 / (len(taken) + 1))
+            candidate = interpolate(state, states[name], 1 / (len(taken) + 1))
         found = lab.losses(candidate, labels, SCALES)
         errors = {"all": math.inf, "harm*2": 2.0, "rise": 0.0, "help": -1.0}.get(rule, 1.0)
         if not harms(losses, found, errors):
@@ -218,7 +218,7 @@ def merged(
     return state, taken
 
 
-def rules(
+def rule_rows(
     lab: Laboratory,
     states: dict[str, State],
     orders: dict[str, list[str]],
@@ -231,13 +231,13 @@ def rules(
     known: dict[frozenset[str], dict[str, Score]] = {}
     for name, order in orders.items():
         for rule in RULES:
-            state, taken = merged(lab, states, order, labels, rule)
+            state, taken = merge_by_rule(lab, states, order, labels, rule)
             if frozenset(taken) not in known:
-                known[frozenset(taken)] = reached(lab, state, labels, test, rate, seed)
+                known[frozenset(taken)] = score_before_and_after(lab, state, labels, test, rate, seed)
             yield {"way": f"{rule}, {name}", "taken": taken, **known[frozenset(taken)]}
 
 
-def others(
+def other_rows(
     lab: Laboratory,
     states: dict[str, State],
     order: list[str],
@@ -246,17 +246,17 @@ def others(
     rate: float,
     seed: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for the average that begins with the base, and one for each part of the way."""
-    found = {"base": merged(lab, states | {"base": lab.base}, ["base", *order], labels, "harm")}
-    found |= {f"partial {part}": merged(lab, states, order, labels, f"partial {part}") for part in PARTS}
+    """Yield a row for the average that begins with the base, and one for each of `PARTS`."""
+    found = {"base": merge_by_rule(lab, states | {"base": lab.base}, ["base", *order], labels, "harm")}
+    found |= {f"partial {part}": merge_by_rule(lab, states, order, labels, f"partial {part}") for part in PARTS}
     for rule, (state, taken) in found.items():
-        yield {"way": f"{rule}, loss", "taken": taken, **reached(lab, state, labels, test, rate, seed)}
+        yield {"way": f"{rule}, loss", "taken": taken, **score_before_and_after(lab, state, labels, test, rate, seed)}
 
 
-def weighed(
+def merge_by_means(
     lab: Laboratory, states: dict[str, State], order: list[str], labels: list[Any], rule: str
 ) -> tuple[State, list[str], list[str]]:
-    """Return what the sources that stay by one of `MEANS` make, their names, and which of them Fisher information weighed."""
+    """Return the merge by one of `MEANS`, the names of its sources, and those weighted by Fisher information."""
     state, taken, weighted = states[order[0]], [order[0]], []
     losses = lab.losses(state, labels, SCALES)
     batches = [lab.collate(labels[start : start + BATCH]) for start in range(0, len(labels), BATCH)]
@@ -265,7 +265,7 @@ def weighed(
     running = RunningFisher(total, own)
     for name in order[1:]:
         share, source = 1 / (len(taken) + 1), {key: states[name][key] for key in tensors}
-        candidates = {} if rule == "fisher" else {"mean": between(state, states[name], share)}
+        candidates = {} if rule == "fisher" else {"mean": interpolate(state, states[name], share)}
         if rule != "mean":
             lab.net.load_state_dict(state)
             start = {key: tensor.detach().clone() for key, tensor in tensors.items()}
@@ -280,32 +280,32 @@ def weighed(
             taken.append(name)
             weighted += [name] * (way == "fisher")
             if rule != "mean":
-                running.take()
+                running.add()
     return state, taken, weighted
 
 
-def reached(
+def score_before_and_after(
     lab: Laboratory, state: State, labels: list[Any], test: list[Any], rate: float, seed: int
 ) -> dict[str, Score]:
-    """Return the scores of a merge, after fine-tuning, and half-way between the two."""
+    """Return the scores of a merge before and after fine-tuning, and half-way between."""
     end = lab.tuned(state, labels, rate, seed, EPOCHS[len(labels)])
-    points = {"merged": state, "half": between(state, end, 0.5), "end": end}
+    points = {"merged": state, "half": interpolate(state, end, 0.5), "end": end}
     return {point: lab.score(state, test) for point, state in points.items()}
 
 
-def line(
+def line_rows(
     lab: Laboratory, start: State, labels: list[Any], test: list[Any], rate: float, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each way of fine-tuning."""
     epochs = EPOCHS[len(labels)]
     whole = lab.tuned(start, labels, rate, seed, epochs)
-    yield {"way": "whole"} | {str(share): lab.score(between(start, whole, share), test) for share in SHARES}
+    yield {"way": "whole"} | {str(share): lab.score(interpolate(start, whole, share), test) for share in SHARES}
     halves = labels[::2], labels[1::2]
     ends = [lab.tuned(start, half, rate, seed + k, epochs) for k, half in enumerate(halves)]
     chosen = {}
     line_of = {
         kind: [
-            torch.cat([lab.losses(between(start, ends[k], share), halves[1 - k], scales) for k in (0, 1)])
+            torch.cat([lab.losses(interpolate(start, ends[k], share), halves[1 - k], scales) for k in (0, 1)])
             for share in SHARES
         ]
         for kind, scales in {"calibrated": SCALES, "plain": (1.0,)}.items()
@@ -323,16 +323,16 @@ def line(
             chosen[f"middle, {kind}{name}"] = as_good[len(as_good) // 2]
             chosen[f"farthest, {kind}{name}"] = max(as_good)
             chosen[f"farthest, {kind}{name}, no worse"] = max({*as_good} & better)
-    mean = between(ends[0], ends[1], 0.5)
-    scores = {str(share): lab.score(between(start, mean, share), test) for share in SHARES}
+    mean = interpolate(ends[0], ends[1], 0.5)
+    scores = {str(share): lab.score(interpolate(start, mean, share), test) for share in SHARES}
     yield {"way": "halves", "chosen": chosen} | scores
 
 
-def trial(
+def trial_rows(
     cache: Path, kind: str, target: str, size: int, seed: int, rate: float, parts: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one set of labels."""
-    lab, states = Laboratory(KINDS[kind], cache), sources(kind, cache, target)
+    lab, states = Laboratory(KINDS[kind], cache), source_states(kind, cache, target)
     test, pool = (KINDS[kind].examples(cache, target, split, lab.processor) for split in ("test", "train"))
     test, labels = lab.draw(test, TEST, 0), lab.draw(pool, size, seed)
     given = list(states)
@@ -343,29 +343,29 @@ def trial(
         probabilities = [lab.logits(state, test)[0].softmax(-1) for state in states.values()]
         _, answers = lab.logits(states[given[0]], test)
         mean = torch.stack(probabilities).mean(0)
-        yield common | {"part": "rules", "way": "ensemble", "merged": measured(mean.log(), answers)}
+        yield common | {"part": "rules", "way": "ensemble", "merged": measure(mean.log(), answers)}
         orders = {"loss": by_loss, "given": given}
-        for row in rules(lab, states, orders, labels, test, rate, seed):
+        for row in rule_rows(lab, states, orders, labels, test, rate, seed):
             yield common | {"part": "rules"} | row
     if "others" in parts:
-        for row in others(lab, states, by_loss, labels, test, rate, seed):
+        for row in other_rows(lab, states, by_loss, labels, test, rate, seed):
             yield common | {"part": "rules"} | row
     if "means" in parts:
         for rule in MEANS:
-            state, taken, weighted = weighed(lab, states, by_loss, labels, rule)
+            state, taken, weighted = merge_by_means(lab, states, by_loss, labels, rule)
             row = {"part": "means", "way": rule, "taken": taken, "weighted": weighted}
-            yield common | row | reached(lab, state, labels, test, rate, seed)
+            yield common | row | score_before_and_after(lab, state, labels, test, rate, seed)
     if "line" in parts:
-        start, taken = merged(lab, states, by_loss, labels, "harm")
-        for row in line(lab, start, labels, test, rate, seed):
+        start, taken = merge_by_rule(lab, states, by_loss, labels, "harm")
+        for row in line_rows(lab, start, labels, test, rate, seed):
             yield common | {"part": "line", "taken": taken} | row
     if "base-line" in parts:
-        for row in line(lab, lab.base, labels, test, rate, seed):
+        for row in line_rows(lab, lab.base, labels, test, rate, seed):
             yield common | {"part": "base-line"} | row
 
 
 def table(rows: list[dict[str, Any]], part: str, number: int) -> str:
-    """Return means of a measure by way and point, with differences to the first one."""
+    """Return the table of means of a measure by way and point, with differences to the row of `FIRST`."""
     runs: dict[tuple[str, str], dict[tuple[Any, ...], float]] = {}
     lines: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -406,7 +406,7 @@ def save(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run trials, append their rows to the results, and print them."""
+    """Run trials, append their rows to the results, and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", metavar="KIND:DOMAIN")
     parser.add_argument("--cache", type=Path, default=cache_folder())
@@ -415,7 +415,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=5e-5)
     parser.add_argument("--parts", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--table", action="store_true", help="also print the means of all results of --parts")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="in the table")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="kinds in the table (default: all)"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -424,7 +426,7 @@ def main() -> None:
         for size in args.sizes:
             for name in args.targets:
                 kind, _, target = name.partition(":")
-                for row in trial(args.cache, kind, target, size, seed, args.rate, args.parts):
+                for row in trial_rows(args.cache, kind, target, size, seed, args.rate, args.parts):
                     print(row, flush=True)
                     save(row)
     if args.table:

@@ -1,4 +1,4 @@
-"""Tiny real models and data for the tests."""
+"""Tiny models of real architectures, and data for them."""
 
 import shutil
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ KINDS = ("resnet", "vit", "bert")
 
 
 def tiny_model(kind: str, seed: int = 0, labels: Sequence[str] = LABELS) -> PreTrainedModel:
-    """Return a randomly initialised model: convolutions with BatchNorm, a ViT or a BERT (both with dropout), a GPT-2."""
+    """Return a randomly initialised model; `resnet` has BatchNorm layers, `vit` and `bert` have dropout."""
     torch.manual_seed(seed)
     names: dict[str, Any] = {
         "id2label": dict(enumerate(labels)),
@@ -87,7 +87,7 @@ def tiny_model(kind: str, seed: int = 0, labels: Sequence[str] = LABELS) -> PreT
 
 
 def perturbed(model: PreTrainedModel, seed: int, scale: float = 0.05) -> PreTrainedModel:
-    """Add noise to every weight of `model` and other statistics to its BatchNorm layers: a stand-in for a fine-tune."""
+    """Add noise to every weight and BatchNorm statistic of `model`, as a substitute for fine-tuning."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -99,7 +99,7 @@ def perturbed(model: PreTrainedModel, seed: int, scale: float = 0.05) -> PreTrai
 
 
 def tiny_data(kind: str, samples: int, seed: int = 0) -> Dataset:
-    """Return labelled samples whose label can be learned, as a data set of tensors."""
+    """Return a data set of tensors with labels that a model can learn."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(samples) % len(LABELS)
     if kind in ("resnet", "vit", "swin", "dinov2"):
@@ -122,7 +122,7 @@ MEASURE_ONLY = GraspConfig(method="blend", num_batches=1, batch_size=8, **NO_TUN
 
 
 def saved(model: PreTrainedModel, folder: Path) -> str:
-    """Write `model`, beside it the image processor or tokenizer that suits it, and return the folder's name."""
+    """Write `model` with a suitable image processor or tokenizer, and return the folder's name."""
     model.save_pretrained(folder)
     if model.main_input_name == "pixel_values":
         size = getattr(model.config, "image_size", 16)
@@ -160,7 +160,10 @@ def saved_adapter(model: PreTrainedModel, base: str, folder: Path, seed: int = 1
 
 
 def write_images(folder: Path, splits: dict[str, int], labels: Sequence[str] = LABELS, size: int = 8) -> Path:
-    """Write PNG files in a folder per split and label, `splits` many per label, dark to bright by label."""
+    """Write PNG files in one folder per split and label; each label has its own brightness.
+
+    `splits` holds the number of files per label by name of split.
+    """
     generator = np.random.default_rng(0)
     for split, count in splits.items():
         for position, label in enumerate(labels):
@@ -172,5 +175,5 @@ def write_images(folder: Path, splits: dict[str, int], labels: Sequence[str] = L
 
 
 def copied(folder: str, to: Path) -> Path:
-    """Copy a folder of files, so that a test can damage one of them."""
+    """Return a copy of a folder, in which a test can damage a file."""
     return Path(shutil.copytree(folder, to))

@@ -1,4 +1,4 @@
-"""Units and the comparison of two models' tensors."""
+"""The units of a model, and the comparison of the tensors of two models."""
 
 import pytest
 
@@ -53,7 +53,7 @@ def test_tied_weights_appear_once_and_position_ids_never() -> None:
     assert not [name for name in movable_tensors(tiny_model("bert")) if "position_ids" in name]
 
 
-def test_the_head_is_what_stands_on_the_base_model() -> None:
+def test_the_head_consists_of_the_tensors_outside_the_base_model() -> None:
     assert head_tensors(tiny_model("resnet")) == {"classifier.1.weight", "classifier.1.bias"}
     assert head_tensors(tiny_model("bert")) == {"classifier.weight", "classifier.bias"}
     assert head_tensors(tiny_model("gpt2")) == set()

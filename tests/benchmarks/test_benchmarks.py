@@ -1,4 +1,4 @@
-"""The benchmarks run; their numbers on tiny models mean nothing, so none is asserted. Their data is split as told."""
+"""The benchmarks run on tiny models, whose numbers are not asserted; their data is split as documented."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from tests.benchmarks import emoji, memory, rank, settings, sotu
 from tests.benchmarks.packages import complete, fetch
 from tests.benchmarks.sources import KINDS, source_folder
 from tests.benchmarks.training import score
-from tests.benchmarks.trials import MEANS, Laboratory, agreeing, harms, weighed
+from tests.benchmarks.trials import MEANS, Laboratory, agreeing, harms, merge_by_means
 from tests.support.models import perturbed, tiny_data, tiny_model
 
 
@@ -41,7 +41,7 @@ from tests.support.models import perturbed, tiny_data, tiny_model
         ("speed", ["copy alignment", "rank", "rank from disk", "average"], ["seconds", "baseline seconds", "ratio"]),
     ],
 )
-def test_a_benchmark_measures_what_it_is_asked_for(
+def test_a_benchmark_runs_the_requested_measurements(
     benchmark: str, names: list[str], keys: list[str], tmp_path: Path
 ) -> None:
     command = [
@@ -77,7 +77,7 @@ def test_an_archive_with_another_checksum_is_refused_and_leaves_no_folder(tmp_pa
 
 
 def painted(svg: str) -> Image.Image:
-    """An image in a colour that stands for the drawing."""
+    """Return an image in a colour that depends on the drawing."""
     colour = hashlib.md5(svg.encode()).digest()
     return Image.new("RGB", (emoji.SIDE, emoji.SIDE), (colour[0], colour[1], colour[2]))
 
@@ -86,7 +86,7 @@ def test_an_emoji_is_in_one_split_in_all_styles(tmp_path: Path, monkeypatch: pyt
     names = [f"emoji-{index}" for index in range(80)]
     classes = {label: names[index::8] for index, label in enumerate(emoji.CLASSES)} | {"Flags": ["a-flag"]}
     classes[emoji.CLASSES[0]].append("a-copy")
-    assert emoji.split_of("a-copy") == "test"  # drawn as one to learn from, so it cannot test
+    assert emoji.split_of("a-copy") == "test"  # its drawing is also in train, so it must not be in test
 
     def packed(folder: Path, *_: str) -> None:
         package = folder / "package"
@@ -95,7 +95,7 @@ def test_an_emoji_is_in_one_split_in_all_styles(tmp_path: Path, monkeypatch: pyt
             name: {"body": name} for name in [*names, "a-flag", "emoji-0-dark-skin-tone", "another-name", "unknown"]
         } | {"emoji-1": {"body": "", "hidden": True}}
         icons["a-copy"] = icons[next(name for name in names if emoji.split_of(name) == "train")]
-        if folder.name == "twemoji":  # it knows an emoji by another name only
+        if folder.name == "twemoji":  # this style has an emoji under its other name only
             del icons["emoji-2"]
         aliases = {"another-name": {"parent": "emoji-2"}}
         (package / "icons.json").write_text(
@@ -141,13 +141,13 @@ def test_every_fourth_address_of_an_era_is_for_testing(tmp_path: Path, monkeypat
         assert set(tables["test"]["year"]) == set(mine[3::4])
         assert set(tables["train"]["year"]) == set(mine) - set(mine[3::4])
         for table in tables.values():
-            assert table["year"].value_counts().eq(2).all()  # passages, without the five words that are left
+            assert table["year"].value_counts().eq(2).all()  # two passages; the last five words are dropped
             for year, text in zip(table["year"], table["text"], strict=True):
                 assert len(text.split()) == sotu.WORDS and all(w.startswith(f"{year}w") for w in text.split())
 
 
 @torch.no_grad()
-def test_the_score_of_a_language_model_weighs_every_token_alike() -> None:
+def test_the_score_of_a_language_model_weights_every_token_equally() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=1)).eval()
     learned = sotu.ByteLevelBPETokenizer(vocab={f"t{index}": index for index in range(20)}, merges=[])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=learned._tokenizer, pad_token="t0")
@@ -165,7 +165,7 @@ def test_every_source_has_a_folder_of_its_own() -> None:
     assert len(folders) == len(set(folders)) == 7 + 7 + 7 + 7 + 6
 
 
-def test_a_trial_takes_the_units_whose_gradients_agree() -> None:
+def test_a_trial_finds_the_units_whose_gradients_agree() -> None:
     units = [
         Unit("same", ("same.weight", "same.mean")),
         Unit("apart", ("apart.weight", "apart.bias")),
@@ -185,20 +185,20 @@ def test_a_trial_takes_the_units_whose_gradients_agree() -> None:
 
 
 @pytest.mark.parametrize(("errors", "harmful"), [(1.0, True), (2.0, True), (4.0, False), (-1.0, True)])
-def test_a_trial_calls_a_rise_beyond_so_many_standard_errors_harm(errors: float, harmful: bool) -> None:
+def test_a_rise_by_more_standard_errors_is_harm(errors: float, harmful: bool) -> None:
     rises = torch.tensor([0.0, 2.0, 1.0, 1.0, 1.0])  # mean 1, standard error sqrt(0.5 / 5)
     assert harms(torch.zeros(5), rises, errors) == harmful
     assert not harms(rises, torch.zeros(5), errors)
 
 
-def test_a_trial_of_means_weighs_a_source_as_the_labels_judge_better() -> None:
+def test_a_trial_of_means_weights_a_source_by_the_lower_loss() -> None:
     lab = object.__new__(Laboratory)
     lab.net, lab.collate = tiny_model("bert").eval(), default_data_collator
     labels = list(tiny_data("bert", 16, seed=1))
     states = {
         name: dict(perturbed(tiny_model("bert"), seed, scale=0.03).state_dict()) for seed, name in enumerate("abc")
     }
-    merges = {rule: weighed(lab, states, ["a", "b", "c"], labels, rule) for rule in MEANS}
+    merges = {rule: merge_by_means(lab, states, ["a", "b", "c"], labels, rule) for rule in MEANS}
     weight = "classifier.weight"
     mean = torch.stack([state[weight] for state in states.values()]).mean(0)
     torch.testing.assert_close(merges["mean"][0][weight], mean)
@@ -207,7 +207,7 @@ def test_a_trial_of_means_weighs_a_source_as_the_labels_judge_better() -> None:
     assert ((low - 1e-6 <= found) & (found <= high + 1e-6)).all() and not torch.allclose(found, mean, atol=1e-3)
     assert [weighted for _, _, weighted in merges.values()][:2] == [[], ["b", "c"]]
     assert {*merges["better"][2]} <= {"b", "c"} and all(taken == ["a", "b", "c"] for _, taken, _ in merges.values())
-    first = {rule: weighed(lab, states, ["a", "b"], labels, rule)[0] for rule in MEANS}
+    first = {rule: merge_by_means(lab, states, ["a", "b"], labels, rule)[0] for rule in MEANS}
     losses = {rule: float(lab.losses(state, labels, SCALES).mean()) for rule, state in first.items()}
     assert losses["better"] == min(losses.values()) and losses["mean"] != losses["fisher"]
 
@@ -229,7 +229,7 @@ def cells(table: str) -> list[list[str]]:
 
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache with models and two runs of `sotu` that are saved."""
+    """Return a cache with models and with two recorded runs of `sotu`."""
     cache = tmp_path / "cache"
     for domain in sotu.ERAS:
         folder = cache / "sotu" / "sources" / f"gpt2-{domain}"
@@ -240,7 +240,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(comparing, "RESULTS", tmp_path)
     monkeypatch.chdir(cache)
     models = model_identities(comparing.recipe_of("sotu", ERA, 64))
-    assert len({*models.values()}) == len(models) == 7
+    assert len({*models.values()}) == len(models) == 7  # the base and six sources, without that of the target
     found = losses("source:a", [3.0, 5.0]) + losses("source:b", [5.0, 7.0]) + losses("ties", [2.0, 1.0])
     (tmp_path / "sotu.json").write_text(json.dumps({"settings": {}, "results": []}))
     comparison = Comparison([*found, *losses(OURS, [1.5, 1.5])], {"models": models, "digests": {"train": "x"}})
@@ -249,7 +249,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
-def test_results_of_another_machine_are_gone_on_with(kept: Path) -> None:
+def test_recorded_results_of_the_same_models_are_restored(kept: Path) -> None:
     folder = comparing.comparison_folder("sotu", ERA, 64, kept)
     before = Comparison.load(folder)
     shutil.rmtree(folder)
@@ -264,7 +264,7 @@ def test_results_of_another_machine_are_gone_on_with(kept: Path) -> None:
     assert len(after.results) == 8 and all(result in after.results for result in before.results)
 
 
-def test_what_a_machine_has_not_run_stays_in_the_record(kept: Path) -> None:
+def test_runs_that_the_cache_lacks_stay_in_the_record(kept: Path) -> None:
     record = json.loads((kept.parent / "sotu.json").read_text())
     shutil.rmtree(comparing.comparison_folder("sotu", ERA, 64, kept))
     other = Comparison(losses(OURS, [2.0]), {"models": {}, "digests": {}})
@@ -274,10 +274,10 @@ def test_what_a_machine_has_not_run_stays_in_the_record(kept: Path) -> None:
     now = json.loads((kept.parent / "sotu.json").read_text())
     assert [*now["settings"]] == [f"sotu-{ERA}-64-0", f"sotu-{ERA}-64-1", f"sotu-{ERA}-256-0"]
     assert now["results"][:-1] == record["results"] and now["results"][-1]["final"] == {"loss": 2.0}
-    assert (kept.parent / "sotu.json").read_text().count("\n{") == len(now["results"])  # a line each
+    assert (kept.parent / "sotu.json").read_text().count("\n{") == len(now["results"])  # one line for each result
 
 
-def test_results_of_other_models_are_not_gone_on_with(kept: Path) -> None:
+def test_recorded_results_of_other_models_are_not_restored(kept: Path) -> None:
     folder = comparing.comparison_folder("sotu", ERA, 64, kept)
     shutil.rmtree(folder)
     (kept / "sotu" / "sources" / "gpt2-1790-1860" / "model.safetensors").write_text("trained anew")
@@ -291,7 +291,7 @@ def test_results_of_other_models_are_not_gone_on_with(kept: Path) -> None:
     assert Comparison.load(folder) == own
 
 
-def test_a_cache_of_earlier_models_takes_no_results_of_those_that_are_here(kept: Path) -> None:
+def test_a_cache_of_earlier_models_takes_no_recorded_results(kept: Path) -> None:
     folder = comparing.comparison_folder("sotu", ERA, 64, kept)
     stale = Comparison(
         losses(OURS, [9.0]), {**Comparison.load(folder).setting, "models": {"models/gpt2-sotu": "earlier"}}
@@ -306,39 +306,41 @@ def test_the_table_shows_means_and_paired_differences_of_all_runs(kept: Path) ->
         ["sotu: loss", "kind", "64 labels (2 runs)"],
         ["source (mean of all)", "control", "5.000 (-3.500 ± 12.706)"],  # 4 and 6 against 1.5 twice
         ["TIES", "existing", "1.500 (+0.000 ± 6.353)"],
-        ["grasp_hf, as the recipe says", "ours", "1.500"],
+        ["grasp_hf, as in the recipe", "ours", "1.500"],
     ]
 
 
-def test_by_loss_everything_but_the_loss_is_left_out() -> None:
+def test_by_loss_keeps_only_the_loss() -> None:
     both = Result(OURS, 64, 0, {}, {"loss": 0.5, "accuracy": 0.9}, 1.0)
     failed = Result("fusion", 64, 0, {}, {}, 1.0, "out of memory")
     found = comparing.by_loss(Comparison([both, failed], {}))
     assert found.measure == "loss" and found.runs(OURS, 64) == {0: 0.5} and found.methods(64) == [OURS]
 
 
-def test_ranks_are_means_over_runs_and_chance_is_that_of_a_sign_test(kept: Path) -> None:
+def test_ranks_are_means_over_runs_with_a_sign_test(kept: Path) -> None:
     assert cells(comparing.overall({"sotu": [ERA]}))[1:] == [
         ["TIES", "existing", "1.5", "1 / 1 (p = 1.000)", "1.5", "1 / 1 (p = 1.000)", "1.00"],
-        ["grasp_hf, as the recipe says", "ours", "1.5", "–", "1.5", "–", "1.00"],
+        ["grasp_hf, as in the recipe", "ours", "1.5", "–", "1.5", "–", "1.00"],
         ["source (mean of all)", "control", "3.0", "2 / 0 (p = 0.500)", "3.0", "2 / 0 (p = 0.500)", "–"],
     ]
 
 
-def test_the_best_other_row_is_named_with_its_lead_on_ours(kept: Path) -> None:
+def test_the_best_other_row_is_named_with_its_difference_to_ours(kept: Path) -> None:
     folder = comparing.comparison_folder("sotu", ERA, 64, kept)
     known = Comparison.load(folder)
     known.results += losses("dare", [1.75, 1.0]) + losses("base-line", [2.0, 2.5])
-    known.results += losses("variant:no gate", [0.0, 0.0]) + losses("fisher", [0.0])  # ours, and not in every run
+    known.results += losses("variant:no gate", [0.0, 0.0]) + losses(
+        "fisher", [0.0]
+    )  # neither counts: a row of ours, and a row without every run
     known.save(folder)
     comparing.save("sotu", kept)
     assert cells(comparing.leaders({"sotu": [ERA]})) == [
-        ["measure", "ours", "best other row", "best one through our gate"],
+        ["measure", "ours", "best other row", "best row with our gate"],
         ["sotu, 64 labels: loss (2 runs)", "1.500", "DARE (+0.125 ± 4.765)", "base model (-0.750 ± 3.177)"],
     ]
 
 
-def test_ours_without_the_gate_is_compared_with_what_has_none_either(kept: Path) -> None:
+def test_ours_without_the_gate_is_compared_with_other_rows_without_it(kept: Path) -> None:
     assert comparing.ungated({"sotu": [ERA]}) == "ours without the gate: nothing yet"
     folder = comparing.comparison_folder("sotu", ERA, 64, kept)
     known = Comparison.load(folder)
@@ -353,7 +355,7 @@ def test_ours_without_the_gate_is_compared_with_what_has_none_either(kept: Path)
 
 
 def row(target: str, method: str, seed: int, loss: float, accuracy: float, seconds: float) -> dict[str, Any]:
-    """A row of a benchmark's record."""
+    """Return a row of a benchmark's record."""
     result = Result(method, 64, seed, {}, {"loss": loss, "accuracy": accuracy}, seconds)
     return {"target": target, "labels": 64, **asdict(result)}
 
@@ -361,7 +363,7 @@ def row(target: str, method: str, seed: int, loss: float, accuracy: float, secon
 def test_the_summary_has_five_rows_over_both_sets_of_targets(kept: Path) -> None:
     folder = comparing.comparison_folder("sotu", ERA, 64, kept)
     known = Comparison.load(folder)
-    known.results += losses("best-source", [2.5, 2.5]) + losses("base", [4.5])  # the base was not run with both seeds
+    known.results += losses("best-source", [2.5, 2.5]) + losses("base", [4.5])  # the base has only one of two seeds
     known.save(folder)
     comparing.save("sotu", kept)
     rows = []
@@ -399,11 +401,11 @@ def test_the_summary_has_five_rows_over_both_sets_of_targets(kept: Path) -> None
     ]
 
 
-def test_before_fine_tuning_there_are_rows_only(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_rows_can_be_printed_before_fine_tuning(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with patch.object(sys, "argv", ["compare", "sotu", "--table", "--merged", "--show", "ranks"]):
         with pytest.raises(SystemExit):
             comparing.main()
-    assert "--merged: only --show rows" in capsys.readouterr().err
+    assert "--merged: expected --show rows" in capsys.readouterr().err
 
 
 def test_the_table_of_the_ranking_has_a_row_for_each_predictor() -> None:
@@ -415,7 +417,7 @@ def test_the_table_of_the_ranking_has_a_row_for_each_predictor() -> None:
     ]
 
 
-def test_a_table_of_what_was_merged_shows_the_end_where_there_was_no_fine_tuning(kept: Path) -> None:
+def test_the_table_before_fine_tuning_has_final_scores_of_methods_without_any(kept: Path) -> None:
     folder = comparing.comparison_folder("sotu", ERA, 64, kept)
     known = Comparison.load(folder)
     known.results += [Result("dare", 64, seed, {"loss": 4.0}, {"loss": 1.0}, 1.0) for seed in (0, 1)]
@@ -425,7 +427,7 @@ def test_a_table_of_what_was_merged_shows_the_end_where_there_was_no_fine_tuning
     assert rows["DARE"] == "4.000 (-2.500 ± 0.000)" and rows["TIES"] == "1.500 (+0.000 ± 6.353)"
 
 
-def test_only_a_run_that_is_through_takes_the_place_of_the_recorded_one(kept: Path) -> None:
+def test_only_a_finished_run_replaces_the_recorded_one(kept: Path) -> None:
     folder, path = comparing.comparison_folder("sotu", ERA, 64, kept), kept.parent / "sotu.json"
     before = json.loads(path.read_text())
     other = {"models": {"models/gpt2-sotu": "trained anew"}, "digests": {}}
@@ -443,7 +445,7 @@ def test_only_a_run_that_is_through_takes_the_place_of_the_recorded_one(kept: Pa
     assert [row["final"]["loss"] for row in now["results"] if row["seed"] == 1] == [9.0, 9.0]
 
 
-def test_a_run_of_other_models_does_not_keep_those_of_the_same_from_being_restored(kept: Path) -> None:
+def test_a_recorded_run_of_other_models_does_not_stop_the_restoring_of_the_others(kept: Path) -> None:
     folder, path = comparing.comparison_folder("sotu", ERA, 64, kept), kept.parent / "sotu.json"
     before, record = Comparison.load(folder), json.loads(path.read_text())
     record["settings"][f"sotu-{ERA}-64-0"] = {"models": {"models/gpt2-sotu": "another"}, "digests": {}}
@@ -477,7 +479,7 @@ def test_a_setting_is_compared_with_the_default_of_the_same_run() -> None:
         pytest.param(1, 1.0, False, id="other version"),
     ],
 )
-def test_settings_that_were_not_run_again_stay_beside_the_same_default(
+def test_earlier_settings_stay_if_the_default_is_the_same(
     tmp_path: Path, models: int, loss: float, stays: bool
 ) -> None:
     path, run = tmp_path / "settings.json", {"benchmark": "sotu", "target": ERA, "labels": 64, "seed": 0}
@@ -511,6 +513,6 @@ def test_settings_have_a_table_for_each_benchmark_and_number_of_labels() -> None
 
 
 def test_an_unknown_setting_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown setting 'gate'; expected some of units: module, .*no gate"):
+    with pytest.raises(ValueError, match="--only: got 'gate'; expected some of units: module, .*no gate"):
         settings.run("sotu", ERA, 64, 0, tmp_path, ["gate"])
     assert not list(tmp_path.iterdir())

@@ -166,7 +166,7 @@ def test_a_record_lets_no_code_run(
     needed = repo_id if command == "append" else own[0]
     assert re.search(rf"'{needed}(@\w+)?' needs Python code of its own", told)
     assert f"'{own[0]}'" in told and f"'{repo_id}'" in told, "the record's own list is shown"
-    assert "does not run here unless you name it" in told
+    assert "does not run unless you allow it" in told
 
 
 def test_the_user_of_this_run_lets_the_code_of_a_record_run(

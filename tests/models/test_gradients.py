@@ -1,4 +1,4 @@
-"""Gradient passes: the right gradients, and nothing left behind."""
+"""A gradient pass gives the gradients of a plain backward and leaves nothing on the model."""
 
 import gc
 import weakref
@@ -12,7 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError
-from grasp_hf.models.gradients import checkpointing, gradient_pass, gradients_leaving, preserved_state
+from grasp_hf.models.gradients import checkpointing, gradient_pass, preserved_state, visit_gradients
 from tests.support.models import KINDS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 
@@ -47,7 +47,7 @@ def test_gradients_are_freed_while_backward_goes_on() -> None:
 
     gradient_pass(model, batch_of("vit"), visit)
     assert len(alive) == len(list(model.parameters()))
-    # The one before may still be referenced by the frame of its own hook.
+    # The frame of the last hook may still hold the gradient before this one.
     assert max(alive) <= 1
 
 
@@ -65,7 +65,7 @@ def test_hooks_and_gradients_are_gone_when_the_block_raises() -> None:
 
 def test_hooks_are_there_inside_the_block_only() -> None:
     model = tiny_model("resnet")
-    with gradients_leaving(model, lambda name, gradient: None):
+    with visit_gradients(model, lambda name, gradient: None):
         assert hooks_on(model) == len(list(model.parameters()))
     assert hooks_on(model) == 0
 
@@ -133,7 +133,7 @@ def test_checkpointed_gradients_equal_plain_ones_and_keep_fewer_activations(kind
 
 
 def test_checkpointing_is_never_reentrant() -> None:
-    """A reentrant checkpoint would fire the hook of a layer once per use, with partial gradients."""
+    """A reentrant checkpoint would call the hook of a layer once per use, with partial gradients."""
     model, batch = tiny_model("vit").eval(), tiny_data("vit", 8)[:8]
     layers: Any = model.get_submodule("vit.layers")
     layers[1] = layers[0]
@@ -169,7 +169,7 @@ def test_a_model_that_cannot_checkpoint_says_so(tmp_path: Path) -> None:
 
 
 def test_checkpointing_of_an_encoder_and_a_decoder_with_configs_of_their_own() -> None:
-    """The two halves of a T5 have a config each, and each has its own switch for the cache."""
+    """The encoder and the decoder of a T5 have one config each, with its own `use_cache`."""
     sizes: dict[str, Any] = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "decoder_start_token_id": 0}
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(T5Config(**sizes)).eval()

@@ -1,4 +1,4 @@
-"""Placing, interpolating and scoring tensors, against closed forms."""
+"""Tensors are replaced, interpolated and scored as closed forms require."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from grasp_hf.errors import DiskFullError
 from grasp_hf.methods.blend import CoefficientDescent
 from grasp_hf.tensors.mapped import MappedTensors
-from grasp_hf.tensors.mixing import PIECE, Mix, in_rows, interpolate_, mix_, weigh_
+from grasp_hf.tensors.mixing import PIECE, Mix, interpolate_, interpolate_elements_, mix_, split_rows
 from grasp_hf.tensors.placing import overwrite_, placed
 from grasp_hf.tensors.products import CPU_PIECE, cosine, inner_products, mean_defined
 
@@ -40,7 +40,7 @@ def test_a_parameter_of_another_dtype_is_overwritten_and_comes_back_from_the_sta
     assert weight.tolist() == [0, 0]
 
 
-def test_a_buffer_keeps_what_measuring_made_of_it() -> None:
+def test_a_buffer_can_be_changed_inside_the_block_and_is_restored() -> None:
     buffer = torch.zeros(2)
     with placed({"b": buffer}, {"b": torch.ones(2, dtype=torch.bfloat16)}, {}):
         buffer.add_(5)
@@ -77,11 +77,11 @@ def test_a_mix_counts_both_ways_from_the_base(dtype: torch.dtype) -> None:
     assert weight.tolist() == [1 + 0.5 * 2, 1 + 1.5 * 4] and weight.dtype == dtype
     for mix, expected in ((Mix.on_line(0.0), start), (Mix.on_line(1.0), end), (Mix.on_line(0.25), [2.5, 2.0])):
         mix_(weight, start, end, None, mix)
-        assert weight.tolist() == list(expected), "with a sum of 1 the base has no part"
+        assert weight.tolist() == list(expected), "with a sum of 1 the base cancels out"
     statistic, count = torch.zeros(2), torch.tensor(0)
     mix_(statistic, start, end, base, Mix(0.5, 1.5))
     mix_(count, torch.tensor(3), torch.tensor(9), torch.tensor(0), Mix(0.5, 1.5))
-    assert statistic.tolist() == [1.5, 4.0] and int(count) == 9, "statistics stay between those of the two models"
+    assert statistic.tolist() == [1.5, 4.0] and int(count) == 9, "statistics lie between those of the two models"
     assert [Mix(1.0, 0.0).moves, Mix(0.9, 0.0).moves, Mix(1.0, 0.1).moves] == [False, True, True]
 
 
@@ -98,7 +98,7 @@ def test_mapped_tensors_live_in_their_file(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_room_is_an_error_when_the_file_is_made(tmp_path: Path) -> None:
-    message = f"^no room for 1,125,899,906.8 MB in '{tmp_path}' .*(No space left|too large).*TMPDIR"
+    message = f"^no space for 1,125,899,906.8 MB in '{tmp_path}' .*(No space left|too large).*TMPDIR"
     with pytest.raises(DiskFullError, match=message):
         MappedTensors(tmp_path / "file", {"a": torch.empty(2**48, device="meta")})
     assert list(tmp_path.iterdir()) == []
@@ -120,7 +120,7 @@ def test_cosine_of_short_gradients_is_not_lost() -> None:
     tiny = 1e-10
     assert cosine(tiny**2, tiny**2, tiny**2) == pytest.approx(1.0)
     assert cosine(-(tiny**2), tiny**2, tiny**2) == pytest.approx(-1.0)
-    # The published score of the same vectors: 1e-20 / (1e-20 + 1e-8).
+    # The paper's score of the same vectors is 1e-20 / (1e-20 + 1e-8).
     assert cosine(tiny**2, tiny**2, tiny**2, epsilon=1e-8) == pytest.approx(1e-12)
 
 
@@ -140,20 +140,20 @@ def test_coefficients_go_down_by_their_rate_and_stay_in_bounds() -> None:
     for step in range(1, 40):
         before = descent.values[1][1]
         descent.step([[-1.0, 0.0], [5.0, -2.0]])
-        if step < 5:  # the slope is the same, so that only the step size changes it
+        if step < 5:  # the slope is the same in every step, so that only the step size changes the value
             assert descent.values[1][1] - before == pytest.approx(0.3 * (1 - step / 40), rel=1e-5)
     assert descent.values == [[2.0, 0.5], [0.0, 2.0]]
     before = descent.values[0][1]
     descent.step([[0.0, 1.0], [0.0, 0.0]])
-    assert descent.values[0][1] == before, "the steps have come to their end"
+    assert descent.values[0][1] == before, "no steps remain"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_each_element_takes_its_own_share(dtype: torch.dtype) -> None:
+def test_each_element_has_its_own_fraction(dtype: torch.dtype) -> None:
     start, end = torch.tensor([1.0, 2.0, 4.0, 8.0]).to(dtype), torch.tensor([3.0, 2.0, -4.0, 0.0]).to(dtype)
     tensor = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
     storage = tensor.data_ptr()
-    weigh_(tensor, start, end, [torch.tensor([0.0, 0.3, 0.5, 1.0])])
+    interpolate_elements_(tensor, start, end, [torch.tensor([0.0, 0.3, 0.5, 1.0])])
     assert tensor.tolist() == [1.0, 2.0, 0.0, 0.0] and tensor.data_ptr() == storage
 
 
@@ -161,17 +161,17 @@ def test_each_element_takes_its_own_share(dtype: torch.dtype) -> None:
     ("shape", "number"),
     [((), 1), ((0,), 1), ((0, 3), 1), ((7,), 1), ((PIECE + 1,), 2), ((5, PIECE // 2), 3), ((1, 2 * PIECE), 1)],
 )
-def test_rows_are_worked_on_a_few_at_a_time(shape: tuple[int, ...], number: int) -> None:
+def test_rows_are_split_into_pieces(shape: tuple[int, ...], number: int) -> None:
     start, end, share = (torch.rand(shape) for _ in range(3))
     tensor = torch.nn.Parameter(torch.zeros(shape))
-    assert len(in_rows(share)) == number
-    weigh_(tensor, start, end, in_rows(share))
+    assert len(split_rows(share)) == number
+    interpolate_elements_(tensor, start, end, split_rows(share))
     assert torch.equal(tensor.detach(), torch.lerp(start, end, share))
 
 
 def test_rows_of_a_transposed_tensor_are_views_of_it() -> None:
     start, end, share = (torch.rand(5, PIECE // 2).T for _ in range(3))
     tensor = torch.nn.Parameter(torch.zeros(5, PIECE // 2).T)
-    assert len(in_rows(share)) == 3
-    weigh_(tensor, start, end, in_rows(share))
+    assert len(split_rows(share)) == 3
+    interpolate_elements_(tensor, start, end, split_rows(share))
     assert torch.equal(tensor.detach(), torch.lerp(start, end, share))

@@ -1,4 +1,4 @@
-"""Fine-tuning by the Trainer: the best weights come back, nothing is left on the model."""
+"""Fine-tuning with the Trainer restores the best weights and changes nothing else on the model."""
 
 import random
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers import (
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError, NonFiniteError
-from grasp_hf.models.finetune import adapted, check_finetuning, finetune_, training_arguments
+from grasp_hf.models.finetune import attach_lora, check_finetuning, finetune_, training_arguments
 from tests.support.models import KINDS, NO_TUNING, perturbed, saved, tiny_data, tiny_model
 
 
@@ -32,7 +32,7 @@ def tuned(
     wrong_labels: bool = False,
     **arguments: Any,
 ) -> None:
-    """Fine-tune; judged by `wrong_labels`, learning is getting worse, so that the first epoch is the best."""
+    """Fine-tune a model; with `wrong_labels` in the evaluation data, its loss rises after an early best epoch."""
     kind = model.config.model_type
     held_out = tiny_data(kind, 12, seed=2)
     if wrong_labels:
@@ -51,7 +51,7 @@ def tuned(
 
 @pytest.mark.parametrize("kind", [*KINDS, "mixtral"])
 def test_the_best_epochs_weights_come_back_whole(kind: str, tmp_path: Path) -> None:
-    """Transformers loads its best checkpoint by names that a ViT has on disk only, and leaves most of the last weights."""
+    """The Trainer loads its best checkpoint by the names in files and skips most of a ViT's weights."""
     model = tiny_model(kind)
     states: list[tuple[float, dict[str, torch.Tensor]]] = []
 
@@ -92,7 +92,7 @@ def test_no_epochs_change_nothing(tmp_path: Path) -> None:
 
 
 def test_the_users_arguments_win(tmp_path: Path) -> None:
-    """With a rate of 0 and no decay the parameters cannot move, whatever the epochs say."""
+    """With a learning rate of 0 the parameters do not change in any number of epochs."""
     model, untouched = tiny_model("vit"), tiny_model("vit")
     tuned(model, tmp_path, learning_rate=0.0)
     for (name, value), other in zip(model.named_parameters(), untouched.parameters(), strict=True):
@@ -157,7 +157,7 @@ def test_an_adapter_is_trained_and_becomes_part_of_the_weights(kind: str, tmp_pa
     lora = {"r": 2, **({"target_modules": ["convolution"]} if kind == "resnet" else {})}
     low_rank(model, tmp_path, lora)
     assert float(model.eval()(**data).loss) < loss
-    # The same objects, so that whoever holds a parameter still holds the model's.
+    # The same objects: a reference to a parameter from before still refers to the model's parameter.
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert all(module is modules[name] for name, module in model.named_modules())
     assert model.state_dict().keys() == before.keys() and not hasattr(model, "peft_config")
@@ -177,7 +177,7 @@ def test_an_interrupted_adapter_leaves_the_model_whole(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"q_proj\.weight.* learning_rate"):
         low_rank(model, tmp_path, {"r": 2}, learning_rate=1e30)
     assert dict(model.named_modules()) == modules and model.state_dict().keys() == before.keys()
-    with pytest.raises(KeyboardInterrupt, match="adapted"), adapted(model, {"r": 2}, seed=0):
+    with pytest.raises(KeyboardInterrupt, match="adapted"), attach_lora(model, {"r": 2}, seed=0):
         raise KeyboardInterrupt("adapted")
     assert dict(model.named_modules()) == modules
     assert all(p.requires_grad for p in model.parameters())
@@ -204,12 +204,12 @@ def test_a_merge_with_low_rank_fine_tuning_repeats_bit_for_bit(tmp_path: Path) -
 
 
 def test_the_statistics_of_a_trained_head_stay_with_it(tmp_path: Path) -> None:
-    """PEFT trains a copy of the head; that of a LeViT holds a normalisation layer."""
+    """PEFT trains a copy of the head; the head of a LeViT holds a normalisation layer."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_sizes": [16, 16, 16], "num_attention_heads": [1, 1, 1], "depths": [1, 1, 1]}
     model = LevitForImageClassification(LevitConfig(image_size=64, key_dim=[8, 8, 8], **sizes))
     modules = dict(model.named_modules())
-    with adapted(model, {"r": 2}, seed=0) as trained:
+    with attach_lora(model, {"r": 2}, seed=0) as trained:
         trained.train()
         for _ in range(3):
             trained(pixel_values=torch.randn(4, 3, 64, 64) + 1)
@@ -239,7 +239,7 @@ def test_checkpointing_leaves_no_hook_behind(tmp_path: Path) -> None:
         (18, True, False, {"per_device_train_batch_size": 32}, False),
     ],
 )
-def test_a_last_batch_is_dropped_where_it_must_be_and_another_is_left(
+def test_a_last_batch_is_dropped_only_if_it_must_be_and_another_remains(
     samples: int, published: bool, normalizes: bool, asked: dict[str, Any], drops: bool, tmp_path: Path
 ) -> None:
     config = (GraspConfig.paper if published else GraspConfig)(batch_size=8, training_arguments=asked)
@@ -249,7 +249,7 @@ def test_a_last_batch_is_dropped_where_it_must_be_and_another_is_left(
     assert found.dataloader_drop_last is drops
 
 
-def test_halves_of_the_labels_that_end_in_a_single_sample_are_learned() -> None:
+def test_halves_of_the_samples_that_end_in_a_batch_of_one_can_be_trained_on() -> None:
     model = tiny_model("resnet")
     images = torch.randn(18, 3, 4, 4, generator=torch.Generator().manual_seed(1))  # 1 x 1 in the last stage
     data = [{"pixel_values": image, "labels": index % 3} for index, image in enumerate(images)]
@@ -262,7 +262,7 @@ def test_halves_of_the_labels_that_end_in_a_single_sample_are_learned() -> None:
 @pytest.mark.parametrize("lora", [None, {"r": 2}])
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_the_configuration_stays(kind: str, lora: dict[str, Any] | None, tmp_path: Path) -> None:
-    """The Trainer switches the cache of generated tokens off in it, and PEFT says that weights are not tied any more."""
+    """The Trainer sets `use_cache` in the configuration, and PEFT sets `tie_word_embeddings`."""
     model = tiny_model(kind)
     before = model.config.to_dict()
     data = tiny_data(kind, 16, seed=1)
@@ -285,7 +285,7 @@ def test_of_tied_weights_an_adapter_trains_no_copy(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = BertForMaskedLM(BertConfig(vocab_size=50, max_position_embeddings=16, intermediate_size=32, **sizes))
     data = masked_data(16)
-    with adapted(model, {"r": 2}, seed=0) as trained:
+    with attach_lora(model, {"r": 2}, seed=0) as trained:
         optimizer = torch.optim.Adam([p for p in trained.parameters() if p.requires_grad], lr=0.01)
         start = float(trained.eval()(**data[:]).loss)
         for _ in range(5):
@@ -351,7 +351,7 @@ def test_the_best_epochs_statistics_come_back_with_an_adapter(tmp_path: Path) ->
     assert len(found) == len(now) > 0 and all(torch.equal(one, other) for one, other in zip(found, now, strict=True))
 
 
-def test_what_has_no_classes_has_no_accuracy_to_choose_by(tmp_path: Path) -> None:
+def test_a_model_without_classes_has_no_accuracy_to_choose_the_best_epoch(tmp_path: Path) -> None:
     several = tiny_data("bert", 12).map(lambda sample: {"labels": [1.0, 0.0, 1.0]})
     numbers = tiny_data("bert", 12).map(lambda sample: {"labels": 0.5})
     config = GraspConfig(batch_size=8, training_arguments={"metric_for_best_model": "accuracy"})
@@ -374,7 +374,7 @@ def test_an_interrupt_leaves_no_noise_on_the_embeddings(tmp_path: Path) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_random_numbers_go_on_as_if_nothing_had_been_trained(tmp_path: Path) -> None:
+def test_training_does_not_change_later_random_numbers(tmp_path: Path) -> None:
     def drawn() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 

@@ -1,4 +1,4 @@
-"""Heads and vocabularies: rows are matched by what they mean, never by index."""
+"""The rows of heads and vocabularies are matched by their names, not by their numbers."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_names_are_matched_and_ambiguous_ones_are_not() -> None:
     assert match_labels(["a", "a"], ["a", "a"]).is_identity
     assert list(match_labels(["a", "b"], ["b", "a", "a"]).target) == [1]
     assert not match_labels(["a", "b"], ["a", "b", "c"]).is_identity
-    # A token whose id lies behind the last row of a tensor has no row.
+    # A token whose id is above the last row of a tensor has no match.
     assert list(match_rows({"x": 0, "y": 5}, {"y": 1, "x": 2}, (3, 3)).target) == [0]
 
 
@@ -158,7 +158,7 @@ def test_a_head_whose_class_rows_cannot_be_told_stays(tmp_path: Path) -> None:
     base = saved(roberta(labels), tmp_path / "base")
     source = saved(perturbed(roberta(labels[::-1]), 1), tmp_path / "source")
     tensors, step = merged(base, source, "bert", COPY_ALL)
-    assert step.notes[0].startswith("head stays: which of its rows belong to a class cannot be told: got 15, 14, ")
+    assert step.notes[0].startswith("head stays: its rows cannot be assigned to classes: got 15, 14, ")
     for name, value in roberta(labels).named_parameters():
         assert torch.equal(tensors[name], value) == name.startswith("classifier"), name
 
@@ -266,7 +266,7 @@ def test_a_vocabulary_that_cannot_be_compared_is_refused(words: Any, message: st
         merged(base, str(source), "bert", COPY_ALL)
 
 
-def test_a_target_without_a_tokenizer_asks_for_none(tmp_path: Path) -> None:
+def test_a_target_without_a_tokenizer_needs_none_in_the_source(tmp_path: Path) -> None:
     source = Path(text_model(tmp_path / "source", WORDS, seed=1))
     for path in source.glob("tokenizer*"):
         path.unlink()
@@ -276,14 +276,16 @@ def test_a_target_without_a_tokenizer_asks_for_none(tmp_path: Path) -> None:
     name = "bert.embeddings.word_embeddings.weight"
     fine: Any = BertForSequenceClassification.from_pretrained(source)
     assert torch.equal(merger.model.get_parameter(name), fine.get_parameter(name))
-    assert step.notes == ["vocabulary: tokens matched by their numbers, for the target's tokenizer is not known"]
+    assert step.notes == ["vocabulary: tokens matched by their numbers, because the target's tokenizer is unknown"]
 
 
 def test_classes_without_names_are_matched_by_their_numbers_and_the_report_says_so(tmp_path: Path) -> None:
     labels = [f"LABEL_{number}" for number in range(3)]
     source = saved(tiny_model("vit", seed=1, labels=labels), tmp_path / "source")
     merger = GraspMerger(tiny_model("vit", labels=labels), GraspConfig(method="average", **NO_TUNING))
-    assert merger.merge([source]).steps[0].notes == ["head: classes matched by their numbers, for they have no names"]
+    assert merger.merge([source]).steps[0].notes == [
+        "head: classes matched by their numbers, because they have no names"
+    ]
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -292,11 +294,11 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path, caplog: pyte
         path.write_text("{")
     merger = GraspMerger.from_pretrained(str(base))
     assert merger.processing_class is None
-    assert f"{base}: its tokenizer or processor cannot be loaded, and is left out: " in caplog.text
+    assert f"{base}: its tokenizer or processor cannot be loaded and is not used: " in caplog.text
 
 
 def test_the_tokens_of_a_speech_model_are_matched_by_their_strings(tmp_path: Path) -> None:
-    """Every fine-tune of a CTC model has a vocabulary of its own, and its head no label names."""
+    """Every fine-tuned CTC model has its own vocabulary, and its head has no label names."""
     convolutions: dict[str, Any] = {"conv_dim": (8, 8), "conv_kernel": (3, 3), "conv_stride": (2, 2)}
     convolutions |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2}
     sizes = {key: value for key, value in SMALL.items() if key not in ("vocab_size", "max_position_embeddings")}

@@ -91,14 +91,14 @@ def test_sources_with_problems_come_last_and_stop_nobody(tmp_path: Path) -> None
     merger = GraspMerger(tiny_model("vit"), GraspConfig(**{**STILL, "order": "rank"}))
     rows = merger.rank([other, "./nowhere", good], train_dataset=tiny_data("vit", 12))
     assert [row.reference for row in rows] == [good, other, "./nowhere"]
-    assert rows[0].problem is None and "another architecture" in str(rows[1].problem)
+    assert rows[0].problem is None and "different architecture" in str(rows[1].problem)
     table = ranking_table(rows)
     assert (
         table.index("| 1 | good")
         < table.index(f"- '{other}' cannot be merged")
         < table.index("- './nowhere' is neither")
     )
-    with pytest.raises(IncompatibleSourceError, match="(?s)nothing was merged.*another architecture.*nowhere"):
+    with pytest.raises(IncompatibleSourceError, match="(?s)nothing was merged.*different architecture.*nowhere"):
         merger.merge([other, "./nowhere", good], train_dataset=tiny_data("vit", 12))
     with pytest.raises(SourceNotFoundError, match="nothing was merged.*\n- './nowhere' is neither"):
         merger.merge(["./nowhere", good], train_dataset=tiny_data("vit", 12))

@@ -1,4 +1,4 @@
-"""Every kind of source that does not fit is refused with its name and reason; those that fit are read exactly."""
+"""A source that does not fit is refused with its name and the reason; a source that fits is read exactly."""
 
 import gc
 import json
@@ -32,7 +32,7 @@ LORA: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "modules_to_save
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return a base and a fine-tune of it for each kind of model."""
+    """Return a base and a fine-tuned copy of it for each kind of model."""
     root = tmp_path_factory.mktemp("models")
     made = {kind: saved(tiny_model(kind), root / kind) for kind in ("vit", "bert", "resnet", "gpt2")}
     fine = {f"fine-{kind}": saved(perturbed(tiny_model(kind), seed=1), root / f"fine-{kind}") for kind in made}
@@ -61,7 +61,7 @@ def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 def with_config(folder: str, to: Path, **changes: Any) -> str:
-    """Copy a model with other values in its config.json."""
+    """Copy a model, with changed values in its config.json."""
     path = copied(folder, to) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return str(to)
@@ -70,7 +70,7 @@ def with_config(folder: str, to: Path, **changes: Any) -> str:
 def with_tensors(
     folder: str, to: Path, changes: dict[str, torch.Tensor | None], file: str = "model.safetensors"
 ) -> str:
-    """Copy a model with some tensors of its file replaced, or left out where `None`."""
+    """Copy a model, with some tensors of its file replaced, or removed if `None`."""
     path = copied(folder, to) / file
     tensors = {name: value for name, value in (load_file(path) | changes).items() if value is not None}
     save_file(tensors, path, {"format": "pt"})
@@ -78,7 +78,7 @@ def with_tensors(
 
 
 def resized(folder: str, to: Path, **changes: Any) -> str:
-    """Write a new model of the same class as in `folder` with another config."""
+    """Write a new model of the class in `folder`, with changes in its config."""
     torch.manual_seed(5)
     config = AutoConfig.from_pretrained(folder, **changes)
     return saved(getattr(__import__("transformers"), config.architectures[0])(config), to)
@@ -93,7 +93,7 @@ def test_a_source_that_fits_is_read_exactly(folders: dict[str, str]) -> None:
 
 
 def test_another_architecture(folders: dict[str, str]) -> None:
-    with pytest.raises(IncompatibleSourceError, match="another architecture: got resnet, expected vit") as caught:
+    with pytest.raises(IncompatibleSourceError, match="different architecture: got resnet, expected vit") as caught:
         read(folders["resnet"], folders["vit"])
     assert str(caught.value).startswith(f"'{folders['resnet']}' cannot be merged:")
 
@@ -110,7 +110,7 @@ def test_all_shapes_that_differ_are_listed_at_once(folders: dict[str, str], tmp_
         **{f"vit.layers.{i}.mlp.fc1.bias": "got shape (48,), expected (32,)" for i in (0, 1)},
         **{f"vit.layers.{i}.mlp.fc2.weight": "got shape (16, 48), expected (16, 32)" for i in (0, 1)},
     }
-    assert problems[1] == "another num_hidden_layers: got 3, expected 2" and len(problems) == 8
+    assert problems[1] == "different num_hidden_layers: got 3, expected 2" and len(problems) == 8
 
 
 def test_a_shallower_source(folders: dict[str, str], tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_weights_tied_in_one_model_only(folders: dict[str, str], tmp_path: Path)
     untied = resized(folders["gpt2"], tmp_path / "untied", tie_word_embeddings=False)
     assert "lm_head.weight" in load_file(f"{untied}/model.safetensors")
     with pytest.raises(
-        IncompatibleSourceError, match="lm_head.weight and transformer.wte.weight differ; in the target"
+        IncompatibleSourceError, match="lm_head.weight and transformer.wte.weight differ, but they are tied"
     ):
         read(untied, folders["gpt2"])
     with pytest.raises(IncompatibleSourceError, match="1 tensors are not in its files, starting with lm_head.weight"):
@@ -186,12 +186,12 @@ def test_a_quantized_source(folders: dict[str, str], tmp_path: Path) -> None:
     other = with_config(folders["bert"], tmp_path / "other", quantization_config=quantization)
     with pytest.raises(
         IncompatibleSourceError,
-        match="its weights are quantized, expected float weights; name the model that it was made from",
+        match="its weights are quantized, expected float weights; name the float model that it was made from",
     ):
         read(other, folders["bert"])
 
 
-def test_quantized_weights_without_a_word_in_the_config(folders: dict[str, str], tmp_path: Path) -> None:
+def test_quantized_weights_that_the_config_does_not_mention(folders: dict[str, str], tmp_path: Path) -> None:
     packed: dict[str, torch.Tensor | None] = {"vit.layernorm.bias": torch.zeros(16, dtype=torch.uint8)}
     other = with_tensors(folders["vit"], tmp_path / "other", packed)
     with pytest.raises(
@@ -259,10 +259,10 @@ def test_a_config_that_makes_no_model(changes: dict[str, Any], folders: dict[str
         read(other, folders["bert"])
 
 
-def test_a_setting_that_no_shape_tells(folders: dict[str, str], tmp_path: Path) -> None:
+def test_a_setting_that_the_shapes_do_not_show(folders: dict[str, str], tmp_path: Path) -> None:
     for kind, key, value, expected in (("bert", "num_attention_heads", 4, 2), ("vit", "hidden_act", "relu", "gelu")):
         other = with_config(folders[kind], tmp_path / key, **{key: value})
-        with pytest.raises(IncompatibleSourceError, match=f"another {key}: got {value}, expected {expected}"):
+        with pytest.raises(IncompatibleSourceError, match=f"different {key}: got {value}, expected {expected}"):
             read(other, folders[kind])
 
 
@@ -306,7 +306,7 @@ def test_an_adapter_of_another_base(folders: dict[str, str], tmp_path: Path) -> 
 
 
 def test_an_adapter_without_a_known_base(folders: dict[str, str], adapter: str) -> None:
-    with pytest.raises(IncompatibleSourceError, match="where the target started is not known; load the target with"):
+    with pytest.raises(IncompatibleSourceError, match="the base of the target is unknown; load the target with"):
         load_source(folder_source(adapter), tiny_model("vit"), base=None, directory=Path())
 
 
@@ -438,7 +438,7 @@ def test_a_bad_source_leaves_the_target_as_it_was(problem: str, folders: dict[st
 
 
 def make_bad(problem: str, folders: dict[str, str], to: Path) -> tuple[str, str, type[GraspError]]:
-    """Return a source that does not fit the ViT, what the error should say, and its class."""
+    """Return a source that does not fit the ViT, a pattern for the error, and the class of the error."""
     vit = folders["fine-vit"]
     refused = IncompatibleSourceError
     if problem == "architecture":
@@ -480,7 +480,7 @@ def test_a_failed_first_source_does_not_repeat_the_initial_fine_tuning(
 
 @pytest.fixture
 def no_collection() -> Iterator[None]:
-    """Leave freeing to reference counts alone."""
+    """Switch off garbage collection, so that only reference counts free memory."""
     gc.collect()
     gc.disable()
     yield
@@ -524,7 +524,7 @@ def test_a_target_gets_a_fresh_head_that_the_seed_decides(folders: dict[str, str
     }
     first, second = (GraspMerger.from_pretrained(folders["vit"], **names).model for _ in range(2))
     assert first.get_parameter("classifier.weight").shape == (5, 16)
-    assert "new weights, which must be trained: classifier.bias, classifier.weight" in caplog.text
+    assert "these weights are new and must be trained: classifier.bias, classifier.weight" in caplog.text
     assert torch.equal(
         first.get_parameter("vit.layernorm.weight"), tiny_model("vit").get_parameter("vit.layernorm.weight")
     )
@@ -537,9 +537,10 @@ def test_a_target_that_lacks_what_its_data_trains(
     names = ["bert.pooler.dense.bias", "classifier.weight"]
     some = with_tensors(folders["bert"], tmp_path / "some", dict.fromkeys(names))
     GraspMerger.from_pretrained(some)
-    assert f"new weights, which must be trained: {', '.join(names)}" in caplog.text
+    assert f"these weights are new and must be trained: {', '.join(names)}" in caplog.text
     with pytest.raises(
-        IncompatibleSourceError, match=f"no head that fits, .* none is trained: 2 of its tensors: {', '.join(names)}; "
+        IncompatibleSourceError,
+        match=f"no head that fits, .* trained without data: 2 of its tensors: {', '.join(names)}; ",
     ):
         load_target(folder_source(some), task=None, dtype=torch.float32, seed=0, needs_head=True)
 
@@ -554,7 +555,7 @@ def test_a_target_that_lacks_weights_below_its_head(folders: dict[str, str], tmp
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit", "bert", "swin", "dinov2", "gpt_neox", "gpt2", "mixtral"])
-def test_headers_say_what_a_target_would_draw_anew(kind: str, tmp_path: Path) -> None:
+def test_headers_show_which_tensors_would_be_random(kind: str, tmp_path: Path) -> None:
     model = tiny_model(kind)
     whole = saved(model, tmp_path / "whole")
     tensors = load_file(tmp_path / "whole" / "model.safetensors")
@@ -574,7 +575,7 @@ def test_the_class_of_a_task(folders: dict[str, str], tmp_path: Path) -> None:
     model: Any = tiny_model("bert")
     body = saved(model.bert, tmp_path / "body")
     with pytest.raises(
-        IncompatibleSourceError, match=r"architecture \['BertModel'\], which has no task on top; say which"
+        IncompatibleSourceError, match=r"architecture \['BertModel'\], which has no task on top; name the task"
     ):
         GraspMerger.from_pretrained(body)
     merger = GraspMerger.from_pretrained(body, task="text-classification")
@@ -609,7 +610,7 @@ def test_an_adapter_of_embeddings_or_of_the_output_layer(targets: list[str], tmp
 
 
 def test_the_head_of_an_adapter_has_the_labels_of_its_base(tmp_path: Path) -> None:
-    """The target's labels are the user's: a head that was trained for the base's is not taken for theirs."""
+    """The user gives the target other labels; the adapter's head was trained for the base's and is left out."""
     base = saved(tiny_model("vit", labels=["LABEL_0", "LABEL_1", "LABEL_2"]), tmp_path / "base")
     names: dict[str, Any] = {
         "id2label": dict(enumerate(LABELS)),
@@ -657,7 +658,7 @@ def test_an_adapter_that_names_its_base_from_its_own_folder(folders: dict[str, s
 
 
 def test_an_adapter_of_a_wider_model_is_never_cut_to_fit(tmp_path: Path) -> None:
-    """Leaving out a head of another size must not leave out the rest: PEFT would skip every weight that does not fit."""
+    """Only a head of another size may be left out; PEFT would skip every weight that does not fit."""
     base = saved(tiny_model("vit"), tmp_path / "base")
     config: Any = tiny_model("vit").config
     config.intermediate_size = 64

@@ -1,4 +1,4 @@
-"""The existing methods, each against its formula written out or a naive reference that keeps everything in memory."""
+"""Existing methods of a comparison: each equals its formula, or a naive reference that keeps everything in memory."""
 
 import itertools
 import math
@@ -48,7 +48,7 @@ METHODS: list[Callable[[MethodInputs], None]] = [
 
 
 def copies(model: nn.Module) -> Tensors:
-    """Return a copy of all tensors that can move."""
+    """Return a copy of all parameters and statistics."""
     return {name: tensor.detach().clone() for name, tensor in movable_tensors(model).items()}
 
 
@@ -81,48 +81,48 @@ def fine_tune(
     finetune_(model, data, None, default_data_collator, config, epochs=epochs, seed=seed, directory=directory)
 
 
-def trial_of(
+def inputs_of(
     kind: str,
     sources: Sequence[Mapping[str, Tensor]],
     directory: Path,
     change: Callable[[Any], Any] = lambda model: model,
 ) -> MethodInputs:
-    """Return a inputs on a tiny model, with some change."""
+    """Return the inputs of a method on a tiny model, which `change` may alter first."""
     model = change(tiny_model(kind).eval())
     batches = data_batches(kind)
-    start = MappedTensors(directory / "start", movable_tensors(model)).copy_(movable_tensors(model))
+    base = MappedTensors(directory / "base", movable_tensors(model)).copy_(movable_tensors(model))
 
     @torch.no_grad()
     def loss() -> float:
         return sum(float(model(**batch).loss) for batch in batches) / len(batches)
 
     @contextmanager
-    def together() -> Iterator[Sequence[Mapping[str, Tensor]]]:
+    def open_sources() -> Iterator[Sequence[Mapping[str, Tensor]]]:
         yield list(sources)
 
     return MethodInputs(
         model=model,
-        start=start,
-        stream=lambda: iter(sources),
-        together=together,
+        base=base,
+        stream_sources=lambda: iter(sources),
+        open_sources=open_sources,
         batches=lambda count: itertools.islice(itertools.cycle(batches), count),
-        epoch=len(batches),
+        batches_per_epoch=len(batches),
         loss=loss,
-        room=lambda name: filled_with_nan(MappedTensors(directory / name, wide_like(start))),
+        buffer=lambda name: filled_with_nan(MappedTensors(directory / name, wide_like(base))),
         finetune=partial(fine_tune, model, kind, directory),
         seed=3,
     )
 
 
 def filled_with_nan(tensors: MappedTensors) -> MappedTensors:
-    """Undefined contents must not matter."""
+    """Fill the tensors with NaN, because the contents of a buffer are undefined and must not matter."""
     for tensor in tensors.values():
         tensor.fill_(math.nan if tensor.is_floating_point() else -7)
     return tensors
 
 
 def fine_tunes(kind: str, number: int = 3, scale: float = 0.05) -> list[Tensors]:
-    """Return fine-tunes of the base; those of a ResNet have counted other numbers of batches."""
+    """Return fine-tunes of the base, whose integer statistics differ from its own."""
     found = [copies(perturbed(tiny_model(kind), seed, scale)) for seed in range(1, number + 1)]
     for seed, tensors in enumerate(found, start=1):
         for tensor in tensors.values():
@@ -159,15 +159,15 @@ def place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_average_is_the_mean(kind: str, tmp_path: Path) -> None:
     sources = fine_tunes(kind)
-    inputs = trial_of(kind, sources, tmp_path)
+    inputs = inputs_of(kind, sources, tmp_path)
     average_(inputs)
     assert_close(inputs.model, {n: torch.stack([s[n] for s in sources]).mean(0) for n in floats(sources[0])})
 
 
-def test_average_counts_a_tensor_once_per_source_that_brings_it(tmp_path: Path) -> None:
+def test_average_counts_a_tensor_once_per_source_that_has_it(tmp_path: Path) -> None:
     whole, other = fine_tunes("bert", 2)
     part = {name: tensor.bfloat16() for name, tensor in other.items() if ".layer.1." in name}
-    inputs = trial_of("bert", [part, whole], tmp_path)
+    inputs = inputs_of("bert", [part, whole], tmp_path)
     average_(inputs)
     expected = {name: (tensor + part[name].float()) / 2 if name in part else tensor for name, tensor in whole.items()}
     assert 0 < len(part) < len(whole)
@@ -176,10 +176,10 @@ def test_average_counts_a_tensor_once_per_source_that_brings_it(tmp_path: Path) 
 
 def test_many_half_precision_sources_of_a_half_precision_base_all_count(tmp_path: Path) -> None:
     name, ones = "classifier.bias", torch.ones(3).bfloat16()
-    inputs = trial_of("bert", [{name: ones}] * 300, tmp_path, lambda model: model.bfloat16())
+    inputs = inputs_of("bert", [{name: ones}] * 300, tmp_path, lambda model: model.bfloat16())
     task_arithmetic_(inputs, weights=(1.0,))
     assert inputs.model.get_parameter(name).tolist() == [300.0] * 3  # a bfloat16 sum ends at 256
-    averaged = trial_of("bert", [{name: ones}] * 149 + [{name: 301 * ones}], tmp_path, lambda model: model.bfloat16())
+    averaged = inputs_of("bert", [{name: ones}] * 149 + [{name: 301 * ones}], tmp_path, lambda model: model.bfloat16())
     average_(averaged)
     assert averaged.model.get_parameter(name).tolist() == [3.0] * 3
 
@@ -187,7 +187,7 @@ def test_many_half_precision_sources_of_a_half_precision_base_all_count(tmp_path
 def test_greedy_soup_takes_the_sources_that_lower_the_loss(tmp_path: Path) -> None:
     sources = fine_tunes("bert", 4, scale=0.3)
     sources[1]["classifier.bias"] = torch.tensor([50.0, 0.0, -50.0])
-    inputs = trial_of("bert", sources, tmp_path)
+    inputs = inputs_of("bert", sources, tmp_path)
     reference, best = deepcopy(inputs.model), math.inf
     soup: list[Tensors] = []
 
@@ -200,16 +200,16 @@ def test_greedy_soup_takes_the_sources_that_lower_the_loss(tmp_path: Path) -> No
     for source in sorted(sources, key=lambda s: loss_of([s])):
         if (loss := loss_of([*soup, source])) <= best:
             best, soup = loss, [*soup, source]
-    assert 1 < len(soup) < len(sources)  # both branches were taken
+    assert 1 < len(soup) < len(sources)  # the soup kept some sources and refused others
     greedy_soup_(inputs)
     assert_close(inputs.model, {n: torch.stack([m[n] for m in soup]).mean(0) for n in soup[0]})
     assert inputs.loss() == pytest.approx(best, rel=1e-5)
 
 
-def test_greedy_soup_turns_a_partial_source_away_without_a_trace(tmp_path: Path) -> None:
+def test_greedy_soup_undoes_a_partial_source_that_it_refuses(tmp_path: Path) -> None:
     good = {name: tensor for name, tensor in fine_tunes("bert", 1, scale=0.01)[0].items() if ".layer.0." in name}
     harmful = {"classifier.bias": torch.tensor([50.0, 0.0, -50.0])} | {name: 1 + good[name] for name in [*good][:2]}
-    inputs = trial_of("bert", [harmful, good], tmp_path)
+    inputs = inputs_of("bert", [harmful, good], tmp_path)
     base = copies(inputs.model)
     greedy_soup_(inputs)
     assert_close(inputs.model, base | good, tolerance=0)
@@ -218,14 +218,14 @@ def test_greedy_soup_turns_a_partial_source_away_without_a_trace(tmp_path: Path)
 @pytest.mark.parametrize("kind", KINDS)
 def test_task_arithmetic_is_the_best_multiple_of_the_sum(kind: str, tmp_path: Path) -> None:
     sources = fine_tunes(kind)
-    inputs = trial_of(kind, sources, tmp_path)
+    inputs = inputs_of(kind, sources, tmp_path)
     base, weights = copies(inputs.model), weights_of(inputs.model)
 
     def candidate(weight: float) -> Tensors:
         made = dict(base)
         for name, start in floats(base).items():
             vectors = [source[name] - start for source in sources]
-            # Statistics go at most to the mean of the sources.
+            # Statistics move at most to the mean of the sources.
             share = torch.full((3,), weight if name in weights else min(weight, 1 / 3))
             made[name] = start + task_arithmetic(vectors, share)
         return made
@@ -243,7 +243,7 @@ def test_a_variance_stays_positive_whatever_the_weight(tmp_path: Path) -> None:
         for name, tensor in source.items():
             if name.endswith("running_var"):
                 tensor.fill_(0.25)  # 1 in the base: the sum of task vectors is -3
-    inputs = trial_of("resnet", sources, tmp_path)
+    inputs = inputs_of("resnet", sources, tmp_path)
     task_arithmetic_(inputs, weights=(1.0,))
     variances = [tensor for name, tensor in inputs.model.named_buffers() if name.endswith("running_var")]
     assert variances and all(torch.equal(v, torch.full_like(v, 0.25)) for v in variances)
@@ -268,7 +268,7 @@ def naive_ties(vectors: list[Tensor], density: float) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_ties_against_a_loop_over_elements(kind: str, tmp_path: Path) -> None:
     sources = fine_tunes(kind)
-    inputs = trial_of(kind, sources, tmp_path)
+    inputs = inputs_of(kind, sources, tmp_path)
     base, weights = copies(inputs.model), weights_of(inputs.model)
     ties_(inputs, weights=(1.5,))
     expected = dict(base)
@@ -281,9 +281,9 @@ def test_ties_against_a_loop_over_elements(kind: str, tmp_path: Path) -> None:
     assert_close(inputs.model, expected)
 
 
-def test_ties_chooses_its_weight_and_leaves_what_no_source_brings(tmp_path: Path) -> None:
+def test_ties_chooses_its_weight_and_keeps_tensors_that_no_source_has(tmp_path: Path) -> None:
     part = {name: tensor for name, tensor in fine_tunes("bert", 1)[0].items() if ".layer.1." in name}
-    inputs = trial_of("bert", [part], tmp_path)
+    inputs = inputs_of("bert", [part], tmp_path)
     base = copies(inputs.model)
     vectors = {name: naive_ties([tensor - base[name]], 0.2) for name, tensor in part.items()}
     grid = (0.2, 1.0, 2.0)
@@ -295,7 +295,7 @@ def test_ties_chooses_its_weight_and_leaves_what_no_source_brings(tmp_path: Path
 @pytest.mark.parametrize("densities", [(0.1,), (0.1, 0.8), (0.8, 0.1)])
 def test_dare_drops_and_rescales_and_chooses_density_and_weight(densities: tuple[float, ...], tmp_path: Path) -> None:
     sources = fine_tunes("bert", 2)
-    inputs = trial_of("bert", sources, tmp_path)
+    inputs = inputs_of("bert", sources, tmp_path)
     base = copies(inputs.model)
 
     def candidates(density: float) -> list[Tensors]:
@@ -313,19 +313,19 @@ def test_dare_drops_and_rescales_and_chooses_density_and_weight(densities: tuple
 
 def test_dare_keeps_every_tenth_element_ten_times_as_large(tmp_path: Path) -> None:
     sources = fine_tunes("resnet", 1)
-    inputs = trial_of("resnet", sources, tmp_path)
+    inputs = inputs_of("resnet", sources, tmp_path)
     base, name = copies(inputs.model), "resnet.encoder.stages.1.layers.0.layer.0.convolution.weight"
     dare_(inputs, densities=(0.1,), weights=(1.0,))
     ratio = (copies(inputs.model)[name] - base[name]) / (sources[0][name] - base[name])
     assert (((ratio - 10).abs() < 1e-2) | (ratio == 0)).all()
     assert 0.05 < float((ratio > 1).float().mean()) < 0.15
-    # Statistics are no task vector to drop from.
+    # DARE drops no element of statistics.
     statistics = {n: t for n, t in sources[0].items() if n.endswith(("running_mean", "running_var"))}
     assert_close(inputs.model, statistics)
 
 
 def naive_fisher(model: PreTrainedModel, batches: Iterable[dict[str, Any]]) -> Tensors:
-    """The exact diagonal Fisher of a classifier: each sample, each class, weighted by its probability."""
+    """Return the exact diagonal Fisher information of a classifier, each class weighted by its probability."""
     fisher = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for batch in batches:
         for index in range(len(batch["labels"])):
@@ -342,20 +342,20 @@ def naive_fisher(model: PreTrainedModel, batches: Iterable[dict[str, Any]]) -> T
 
 
 def test_fisher_average_estimates_the_exact_one(tmp_path: Path) -> None:
-    """With many passes the drawn labels give the exact Fisher, which the mean weighted by it must follow."""
+    """With many passes the drawn labels give the exact Fisher information, so the mean must be weighted by it."""
     sources = fine_tunes("bert", 2, scale=0.1)
-    inputs = trial_of("bert", sources, tmp_path)
+    inputs = inputs_of("bert", sources, tmp_path)
     models = [deepcopy(inputs.model) for _ in sources]
     for model, source in zip(models, sources, strict=True):
         place(model, source)
     a, b = (naive_fisher(model, data_batches("bert")) for model in models)
     name = "classifier.weight"
     exact = (a[name] * sources[0][name] + b[name] * sources[1][name]) / (a[name] + b[name])
-    fisher_average_(replace(inputs, epoch=200 * inputs.epoch))
+    fisher_average_(replace(inputs, batches_per_epoch=200 * inputs.batches_per_epoch))
     found = copies(inputs.model)[name]
     mean = (sources[0][name] + sources[1][name]) / 2
     assert float((found - exact).norm()) < 0.25 * float((mean - exact).norm())
-    # What has no gradient, such as positions behind the end of all texts, is the plain mean.
+    # Elements without a gradient, such as positions after the end of all texts, are the plain mean.
     unused = "bert.embeddings.position_embeddings.weight"
     mean = torch.stack([source[unused] for source in sources]).mean(0)
     torch.testing.assert_close(copies(inputs.model)[unused][8:], mean[8:])
@@ -363,12 +363,12 @@ def test_fisher_average_estimates_the_exact_one(tmp_path: Path) -> None:
 
 
 def test_fisher_average_of_labels_that_cannot_be_drawn_otherwise_is_exact(tmp_path: Path) -> None:
-    """Sources so sure of themselves that they always draw one class: the formula, with their own labels."""
+    """Sources that are so certain of a class that they always draw it follow the formula with that class."""
     sources = fine_tunes("bert", 2, scale=0.1)
     for index, source in enumerate(sources):
         source["classifier.bias"][:] = torch.tensor([-2.0, -2.0, -2.0])
         source["classifier.bias"][index] = 12.0
-    inputs = trial_of("bert", sources, tmp_path)
+    inputs = inputs_of("bert", sources, tmp_path)
     numerator: Tensors = {}
     denominator: Tensors = {}
     for index, source in enumerate(sources):
@@ -391,7 +391,7 @@ def test_fisher_average_of_labels_that_cannot_be_drawn_otherwise_is_exact(tmp_pa
 
 def test_fisher_average_of_equal_fishers_is_the_mean_with_statistics(tmp_path: Path) -> None:
     source = fine_tunes("resnet", 1)[0]
-    inputs = trial_of("resnet", [source, source], tmp_path)
+    inputs = inputs_of("resnet", [source, source], tmp_path)
     counts = {n: t for n, t in copies(inputs.model).items() if not t.is_floating_point()}
     fisher_average_(inputs)
     assert counts
@@ -400,7 +400,7 @@ def test_fisher_average_of_equal_fishers_is_the_mean_with_statistics(tmp_path: P
 
 def test_fisher_average_of_a_language_model_draws_the_next_tokens(tmp_path: Path) -> None:
     sources = fine_tunes("gpt2", 2)
-    inputs = trial_of("gpt2", sources, tmp_path)
+    inputs = inputs_of("gpt2", sources, tmp_path)
     fisher_average_(inputs)
     found = copies(inputs.model)
     for name, tensor in found.items():
@@ -413,9 +413,9 @@ def test_fisher_average_of_a_language_model_draws_the_next_tokens(tmp_path: Path
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 @pytest.mark.parametrize("per_layer", [True, False])
 def test_mixture_against_autograd(kind: str, per_layer: bool, tmp_path: Path) -> None:
-    """The same descent with the weights as functions of the coefficients, by `functional_call`."""
+    """The reference learns the coefficients by autograd, through `functional_call`."""
     sources = fine_tunes(kind, 2)
-    inputs = trial_of(kind, sources, tmp_path)
+    inputs = inputs_of(kind, sources, tmp_path)
     base, reference = copies(inputs.model), deepcopy(inputs.model)
     units = partition(reference, "layer")
     unit_of = {name: i if per_layer else 0 for i, unit in enumerate(units) for name in unit.tensors}
@@ -434,27 +434,27 @@ def test_mixture_against_autograd(kind: str, per_layer: bool, tmp_path: Path) ->
         adam.step()
         with torch.no_grad():
             coefficients.clamp_(0, 1)
-    assert float((coefficients.detach() - 0.3).abs().max()) > 0.2  # they went somewhere
+    assert float((coefficients.detach() - 0.3).abs().max()) > 0.2  # the coefficients moved
     mixture_(inputs, per_layer=per_layer, steps=5, lr=0.2)
     assert_close(inputs.model, {name: tensor.detach() for name, tensor in mixed().items()}, tolerance=2e-4)
 
 
-def test_mixture_starts_from_its_initial_coefficient_and_cuts_statistics(tmp_path: Path) -> None:
+def test_mixture_starts_from_its_initial_coefficient_and_limits_statistics(tmp_path: Path) -> None:
     sources = fine_tunes("resnet", 4)
-    inputs = trial_of("resnet", sources, tmp_path)
+    inputs = inputs_of("resnet", sources, tmp_path)
     base, weights = copies(inputs.model), weights_of(inputs.model)
     mixture_(inputs, steps=0)
     expected = dict(base)
     for name, start in floats(base).items():
-        share = 0.3 if name in weights else 0.25  # 4 x 0.3 would go beyond the sources
+        share = 0.3 if name in weights else 0.25  # 4 x 0.3 would lie beyond the sources
         expected[name] = start + share * sum(source[name] - start for source in sources)
     assert_close(inputs.model, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradfix_moves_elements_that_go_down(kind: str, tmp_path: Path) -> None:
+def test_gradfix_keeps_elements_that_lower_the_loss(kind: str, tmp_path: Path) -> None:
     sources = fine_tunes(kind)
-    inputs = trial_of(kind, sources, tmp_path)
+    inputs = inputs_of(kind, sources, tmp_path)
     base, weights = copies(inputs.model), weights_of(inputs.model)
     reference = deepcopy(inputs.model)
     for batch in data_batches(kind):
@@ -475,7 +475,7 @@ def test_gradfix_moves_elements_that_go_down(kind: str, tmp_path: Path) -> None:
     gradfix_(inputs)
     found = movable_tensors(inputs.model)
     for name, tensor in expected.items():
-        # The sign of a gradient that is zero but for rounding is either.
+        # Rounding decides the sign of a gradient that is nearly zero.
         g = gradients.get(name)
         sure = torch.ones_like(tensor, dtype=torch.bool) if g is None else g.abs() > 1e-7
         torch.testing.assert_close(found[name].detach()[sure], tensor[sure], rtol=1e-5, atol=1e-6)
@@ -487,7 +487,7 @@ def test_gradfix_leaves_a_weight_without_a_gradient(tmp_path: Path) -> None:
         return model
 
     source = fine_tunes("bert", 1)[0] | {"unused": torch.ones(2)}
-    inputs = trial_of("bert", [source], tmp_path, with_unused)
+    inputs = inputs_of("bert", [source], tmp_path, with_unused)
     gradfix_(inputs)
     assert inputs.model.get_parameter("unused").tolist() == [0.0, 0.0]
 
@@ -495,7 +495,7 @@ def test_gradfix_leaves_a_weight_without_a_gradient(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_pearl_trains_its_adapters_on_the_first_source(kind: str, tmp_path: Path) -> None:
     sources = fine_tunes(kind, 2)
-    inputs = trial_of(kind, [{n: t.bfloat16() for n, t in sources[0].items()}, sources[1]], tmp_path)
+    inputs = inputs_of(kind, [{n: t.bfloat16() for n, t in sources[0].items()}, sources[1]], tmp_path)
     first = {n: t.bfloat16().float() for n, t in sources[0].items()}
     asked: list[tuple[float, int, Any, float]] = []
     trained: list[Tensors] = []
@@ -512,7 +512,7 @@ def test_pearl_trains_its_adapters_on_the_first_source(kind: str, tmp_path: Path
     assert not inputs.model.training
     moved = [name for name in first if not torch.equal(first[name], trained[0][name])]
     assert any(".layer.0." in name or ".h.0." in name for name in moved) and len(moved) < len(first)
-    # The result lies on the simplex of both: one weight, the same for all tensors.
+    # The result lies on the simplex of both: all tensors have the same weight.
     found = copies(inputs.model)
     shares = []
     for name in moved:
@@ -525,9 +525,9 @@ def test_pearl_trains_its_adapters_on_the_first_source(kind: str, tmp_path: Path
 
 
 def test_pearl_of_one_source_is_its_adapter(tmp_path: Path) -> None:
-    inputs = trial_of("bert", fine_tunes("bert", 1), tmp_path)
+    inputs = inputs_of("bert", fine_tunes("bert", 1), tmp_path)
     pearl_(inputs, epochs=1)
-    again = trial_of("bert", [], tmp_path)
+    again = inputs_of("bert", [], tmp_path)
     place(again.model, fine_tunes("bert", 1)[0])
     again.finetune(1, 3, {"r": 16, "lora_alpha": 16}, 1e-3)
     assert_close(inputs.model, copies(again.model), tolerance=1e-5)
@@ -538,14 +538,14 @@ def test_pearl_of_one_source_is_its_adapter(tmp_path: Path) -> None:
 def test_every_method_improves_on_the_base_with_one_good_source_and_is_repeatable(
     method: Callable[[MethodInputs], None], kind: str, tmp_path: Path
 ) -> None:
-    teacher = trial_of(kind, [], tmp_path)
+    teacher = inputs_of(kind, [], tmp_path)
     before = teacher.loss()
     fine_tune(teacher.model, kind, tmp_path, 6, 0)
     teacher.model.eval()
     source = copies(teacher.model)
     results = []
     for _ in range(2):
-        inputs = trial_of(kind, [source], tmp_path)
+        inputs = inputs_of(kind, [source], tmp_path)
         method(inputs)
         results.append(copies(inputs.model))
         assert inputs.loss() < before
@@ -556,25 +556,25 @@ def test_every_method_improves_on_the_base_with_one_good_source_and_is_repeatabl
 @pytest.mark.parametrize("method", [average_, task_arithmetic_, fisher_average_, greedy_soup_])
 def test_one_source_with_weight_one_is_that_source(method: Callable[..., None], tmp_path: Path) -> None:
     source = fine_tunes("bert", 1)[0]
-    inputs = trial_of("bert", [source], tmp_path)
+    inputs = inputs_of("bert", [source], tmp_path)
     method(inputs, **({"weights": (1.0,)} if method is task_arithmetic_ else {}))
     assert_close(inputs.model, source)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_partial_half_precision_sources_change_only_what_they_bring(
+def test_partial_half_precision_sources_change_only_tensors_that_they_have(
     method: Callable[[MethodInputs], None], tmp_path: Path
 ) -> None:
     parts = [
         {name: tensor.half() for name, tensor in source.items() if f".layer.{k}." in name}
         for k, source in enumerate(fine_tunes("bert", 2))
     ]
-    inputs = trial_of("bert", parts, tmp_path)
+    inputs = inputs_of("bert", parts, tmp_path)
     base = copies(inputs.model)
     method(inputs)
     changed = {name for name, tensor in copies(inputs.model).items() if not torch.equal(tensor, base[name])}
     assert changed
-    if getattr(method, "func", method) is not pearl_:  # which trains what it likes
+    if getattr(method, "func", method) is not pearl_:  # its adapters train other tensors too
         assert changed <= {name for part in parts for name in part}
     assert {tensor.dtype for tensor in inputs.model.parameters()} == {torch.float32}
 
@@ -582,10 +582,12 @@ def test_partial_half_precision_sources_change_only_what_they_bring(
 @pytest.mark.parametrize("method", METHODS)
 def test_no_sources_and_foreign_sources_are_errors(method: Callable[[MethodInputs], None], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="got no sources, expected at least one"):
-        method(trial_of("bert", [], tmp_path))
+        method(inputs_of("bert", [], tmp_path))
     sources = [fine_tunes("bert", 1)[0], {"else.weight": torch.zeros(2)}]
-    with pytest.raises(IncompatibleSourceError, match="source 2 brings none of the .* tensors of the target"):
-        method(trial_of("bert", sources, tmp_path))
+    with pytest.raises(
+        IncompatibleSourceError, match="source 2 has none of the .* tensors of the target; got 1 other"
+    ):
+        method(inputs_of("bert", sources, tmp_path))
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m is not average_])
@@ -594,12 +596,12 @@ def test_a_source_that_is_not_finite_is_an_error(method: Callable[[MethodInputs]
     broken["classifier.weight"].fill_(math.nan)
     broken["bert.encoder.layer.0.output.dense.weight"].fill_(math.nan)
     with pytest.raises(NonFiniteError, match="finite"):
-        method(trial_of("bert", [broken], tmp_path))
+        method(inputs_of("bert", [broken], tmp_path))
 
 
 def test_a_multiple_without_a_finite_loss_is_not_chosen(tmp_path: Path) -> None:
     source = fine_tunes("bert", 1)[0]
-    inputs = trial_of("bert", [source], tmp_path)
+    inputs = inputs_of("bert", [source], tmp_path)
     losses = iter([math.nan, 2.0, math.inf])
 
     def loss() -> float:
@@ -616,7 +618,7 @@ def test_a_multiple_without_a_finite_loss_is_not_chosen(tmp_path: Path) -> None:
 def test_ensemble_is_the_mean_probability(kind: str, tmp_path: Path) -> None:
     sources = fine_tunes(kind, scale=0.3)
     sources[1] = {name: t.bfloat16() if t.is_floating_point() else t for name, t in sources[1].items()}
-    inputs = trial_of(kind, sources, tmp_path)
+    inputs = inputs_of(kind, sources, tmp_path)
     data = tiny_data(kind, 10)
     found = ensemble_evaluation(inputs, data, default_data_collator, Accelerator(cpu=True), 4)
     whole = default_data_collator(list(data))
@@ -642,7 +644,7 @@ def test_ensemble_of_one_source_is_its_evaluation_and_leaves_out_ignored_tokens(
         return batch
 
     source = fine_tunes("gpt2", 1)[0]
-    inputs = trial_of("gpt2", [source], tmp_path)
+    inputs = inputs_of("gpt2", [source], tmp_path)
     base, data = copies(inputs.model), tiny_data("gpt2", 10)
     found = ensemble_evaluation(inputs, data, collator, Accelerator(cpu=True), 4)
     assert_close(inputs.model, base, tolerance=0)
@@ -650,8 +652,8 @@ def test_ensemble_of_one_source_is_its_evaluation_and_leaves_out_ignored_tokens(
     assert found == {"loss": pytest.approx(float(inputs.model(**collator(list(data))).loss), rel=1e-5)}
 
 
-def test_ensemble_refuses_labels_that_are_no_classes(tmp_path: Path) -> None:
-    inputs = trial_of("bert", fine_tunes("bert", 1), tmp_path)
+def test_ensemble_refuses_labels_that_are_not_classes(tmp_path: Path) -> None:
+    inputs = inputs_of("bert", fine_tunes("bert", 1), tmp_path)
     inputs.model.config.problem_type = "multi_label_classification"
 
     def collator(rows: list) -> dict[str, Any]:
@@ -664,7 +666,7 @@ def test_ensemble_refuses_labels_that_are_no_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["vit", "bert", "gpt2", "gpt_neox"])
 def test_fusion_answers_with_mean_logits_and_their_loss(kind: str, tmp_path: Path) -> None:
     sources = fine_tunes(kind)
-    inputs = trial_of(kind, sources, tmp_path)
+    inputs = inputs_of(kind, sources, tmp_path)
     fusion, batch = logit_fusion(inputs), data_batches(kind)[0]
     logits = []
     for source in sources:
@@ -686,7 +688,7 @@ def test_fusion_answers_with_mean_logits_and_their_loss(kind: str, tmp_path: Pat
 
 def test_fusion_of_one_source_is_that_source(tmp_path: Path) -> None:
     source = fine_tunes("gpt2", 1)[0]
-    inputs = trial_of("gpt2", [source], tmp_path)
+    inputs = inputs_of("gpt2", [source], tmp_path)
     fusion = logit_fusion(inputs)
     place(inputs.model, source)
     batch = default_data_collator(list(tiny_data("gpt2", 10)))
@@ -702,7 +704,7 @@ def test_fusion_initialises_nothing(tmp_path: Path) -> None:
         return model
 
     sources = fine_tunes("bert", 2)
-    fusion = logit_fusion(trial_of("bert", sources, tmp_path, as_if_new))
+    fusion = logit_fusion(inputs_of("bert", sources, tmp_path, as_if_new))
     assert_close(
         fusion, {f"member_{k}.{name}": t for k, s in enumerate(sources) for name, t in s.items()}, tolerance=0
     )
@@ -710,8 +712,8 @@ def test_fusion_initialises_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["resnet", "vit", "bert", "gpt2"])
 def test_fusion_trains_all_members_and_keeps_the_best_epoch(kind: str, tmp_path: Path) -> None:
-    """Through the Trainer, whose best checkpoint must come back into members and tied weights."""
-    fusion = logit_fusion(trial_of(kind, fine_tunes(kind, 2), tmp_path))
+    """The best checkpoint of the Trainer must be loaded into all members and their tied weights."""
+    fusion = logit_fusion(inputs_of(kind, fine_tunes(kind, 2), tmp_path))
     assert isinstance(fusion, LogitFusion)
     data = tiny_data(kind, SAMPLES)
     batch = default_data_collator(list(data))

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import DataError, NonFiniteError
-from grasp_hf.methods.fisher import _with_drawn_labels, fisher_, running_fisher
-from grasp_hf.models.batches import Batch, keeping_model_columns, sample_batches
+from grasp_hf.methods.fisher import _draw_labels, fisher_, running_fisher
+from grasp_hf.models.batches import Batch, keep_model_columns, sample_batches
 from grasp_hf.tensors.mapped import MappedTensors
 from grasp_hf.tensors.mixing import Mix, blend_
 from grasp_hf.tensors.scratch import Scratch
@@ -73,7 +73,7 @@ class Mean:
         mixes = self.measure(source, share, batches)
         values, fisher = movable_tensors(source), running_fisher(self.scratch)
         blend_(self.tensors, self.scratch.start, values, self.units, mixes, fractions=fisher.fractions)
-        fisher.take()
+        fisher.add()
 
     def share(self, name: str) -> Tensor | None:
         """Return how much of each element of a tensor goes in."""
@@ -159,7 +159,7 @@ def test_only_what_is_taken_counts(tmp_path: Path) -> None:
         for other in others:
             mean.measure(other, plain, batches)
             if take:
-                running_fisher(mean.scratch).take()
+                running_fisher(mean.scratch).add()
             if forget:
                 mean.scratch.make_room()
         mean.measure(source, 0.5, batches)
@@ -242,7 +242,7 @@ def merged(world: Path, sources: str = "12", **settings: Any) -> GraspMerger:
 
 def fisher_of(source: PreTrainedModel, merger: GraspMerger, seed: int) -> Tensors:
     """Return the Fisher information of a source as the step with that seed sees it."""
-    collate = keeping_model_columns(merger.model, None)
+    collate = keep_model_columns(merger.model, None)
     batches = [*sample_batches(LABELS, collate, Accelerator(), merger.config, seed=seed)]
     room = {name: torch.zeros_like(tensor) for name, tensor in source.named_parameters()}
     fisher_(room, source, batches, room, seed=seed)
@@ -340,8 +340,8 @@ def test_labels_of_an_encoder_decoder_are_drawn_for_the_prefix_that_they_are_lea
     tokens = torch.randint(1, 12, (2, 4, 6), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": tokens[0], "labels": tokens[1]}
     with torch.no_grad():
-        drawn = _with_drawn_labels(model, batch)
+        drawn = _draw_labels(model, batch)
         assert not torch.equal(drawn["labels"], batch["labels"])
         assert torch.equal(model(**drawn).logits, model(**batch).logits)
-        given = _with_drawn_labels(model, {**batch, "decoder_input_ids": tokens[0]})
+        given = _draw_labels(model, {**batch, "decoder_input_ids": tokens[0]})
     assert torch.equal(given["decoder_input_ids"], tokens[0])

@@ -16,6 +16,7 @@ COMMAND = "python -m tests.benchmarks.settings --table"
 def test_the_tables_of_the_project_are_those_of_the_record() -> None:
     assert all(path.exists() for path in tables.FILES)
     assert tables.FILES[0].read_text().count("<!-- begin: ") >= 17
+    assert tables.FILES[2].read_text().count("<!-- begin: python -m tests.support.settings --table -->") == 1
     command = [sys.executable, "-m", "tests.benchmarks.tables", "--check"]
     run = subprocess.run(command, cwd=tables.ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -56,9 +57,9 @@ def test_checking_names_the_file_and_fails(loss: Any, tmp_path: Path, capsys: py
     loss(2.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["tables", "--check", str(path)])
-        with pytest.raises(SystemExit, match="run python -m tests.benchmarks.tables to write them"):
+        with pytest.raises(SystemExit, match="run python -m tests.benchmarks.tables to update them"):
             tables.main()
-    assert capsys.readouterr().out == f"{path}: its tables differ from the record\n"
+    assert capsys.readouterr().out == f"{path}: its tables are out of date\n"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_a_marker_without_a_partner_is_an_error(text: str, message: str, loss: A
     ],
 )
 def test_a_command_that_does_not_read_the_record_is_refused(command: str) -> None:
-    with pytest.raises(ValueError, match="expected 'python -m tests.benchmarks.NAME … --table', which runs nothing"):
+    with pytest.raises(ValueError, match="expected 'python -m tests.NAME … --table', which measures nothing"):
         tables.printed(command)
 
 

@@ -1,4 +1,4 @@
-"""Reading a checkpoint without building a model gives what `from_pretrained` gives, and costs page cache only."""
+"""A checkpoint is read without a second model; its tensors equal those of `from_pretrained` and use page cache."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_a_tied_weight_may_have_either_name_or_both(tmp_path: Path) -> None:
         assert list(found) == list(movable_tensors(tiny_model("gpt2")))
 
 
-def test_what_the_target_has_no_place_for(tmp_path: Path) -> None:
+def test_tensors_that_the_target_does_not_have(tmp_path: Path) -> None:
     folder = Path(saved(tiny_model("bert"), tmp_path / "source"))
     tensors = load_file(folder / "model.safetensors")
     name = "bert.encoder.layer.1.output.dense.bias"
@@ -165,7 +165,7 @@ def test_weights_pickled_before_zip_files(tmp_path: Path) -> None:
 
 
 def test_a_deeper_body_without_a_head(tmp_path: Path) -> None:
-    """The names of a body alone lack the prefix that the target's have."""
+    """The names in the files of a model without a head lack the prefix of the target's names."""
     config: Any = tiny_model("bert").config
     config.num_hidden_layers = 3
     model: Any = transformers.BertForSequenceClassification(config)

@@ -9,7 +9,7 @@ import torch
 
 from grasp_hf import GraspConfig, GraspMerger, gradient_alignment
 from grasp_hf.errors import DataError, NonFiniteError
-from grasp_hf.methods.blend import learned_coefficients
+from grasp_hf.methods.blend import learn_coefficients
 from grasp_hf.tensors.mixing import Mix
 from grasp_hf.tensors.placing import overwrite_
 from grasp_hf.tensors.scratch import Scratch
@@ -87,7 +87,7 @@ def measured(
     scratch.base.copy_(movable_tensors(target if base is None else base))
     batches, shares = [batch] * number, dict.fromkeys((unit.name for unit in units), share)
     values = movable_tensors(source)
-    found = learned_coefficients(target, values, units, batches, shares, scratch=scratch, lr=lr, steps=number)
+    found = learn_coefficients(target, values, units, batches, shares, scratch=scratch, lr=lr, steps=number)
     return target, source, units, batch, found
 
 
@@ -164,7 +164,7 @@ def test_a_failing_measurement_leaves_the_model_alone(tmp_path: Path) -> None:
     units = partition(target, "module")
     batches = iter([batch, batch, {"pixel_values": batch["pixel_values"]}])
     with pytest.raises(DataError, match="returned no loss"):
-        learned_coefficients(
+        learn_coefficients(
             target,
             movable_tensors(source),
             units,

@@ -1,4 +1,4 @@
-"""Every type of adapter gives what PEFT's own merge gives, one module at a time; what cannot is refused by name."""
+"""An adapter of any type gives the weights of PEFT's own merge; a type that cannot be merged is refused by name."""
 
 import json
 from collections.abc import Callable
@@ -66,7 +66,7 @@ ADAPTERS: dict[str, tuple[str, Callable[[], Any]]] = {
 
 
 def save_adapter(model: PreTrainedModel, config: Any, base: str, folder: Path, seed: int = 1) -> str:
-    """Write an adapter with random weights everywhere."""
+    """Write an adapter whose weights are all random."""
     torch.manual_seed(seed)
     adapter = get_peft_model(model, config)
     adapter.peft_config["default"].base_model_name_or_path = base
@@ -79,14 +79,14 @@ def save_adapter(model: PreTrainedModel, config: Any, base: str, folder: Path, s
 
 
 def made_adapter(name: str, folder: Path) -> tuple[str, str, str]:
-    """Return the kind of the model, the folder of its base, and that of an adapter."""
+    """Return the kind of a model, the folder of a base and the folder of an adapter."""
     kind, config = ADAPTERS[name]
     base = saved(tiny_model(kind), folder / "base")
     return kind, base, save_adapter(tiny_model(kind), config(), base, folder / "adapter")
 
 
 def by_peft(base: str, adapter: str) -> dict[str, Tensor]:
-    """The tensors of a model that PEFT itself merged."""
+    """Return the tensors of a model that PEFT itself merged."""
     model = GraspMerger.from_pretrained(base).model
     return movable_tensors(PeftModel.from_pretrained(model, adapter).merge_and_unload())
 
@@ -135,7 +135,7 @@ def test_adapters_of_different_ranks_are_averaged_as_weights(tmp_path: Path) -> 
 
 
 def test_full_models_and_adapters_mix(tmp_path: Path) -> None:
-    """A unit's average is over the sources that bring it: an adapter says nothing of what it leaves alone."""
+    """The average of a unit is over the sources that hold it; an adapter does not hold the modules it leaves alone."""
     base = saved(tiny_model("vit"), tmp_path / "base")
     full = saved(tiny_model("vit", seed=5).bfloat16(), tmp_path / "full")
     adapter = save_adapter(tiny_model("vit"), peft.LoraConfig(target_modules=["fc1"]), base, tmp_path / "adapter")
@@ -171,7 +171,7 @@ def test_what_an_adapter_changes_lies_in_a_file(name: str, tmp_path: Path, monke
 @pytest.mark.parametrize("name", ["LoRA", "LoRA patterns", "DoRA", "LoHa", "LoKr", "IA3", "OFT", "VeRA"])
 @pytest.mark.parametrize("as_regex", [False, True])
 def test_an_adapter_in_the_names_of_transformers_4(name: str, as_regex: bool, tmp_path: Path) -> None:
-    """ViT modules were called attention.attention.query, intermediate.dense and output.dense; PEFT finds none of them."""
+    """Transformers 4 called modules of a ViT attention.attention.query or output.dense; PEFT does not find them."""
     kind, base, adapter = made_adapter(name, tmp_path)
     expected = by_peft(base, adapter)
     old = copied(adapter, tmp_path / "old")
@@ -279,7 +279,7 @@ def test_another_base_can_be_accepted_by_name(tmp_path: Path) -> None:
         assert merger.merge([adapter], **data).steps[0].moved == 6
 
 
-def test_low_rank_updates_of_a_head_the_base_lacks_are_nobody_s(tmp_path: Path) -> None:
+def test_low_rank_updates_of_a_head_that_the_base_lacks_are_left_out(tmp_path: Path) -> None:
     model: Any = tiny_model("vit")
     base = saved(model.vit, tmp_path / "base")
     config = peft.LoraConfig(target_modules=["q_proj", "classifier"])

@@ -17,7 +17,7 @@ from grasp_hf.data.samples import Samples
 from grasp_hf.errors import DataError, NonFiniteError
 from grasp_hf.merging.mixed import MixedModel
 from grasp_hf.methods.candidates import Candidate
-from grasp_hf.models.batches import keeping_model_columns
+from grasp_hf.models.batches import keep_model_columns
 from grasp_hf.record.entries import Reason
 from grasp_hf.sources.load import LoadedSource
 from grasp_hf.tensors.mixing import Mix
@@ -158,7 +158,7 @@ def test_one_mix_after_another_leaves_nothing_of_the_first(world: Path, tmp_path
     units = partition(merger.model, "layer")
     one, other = units[0].name, units[1].name
     stay = {unit.name: Mix.on_line(0.0) for unit in units}
-    samples, collate = Samples(LABELS), keeping_model_columns(merger.model, None)
+    samples, collate = Samples(LABELS), keep_model_columns(merger.model, None)
     labels = Labels(merger.model, samples, collate, merger.config, learned=False)
     loaded = LoadedSource(source, {*source})
     mixed = MixedModel(tensors, loaded, units, labels, start=scratch.start, base=scratch.base)
@@ -362,7 +362,7 @@ def test_a_forward_that_does_not_name_its_inputs_takes_all() -> None:
     sample = {"input_ids": torch.arange(3), "labels": 1, "row": 7}
     config: Any = tiny_model("bert").config
     models = Wrapped(config), BertForSequenceClassification(config)
-    wrapped, plain = (keeping_model_columns(model, None) for model in models)
+    wrapped, plain = (keep_model_columns(model, None) for model in models)
     assert {*wrapped([sample])} == {"input_ids", "labels", "row"} and {*plain([sample])} == {"input_ids", "labels"}
 
 

@@ -1,4 +1,4 @@
-"""From files to training samples: splits, labels by name, processors, and whole merges of each kind of data."""
+"""Files become training samples: splits, labels by name, processors, and complete merges on each kind of data."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -12,10 +12,17 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from grasp_hf import GraspConfig, Recipe
 from grasp_hf.data.digests import fingerprint
-from grasp_hf.data.pictures import picture
+from grasp_hf.data.pictures import load_picture
 from grasp_hf.data.section import DataSection
-from grasp_hf.data.splits import Content, class_names, load_splits, names_for_model, require_column, with_label_ids
-from grasp_hf.data.tasks import with_images, with_tokens
+from grasp_hf.data.splits import (
+    Content,
+    choose_label_names,
+    encode_labels,
+    find_label_names,
+    load_splits,
+    require_column,
+)
+from grasp_hf.data.tasks import prepare_images, tokenize_texts
 from grasp_hf.errors import ConfigError, DataError
 from grasp_hf.record.redaction import without_secrets
 from grasp_hf.runs.prepare import prepare
@@ -26,7 +33,7 @@ ROWS = {"text": ["red small", "green large", "blue red"], "label": ["bird", "cat
 
 
 def write_texts(folder: Path, kind: str, rows: dict[str, dict[str, list]]) -> dict[str, Any]:
-    """Write one file per split (or a folder of `save_to_disk`) and return the `data:` section that names them."""
+    """Write one file per split, or a folder of `save_to_disk`, and return the `data:` section for it."""
     if kind == "folder":
         DatasetDict({split: Dataset.from_dict(columns) for split, columns in rows.items()}).save_to_disk(
             folder / "set"
@@ -59,7 +66,7 @@ def test_text_files(kind: str, tmp_path: Path) -> None:
     splits = load_splits(section(tmp_path, data))
     assert {name: len(split) for name, split in splits.items()} == {"train": 6, "validation": 3}
     assert splits["validation"].to_dict() == ROWS
-    assert class_names(splits["train"], "label") == ["bird", "cat", "dog"]
+    assert find_label_names(splits["train"], "label") == ["bird", "cat", "dog"]
 
 
 def test_one_file_is_the_training_split(tmp_path: Path) -> None:
@@ -74,7 +81,7 @@ def test_an_image_folder(tmp_path: Path) -> None:
     write_images(tmp_path / "images", {"train": 2, "validation": 1, "test": 1})
     splits = load_splits(section(tmp_path, {"path": "imagefolder", "data_dir": "images"}))
     assert {name: len(split) for name, split in splits.items()} == {"train": 6, "validation": 3, "test": 3}
-    assert class_names(splits["train"], "label") == LABELS
+    assert find_label_names(splits["train"], "label") == LABELS
     assert splits["train"][0]["image"].size == (8, 8)
 
 
@@ -99,7 +106,7 @@ def test_data_that_cannot_be_loaded(tmp_path: Path) -> None:
     ],
 )
 def test_files_that_are_gone(data: dict[str, Any], advice: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"cannot be loaded: .*; say where it is with {advice}"):
+    with pytest.raises(DataError, match=f"cannot be loaded: .*; set its location with {advice}"):
         load_splits(section(tmp_path, data))
 
 
@@ -124,14 +131,14 @@ def test_an_empty_split(kind: str, message: str, tmp_path: Path) -> None:
 
 
 def test_the_names_of_labels() -> None:
-    assert class_names(typed("label", [0, 1, 0], ["z", "a"]), "label") == ["z", "a"]
-    assert class_names(Dataset.from_dict({"label": ["z", "a", "z"]}), "label") == ["a", "z"]
-    assert class_names(Dataset.from_dict({"label": [0, 4, 2]}), "label") == 5
+    assert find_label_names(typed("label", [0, 1, 0], ["z", "a"]), "label") == ["z", "a"]
+    assert find_label_names(Dataset.from_dict({"label": ["z", "a", "z"]}), "label") == ["a", "z"]
+    assert find_label_names(Dataset.from_dict({"label": [0, 4, 2]}), "label") == 5
 
 
 def test_a_missing_column_lists_those_found() -> None:
     with pytest.raises(DataError, match="no column 'class' for labels; found text, label"):
-        class_names(Dataset.from_dict(ROWS), "class")
+        find_label_names(Dataset.from_dict(ROWS), "class")
 
 
 @pytest.mark.parametrize("values", [["a", None], [1, None], [0.0, 1.0], [-1, 0]])
@@ -139,16 +146,16 @@ def test_rows_without_a_usable_label(values: list) -> None:
     with pytest.raises(
         DataError, match="column 'label' holds (rows without a label|.*; expected class names or class ids)"
     ):
-        class_names(Dataset.from_dict({"label": values}), "label")
+        find_label_names(Dataset.from_dict({"label": values}), "label")
 
 
 def test_the_names_that_a_model_takes_on() -> None:
     known = ["dog", "bird", "cat"]
-    assert names_for_model(["bird", "cat", "dog"], known) == known
-    assert names_for_model(["bird"], known) == known
-    assert names_for_model(["bird", "cow"], known) == ["bird", "cow"]
-    assert names_for_model(3, known) == known
-    assert names_for_model(4, known) == ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]
+    assert choose_label_names(["bird", "cat", "dog"], known) == known
+    assert choose_label_names(["bird"], known) == known
+    assert choose_label_names(["bird", "cow"], known) == ["bird", "cow"]
+    assert choose_label_names(3, known) == known
+    assert choose_label_names(4, known) == ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]
 
 
 @pytest.mark.parametrize("kind", ["ClassLabel", "names", "ids"])
@@ -158,16 +165,16 @@ def test_labels_are_mapped_by_name(kind: str) -> None:
     else:
         names = ["bird", "cat", "dog", "cat"]
         split = Dataset.from_dict({"animal": names if kind == "names" else [1, 2, 0, 2], "id": [0, 1, 2, 3]})
-    encoded = with_label_ids(DatasetDict(train=split), "animal", ["dog", "bird", "cat"])["train"]
+    encoded = encode_labels(DatasetDict(train=split), "animal", ["dog", "bird", "cat"])["train"]
     assert encoded.column_names == ["id", "labels"]
     assert encoded["labels"][:] == [1, 2, 0, 2]
 
 
 def test_a_column_that_is_called_labels_already() -> None:
     splits = DatasetDict(train=Dataset.from_dict({"labels": ["b", "a"], "id": [0, 1]}))
-    assert with_label_ids(splits, "labels", ["a", "b"])["train"]["labels"][:] == [1, 0]
+    assert encode_labels(splits, "labels", ["a", "b"])["train"]["labels"][:] == [1, 0]
     both = DatasetDict(train=Dataset.from_dict({"label": ["b", "a"], "labels": [7, 7]}))
-    assert with_label_ids(both, "label", ["a", "b"])["train"]["labels"][:] == [1, 0]
+    assert encode_labels(both, "label", ["a", "b"])["train"]["labels"][:] == [1, 0]
 
 
 def test_a_label_that_training_does_not_know() -> None:
@@ -177,20 +184,20 @@ def test_a_label_that_training_does_not_know() -> None:
     )
     message = "split 'validation' has labels that the model does not know: c, d; expected some of a, b"
     with pytest.raises(DataError, match=message):
-        with_label_ids(splits, "label", ["a", "b"])
+        encode_labels(splits, "label", ["a", "b"])
     ids = DatasetDict(
         train=Dataset.from_dict({"label": [0, 1], "id": [0, 1]}), test=Dataset.from_dict({"label": [2], "id": [0]})
     )
     with pytest.raises(DataError, match="split 'test' has labels that the model does not know: 2"):
-        with_label_ids(ids, "label", ["a", "b"])
+        encode_labels(ids, "label", ["a", "b"])
 
 
 def test_a_test_split_whose_labels_are_hidden() -> None:
-    # Public benchmarks mark them with -1, which a ClassLabel holds but cannot name.
+    # Public benchmarks write -1, a value that a ClassLabel accepts but has no name for.
     names = ["a", "b"]
     splits = DatasetDict(train=typed("label", [0, 1], names), test=typed("label", [-1, -1], names))
     with pytest.raises(DataError, match="split 'test'.*label"):
-        with_label_ids(splits, "label", names)
+        encode_labels(splits, "label", names)
 
 
 def test_tokens_of_a_sentence(tmp_path: Path) -> None:
@@ -198,7 +205,7 @@ def test_tokens_of_a_sentence(tmp_path: Path) -> None:
         train=Dataset.from_dict({"text": ["red small blue", "large"], "labels": [1, 0], "id": [8, 9]})
     )
     part = section(tmp_path, {"path": "csv", "data_files": "x.csv", "max_length": 2})
-    encoded, collator = with_tokens(splits, part, tiny_tokenizer(), generates=False)
+    encoded, collator = tokenize_texts(splits, part, tiny_tokenizer(), generates=False)
     assert encoded["train"]["input_ids"][:] == [[3, 6], [7]]
     assert encoded["train"]["labels"][:] == [1, 0]
     assert {"id", "text"}.isdisjoint(encoded["train"].column_names)
@@ -210,7 +217,7 @@ def test_tokens_of_a_sentence(tmp_path: Path) -> None:
 def test_tokens_of_a_language_model(tmp_path: Path) -> None:
     splits = DatasetDict(train=Dataset.from_dict({"text": ["red small blue", "large red"], "labels": [1, 0]}))
     part = section(tmp_path, {"path": "csv", "data_files": "x.csv"})
-    encoded, collator = with_tokens(splits, part, tiny_tokenizer(), generates=True)
+    encoded, collator = tokenize_texts(splits, part, tiny_tokenizer(), generates=True)
     batch = collator([encoded["train"][i] for i in (0, 1)])
     assert batch["labels"].tolist() == [[3, 6, 5], [7, 3, -100]]
 
@@ -218,12 +225,12 @@ def test_tokens_of_a_language_model(tmp_path: Path) -> None:
 def test_texts_that_have_nothing_to_predict(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     part = section(tmp_path, {"path": "csv", "data_files": "x.csv"})
     splits = DatasetDict(train=Dataset.from_dict({"text": ["", "red small", "large", "blue red"]}))
-    encoded, _ = with_tokens(splits, part, tiny_tokenizer(), generates=True)
+    encoded, _ = tokenize_texts(splits, part, tiny_tokenizer(), generates=True)
     assert encoded["train"]["input_ids"][:] == [[3, 6], [5, 3]]
-    assert "split 'train': 2 texts of less than two tokens are left out" in caplog.text
+    assert "split 'train': 2 texts of fewer than two tokens are left out" in caplog.text
     splits["validation"] = Dataset.from_dict({"text": ["", "red"]})
     with pytest.raises(DataError, match="split 'validation' has no text of two tokens or more"):
-        with_tokens(splits, part, tiny_tokenizer(), generates=True)
+        tokenize_texts(splits, part, tiny_tokenizer(), generates=True)
 
 
 def test_texts_are_cut_where_the_model_has_no_more_positions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -233,9 +240,9 @@ def test_texts_are_cut_where_the_model_has_no_more_positions(tmp_path: Path, cap
         train=Dataset.from_dict({"text": ["red small blue", "large"], "labels": [1, 0], "id": [1, 2]}),
         test=Dataset.from_dict({"labels": [1], "text": ["red"]}),
     )
-    encoded, _ = with_tokens(splits, part, tiny_tokenizer(), generates=False, positions=2)
+    encoded, _ = tokenize_texts(splits, part, tiny_tokenizer(), generates=False, positions=2)
     assert encoded["train"]["input_ids"][:] == [[3, 6], [7]] and encoded["test"]["input_ids"][:] == [[3]]
-    assert "split 'train': 1 of 2 texts fill all 2 tokens; what is longer is cut" in caplog.text
+    assert "split 'train': 1 of 2 texts fill all 2 tokens; longer texts are cut" in caplog.text
 
 
 def test_a_saved_data_set_gets_no_files_beside_it(tmp_path: Path) -> None:
@@ -243,13 +250,13 @@ def test_a_saved_data_set_gets_no_files_beside_it(tmp_path: Path) -> None:
     splits.save_to_disk(tmp_path / "saved")
     before = sorted(tmp_path.rglob("*"))
     part = section(tmp_path, {"path": "saved"})
-    labelled = with_label_ids(load_splits(part), "label", ["a", "b"])
-    encoded, _ = with_tokens(labelled, part, tiny_tokenizer(), generates=False)
+    labelled = encode_labels(load_splits(part), "label", ["a", "b"])
+    encoded, _ = tokenize_texts(labelled, part, tiny_tokenizer(), generates=False)
     assert encoded["train"][1]["input_ids"] == [7] and sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("kind", ["csv", "imagefolder"])
-def test_a_kind_of_files_needs_to_know_where_they_are(kind: str, tmp_path: Path) -> None:
+def test_a_file_format_needs_the_location_of_its_files(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"data.data_dir or data.data_files: missing.*'{kind}'"):
         section(tmp_path, {"path": kind})
 
@@ -257,11 +264,11 @@ def test_a_kind_of_files_needs_to_know_where_they_are(kind: str, tmp_path: Path)
 def test_pictures_of_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
     levels = np.array([[0, 255], [256 * 100, 65535]], dtype=np.uint16)
     Image.fromarray(levels).save(tmp_path / "grey.png")
-    kept = picture({"path": str(tmp_path / "grey.png"), "bytes": None})
+    kept = load_picture({"path": str(tmp_path / "grey.png"), "bytes": None})
     assert kept.mode == "RGB" and np.asarray(kept)[..., 0].tolist() == [[0, 0], [100, 255]]
     Image.fromarray(levels / np.float32(65535)).save(tmp_path / "float.tiff")
     with pytest.raises(DataError, match="float.tiff' cannot be read: its pixels are of type F"):
-        picture({"path": str(tmp_path / "float.tiff"), "bytes": None})
+        load_picture({"path": str(tmp_path / "float.tiff"), "bytes": None})
 
 
 @pytest.mark.parametrize("left", [0, 30])
@@ -271,8 +278,8 @@ def test_a_picture_that_cannot_be_read_is_named(left: int, tmp_path: Path) -> No
     broken.write_bytes(broken.read_bytes()[:left])
     splits = load_splits(section(tmp_path, {"path": "imagefolder", "data_dir": "images"}))
     names = splits["train"].features["label"].names
-    encoded, _ = with_images(
-        with_label_ids(splits, "label", names), "image", lambda images, **_: {"pixel_values": images}
+    encoded, _ = prepare_images(
+        encode_labels(splits, "label", names), "image", lambda images, **_: {"pixel_values": images}
     )
     with pytest.raises(DataError, match=f"the picture '.*{broken.name}' cannot be read"):
         encoded["train"][:]
@@ -289,7 +296,7 @@ def quick(**changes: Any) -> GraspConfig:
 
 
 def merged(folder: Path, data: dict[str, Any], **fields: Any) -> tuple[PreTrainedModel, Any]:
-    """Merge `other` into `base` of the folder, save, and check that the saved model gives equal logits."""
+    """Merge `other` into `base` of the folder, save the result, and check that the saved model gives equal logits."""
     recipe = Recipe(
         sources=["other"],
         base_model="base",
@@ -364,7 +371,7 @@ def test_a_merge_of_language_models(task: str | None, tmp_path: Path) -> None:
 
 
 def prepared_base(folder: Path, labels: list[str], rows: dict[str, list]) -> Any:
-    """Return the model that `prepare` makes of a tiny BERT with `labels` for data with `rows`."""
+    """Return the model that `prepare` makes from a tiny BERT with `labels` for data with `rows`."""
     saved(tiny_model("bert", labels=labels), folder / "base")
     data = write_texts(folder, "json", {"train": rows})
     recipe = Recipe(sources=["base", "other"], data=data, config=quick(), folder=folder)
@@ -394,7 +401,7 @@ def test_a_fresh_head_where_the_names_differ(labels: list[str], tmp_path: Path) 
 @pytest.mark.parametrize("values", [[["a"], ["a", "b"]], [{"x": 1}, {"x": 2}]])
 def test_several_labels_per_row(values: list) -> None:
     with pytest.raises(DataError, match="column 'label' holds .* values; expected one class per row"):
-        class_names(Dataset.from_dict({"label": values}), "label")
+        find_label_names(Dataset.from_dict({"label": values}), "label")
 
 
 def test_texts_that_are_numbers() -> None:
@@ -406,7 +413,10 @@ def test_splits_that_are_not_used_are_named(tmp_path: Path, caplog: pytest.LogCa
     rows = Dataset.from_dict(ROWS)
     DatasetDict(train=rows, dev=rows).save_to_disk(str(tmp_path / "data"))
     assert list(load_splits(DataSection(path=str(tmp_path / "data")))) == ["train"]
-    assert "['dev'] not used; what judges is in splits named validation and test" in caplog.text
+    assert (
+        "the splits ['dev'] are not used; evaluation data is read from splits named 'validation' and 'test'"
+        in caplog.text
+    )
 
 
 def test_a_class_id_that_only_the_test_split_holds(tmp_path: Path) -> None:
@@ -424,13 +434,13 @@ def test_class_ids_need_enough_outputs(tmp_path: Path) -> None:
     assert label_names(model.config) == ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]
 
 
-def test_class_ids_begin_at_nought(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Of ids from 1 each would be matched with another class; but the first class may be rare, where the model has it."""
+def test_class_ids_begin_at_zero(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Ids from 1 are refused, because each would mean another class; ids without a rare first class are accepted."""
     for folder, last in ((tmp_path / "a", 3), (tmp_path / "b", 2)):
         rows: dict[str, list] = {"text": ROWS["text"], "label": [1, 2, last]}
         if last == 3:
             with pytest.raises(
-                DataError, match="column 'label' holds class ids up to 3 and never 0; expected ids from 0"
+                DataError, match="column 'label' holds class ids up to 3 but no 0; expected ids from 0"
             ):
                 prepared_base(folder, LABELS, rows)
         else:
@@ -444,7 +454,10 @@ def test_a_base_without_tokenizer_or_processor(kind: str, tmp_path: Path) -> Non
     tiny_model(kind).save_pretrained(tmp_path / "base")
     data = write_texts(tmp_path, "csv", {"train": ROWS})
     recipe = Recipe(sources=["base"], data=data, folder=tmp_path)
-    with pytest.raises(DataError, match="base' holds no tokenizer or image processor, which its data needs; add one"):
+    with pytest.raises(
+        DataError,
+        match="base' holds no tokenizer or image processor, .* cannot be prepared without one; add its files",
+    ):
         prepare(recipe)
 
 
@@ -475,7 +488,7 @@ def test_texts_for_a_model_of_images(tmp_path: Path) -> None:
 def test_a_value_column_of_another_type_is_not_taken_for_labels() -> None:
     split = Dataset.from_dict({"label": [1.5]}, features=Features({"label": Value("float32")}))
     with pytest.raises(DataError, match=r"column 'label' holds \[1.5\]; expected class names or class ids from 0"):
-        class_names(split, "label")
+        find_label_names(split, "label")
 
 
 def test_no_secret_of_a_url_is_recorded() -> None:
@@ -486,7 +499,7 @@ def test_no_secret_of_a_url_is_recorded() -> None:
     }
 
 
-def test_what_a_url_gives_away_is_neither_in_the_record_nor_in_the_card(tmp_path: Path) -> None:
+def test_a_secret_in_a_url_is_neither_in_the_record_nor_in_the_card(tmp_path: Path) -> None:
     write_texts(tmp_path, "csv", {"train": repeated(4)})
     (tmp_path / "train.csv").rename(tmp_path / "train.csv?sig=abc")
     saved(tiny_model("bert"), tmp_path / "base")
@@ -511,18 +524,18 @@ def test_secrets_in_addresses_that_are_chained_or_end_in_a_fragment(url: str, pu
 
 
 @pytest.mark.parametrize("key", ["name", "revision", "data_files", "data_dir"])
-def test_what_means_nothing_in_a_saved_data_set(key: str, tmp_path: Path) -> None:
+def test_a_key_that_has_no_meaning_for_a_saved_data_set(key: str, tmp_path: Path) -> None:
     DatasetDict(train=Dataset.from_dict({"text": ["a"], "label": [0]})).save_to_disk(tmp_path / "saved")
     section = DataSection(path=str(tmp_path / "saved"))
     assert len(load_splits(section)["train"]) == 1
-    with pytest.raises(DataError, match=f"saved by save_to_disk, where data.{key} means nothing; leave it out"):
+    with pytest.raises(DataError, match=f"save_to_disk wrote it, and data.{key} has no meaning then; remove this key"):
         load_splits(DataSection(**cast(Any, {"path": section.path, key: "x"})))
 
 
 @pytest.mark.parametrize("column", ["label", "labels"])
-def test_a_description_knows_the_labels_whatever_their_column_is_called(column: str) -> None:
-    described_as = [
+def test_a_fingerprint_includes_the_labels_of_either_column(column: str) -> None:
+    fingerprints = [
         fingerprint(Dataset.from_dict({"text": ["a", "b"], column: labels})) for labels in ([0, 1], [1, 0])
     ]
-    assert described_as[0] != described_as[1]
-    assert described_as[0] == fingerprint(Dataset.from_dict({"text": ["a", "b"], column: [0, 1]}))
+    assert fingerprints[0] != fingerprints[1]
+    assert fingerprints[0] == fingerprint(Dataset.from_dict({"text": ["a", "b"], column: [0, 1]}))
