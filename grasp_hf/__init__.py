@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from .errors import GraspError, IncompatibleSourceError
     from .merger import GraspMerger, merge_pretrained
     from .methods.copy import gradient_alignment
-    from .record.report import MergeReport, StepReport
+    from .record.report import MergeReport
+    from .record.step import StepReport
 
 __version__ = "0.1.0"
 
@@ -35,7 +36,7 @@ _MODULES = {
     "IncompatibleSourceError": "errors",
     "MergeReport": "record.report",
     "Recipe": "config.recipe",
-    "StepReport": "record.report",
+    "StepReport": "record.step",
     "compare": "comparison.run",
     "gradient_alignment": "methods.copy",
     "merge_pretrained": "merger",

@@ -734,8 +734,8 @@ def test_a_merge_that_was_not_fully_saved_is_refused(world: Path, capsys: pytest
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert main(["push", str(world / folder), "org/never"]) == 1
-        expected = {"merged": f"the merge in '{world / folder}' was not saved to its end", "new": "holds no weights"}
-        assert expected[folder] in capsys.readouterr().err
+        said = {"merged": f"the merge in '{world / folder}' was not saved completely", "new": "holds no weights"}
+        assert said[folder] in capsys.readouterr().err
         merger.save_pretrained(world / folder)
         again = GraspMerger.from_pretrained(str(world / folder))
         assert len(again.report.steps) == 2
@@ -775,7 +775,7 @@ def assert_saved(process: subprocess.Popen[str], world: Path) -> str:
 def test_a_stopped_job_saves_what_was_merged(world: Path) -> None:
     """Schedulers and containers stop a job by SIGTERM."""
     with merging(world, final_epochs=10_000) as process:
-        assert process.stdout and any(line.startswith("1/1 fine-1 ") for line in process.stdout)
+        assert process.stdout and any(line.startswith("1/1 fine-1: ") for line in process.stdout)
         process.send_signal(signal.SIGTERM)
         assert "saved the merge so far, 1 of 1 sources: merged" in assert_saved(process, world)
 

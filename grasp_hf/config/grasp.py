@@ -48,7 +48,7 @@ class GraspConfig:
             The table `grasp_hf.config.methods.METHODS` has a summary of each method. `"blend"` learns `k` and `t` in
             each unit of `B + k (T - B) + t (S - B)`, starting from the mean. `"average"` needs no data, unless there
             is fine-tuning or an `order` other than `"given"`.
-        unit: Tensors that are merged with one decision: a layer, a module, a tensor or a parameter.
+        unit: Tensors that are merged with one decision.
             `"layer"`: a transformer block or a stage; any other tensor belongs to its module. `"module"`: the tensors
             of one module; a normalisation layer includes its statistics. `"tensor"`: each tensor alone, except that a
             normalisation layer with statistics stays whole. `"parameter"`: each parameter alone; statistics are never
@@ -58,13 +58,13 @@ class GraspConfig:
         num_batches: Batches of training data that measure each source.
             `copy` takes the mean cosine of the batches. `blend` takes one descent step on the coefficients per batch,
             for each half of the labels, and adds up Fisher information over the batches. `average` uses no batches.
-        accumulate_gradients: Take one cosine of the summed gradients of all batches, only with `copy`.
-            The cosine is the one of a single large batch. The sum needs disk space for a second set of gradients.
+        accumulate_gradients: Whether `copy` takes one cosine of the summed gradients of all batches.
+            The result is the cosine of a single large batch. The sum needs disk space for a second set of gradients.
         batch_size: Samples per batch, in measuring and in fine-tuning.
             `training_arguments` can set another size for fine-tuning.
-        coefficient_lr: First step size of Adam on the coefficients of `blend`; it falls linearly to 0.
-            Adam moves a coefficient by at most about one step size per batch. One source therefore moves a coefficient
-            by at most about `num_batches * coefficient_lr / 2`.
+        coefficient_lr: First step size of Adam on the coefficients of `blend`; in (0, 1].
+            The step size falls linearly to 0. Adam moves a coefficient by at most about one step size per batch. One
+            source therefore moves a coefficient by at most about `num_batches * coefficient_lr / 2`.
         gate: Undo sources and fine-tunes that make the validation loss worse.
             A source is undone if it raises the loss by more than the standard error of the change, or if the loss ends
             above the loss before the first source. Each fine-tune is kept only as far as it lowers the loss of samples
@@ -82,7 +82,7 @@ class GraspConfig:
             An example is `{r: 8, target_modules: all-linear}`. The adapter is merged into the model after each
             fine-tune. The head is trained whole. Frozen layers are adapted too, unless `target_modules` leaves them
             out.
-        order: Order of the sources: `"given"`, `"loss"` or `"rank"`.
+        order: Order in which the sources are merged.
             `"given"`: the order of the list. `"loss"`: the source with the lowest loss on the labels (or the
             evaluation data) first. `"rank"`: the source with the largest estimated gain first, to first order in the
             weights, see `GraspMerger.rank`. With `"loss"` and `"rank"` every source is read twice.
@@ -97,9 +97,11 @@ class GraspConfig:
             The code defines their configuration and model classes. Read it first.
         seed: Seeds the shuffling of the batches, fine-tuning, and the weights of a new head.
             The fine-tuning after source `k` is seeded with `seed + k`.
-        published: Follow the paper arXiv:2606.14900 exactly, see `GraspConfig.paper`.
+        published: Follow the paper arXiv:2606.14900 exactly.
+            `GraspConfig.paper` (in a recipe, `preset: paper`) sets this and all other settings of the paper.
         training_arguments: Arguments of `transformers.TrainingArguments` for fine-tuning.
-            They override the arguments that a merge sets itself, such as `batch_size` and the epochs.
+            They override the other settings, such as `batch_size` and the epochs. Paths of checkpoints (`output_dir`),
+            `push_to_hub` and tokens are refused.
 
     Raises:
         ConfigError: A value has the wrong type or is out of range. The error lists all problems.

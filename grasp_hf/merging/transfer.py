@@ -10,7 +10,7 @@ from ..hub.reference import Source
 from ..methods.candidates import Candidate
 from ..record.card import declared_license
 from ..record.entries import FinetuneReport, Reason, unit_reports
-from ..record.report import StepReport
+from ..record.step import StepReport
 from ..tensors.units import Unit
 from ..validation.changes import Change
 from ..validation.losses import SampleLosses

@@ -128,7 +128,7 @@ def parent_licenses(report: MergeReport) -> dict[str, str | None]:
     licenses: dict[str, str | None] = {}
     seen: set[tuple[str, str | None, str | None]] = set()
     steps = [(step.name, step.sha, step.license) for step in report.steps if step.moved]
-    for name, sha, license in [(_base_name(report), report.base_sha, report.base_license), *steps]:
+    for name, sha, license in [(report.base_name, report.base_sha, report.base_license), *steps]:
         if (name, sha, license) in seen:
             continue
         seen.add((name, sha, license))
@@ -213,10 +213,6 @@ def _evaluation_rows(report: MergeReport, task: str | None) -> list[EvalResult]:
     ]
 
 
-def _base_name(report: MergeReport) -> str:
-    return report.base if report.base_sha else Path(report.base).name
-
-
 def _link(name: str, sha: str | None) -> str:
     """Return the name of a model in Markdown, as a link if the model is on the Hub."""
     return f"[{name}](https://huggingface.co/{SourceRef.parse(name).name})" if sha else f"`{name}`"
@@ -277,7 +273,7 @@ def model_card(
         usage=usage(model, model_id, with_pipeline=with_pipeline),
         method=f"`{method_name}`. {method.card}",
         guided=GUIDED if method.needs_data else "",
-        base=_link(_base_name(report), report.base_sha),
+        base=_link(report.base_name, report.base_sha),
         included=_list_included(report),
         table=report.table(),
         losses=LOSSES.format(samples=samples) if samples else "",

@@ -30,7 +30,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from grasp_hf import GraspConfig, GraspMerger
-from tests.support.published import Batch, Example, alignment, finetune, transfer
+from tests.support.paper import Batch, Example, alignment, finetune, transfer
 
 BASE: dict[str, Any] = {"image_size": 32, "patch_size": 16, "num_labels": 10}
 TINY = BASE | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}

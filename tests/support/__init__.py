@@ -1,1 +1,1 @@
-"""Support for the tests: tiny models and data, a Hub on the loopback, and the published procedure as a reference."""
+"""Support for the tests: tiny models and data, a Hub on the loopback, and the procedure of the paper as a reference."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-SCALES = [2 ** (half / 2) for half in range(-6, 9)]  # of the logits: 1/8 to 16
+SCALES = [2 ** (half / 2) for half in range(-6, 9)]  # factors of the logits, from 1/8 to 16
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def class_losses(model: nn.Module, data: Any, scale: float = 1.0) -> Tensor:
 
 
 def calibrated_losses(model: nn.Module, data: Any) -> Tensor:
-    """Return the losses after the logits were multiplied by the one number of `SCALES` that makes their sum least."""
+    """Return the losses after the logits were multiplied by the one scale of `SCALES` with the smallest sum."""
     return min((class_losses(model, data, scale) for scale in SCALES), key=lambda losses: float(losses.sum()))
 
 
@@ -42,7 +42,7 @@ def halves(number: int, seed: int) -> tuple[list[int], list[int]]:
 
 
 def shuffled_batches(data: Any, size: int, number: int, seed: int, *, drop_last: bool = False) -> list[dict[str, Any]]:
-    """Return `number` batches of `data`, shuffled anew in each epoch; `drop_last` leaves out those that are not full."""
+    """Return `number` batches of `data`, shuffled anew in each epoch; `drop_last` leaves out a batch that is not full."""
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(
         data, size, shuffle=True, generator=generator, collate_fn=default_data_collator, drop_last=drop_last

@@ -1,4 +1,4 @@
-"""Reports of merges that nobody ran."""
+"""Reports of merges that were never run."""
 
 from typing import Any
 

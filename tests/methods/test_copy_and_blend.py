@@ -31,8 +31,8 @@ def test_a_model_compared_with_itself_scores_one_everywhere(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit", "bert"])
-def test_published_measurement_of_a_model_with_itself_is_far_from_one(kind: str) -> None:
-    """The published mismatch of modes (train against eval): the flaw that our default does not have."""
+def test_by_the_paper_a_model_compared_with_itself_scores_far_from_one(kind: str) -> None:
+    """The paper compares train mode with eval mode; the default does not."""
     model = perturbed(tiny_model(kind), seed=3)
     scores = gradient_alignment(model, model, tiny_data(kind, 64), config=GraspConfig.paper())
     assert min(score for score in scores.values() if score is not None) < 0.9
@@ -78,23 +78,23 @@ def test_a_unit_without_gradient_is_undefined() -> None:
 
 
 def measured(
-    kind: str, lr: float, number: int, directory: Path, share: float = 0.0, base: Any = None
+    kind: str, lr: float, number: int, directory: Path, fraction: float = 0.0, base: Any = None
 ) -> tuple[Any, Any, Any, Any, Any]:
     target, source = perturbed(tiny_model(kind), 1).eval(), perturbed(tiny_model(kind), 2)
     units, batch = partition(target, "module"), tiny_data(kind, 12)[:12]
     scratch = Scratch(directory, movable_tensors(target))
     scratch.start.copy_(movable_tensors(target))
     scratch.base.copy_(movable_tensors(target if base is None else base))
-    batches, shares = [batch] * number, dict.fromkeys((unit.name for unit in units), share)
+    batches, average = [batch] * number, dict.fromkeys((unit.name for unit in units), fraction)
     values = movable_tensors(source)
-    found = learn_coefficients(target, values, units, batches, shares, scratch=scratch, lr=lr, steps=number)
+    found = learn_coefficients(target, values, units, batches, average, scratch=scratch, lr=lr, steps=number)
     return target, source, units, batch, found
 
 
 def blended(
     target: Any, source: Any, units: Any, mixes: dict[str, Mix], *, base: Any = None, statistics: bool = True
 ) -> Any:
-    """A mix of `base`, `target` and `source`, by the textbook."""
+    """Return a mix of `base`, `target` and `source`, computed tensor by tensor."""
     model, ends, origin = copy.deepcopy(target), movable_tensors(source), movable_tensors(base or target)
     tensors, parameters = movable_tensors(model), dict(model.named_parameters())
     with torch.no_grad():
@@ -112,10 +112,10 @@ def blended(
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_sign_of_the_first_step_is_that_of_the_finite_difference(kind: str, tmp_path: Path) -> None:
     base = perturbed(tiny_model(kind), 3)
-    found = measured(kind, lr=0.05, number=1, directory=tmp_path, share=0.25, base=base)
+    found = measured(kind, lr=0.05, number=1, directory=tmp_path, fraction=0.25, base=base)
     target, source, units, batch, (mixes, _) = found
     average = {unit.name: Mix(0.75, 0.25) for unit in units}
-    start = blended(target, source, units, average)  # statistics of the average, in which the slopes are taken
+    start = blended(target, source, units, average)  # the slopes are taken with the statistics of the average
     with torch.no_grad():
         before, checked = float(start(**batch).loss), 0
         for unit in units:
@@ -146,12 +146,14 @@ def test_learned_coefficients_lower_the_loss_and_leave_the_model_alone(kind: str
 
 
 def test_learning_starts_from_the_average(tmp_path: Path) -> None:
-    for share in (0.25, 1.0):
-        *_, (mixes, _) = measured("vit", lr=1e-6, number=3, directory=tmp_path, share=share)
-        assert {name: mix.take for name, mix in mixes.items()} == pytest.approx(dict.fromkeys(mixes, share), abs=1e-5)
-        assert any(mix.take != share for mix in mixes.values()), "they were learned"
-        assert {mix.keep for mix in mixes.values()} == {1 - share}, (
-            "the target is the base, which has no way of its own"
+    for fraction in (0.25, 1.0):
+        *_, (mixes, _) = measured("vit", lr=1e-6, number=3, directory=tmp_path, fraction=fraction)
+        assert {name: mix.take for name, mix in mixes.items()} == pytest.approx(
+            dict.fromkeys(mixes, fraction), abs=1e-5
+        )
+        assert any(mix.take != fraction for mix in mixes.values()), "they were learned"
+        assert {mix.keep for mix in mixes.values()} == {1 - fraction}, (
+            "the target is the base, so its coefficient has no slope"
         )
 
 

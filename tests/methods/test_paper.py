@@ -1,4 +1,4 @@
-"""`GraspConfig.paper()` against the published procedure, written apart in `published.py`."""
+"""`GraspConfig.paper()` against the procedure of the paper, written separately in `tests/support/paper.py`."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import default_data_collator
 
-import tests.support.published
+import tests.support.paper
 from grasp_hf import GraspConfig, GraspMerger
 from tests.support.models import KINDS, perturbed, tiny_data, tiny_model
+from tests.support.paper import merge_as_in_paper
 from tests.support.plain import shuffled_batches
-from tests.support.published import published_grasp
 
 SEED = 7
 
@@ -20,12 +20,12 @@ SEED = 7
 def test_three_sources_in_a_row_agree_with_the_reference(
     kind: str, learning_rate: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A larger rate than the published one reaches epochs where the best weights are not those of the first.
+    # With a larger learning rate than that of the paper, the best epoch is not always the first.
     def adamw(parameters: object, lr: float, weight_decay: float) -> torch.optim.AdamW:
         assert lr == 5e-5
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tests.support.published, "AdamW", adamw)
+    monkeypatch.setattr(tests.support.paper, "AdamW", adamw)
     for index in range(4):
         perturbed(tiny_model(kind), seed=index).save_pretrained(tmp_path / str(index))
     load = type(tiny_model(kind)).from_pretrained
@@ -34,7 +34,7 @@ def test_three_sources_in_a_row_agree_with_the_reference(
     config = GraspConfig.paper(seed=SEED, batch_size=16, training_arguments={"learning_rate": learning_rate})
     merger = GraspMerger.from_pretrained(str(tmp_path / "0"), config=config)
     batches = {k: shuffled_batches(train, 16, config.num_batches, SEED + k, drop_last=True) for k in (1, 2, 3)}
-    expected = published_grasp(
+    expected = merge_as_in_paper(
         load(tmp_path / "0"),
         [lambda i=i: load(tmp_path / str(i)) for i in (1, 2, 3)],  # type: ignore[misc]
         list(train),

@@ -1,4 +1,4 @@
-"""On a GPU: the numbers of the CPU, one copy of the weights, half precision, and nothing left behind."""
+"""On a GPU: the numbers of the CPU, one copy of the weights, and half precision."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,12 +92,12 @@ def test_the_allocator_holds_one_model_and_one_layer(method: Any, tmp_path: Path
     settings = GraspConfig(**{**STILL, "method": method, "batch_size": 2})
     GraspMerger(tiny_model("vit"), GraspConfig(**STILL)).merge(
         [saved(tiny_model("vit"), tmp_path / "tiny")], train_dataset=tiny_data("vit", 16)
-    )  # cuBLAS has its workspaces now
+    )  # from here on, cuBLAS has its workspaces
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     GraspMerger(target, settings).merge([source], train_dataset=images)
-    activations = 16 * 2**20  # generous for two images of five patches
+    activations = 16 * 2**20  # more than two images of five patches need
     assert weights < torch.cuda.max_memory_allocated() - before <= 1.15 * weights + layer + activations
 
 
@@ -129,16 +129,19 @@ def test_every_method_of_a_comparison_gives_the_numbers_of_the_cpu(tmp_path: Pat
                 "data": {"path": "imagefolder", "data_dir": f"{tmp_path}/images"},
                 "batch_size": 4,
                 "final_epochs": 1,
-                "training_arguments": {"learning_rate": 0.0, **arguments},  # trains, but dropout leaves no trace
+                "training_arguments": {
+                    "learning_rate": 0.0,
+                    **arguments,
+                },  # with this rate, a training changes nothing, so dropout does not matter
             }
         )
 
     on_gpu = compare(recipe(), tmp_path / "gpu", seeds=[1])
     assert {result.method for result in on_gpu.results} >= METHODS.keys()
     assert not [result for result in on_gpu.results if result.problem]
-    apart = {"pearl", "published"}  # each device draws dropout in its own way
+    random_methods = {"pearl", "published"}  # their dropout differs between devices
     with on_the_cpu():
-        on_cpu = compare(recipe(use_cpu=True), tmp_path / "cpu", seeds=[1], methods=[*METHODS.keys() - apart])
+        on_cpu = compare(recipe(use_cpu=True), tmp_path / "cpu", seeds=[1], methods=[*METHODS.keys() - random_methods])
     expected = {result.method: result.final for result in on_cpu.results}
     for result in on_gpu.results:
         if result.method in expected:

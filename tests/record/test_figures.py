@@ -48,7 +48,7 @@ def test_the_heat_map_shows_scores_and_decisions() -> None:
         "source",
     )
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ["moved (large: all units)", "kept", "undone", "undefined", "not in the source"]
+    assert legend == ["moved (large dot: all units)", "kept", "undone", "undefined", "not in the source"]
     assert figure.axes[1].get_ylabel() == "cosine"
 
 
@@ -81,9 +81,9 @@ def test_the_progress_shows_what_was_rejected() -> None:
     shown = {dots.get_label(): dots.get_offsets().tolist() for dots in figure.axes[0].collections}
     assert shown == {
         "start": [[0.0, 1.0]],
-        "before the transfer": [[0.75, 1.0], [1.75, 0.6], [2.75, 0.5]],
-        "transferred": [[1.0, 0.8]],
-        "transferred, rejected and undone": [[2.0, 2.0]],
+        "before the source": [[0.75, 1.0], [1.75, 0.6], [2.75, 0.5]],
+        "with the source": [[1.0, 0.8]],
+        "with the source, which was rejected": [[2.0, 2.0]],
         "end of the step": [[1.25, 0.6], [2.25, 0.5], [3.25, 0.4]],
     }
     assert ticks(figure.axes[0].xaxis) == ["start", "org/fine", "org/bad", "org/fine"]
@@ -95,9 +95,9 @@ def test_the_progress_shows_what_was_rejected() -> None:
 @pytest.mark.parametrize(
     ("validated_by", "without_sources", "star", "names"),
     [
-        ("evaluation data", False, 0.3, ["at the end", "fine-tuning alone"]),
-        ("evaluation data", True, 0.35, ["at the end", "fine-tuning alone"]),
-        ("labels", False, 0.3, ["at the end, on labels", "fine-tuning alone, on labels"]),
+        ("evaluation data", False, 0.3, ["after the last fine-tuning", "fine-tuning alone"]),
+        ("evaluation data", True, 0.35, ["after the last fine-tuning", "fine-tuning alone"]),
+        ("labels", False, 0.3, ["after the last fine-tuning, on labels", "fine-tuning alone, on labels"]),
     ],
 )
 def test_the_progress_ends_with_the_fine_tuning_and_its_control(
@@ -114,15 +114,15 @@ def test_the_progress_ends_with_the_fine_tuning_and_its_control(
     assert lines[names[1]] == [0.35, 0.35]
 
 
-def test_the_progress_ends_where_no_gate_judged_the_fine_tuning() -> None:
+def test_the_progress_ends_with_the_evaluation_data_if_nothing_validated_the_fine_tuning() -> None:
     figure: Any = progress_figure(report_of(step(), final=FinetuneReport(after={"loss": 0.2})))
     shown = {dots.get_label(): dots.get_offsets().tolist() for dots in figure.axes[0].collections}
-    assert shown["at the end"] == [[1.5, 0.2]] and not [
+    assert shown["after the last fine-tuning"] == [[1.5, 0.2]] and not [
         line for line in figure.axes[0].lines if line.get_label()[0] != "_"
     ]
 
 
-def test_the_progress_draws_a_control_that_was_asked_for_where_the_same_samples_judge() -> None:
+def test_the_progress_draws_a_control_on_the_same_samples_only() -> None:
     change = ChangeReport(-0.1, 0.05, 24, None)
     for validated_by, drawn in {"evaluation data": True, "test data": False}.items():
         control = ControlReport(validated_by, {"loss": 0.7}, {"loss": 0.6}, change)
@@ -142,7 +142,7 @@ def test_forty_sources_with_long_names_have_labels_that_do_not_overlap() -> None
             assert all(box.x0 >= 0 and box.y0 >= 0 for box in boxes)
 
 
-def test_what_has_no_data_is_not_drawn(tmp_path: Path) -> None:
+def test_a_figure_without_data_is_not_drawn(tmp_path: Path) -> None:
     assert save_figures(report_of(), tmp_path) == [] and not list(tmp_path.iterdir())
     assert save_figures(report_of(step(losses=None)), tmp_path) == ["alignment.png"]
     assert save_figures(report_of(step()), tmp_path) == ["alignment.png", "progress.png"]

@@ -1,4 +1,4 @@
-"""The card of a merge: licences, metadata, snippets that run, what it says of test data."""
+"""The card of a merge: licences, metadata, snippets that run, and claims about test data."""
 
 import re
 from pathlib import Path
@@ -39,7 +39,7 @@ from tests.support.reports import report_of, step
         (("cc-by-nc-4.0", "cc-by-nc-sa-4.0"), "cc-by-nc-sa-4.0"),
     ],
 )
-def test_the_strictest_licence_stands_for_all(declared: tuple[str, ...], expected: str) -> None:
+def test_the_strictest_licence_is_declared(declared: tuple[str, ...], expected: str) -> None:
     licenses = {f"org/{index}": name for index, name in enumerate(declared)}
     found, warnings = strictest(licenses)
     assert found == expected and not [text for text in warnings if "cannot both" in text]
@@ -106,7 +106,7 @@ def test_the_table_is_ordered_and_every_successor_is_stricter() -> None:
         assert all(LICENSES[later].place > LICENSES[name].place for later in successors), name
 
 
-def test_the_card_lists_the_licence_of_every_parent_and_what_is_in_the_way() -> None:
+def test_the_card_lists_the_licence_of_every_parent_and_the_conflicts() -> None:
     report = report_of(step(license="gpl-3.0"), step("org/lora", license="cc-by-nc-4.0"), base_license="mit")
     card = model_card(tiny_model("vit"), report, "org/merged", gated=["org/lora"])
     section = card.text.split("### Licence\n")[1].split("\n### ")[0]
@@ -115,7 +115,7 @@ def test_the_card_lists_the_licence_of_every_parent_and_what_is_in_the_way() -> 
     rows = [tuple(cell.strip() for cell in row.split("|")[1:3]) for row in section.splitlines() if row.startswith("|")]
     assert rows[2:] == [("org/base", "mit"), ("org/fine", "gpl-3.0"), ("org/lora", "cc-by-nc-4.0")]
     assert "- gpl-3.0 (`org/fine`) and cc-by-nc-4.0 (`org/lora`) cannot both be satisfied" in section
-    assert "- `org/lora` is gated" in section
+    assert "- `org/lora` is gated: the conditions for its files may also apply" in section
     assert "\n- " not in licence_section(report_of(step(license="mit"), base_license="mit"))
 
 
@@ -196,7 +196,7 @@ def test_the_paper_is_cited_where_its_method_is_used() -> None:
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert", "gpt2"])
-def test_the_snippets_run_beside_the_saved_model(
+def test_the_snippets_run_next_to_the_saved_model(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_model(kind)
@@ -253,16 +253,16 @@ def test_a_card_that_says_that_the_test_split_was_trained_on(text: str, says_so:
     assert trained_on_test(tmp_path, "animal") is None
 
 
-def test_a_card_says_nothing_of_losses_that_were_not_measured() -> None:
+def test_a_card_mentions_no_losses_that_were_not_measured() -> None:
     measured, unmeasured = (
         model_card(tiny_model("vit"), report_of(one), "x").text for one in (step(), StepReport("org/a", "sha", "full"))
     )
-    assert "Losses are\non evaluation data of the target task" in measured
-    assert "Losses are" not in unmeasured and "`grasp_report.json`." in unmeasured
-    assert "This merge declares no licence, after what the cards of its parents declare" in unmeasured
+    losses = "`loss before` and `loss after`\nare mean losses on evaluation data of the target task"
+    assert losses in measured and "mean losses" not in unmeasured and "`grasp_report.json`" in unmeasured
+    assert "This merge declares no licence, because no card of its parents declares one." in unmeasured
 
 
-def test_a_class_of_ones_own_is_to_be_imported() -> None:
+def test_a_class_that_transformers_does_not_have_must_be_imported() -> None:
     class Own(type(tiny_model("vit"))):  # type: ignore[misc]
         pass
 

@@ -1,4 +1,4 @@
-"""Losses per sample and their differences, against one sample at a time, closed forms and a jackknife."""
+"""Losses per sample and their differences, against single samples, closed forms and a jackknife."""
 
 import json
 import math
@@ -37,12 +37,12 @@ SMALL: dict[str, Any] = {
 TEXTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15], [16, 17, 18, 19, 20], [21, 22, 23, 24, 25, 26, 27, 28]]
 
 
-def judged(model: Any, data: Any, batch_size: int = 5, collator: Any = default_data_collator) -> SampleLosses:
+def evaluate(model: Any, data: Any, batch_size: int = 5, collator: Any = default_data_collator) -> SampleLosses:
     return sample_losses(model, data, collator, Accelerator(), batch_size)
 
 
 def padded(samples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """A batch of texts of several lengths; what is filled up has no label."""
+    """Return a batch of texts of several lengths; the padding has no label."""
     length = {key: max(len(sample[key]) for sample in samples) for key in samples[0]}
     fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     return {
@@ -62,12 +62,14 @@ class Fixed:
         return {"loss": cross_entropy(inputs, labels), "logits": inputs}
 
     def can_generate(self) -> bool:
-        """It writes no text."""
+        """Return that the model writes no text."""
         return False
 
 
 def of_logits(logits: Tensor, labels: Tensor) -> SampleLosses:
-    return judged(Fixed(), [{"inputs": row, "labels": int(label)} for row, label in zip(logits, labels, strict=True)])
+    return evaluate(
+        Fixed(), [{"inputs": row, "labels": int(label)} for row, label in zip(logits, labels, strict=True)]
+    )
 
 
 def of_losses(losses: Any, terms: Any = None) -> SampleLosses:
@@ -80,7 +82,7 @@ def of_losses(losses: Any, terms: Any = None) -> SampleLosses:
 @pytest.mark.parametrize("kind", ["vit", "bert", "resnet"])
 def test_a_classifier_has_one_loss_per_sample(kind: str) -> None:
     model, data = tiny_model(kind).eval(), tiny_data(kind, 12)
-    found = judged(model, data)
+    found = evaluate(model, data)
     logits = torch.cat([model(**data[n : n + 1]).logits.detach() for n in range(12)])
     labels = data[:]["labels"]
     expected = -logits.double().log_softmax(-1)[range(12), labels]
@@ -91,10 +93,10 @@ def test_a_classifier_has_one_loss_per_sample(kind: str) -> None:
     assert found.evaluation() == {"loss": found.loss, "accuracy": found.correct / 12}
 
 
-def test_a_text_of_a_language_model_has_the_loss_that_it_has_alone() -> None:
+def test_a_text_has_the_same_loss_in_a_batch_and_alone() -> None:
     model = tiny_model("gpt2").eval()
     samples = [{"input_ids": text, "attention_mask": [1] * len(text), "labels": text} for text in TEXTS]
-    found = judged(model, samples, batch_size=3, collator=padded)
+    found = evaluate(model, samples, batch_size=3, collator=padded)
     alone = [float(model(**padded([sample])).loss) for sample in samples]
     assert found.terms.tolist() == [len(text) - 1 for text in TEXTS], "the first token is predicted from nothing"
     assert found.losses.tolist() == pytest.approx([a * (len(t) - 1) for a, t in zip(alone, TEXTS, strict=True)])
@@ -103,12 +105,12 @@ def test_a_text_of_a_language_model_has_the_loss_that_it_has_alone() -> None:
     assert found.evaluation() == {"loss": found.loss} and torch.equal(found.calibrated, found.losses)
 
 
-def test_tokens_without_a_label_count_for_nothing() -> None:
+def test_tokens_without_a_label_do_not_count() -> None:
     model = tiny_model("gpt2").eval()
     texts = [TEXTS[1], TEXTS[4]]
     samples = [{"input_ids": text, "labels": [-100] * 3 + text[3:]} for text in texts]
     silent = {"input_ids": TEXTS[3], "labels": [-100] * 5}
-    found = judged(model, [*samples, silent], collator=padded)
+    found = evaluate(model, [*samples, silent], collator=padded)
     assert found.terms.tolist() == [3, 5, 0] and float(found.losses[2]) == 0
     assert found.loss == pytest.approx(float(model(**padded(samples)).loss))
 
@@ -120,10 +122,10 @@ def test_a_batch_without_any_label_is_left_out_and_none_at_all_is_an_error(kind:
     model = tags if kind == "tags" else tiny_model("gpt2").eval()
     samples = [{"input_ids": t, "labels": [n % 3 for n in t]} for t in TEXTS[:2]]
     silent = {"input_ids": TEXTS[3], "labels": [-100] * 5}
-    found = judged(model, [silent, *samples], batch_size=1, collator=padded)
-    assert torch.equal(found.losses, judged(model, samples, batch_size=1, collator=padded).losses)
+    found = evaluate(model, [silent, *samples], batch_size=1, collator=padded)
+    assert torch.equal(found.losses, evaluate(model, samples, batch_size=1, collator=padded).losses)
     with pytest.raises(DataError, match="^none of the 2 samples has a labelled token"):
-        judged(model, [silent, silent], batch_size=1, collator=padded)
+        evaluate(model, [silent, silent], batch_size=1, collator=padded)
     with pytest.raises(DataError, match="^a batch holds no labelled token"):
         batch_loss(model, padded([silent]))
 
@@ -133,20 +135,20 @@ def test_the_decoder_of_an_encoder_and_decoder_predicts_every_label() -> None:
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(T5Config(num_layers=1, num_heads=2, **sizes)).eval()
     samples = [{"input_ids": t, "attention_mask": [1] * len(t), "labels": t[::-1][:4]} for t in TEXTS]
-    found = judged(model, samples, batch_size=2, collator=padded)
+    found = evaluate(model, samples, batch_size=2, collator=padded)
     assert found.terms.tolist() == [3, 4, 2, 4, 4]
     alone = [float(model(**padded([sample])).loss) for sample in samples]
     assert found.losses.tolist() == pytest.approx([a * t for a, t in zip(alone, [3, 4, 2, 4, 4], strict=True)])
     assert found.loss == pytest.approx(float(model(**padded(samples)).loss))
 
 
-def test_tags_of_tokens_are_judged_text_by_text() -> None:
+def test_tags_of_tokens_are_evaluated_text_by_text() -> None:
     torch.manual_seed(0)
     model = BertForTokenClassification(BertConfig(**{**SMALL, "num_labels": 3})).eval()
     samples = [
         {"input_ids": t, "attention_mask": [1] * len(t), "labels": [-100, *[n % 3 for n in t[1:]]]} for t in TEXTS
     ]
-    found = judged(model, samples, batch_size=2, collator=padded)
+    found = evaluate(model, samples, batch_size=2, collator=padded)
     assert found.terms.tolist() == [2, 5, 1, 4, 7]
     own = [float(model(**padded([sample])).loss) for sample in samples]
     assert found.losses.tolist() == pytest.approx([a * t for a, t in zip(own, [2, 5, 1, 4, 7], strict=True)])
@@ -154,11 +156,11 @@ def test_tags_of_tokens_are_judged_text_by_text() -> None:
     assert found.correct is None and torch.equal(found.calibrated, found.losses)
 
 
-def test_a_regression_is_judged_sample_by_sample() -> None:
+def test_a_regression_is_evaluated_sample_by_sample() -> None:
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**{**SMALL, "num_labels": 1})).eval()
     samples: list[dict[str, Any]] = [{"input_ids": torch.arange(n, n + 4), "labels": n / 3} for n in range(5)]
-    found = judged(model, samples, batch_size=2)
+    found = evaluate(model, samples, batch_size=2)
     outputs = torch.cat([model(input_ids=s["input_ids"][None]).logits[0] for s in samples]).detach()
     squares = (outputs - torch.arange(5) / 3) ** 2
     assert found.terms.tolist() == [1] * 5
@@ -167,7 +169,7 @@ def test_a_regression_is_judged_sample_by_sample() -> None:
 
 
 def test_calibration_by_hand() -> None:
-    """Three right and one wrong by the same margin: it is best when the model says 3/4, a margin of log 3."""
+    """Three answers are right and one is wrong by the same margin, so the best prediction is 3/4, a margin of log 3."""
     for factor in (0.5, 1, 4):
         logits = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]]) * math.log(3) * factor
         found = of_logits(logits, torch.zeros(4, dtype=torch.long))
@@ -178,19 +180,19 @@ def test_calibration_by_hand() -> None:
         assert found.correct == 3
 
 
-def test_calibration_never_raises_the_loss_and_forgets_the_scale() -> None:
+def test_calibration_never_raises_the_loss_and_removes_the_scale() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(40) % 3
     for noise in (0.5, 1.0):
         logits = torch.nn.functional.one_hot(labels, 3) + noise * torch.randn(40, 3, generator=generator)
         found = [of_logits(logits * scale, labels) for scale in (0.1, 0.5, 1, 2, 50)]
-        assert all(judgement.calibrated_loss <= judgement.loss for judgement in found)
+        assert all(losses.calibrated_loss <= losses.loss for losses in found)
         assert found[0].calibrated_loss < found[0].loss and found[4].calibrated_loss < found[4].loss / 2
-        for judgement in found[1:4:2]:
-            torch.testing.assert_close(judgement.calibrated, found[2].calibrated)
+        for losses in found[1:4:2]:
+            torch.testing.assert_close(losses.calibrated, found[2].calibrated)
 
 
-def test_the_change_of_samples_with_one_term_each_is_that_of_the_textbook() -> None:
+def test_the_change_of_samples_with_one_term_each_is_a_paired_t_test() -> None:
     generator = torch.Generator().manual_seed(0)
     before, after = torch.rand(2, 30, generator=generator, dtype=torch.float64)
     found = paired_change(of_losses(before), of_losses(after))
@@ -202,7 +204,7 @@ def test_the_change_of_samples_with_one_term_each_is_that_of_the_textbook() -> N
     assert (back.mean, back.standard_error) == pytest.approx((-found.mean, found.standard_error))
 
 
-def test_the_change_is_one_of_calibrated_losses() -> None:
+def test_the_change_is_that_of_the_calibrated_losses() -> None:
     labels = torch.zeros(4, dtype=torch.long)
     logits = torch.tensor([[2.0, 0.0], [3.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     found = paired_change(of_logits(logits, labels), of_logits(logits * 4, labels))
@@ -240,12 +242,12 @@ def test_harm_is_more_than_the_standard_error() -> None:
     assert not Change(0.1, 0.1, 9).harms and not Change(-0.5, 0.1, 9).harms and not Change(0.0, 0.0, 9).harms
 
 
-def test_how_many_samples_would_see_a_change() -> None:
+def test_the_number_of_samples_that_would_show_a_change() -> None:
     assert Change(0.1, 0.2, 25).samples_to_see() == math.ceil(25 * (1.96 * 2) ** 2) == 385
     assert Change(-0.1, 0.2, 25).samples_to_see() == 385
     assert Change(0.0, 0.2, 25).samples_to_see() is None
-    assert Change(1e-19, 0.2, 25).samples_to_see() is None  # what rounding leaves
-    close = Change(-0.23, 0.1, 5)  # 1.96 standard errors are less than it, and those of Student's t are more
+    assert Change(1e-19, 0.2, 25).samples_to_see() is None  # a rounding error
+    close = Change(-0.23, 0.1, 5)  # between the normal interval and that of Student's t
     assert close.half_interval > 0.23 and close.samples_to_see() == 6
     difference = torch.tensor([0.0, 1.0, -0.5, 0.3] * 5, dtype=torch.float64)
     few = paired_change(of_losses(torch.zeros(20)), of_losses(difference))
@@ -268,12 +270,12 @@ def test_two_sets_of_samples_as_one() -> None:
     assert torch.equal(concatenate(c, d).calibrated, torch.cat([c.calibrated, d.calibrated]))
 
 
-def test_what_samples_show_is_the_interval_of_two_models_that_disagree_on_half_of_them() -> None:
+def test_the_detectable_difference_is_the_interval_of_two_models_that_disagree_on_half_of_the_samples() -> None:
     found = detectable_difference(768)
     assert found.startswith("768 samples: two models would have to differ by about 5 points ")
     assert "expected at least 100, and 768 show 5 points" in found
     one_wins, none = torch.tensor([1.0, -1.0] * 192), torch.zeros(384)
-    differences = torch.cat([one_wins, none])  # of right and wrong
+    differences = torch.cat([one_wins, none])  # between right (1) and wrong (0)
     half = 100 * 1.96 * float(differences.std(correction=0)) / math.sqrt(768)
     assert half == pytest.approx(5, abs=0.01)
     assert "about 14 points" in detectable_difference(100) and "at least 50," in detectable_difference(100, 50)

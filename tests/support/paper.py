@@ -1,9 +1,9 @@
-"""The published GRASP procedure, written as plainly as possible: the reference for `GraspConfig.paper()`.
+"""The procedure of the paper (arXiv:2606.14900), written as plainly as possible: the reference for `GraspConfig.paper()`.
 
-Nothing here imports `grasp_hf`, the Trainer, Accelerate or hooks. It differs from the published code in two ways, and
-neither changes the algorithm: every stage is seeded, and batches come in the order the Trainer gives them, so that
-weights can be compared exactly. Memory is the published one on purpose: two models, two sets of gradients and two sets
-of sums while measuring, and a source that stays alive with its gradients while the target is fine-tuned.
+Nothing here imports `grasp_hf`, the Trainer, Accelerate or hooks. Two things differ from the authors' code, and neither
+changes the algorithm: every stage is seeded, and batches come in the order of the Trainer, so that weights can be compared
+exactly. The memory is that of the authors' code on purpose. A measurement holds two models, two sets of gradients and two
+sets of sums, and a fine-tuning of the target keeps the source and its gradients alive.
 """
 
 import math
@@ -24,7 +24,7 @@ Collate = Callable[[list[Example]], Batch]
 
 @dataclass
 class Step:
-    """What one step did: step 0 only fine-tunes the first source, step `k` absorbs source `k`."""
+    """The result of one step: step 0 only fine-tunes the first source, and step `k` merges source `k`."""
 
     cosines: dict[str, float]
     copied: list[str]
@@ -50,8 +50,8 @@ def add_gradients_(sums: dict[str, Tensor], model: nn.Module, batch: Batch) -> N
 def alignment(source: nn.Module, target: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     """Return the cosine of the summed gradients for each parameter that has a gradient in both models.
 
-    The source is in evaluation mode and the target in training mode, as published: batch statistics and dropout of the
-    target are on, and the measurement moves its running statistics.
+    As in the paper, the source is in evaluation mode and the target in training mode: its dropout is on, and the
+    measurement changes its running statistics.
     """
     source.eval()
     target.train()
@@ -70,7 +70,7 @@ def alignment(source: nn.Module, target: nn.Module, batches: Iterable[Batch]) ->
 
 
 def transfer(source: nn.Module, target: nn.Module, cosines: dict[str, float], threshold: float) -> list[str]:
-    """Overwrite in `target` every parameter whose cosine is above `threshold`; buffers are never copied."""
+    """Copy to `target` every parameter whose cosine is above `threshold`, never a buffer, and return their names."""
     copied = [name for name, cosine in cosines.items() if cosine > threshold]
     state = target.state_dict()
     for name in copied:
@@ -86,7 +86,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Return the share of right predictions in evaluation mode."""
+    """Return the fraction of right predictions in evaluation mode."""
     model.eval()
     hits = [model(**batch).logits.argmax(-1) == batch["labels"] for batch in batches]
     return torch.cat(hits).double().mean().item()
@@ -103,8 +103,8 @@ def finetune(
 ) -> None:
     """Train `model` in place and leave it with the weights of its best epoch, the first one if several are equal.
 
-    The published code starts from an accuracy of 0 and so keeps the last weights if no epoch predicts anything right;
-    `Trainer` keeps the first epoch then, and so does this.
+    If no epoch predicts anything right, this function keeps the first epoch, as `Trainer` does. The authors' code keeps the
+    last weights then, because it starts from an accuracy of 0.
     """
     torch.manual_seed(seed)
     optimizer = AdamW(model.parameters(), lr=5e-5, weight_decay=0.01)
@@ -125,7 +125,7 @@ def finetune(
     model.load_state_dict(best_state)
 
 
-def published_grasp(
+def merge_as_in_paper(
     first: nn.Module,
     sources: Iterable[Callable[[], nn.Module]],
     examples: Sequence[Example],
@@ -139,16 +139,16 @@ def published_grasp(
     batch_size: int = 32,
     seed: int = 42,
 ) -> list[Step]:
-    """Turn `first` into the merged model and return what happened.
+    """Turn `first` into the merged model, and return the result of each step.
 
     Args:
         first: The first source; it becomes the target, in place.
-        sources: The other sources in order, each called when its turn comes.
+        sources: Functions that load the other sources, in order.
         examples: Training examples of the target task.
         evaluation: Validation examples that choose the best epoch.
         collate: Turns a list of examples into a batch with `labels`.
-        alignment_batches: The batches measured at every step, or a function from the step (1, 2, ...) to them.
-        threshold: A parameter is copied if its cosine is above this.
+        alignment_batches: The batches to measure at every step, or a function from the step (1, 2, ...) to them.
+        threshold: Cosine above which a parameter is copied.
         initial_epochs: Epochs on the first source.
         epochs: Epochs after each transfer.
         batch_size: Examples per batch in training and validation.

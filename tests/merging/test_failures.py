@@ -1,4 +1,4 @@
-"""Whatever fails, at whatever stage: the target comes back bit for bit, and nothing of the source stays alive."""
+"""An error at any stage restores the target bit for bit, and no source stays in memory."""
 
 import gc
 import re
@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {**NO_TUNING, "finetune_epochs": 1, "batch_size": 8, "n
 
 
 class FailingData(torch.utils.data.Dataset):
-    """Samples that raise at the n-th reading."""
+    """Samples that raise an error after `after` reads."""
 
     def __init__(self, samples: list[dict], after: int, error: BaseException) -> None:
         self.samples, self.left, self.error = samples, after, error
@@ -46,7 +46,7 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def alive(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Count the source models that were loaded and are still in memory."""
+    """Return a function that counts the loaded sources that are still in memory."""
     seen: list[weakref.ref[LoadedSource]] = []
     original = grasp_hf.merging.run.load_source
 
@@ -66,7 +66,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     [(0, 99), (12, 99), (30, 99), (40, 99), (999, 3), (999, 15), (999, 27)],
     ids=["first", "measuring", "measuring-late", "fine-tuning", "before", "gate", "epoch"],
 )
-def test_an_error_at_any_stage_gives_the_target_back(
+def test_an_error_at_any_stage_restores_the_target(
     train_reads: int,
     held_out_reads: int,
     method: Any,
@@ -88,7 +88,7 @@ def test_an_error_at_any_stage_gives_the_target_back(
     assert all(parameter.grad is None for parameter in target.parameters())
     assert caught.value.__notes__ == [f"while merging source '{source}'"]
     gc.collect()
-    assert alive() == 0, "the exception is still held here, and must not hold the source"
+    assert alive() == 0, "the exception is still alive here, and must not keep the source in memory"
 
 
 def test_models_of_other_shapes_are_refused_before_anything_is_measured() -> None:
@@ -104,7 +104,7 @@ def test_models_of_other_shapes_are_refused_before_anything_is_measured() -> Non
 
 def test_labels_that_the_model_does_not_have_are_refused() -> None:
     data = tiny_data("vit", 8).map(lambda sample: {"labels": sample["labels"] + 4})
-    with pytest.raises(DataError, match="labels from 4 to 6, expected 0 to 2"):
+    with pytest.raises(DataError, match="labels from 4 to 6; expected 0 to 2"):
         GraspMerger(tiny_model("vit")).merge([], train_dataset=data)
 
 
@@ -133,7 +133,7 @@ def test_frozen_models_are_not_fine_tuned() -> None:
         ("use_liger_kernel", True, "use_liger_kernel needs the package liger-kernel"),
     ],
 )
-def test_what_stops_a_training_is_known_before_the_first_source(name: str, value: Any, problem: str) -> None:
+def test_bad_training_arguments_are_named_before_the_first_source(name: str, value: Any, problem: str) -> None:
     merger = GraspMerger(tiny_model("bert"), GraspConfig(final_epochs=1, training_arguments={name: value}))
     with pytest.raises(ConfigError, match=f"training_arguments: .*{problem}"):
         merger.merge(["org/nowhere"], train_dataset=tiny_data("bert", 8))
@@ -161,17 +161,17 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def terminal() -> Iterator[None]:
-    """Ctrl-C interrupts, as in a terminal; a process that a shell starts in the background ignores it."""
+    """Make Ctrl-C an interrupt, as in a terminal; a background process of a shell ignores it."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
 
 
 @pytest.mark.usefixtures("terminal")
-def test_an_interrupted_average_is_whole_after_the_source_that_it_was_at(
+def test_an_interrupted_average_is_complete_after_the_present_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No copy of the weights is kept for an average without data: Ctrl-C waits for the end of the source."""
+    """An average without data keeps no copy of the weights, so Ctrl-C waits for the end of the source."""
     sources = [saved(perturbed(tiny_model("vit"), seed), tmp_path / str(seed)) for seed in (1, 2, 3)]
     config = GraspConfig(method="average", **NO_TUNING)
     original, calls = grasp_hf.tensors.mixing.mix_, []
@@ -211,11 +211,11 @@ def test_an_interrupted_average_is_whole_after_the_source_that_it_was_at(
     ],
 )
 @pytest.mark.parametrize("epochs", [{"initial_epochs": 1}, {"finetune_epochs": 1}, {"final_epochs": 1}])
-def test_what_the_trainer_refuses_is_named_before_the_first_source(
+def test_an_argument_that_the_trainer_refuses_is_named_before_the_first_source(
     arguments: dict[str, Any], problem: str, epochs: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package in ("bitsandbytes", "wandb", "deepspeed"):
-        monkeypatch.setitem(sys.modules, package, None)  # its import fails, here or not
+        monkeypatch.setitem(sys.modules, package, None)  # its import fails, even if it is installed
     merger = GraspMerger(tiny_model("vit"), GraspConfig(**{**NO_TUNING, **epochs}, training_arguments=arguments))
     before = state_of(merger.model)
     with pytest.raises(ConfigError, match=rf"^training_arguments: .*{problem}"):
@@ -231,7 +231,7 @@ def test_a_missing_package_is_named_by_a_single_fine_tuning_too(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}, {"r": 2, "init_lora_weights": "pissa"}])
-def test_the_trainer_is_tried_without_a_trace(lora: dict[str, Any] | None) -> None:
+def test_the_check_of_the_trainer_changes_nothing(lora: dict[str, Any] | None) -> None:
     merger = GraspMerger(tiny_model("vit"), GraspConfig(lora=lora))
     before, modes = state_of(merger.model), {module: module.training for module in merger.model.modules()}
     torch.manual_seed(7)

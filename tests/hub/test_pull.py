@@ -255,7 +255,7 @@ def test_a_hub_that_stays_down(hub: HubServer, folders: dict[str, Path], home: P
 
 
 def subprocess_of(script: str, home: Path, **environment: str) -> "subprocess.Popen[str]":
-    """Start a Python process with its own HF_HOME; it imports the package without torch."""
+    """Start a Python process with its own HF_HOME."""
     variables = {**os.environ, "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), **environment}
     command = [sys.executable, "-c", script]
     return subprocess.Popen(

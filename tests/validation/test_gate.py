@@ -1,4 +1,4 @@
-"""What is kept of a transfer and of a fine-tuning."""
+"""The gate: how much of a source and of a fine-tuning is kept."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,10 +28,10 @@ from tests.support.plain import calibrated_losses, halves
 
 HELPS, NOISE, ALONE = Reason.HELPS, Reason.UNCLEAR, Reason.BETTER_ALONE
 HARMS, WORSE = Reason.HARMS, Reason.WORSE_THAN_START
-Losses = Callable[[float, Sequence[float]], Sequence[float]]  # of a model with one weight, on samples
+Losses = Callable[[float, Sequence[float]], Sequence[float]]  # weight of a model, samples -> losses
 
 
-def judgement(losses: Sequence[float]) -> SampleLosses:
+def losses_of(losses: Sequence[float]) -> SampleLosses:
     found = torch.tensor(losses, dtype=torch.float64)
     return SampleLosses(found, torch.ones_like(found), found, None)
 
@@ -43,36 +43,36 @@ class Line:
         self.losses = losses
         weight = torch.nn.Parameter(torch.tensor([start]), requires_grad=False)
         self.tensors = {"w": weight, "count": torch.tensor(3)}
-        self.rooms = [{name: torch.full_like(value, 9) for name, value in self.tensors.items()} for _ in range(2)]
+        self.buffers = [{name: torch.full_like(value, 9) for name, value in self.tensors.items()} for _ in range(2)]
         self.trained: list[tuple[list[float], int]] = []
-        self.judged: list[tuple[float, list[float]]] = []
+        self.evaluated: list[tuple[float, list[float]]] = []
 
     def train(self, samples: Any, seed: int) -> None:
-        """Jump from where the weight must stand at the start."""
+        """Set the weight to the mean of the samples."""
         self.trained.append(([*samples], seed))
         self.tensors["w"].fill_(sum(samples) / len(samples))
         self.tensors["count"].add_(1)
 
-    def judge(self, samples: Any) -> SampleLosses:
-        """Note what judges."""
-        self.judged.append((float(self.tensors["w"]), [*samples]))
-        return judgement(self.losses(float(self.tensors["w"]), [*samples]))
+    def evaluate(self, samples: Any) -> SampleLosses:
+        """Return the losses, and note the weight and the samples."""
+        self.evaluated.append((float(self.tensors["w"]), [*samples]))
+        return losses_of(self.losses(float(self.tensors["w"]), [*samples]))
 
     def finetune(
         self, labels: Sequence[float], held_out: Sequence[float] | None = None, alone: float | None = None
     ) -> FinetuneReport:
-        """Go through the gate."""
+        """Fine-tune with the gate."""
         other = None if alone is None else {"w": torch.tensor([alone]), "count": torch.tensor(0)}
-        return finetune_on_line_(self.tensors, self.rooms, self.train, self.judge, labels, held_out, 7, other)
+        return finetune_on_line_(self.tensors, self.buffers, self.train, self.evaluate, labels, held_out, 7, other)
 
     @property
     def weight(self) -> float:
-        """Where it is now."""
+        """The present weight."""
         return float(self.tensors["w"])
 
 
 def noisy(weight: float, samples: Sequence[float], best: float, noise: float) -> list[float]:
-    """A parabola with its lowest mean at `best`, and on every second sample a slope of the other sign."""
+    """Return losses on a parabola with its lowest mean at `best`; every second sample has a slope of the other sign."""
     return [(weight - best) ** 2 + noise * (weight - best) * (1 if i % 2 else -1) for i in range(len(samples))]
 
 
@@ -80,7 +80,7 @@ def noisy(weight: float, samples: Sequence[float], best: float, noise: float) ->
     ("mean", "error", "loss", "floor", "reason"),
     [
         (-0.1, 0.01, 1.0, math.inf, HELPS),
-        (-0.227, 0.1, 1.0, math.inf, HELPS),  # the interval's half is 2.262 standard errors
+        (-0.227, 0.1, 1.0, math.inf, HELPS),  # half of the interval is 2.262 standard errors
         (-0.226, 0.1, 1.0, math.inf, NOISE),
         (0.1, 0.2, 1.0, math.inf, NOISE),
         (0.1, 0.1, 1.0, math.inf, NOISE),
@@ -92,10 +92,10 @@ def noisy(weight: float, samples: Sequence[float], best: float, noise: float) ->
         (0.1, 0.2, math.nan, math.inf, WORSE),
     ],
 )
-def test_a_transfer_stays_unless_it_harms_beyond_its_noise_or_the_floor(
+def test_a_source_stays_unless_it_harms_beyond_the_noise_or_the_floor(
     mean: float, error: float, loss: float, floor: float, reason: str
 ) -> None:
-    decided = verdict(Change(mean, error, 10), floor, judgement([-9.0] * 10), judgement([loss] * 10))
+    decided = verdict(Change(mean, error, 10), floor, losses_of([-9.0] * 10), losses_of([loss] * 10))
     assert decided == (reason in (HELPS, NOISE), reason)
 
 
@@ -104,72 +104,72 @@ def test_a_single_sample_cannot_show_that_a_source_helps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("others", "taken"),
+    ("others", "chosen"),
     [
         ({}, "plain"),
         ({"a": (-0.1, 0.01)}, "a"),
         ({"a": (-0.1, 0.11)}, "plain"),  # within one standard error of the difference
         ({"a": (-0.1, 0.09)}, "a"),
         ({"a": (0.1, 0.01)}, "plain"),
-        ({"a": (-0.3, 0.4), "b": (-0.1, 0.01)}, "b"),  # the lowest is not told from the plain one, the next is
+        ({"a": (-0.3, 0.4), "b": (-0.1, 0.01)}, "b"),  # only the second lowest is clearly below the plain one
         ({"a": (-0.2, 0.1), "b": (-0.3, 0.1)}, "b"),
     ],
 )
 @pytest.mark.parametrize("first", [False, True])
-def test_the_plain_model_stays_unless_another_is_ahead_of_it_beyond_its_noise(
-    others: dict[str, tuple[float, float]], taken: str, first: bool
+def test_the_plain_candidate_is_chosen_unless_another_is_better_beyond_the_noise(
+    others: dict[str, tuple[float, float]], chosen: str, first: bool
 ) -> None:
-    """A difference with this mean and this standard error, on samples whose own losses vary much more."""
+    """Each difference has this mean and this standard error; the losses of the samples vary much more."""
     plain = [1.0, 5.0, 2.0, 8.0]
     signs = [math.sqrt(3) * sign for sign in (1, -1, -1, 1)]  # a standard deviation of 2, and so a standard error of 1
 
-    def option(mean: float, error: float) -> SampleLosses:
-        return judgement([loss + mean + error * sign for loss, sign in zip(plain, signs, strict=True)])
+    def candidate(mean: float, error: float) -> SampleLosses:
+        return losses_of([loss + mean + error * sign for loss, sign in zip(plain, signs, strict=True)])
 
-    found = {name: option(*values) for name, values in others.items()}
-    simple = {"plain": judgement(plain)}
-    assert choose_candidate({**simple, **found} if first else {**found, **simple}, "plain") == taken
+    found = {name: candidate(*values) for name, values in others.items()}
+    simple = {"plain": losses_of(plain)}
+    assert choose_candidate({**simple, **found} if first else {**found, **simple}, "plain") == chosen
 
 
-def test_where_nothing_is_plain_the_lowest_loss_decides_alone() -> None:
-    assert choose_candidate({"a": judgement([1.0, 2.0]), "b": judgement([0.0, 2.9])}, "plain") == "b"
+def test_without_a_plain_candidate_the_lowest_loss_decides() -> None:
+    assert choose_candidate({"a": losses_of([1.0, 2.0]), "b": losses_of([0.0, 2.9])}, "plain") == "b"
 
 
 @pytest.mark.parametrize("best", FRACTIONS)
-def test_without_noise_the_lowest_point_of_the_line_is_taken(best: float) -> None:
+def test_without_noise_the_lowest_point_of_the_line_is_kept(best: float) -> None:
     line = Line(lambda weight, samples: noisy(weight, samples, 4 * best, 0.0))
     report = line.finetune([4.0, 4.0], [1.0, 2.0, 3.0])
     assert report.fraction == best and line.weight == pytest.approx(4 * best)
-    expected = {str(share): (4 * (share - best)) ** 2 for share in FRACTIONS}
+    expected = {str(fraction): (4 * (fraction - best)) ** 2 for fraction in FRACTIONS}
     assert report.losses == pytest.approx(expected, abs=1e-6)
     assert report.validated_by == "evaluation data"
-    assert [weight for weight, _ in line.judged] == pytest.approx([4 * share for share in FRACTIONS])
-    assert all(samples == [1.0, 2.0, 3.0] for _, samples in line.judged)
+    assert [weight for weight, _ in line.evaluated] == pytest.approx([4 * fraction for fraction in FRACTIONS])
+    assert all(samples == [1.0, 2.0, 3.0] for _, samples in line.evaluated)
 
 
 @pytest.mark.parametrize(
-    ("best", "noise", "share"),
+    ("best", "noise", "fraction"),
     [
         (1.0, 100.0, 1.0),  # all points are alike
-        (1.0, 2.66, 1.0),  # those from half-way on
+        (1.0, 2.66, 1.0),  # the points from half-way on are alike
         (0.0, 100.0, 0.0),  # all points are alike, but the training made it worse
         (0.25, 100.0, 0.5),  # as good as the start
         (0.25, 0.2, 0.25),
         (0.5, 1.33, 0.75),
     ],
 )
-def test_of_the_points_that_noise_does_not_tell_from_the_best_the_farthest_is_taken(
-    best: float, noise: float, share: float
+def test_the_farthest_of_the_points_within_the_noise_of_the_best_is_kept(
+    best: float, noise: float, fraction: float
 ) -> None:
-    """A point in the distance d from the best has the loss d^2 and the standard error d * noise / sqrt(n - 1)."""
+    """A point at the distance d from the best has the loss d^2 and the standard error d * noise / sqrt(n - 1)."""
     line = Line(lambda weight, samples: noisy(weight, samples, 4 * best, noise))
     held_out = [0.0] * 10
     as_good = [s for s in FRACTIONS if abs(s - best) <= best]
     alike = [s for s in as_good if 4 * abs(s - best) <= noise / 3 * t.ppf(0.975, 9)]
-    assert line.finetune([4.0, 4.0], held_out).fraction == share == max(alike)
+    assert line.finetune([4.0, 4.0], held_out).fraction == fraction == max(alike)
 
 
-def test_a_fine_tuning_that_harms_is_taken_back_bit_for_bit() -> None:
+def test_a_fine_tuning_that_harms_is_undone_bit_for_bit() -> None:
     line = Line(lambda weight, samples: [abs(weight - 0.1)] * len(samples), start=0.1)
     assert line.finetune([4.0, 4.0], [0.0, 0.0]).fraction == 0.0
     assert torch.equal(line.tensors["w"], torch.tensor([0.1])) and int(line.tensors["count"]) == 3
@@ -178,30 +178,30 @@ def test_a_fine_tuning_that_harms_is_taken_back_bit_for_bit() -> None:
 def test_calibration_does_not_choose_the_point() -> None:
     line = Line(lambda weight, samples: [weight] * len(samples))
 
-    def judge(samples: Any) -> SampleLosses:
-        found = line.judge(samples)
+    def evaluate(samples: Any) -> SampleLosses:
+        found = line.evaluate(samples)
         return SampleLosses(found.losses, found.terms, -found.losses, None)
 
-    report = finetune_on_line_(line.tensors, line.rooms, line.train, judge, [4.0], [0.0, 0.0], 7)
+    report = finetune_on_line_(line.tensors, line.buffers, line.train, evaluate, [4.0], [0.0, 0.0], 7)
     assert report.fraction == 0.0
 
 
-@pytest.mark.parametrize(("calibrated", "share"), [(lambda weight: weight, 0.0), (lambda weight: -weight, 1.0)])
-def test_what_is_worse_than_the_start_with_and_without_calibration_is_not_taken(
-    calibrated: Callable[[float], float], share: float
+@pytest.mark.parametrize(("calibrated", "fraction"), [(lambda weight: weight, 0.0), (lambda weight: -weight, 1.0)])
+def test_a_point_that_is_worse_than_the_start_with_and_without_calibration_is_not_kept(
+    calibrated: Callable[[float], float], fraction: float
 ) -> None:
-    """The losses, which are too noisy to tell, rise all the way."""
+    """The losses rise all the way, but within the noise."""
     line = Line(lambda weight, samples: noisy(weight, samples, 0.0, 100.0))
 
-    def judge(samples: Any) -> SampleLosses:
-        found = line.judge(samples)
+    def evaluate(samples: Any) -> SampleLosses:
+        found = line.evaluate(samples)
         return SampleLosses(found.losses, found.terms, torch.full_like(found.losses, calibrated(line.weight)), None)
 
-    report = finetune_on_line_(line.tensors, line.rooms, line.train, judge, [4.0], [0.0] * 10, 7)
-    assert report.fraction == share
+    report = finetune_on_line_(line.tensors, line.buffers, line.train, evaluate, [4.0], [0.0] * 10, 7)
+    assert report.fraction == fraction
 
 
-def test_without_held_out_samples_each_half_of_the_labels_judges_the_model_of_the_other() -> None:
+def test_without_held_out_samples_each_half_of_the_labels_validates_the_model_of_the_other() -> None:
     labels = [float(n) for n in range(1, 12)]
     line = Line(lambda weight, samples: [-weight] * len(samples))
     report = line.finetune(labels)
@@ -211,15 +211,15 @@ def test_without_held_out_samples_each_half_of_the_labels_judges_the_model_of_th
     assert (seed, other_seed, seed_of_all) == (7, 8, 7) and whole == labels
     ends = [sum(half) / len(half) for half in (first, second)]
     for number, (half, end) in enumerate(zip((second, first), ends, strict=True)):
-        judged = line.judged[len(FRACTIONS) * number : len(FRACTIONS) * (number + 1)]
-        assert [samples for _, samples in judged] == [half] * len(FRACTIONS)
-        assert [weight for weight, _ in judged] == pytest.approx([share * end for share in FRACTIONS])
+        evaluated = line.evaluated[len(FRACTIONS) * number : len(FRACTIONS) * (number + 1)]
+        assert [samples for _, samples in evaluated] == [half] * len(FRACTIONS)
+        assert [weight for weight, _ in evaluated] == pytest.approx([fraction * end for fraction in FRACTIONS])
     assert report.fraction == 1.0 and report.validated_by == "two halves of the labels"
     assert line.weight == pytest.approx(sum(labels) / 11)
     assert report.losses["1.0"] == pytest.approx(-(ends[0] * len(second) + ends[1] * len(first)) / 11)
 
 
-def test_every_training_starts_where_the_first_did_and_chance_repeats() -> None:
+def test_every_training_starts_from_the_same_weights_and_repeats() -> None:
     starts: list[float] = []
     lines = [Line(lambda weight, samples: [weight] * len(samples), start=0.5) for _ in range(2)]
 
@@ -229,7 +229,7 @@ def test_every_training_starts_where_the_first_did_and_chance_repeats() -> None:
             starts.append(line.weight)
             line.train(samples, seed)
 
-        finetune_on_line_(line.tensors, line.rooms, train, line.judge, [1.0, 2.0, 3.0, 4.0], None, 7)
+        finetune_on_line_(line.tensors, line.buffers, train, line.evaluate, [1.0, 2.0, 3.0, 4.0], None, 7)
     assert len(starts) in (4, 6) and set(starts) == {0.5}
     assert lines[0].trained == lines[1].trained
 
@@ -240,12 +240,12 @@ def test_all_labels_train_to_the_point_that_the_halves_allow() -> None:
     report = line.finetune(labels)
     (first, _), (second, _), whole = line.trained
     ends = [sum(half) / 50 for half in (first, second)]
-    expected = {str(share): sum(abs(end * share - 2) for end in ends) / 2 for share in FRACTIONS}
+    expected = {str(fraction): sum(abs(end * fraction - 2) for end in ends) / 2 for fraction in FRACTIONS}
     assert report.losses == pytest.approx(expected, abs=1e-6)
     assert whole == (labels, 7) and report.fraction == 0.5 and line.weight == pytest.approx(2.0)
 
 
-def test_a_training_that_both_halves_speak_against_is_not_made() -> None:
+def test_a_training_that_both_halves_reject_is_not_run() -> None:
     line = Line(lambda weight, samples: [abs(weight - 0.1)] * len(samples), start=0.1)
     report = line.finetune([3.0, 4.0, 5.0, 6.0])
     assert report.fraction == 0.0 and len(line.trained) == 2
@@ -254,10 +254,10 @@ def test_a_training_that_both_halves_speak_against_is_not_made() -> None:
 
 @pytest.mark.parametrize("held_out", [None, [0.0] * 4])
 @pytest.mark.parametrize(("alone", "loss", "wins"), [(0.0, 0.0, True), (1.2, 0.04, False), (1.7, 0.09, False)])
-def test_the_better_start_of_a_training_is_taken(
+def test_the_better_start_of_a_training_is_kept(
     alone: float, loss: float, wins: bool, held_out: list[float] | None
 ) -> None:
-    """A training adds the mean of its samples, 4, and 4 is best: the merge comes to 4.2 on its line."""
+    """A training adds the mean of its samples, 4. The best weight is 4, and the nearest point of the merge is 4.2."""
     line = Line(lambda weight, samples: [(weight - 4.0) ** 2] * len(samples), start=1.2)
 
     def train(samples: Any, seed: int) -> None:
@@ -278,7 +278,7 @@ def test_the_better_start_of_a_training_is_taken(
     assert (first == "fine-tuned without the sources of this merge, which were undone") == wins
 
 
-def test_a_single_label_judges_what_it_taught_and_the_report_says_so() -> None:
+def test_a_single_label_validates_its_own_training_and_the_report_names_it() -> None:
     line = Line(lambda weight, samples: [(weight - 4) ** 2] * len(samples))
     report = line.finetune([4.0])
     assert report.validated_by == "the label that it learned"
@@ -334,7 +334,7 @@ def test_where_no_source_helps_the_result_is_that_of_fine_tuning_alone(evaluates
 
 
 def dead(model: Any) -> Any:
-    """Change a ViT to one that knows the frequency of the classes, and can learn nothing else: it has no gradient."""
+    """Change a ViT so that all images get the same logits and only the classifier's bias has a gradient; return it."""
     for name in ("vit.layernorm", "classifier"):
         for parameter in model.get_submodule(name).parameters():
             parameter.data.zero_()
@@ -343,29 +343,29 @@ def dead(model: Any) -> Any:
 
 @pytest.mark.parametrize("method", ["average", "blend"])
 @pytest.mark.parametrize("evaluates", [True, False])
-def test_sources_that_only_make_a_worse_start_are_taken_back(method: Any, evaluates: bool, tmp_path: Path) -> None:
-    """The better model before the fine-tuning is the worse one after it."""
+def test_sources_that_only_make_a_worse_start_are_undone(method: Any, evaluates: bool, tmp_path: Path) -> None:
+    """The source is the better model before the fine-tuning, and the worse one after it."""
     model = GraspMerger.from_pretrained(learned("vit", tmp_path / "expert")).model
     for parameter in model.get_submodule("classifier").parameters():
-        parameter.data = parameter.data.roll(1, 0)  # sure of the wrong class, and soon put right
+        parameter.data = parameter.data.roll(1, 0)  # sure of the wrong class, which a short fine-tuning corrects
     base = saved(model, tmp_path / "base")
     source = saved(dead(model), tmp_path / "source")
     config = GraspConfig(method=method, order="given", final_epochs=12, **LEARNING)
     data = {"train_dataset": tiny_data("vit", 32, seed=1)}
     data |= {"eval_dataset": tiny_data("vit", 24, seed=2)} if evaluates else {}
     merger, alone = (GraspMerger.from_pretrained(base, config=config) for _ in range(2))
-    judges = tiny_data("vit", 24, seed=2)
-    found = alone.finetuned_alone(1, judges, **data)
+    samples = tiny_data("vit", 24, seed=2)
+    found = alone.finetuned_alone(1, samples, **data)
     report = merger.merge([source], **data)
     (step,) = report.steps
-    assert step.after_transfer["loss"] < step.before["loss"], "it is better before the fine-tuning"
+    assert step.after_transfer["loss"] < step.before["loss"], "the source is better before the fine-tuning"
     assert report.run.final is not None and report.run.final.without_sources and report.run.final.alone is not None
-    assert torch.equal(merger.judge(judges).losses, found.losses), "and fine-tuning alone is better in the end"
+    assert torch.equal(merger.judge(samples).losses, found.losses), "fine-tuning alone is better in the end"
     merged, gain = report.run.final.losses[str(report.run.final.fraction)], report.run.final.gain
     assert report.run.final.alone < merged and report.run.final.loss == report.run.final.alone
     assert gain is not None and gain.samples == (24 if evaluates else 32) and gain.half_interval
     assert gain.loss == pytest.approx(merged - report.run.final.alone)
-    assert "at the end fine-tuned without the sources of this merge, which were undone" in report.conclusions()
+    assert "at the end: fine-tuned without the sources of this merge, which were undone" in report.conclusions()
     assert any(
         sentence.startswith(
             f"from fine-tuning alone to the merge: loss {report.run.final.alone:.3f} -> {merged:.3f} ({gain}), on "
@@ -382,8 +382,8 @@ def test_sources_that_only_make_a_worse_start_are_taken_back(method: Any, evalua
         assert report.run.final.alone == pytest.approx(found.loss) and report.run.final.after["loss"] == found.loss
 
 
-def test_a_regression_is_judged_too(tmp_path: Path) -> None:
-    """Its loss is one number for a whole batch, and there is one batch."""
+def test_a_regression_is_validated_too(tmp_path: Path) -> None:
+    """The model returns one loss for a whole batch, and there is only one batch."""
     torch.manual_seed(0)
     size: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = BertForSequenceClassification(BertConfig(**size, intermediate_size=16, id2label={0: ""}))
@@ -400,7 +400,7 @@ def test_a_regression_is_judged_too(tmp_path: Path) -> None:
 
 
 def test_the_floor_holds_in_every_merge(tmp_path: Path) -> None:
-    """Sources that each do a little harm, within the noise, do not add up: in the first merge or in one that follows it."""
+    """Many sources that each harm a little, within the noise, do not add up, also in a second merge."""
     base = learned("resnet", tmp_path / "base", epochs=4)
     data = {"train_dataset": tiny_data("resnet", 24, seed=1), "eval_dataset": tiny_data("resnet", 24, seed=2)}
     config = GraspConfig(method="average", final_epochs=0, order="given", **LEARNING)
@@ -414,19 +414,19 @@ def test_the_floor_holds_in_every_merge(tmp_path: Path) -> None:
     steps = merger.merge(little, **data).steps[1:]
     after = merger.judge(ConcatDataset(list(data.values()))).calibrated_loss
     assert after <= before
-    spared = [step for step in steps if step.change and 0 < step.change.loss <= (step.change.half_interval or 0) / 2.1]
-    assert spared and not any(step.accepted for step in spared), "harm within the noise was refused by the floor"
-    assert {step.reason for step in spared} == {WORSE}
+    slight = [step for step in steps if step.change and 0 < step.change.loss <= (step.change.half_interval or 0) / 2.1]
+    assert slight and not any(step.accepted for step in slight), "the floor refuses harm within the noise"
+    assert {step.reason for step in slight} == {WORSE}
 
 
-def test_a_source_that_has_learned_the_task_is_taken_and_noise_is_not(tmp_path: Path) -> None:
+def test_a_source_that_has_learned_the_task_is_merged_and_noise_is_not(tmp_path: Path) -> None:
     expert = learned("vit", tmp_path / "expert")
     noise = saved(perturbed(tiny_model("vit"), 3, scale=1.0), tmp_path / "noise")
     merger = GraspMerger(tiny_model("vit"), GraspConfig(final_epochs=0, **LEARNING))
     report = merger.merge([noise, expert], train_dataset=tiny_data("vit", 24, seed=5))
     assert [(step.name, step.accepted) for step in report.steps] == [("expert", True), ("noise", False)]
     helped = report.steps[0].change
-    assert helped is not None and report.steps[0].chosen == "average", "which of one source is that source"
+    assert helped is not None and report.steps[0].chosen == "average", "the average of one source is that source"
     labels = tiny_data("vit", 24, seed=5)
     parts = [labels.select(half) for half in halves(24, merger.config.seed)]
     before, after = (
@@ -459,18 +459,18 @@ def test_no_step_leaves_the_model_above_the_loss_that_it_started_from(seed: int,
         sources.append(saved(perturbed(model, 10 * seed + number, scale=scale), tmp_path / str(number)))
     config = GraspConfig(order="given", final_epochs=1, **LEARNING)
     merger, twin = (GraspMerger.from_pretrained(base, config=config) for _ in range(2))
-    judges = tiny_data("resnet", 24, seed=2)
-    parts = [judges.select(half) for half in halves(24, config.seed)] + [judges]
+    samples = tiny_data("resnet", 24, seed=2)
+    parts = [samples.select(half) for half in halves(24, config.seed)] + [samples]
 
     def loss() -> float:
         return float(torch.cat([calibrated_losses(twin.model, part) for part in parts]).mean())
 
     floor = loss()
     for source in sources:
-        twin.merge_source(source, train_dataset=judges, eval_dataset=judges)
+        twin.merge_source(source, train_dataset=samples, eval_dataset=samples)
         assert loss() <= floor + 1e-6
-    start = merger.judge(judges).calibrated_loss
-    report = merger.merge(sources, train_dataset=judges, eval_dataset=judges)
+    start = merger.judge(samples).calibrated_loss
+    report = merger.merge(sources, train_dataset=samples, eval_dataset=samples)
     assert 0 < sum(step.accepted for step in report.steps) < 4
     for step in report.steps:
         if not step.accepted:
@@ -478,14 +478,14 @@ def test_no_step_leaves_the_model_above_the_loss_that_it_started_from(seed: int,
     last = [step.change for step in report.steps if step.accepted and step.change]
     assert start + sum(change.loss for change in last) <= start + 1e-9
     assert report.run.final is not None
-    after = merger.judge(judges)
+    after = merger.judge(samples)
     assert (
         after.calibrated_loss <= start + sum(change.loss for change in last) + 1e-9
         or after.loss <= report.run.final.losses["0.0"]
     )
 
 
-def test_labels_that_the_model_has_learned_do_not_judge(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_that_the_model_has_learned_do_not_validate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = learned("resnet", tmp_path / "base")
     noise = saved(perturbed(GraspMerger.from_pretrained(base).model, 1, scale=1.0), tmp_path / "noise")
     config = GraspConfig(finetune_epochs=1, final_epochs=0, order="given", **LEARNING)
@@ -499,7 +499,7 @@ def test_labels_that_the_model_has_learned_do_not_judge(tmp_path: Path, caplog: 
     assert report.steps[1].accepted and report.steps[1].change is None
 
 
-def test_labels_judge_what_is_appended_to_a_merge_that_has_learned_none(
+def test_labels_validate_sources_that_are_appended_to_a_merge_without_fine_tuning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     good, average = learned("resnet", tmp_path / "good"), GraspConfig(method="average", **NO_TUNING)

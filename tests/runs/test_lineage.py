@@ -202,7 +202,7 @@ def test_an_appended_source_needs_the_units_of_the_merge(tmp_path: Path) -> None
         before = {name: value.clone() for name, value in state(other).items()}
         for merge in (lambda source, other=other: other.merge([source]), other.merge_source):
             with pytest.raises(
-                ConfigError, match="unit: got 'layer', but source 'org/line-2' was merged by other units"
+                ConfigError, match="unit: got 'layer', but source 'org/line-2' was merged with other units"
             ):
                 merge("org/line-3")
         assert_equal(state(other), before)
@@ -220,7 +220,9 @@ def test_an_adapter_of_a_missing_base(hub: HubServer, tmp_path: Path, monkeypatc
     (tmp_path / "base").rename(tmp_path / "moved")
     appended = GraspMerger.from_pretrained(str(tmp_path / "merged"), config=AVERAGE)
     before = {name: value.clone() for name, value in state(appended).items()}
-    with pytest.raises(IncompatibleSourceError, match="needs the model that the merge started from, which cannot be"):
+    with pytest.raises(
+        IncompatibleSourceError, match="needs the model that the merge started from, and that model cannot be found"
+    ):
         appended.merge([adapter])
     assert_equal(state(appended), before)
     assert len(appended.merge(["org/line-2"]).steps) == 2, "other sources do not need the base"
@@ -574,7 +576,7 @@ def test_a_folder_is_not_mistaken_for_a_model_of_its_name_on_the_hub(hub: HubSer
     merger.merge(["org/line-1"])
     merger.push_to_hub("org/line-named", token=TOKEN)
     appended = GraspMerger.from_pretrained("org/line-named", config=AVERAGE)
-    with pytest.raises(IncompatibleSourceError, match="it was the folder 'line-name', which is not here"):
+    with pytest.raises(IncompatibleSourceError, match="it was the folder 'line-name', which does not exist here"):
         appended.merge([adapter])
 
 

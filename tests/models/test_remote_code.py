@@ -1,4 +1,4 @@
-"""Models that bring Python code of their own: refused unless the user names them."""
+"""Models with Python code of their own, which are refused unless the user names them."""
 
 import re
 from pathlib import Path
@@ -52,7 +52,7 @@ class OwnModel(PreTrainedModel):
 
 @pytest.fixture(scope="session")
 def own(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Publish three models with their code, filled with 0, 1 and 2, and return their ids."""
+    """Push three models with their code, filled with 0, 1 and 2, and return their ids."""
     names: dict[str, Any] = {}
     exec(CONFIGURATION + MODEL.replace("from .configuration_own import OwnConfig", ""), names)
     made = []
@@ -82,7 +82,7 @@ def test_code_is_refused_unless_its_model_is_named(own: list[str], hub: HubServe
     rows = plan(Recipe(sources=own[1:], base_model=own[0], config=GraspConfig(trust_remote_code=own[:1])))
     assert ["needs Python code" in "".join(row.problems) for row in rows] == [False, True, True]
     asked = {path.split("/")[2] for _, path in hub.requests[since:] if path.endswith(".py")}
-    assert asked == {"own-0"}, "code that is not trusted is not even downloaded"
+    assert asked == {"own-0"}, "untrusted code is not even downloaded"
 
 
 def test_code_runs_where_its_model_is_named(own: list[str], tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_saved_merge_with_its_code_is_pushed_by_the_command_line_where_it_is_t
 
 @pytest.fixture
 def hostile(own: list[str], hub: HubServer, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[str, Path]:
-    """Publish a merge whose code leaves a file behind and whose record trusts itself; return its id and that file."""
+    """Push a merge whose code writes a file and whose record trusts itself; return its id and the path of the file."""
     ran = tmp_path / "ran"
     merger = GraspMerger.from_pretrained(
         own[0], config=GraspConfig(method="average", **NO_TUNING, trust_remote_code=own)
@@ -161,12 +161,12 @@ def test_a_record_lets_no_code_run(
     repo_id, ran = hostile
     more = [own[1], "--output", str(tmp_path / "out")] if command == "append" else []
     assert main([command, repo_id, *more]) == 1
-    told = capsys.readouterr().err
-    assert not ran.exists(), "code of a stranger ran"
+    printed = capsys.readouterr().err
+    assert not ran.exists(), "untrusted code ran"
     needed = repo_id if command == "append" else own[0]
-    assert re.search(rf"'{needed}(@\w+)?' needs Python code of its own", told)
-    assert f"'{own[0]}'" in told and f"'{repo_id}'" in told, "the record's own list is shown"
-    assert "does not run unless you allow it" in told
+    assert re.search(rf"'{needed}(@\w+)?' needs Python code of its own", printed)
+    assert f"'{own[0]}'" in printed and f"'{repo_id}'" in printed, "the record's own list is shown"
+    assert "does not run unless you allow it" in printed
 
 
 def test_the_user_of_this_run_lets_the_code_of_a_record_run(

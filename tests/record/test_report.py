@@ -1,4 +1,4 @@
-"""What a report says of a merge, and that it comes back from its file."""
+"""The text of a report, and its way to JSON and back."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def test_the_details_say_how_many_samples_would_tell_a_change_from_none(tmp_path
     assert MergeReport.from_json(tmp_path / "report.json").steps[0].reason is Reason.UNCLEAR
 
 
-def test_a_report_names_the_sources_that_stay_in_doubt_and_what_is_kept_beside_them() -> None:
+def test_a_report_names_the_sources_that_were_kept_in_doubt() -> None:
     doubtful = step_of("org/a", accepted=True, reason=Reason.UNCLEAR, change=ChangeReport(-0.01, 0.05, 64, 1600))
     sure = step_of("org/b", accepted=True, reason=Reason.HELPS, change=ChangeReport(-0.1, 0.05, 64, 16))
     unmoved = step_of("org/c", {"query": 0.1}, accepted=True, reason=Reason.UNCLEAR)
@@ -61,7 +61,7 @@ def test_the_details_say_why_the_lowest_loss_is_not_chosen() -> None:
     assert text in clear and f"{text}; average was chosen because the difference is within the noise" in noisy
 
 
-def test_a_source_that_brings_nothing_is_not_merged_where_what_was_there_is_rescaled() -> None:
+def test_a_source_that_only_rescales_the_merge_does_not_count_as_merged() -> None:
     mixes = {"a": Mix(0.5, 0.0), "b": Mix(0.9, 0.0004), "c": Mix(1.0, 0.0), "d": Mix(0.9, 0.001)}
     units = unit_reports(dict.fromkeys(mixes, 1), mixes, dict.fromkeys(mixes, 0.1), True)
     assert [unit.decision for unit in units] == ["rescaled", "rescaled", "kept", "moved"]
@@ -70,13 +70,13 @@ def test_a_source_that_brings_nothing_is_not_merged_where_what_was_there_is_resc
     assert MergeReport("org/base", steps=[one]).conclusions() == ["0 of 1 sources merged"]
     one.undo(Reason.BETTER_ALONE)
     assert not one.changed and [unit.decision for unit in one.units] == ["undone", "undone", "kept"]
-    taken_back = unit_reports(dict.fromkeys(mixes, 1), mixes, dict.fromkeys(mixes, 0.1), False)
-    assert [unit.decision for unit in taken_back] == ["undone", "undone", "kept", "undone"]
-    table = StepReport("org/a", "sha", "full", units=taken_back).unit_table().splitlines()
+    undone = unit_reports(dict.fromkeys(mixes, 1), mixes, dict.fromkeys(mixes, 0.1), False)
+    assert [unit.decision for unit in undone] == ["undone", "undone", "kept", "undone"]
+    table = StepReport("org/a", "sha", "full", units=undone).unit_table().splitlines()
     assert [cell.strip() for cell in table[3].split("|")[4:6]] == ["0.000", "0.900"]
 
 
-def test_a_report_tells_how_heads_were_matched_and_by_whom_sources_were_judged() -> None:
+def test_a_report_holds_the_notes_and_all_validation_samples() -> None:
     first = step_of("org/a", notes=["the head stays: no label in common"])
     later = step_of("org/b")
     first.validated_by = "two halves of the labels"
@@ -121,14 +121,17 @@ def test_no_printed_line_is_wider_than_a_terminal() -> None:
         0.75, {"0.0": 1.0, "0.75": 0.9, "1.0": 0.95}, "two halves of 512 of the labels", alone=0.95, gain=change
     )
     report = report_of(long, step_of("org/b"), final=final)
-    printed = [*str(report).splitlines(), long.summary_line(), long.summary_line(94)]
+    report.base, report.base_sha = f"/home/me/models/{name}", None
+    units = [UnitReport(name, 10**9, -0.123, 0.123, "undefined"), UnitReport("head", 10, None, 0.0, "undone")]
+    tables = [str(report), StepReport("org/a", "sha", "full", units=units).unit_table()]
+    printed = [*"\n".join(tables).splitlines(), long.summary_line(), long.summary_line(94)]
     assert max(map(len, printed)) <= 100 and len(long.summary_line(94)) <= 94
     assert long.summary_line().startswith("an-") and "…" in long.summary_line()
-    assert name in report.table() and "label-29" in str(report), "the card, and the sentences, name all in full"
+    assert name in report.table() and "label-29" in str(report), "the card and the sentences hold the full names"
 
 
 def test_a_record_of_version_0_1_is_read(tmp_path: Path) -> None:
-    """Fields of a run stood beside the others, and some had other names."""
+    """The fields of the run were fields of the whole record, and some fields had other names."""
     step, final = (
         step_of("org/a", reason=Reason.UNCLEAR, candidates={"blend": 0.5}, chosen="blend"),
         FinetuneReport(0.5),

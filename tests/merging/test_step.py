@@ -1,4 +1,4 @@
-"""How labels both teach the coefficients of a source and judge it."""
+"""Labels that teach the coefficients of a source and validate it."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +34,7 @@ HELD_OUT = tiny_data("resnet", 6, seed=2)
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model, two sources near it, two that have learned the labels, and one that has begun to."""
+    """A base model, two sources near it, two that have learned the labels, and one after a short training."""
     folder = tmp_path_factory.mktemp("world")
     training: dict[str, Any] = {"batch_size": 8, "training_arguments": {"learning_rate": 0.01}}
     base = perturbed(tiny_model("resnet"), 1, scale=0.3)
@@ -57,7 +57,7 @@ def unit_of(tensor: str, units: Iterable[str]) -> str:
 
 
 def naive_mix(base: Any, source: Any, mixes: Mapping[str, tuple[float, float]]) -> Any:
-    """Return `base + keep * (base - base) + take * (source - base)` by unit: the target is the base here."""
+    """Return `base + take * (source - base)` by unit: the target is the base, so `keep` only counts for statistics."""
     model = deepcopy(base)
     parameters, ends = dict(model.named_parameters()), source.state_dict()
     with torch.no_grad():
@@ -73,14 +73,14 @@ def naive_mix(base: Any, source: Any, mixes: Mapping[str, tuple[float, float]]) 
 
 
 def naive_coefficients(base: Any, source: Any, units: Sequence[str], labels: Any, seed: int) -> dict[str, Any]:
-    """Learn by plain autograd how much of the source goes in: three steps of Adam on one coefficient per unit."""
+    """Learn the coefficient of each unit by plain autograd, with three steps of Adam."""
     model, ends = deepcopy(base).eval(), source.state_dict()
     starts, parameters = model.state_dict(), dict(model.named_parameters())
     takes = torch.ones(len(units), dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([takes], lr=0.1)
     for step, batch in enumerate(shuffled_batches(labels, 4, 3, seed)):
         adam.param_groups[0]["lr"] = 0.1 * (1 - step / 3)
-        mixed = {name: ends[name] for name in starts if name not in parameters}  # what goes in is all of the source's
+        mixed = {name: ends[name] for name in starts if name not in parameters}  # all statistics are the source's
         for name in parameters:
             take = takes[units.index(unit_of(name, units))].float()
             mixed[name] = starts[name] + take * (ends[name] - starts[name])
@@ -93,7 +93,7 @@ def naive_coefficients(base: Any, source: Any, units: Sequence[str], labels: Any
 
 
 @pytest.mark.parametrize("evaluates", [False, True])
-def test_each_half_of_the_labels_judges_what_the_other_taught(evaluates: bool, world: Path) -> None:
+def test_each_half_of_the_labels_validates_the_coefficients_of_the_other(evaluates: bool, world: Path) -> None:
     merger = merger_of(world)
     base, source = deepcopy(merger.model), GraspMerger.from_pretrained(str(world / "beginner")).model
     held_out = {"eval_dataset": HELD_OUT} if evaluates else {}
@@ -107,7 +107,7 @@ def test_each_half_of_the_labels_judges_what_the_other_taught(evaluates: bool, w
     assert {unit.name: (unit.keep, unit.coefficient) for unit in step.units} == {
         unit: pytest.approx(mix, abs=1e-4) for unit, mix in mean.items()
     }
-    assert fits[0] != fits[1] != mean, "each half taught something else"
+    assert fits[0] != fits[1] != mean, "each half taught different coefficients"
 
     samples = [one, other, *held_out.values()]
     mixed = [naive_mix(base, source, mixes) for mixes in (*fits, mean)]
@@ -119,7 +119,7 @@ def test_each_half_of_the_labels_judges_what_the_other_taught(evaluates: bool, w
     assert step.candidates["average"] == pytest.approx(float(average.mean()), abs=1e-5)
     assert len(blend) == (27 if evaluates else 21)
     ahead = average - blend
-    assert float(ahead.mean()) > float(ahead.std()) / math.sqrt(len(ahead)), "which is why the blend is taken"
+    assert float(ahead.mean()) > float(ahead.std()) / math.sqrt(len(ahead)), "so the blend is chosen"
     parts = [class_losses(model, part) for model, part in zip(mixed, samples, strict=False)]
     assert step.after_transfer["loss"] == pytest.approx(float(torch.cat(parts).mean()), abs=1e-5)
     before = torch.cat([calibrated_losses(base, part) for part in samples])
@@ -130,12 +130,11 @@ def test_each_half_of_the_labels_judges_what_the_other_taught(evaluates: bool, w
     assert step.after["loss"] == pytest.approx(mean_loss(mixed[2], *samples), abs=1e-5)
 
 
-def test_coefficients_that_fail_before_the_other_half_give_way_to_the_average(world: Path) -> None:
+def test_coefficients_that_fail_on_the_other_half_give_way_to_the_average(world: Path) -> None:
     sources = [str(world / "expert-1"), str(world / "expert-2")]
     labels = [(int(label) + (index % 7 == 0)) % 3 for index, label in enumerate(LABELS["labels"])]
-    data = LABELS.remove_columns("labels").add_column(
-        "labels", labels
-    )  # so few of them are wrong that the average stays
+    # Only few labels are wrong, so that the average is not undone.
+    data = LABELS.remove_columns("labels").add_column("labels", labels)
     merger = merger_of(world, method="average")
     merger.merge(sources[:1], train_dataset=data)
     plain = deepcopy(merger).merge(sources[1:], train_dataset=data).steps[-1]
@@ -153,8 +152,8 @@ def test_one_mix_after_another_leaves_nothing_of_the_first(world: Path, tmp_path
     tensors, source = movable_tensors(merger.model), movable_tensors(perturbed(tiny_model("resnet"), 5))
     before = {name: value.clone() for name, value in tensors.items()}
     scratch = Scratch(tmp_path, tensors)
-    for room in (scratch.start, scratch.base):
-        room.copy_(tensors)
+    for buffer in (scratch.start, scratch.base):
+        buffer.copy_(tensors)
     units = partition(merger.model, "layer")
     one, other = units[0].name, units[1].name
     stay = {unit.name: Mix.on_line(0.0) for unit in units}
@@ -177,7 +176,7 @@ def test_one_mix_after_another_leaves_nothing_of_the_first(world: Path, tmp_path
 
 
 def test_a_mean_that_is_worse_than_the_start_is_undone(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The halves judge their own models only."""
+    """Each half validates its own fit only, so the mean of the fits needs a check of its own."""
     merger, broken = merger_of(world), merger_of(world)
     before = {name: value.clone() for name, value in movable_tensors(broken.model).items()}
     step = merger.merge([str(world / "beginner")], train_dataset=LABELS).steps[0]
@@ -188,7 +187,7 @@ def test_a_mean_that_is_worse_than_the_start_is_undone(world: Path, monkeypatch:
     assert all(torch.equal(value, before[name]) for name, value in movable_tensors(broken.model).items())
 
 
-def test_where_the_model_has_learned_the_labels_evaluation_data_judge_alone(world: Path) -> None:
+def test_where_the_model_has_learned_the_labels_only_evaluation_data_validate(world: Path) -> None:
     merger = merger_of(world, initial_epochs=1)
     step = merger.merge([str(world / "1")], train_dataset=LABELS, eval_dataset=HELD_OUT).steps[0]
     assert step.validated_by == "evaluation data" and set(step.candidates) == {"blend", "average"}
@@ -197,7 +196,7 @@ def test_where_the_model_has_learned_the_labels_evaluation_data_judge_alone(worl
 
 
 def teachers(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
-    """Return a list that will hold which labels batches were drawn from."""
+    """Return a list that gets, for each set of batches, the labels that they are drawn from."""
     taught: list[set[int]] = []
     original = Labels.batches
 
@@ -209,19 +208,19 @@ def teachers(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     return taught
 
 
-def test_without_the_gate_all_labels_teach_and_none_judge(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_gate_all_labels_teach_and_none_validates(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taught = teachers(monkeypatch)
     step = merger_of(world, gate=False).merge([str(world / "1")], train_dataset=LABELS).steps[0]
     assert step.candidates == {} and step.change is None and step.moved
     assert taught[-1] == {*range(len(LABELS))}
 
 
-def test_a_single_label_teaches_and_does_not_judge(world: Path) -> None:
+def test_a_single_label_teaches_and_does_not_validate(world: Path) -> None:
     step = merger_of(world).merge([str(world / "1")], train_dataset=LABELS.select([0])).steps[0]
     assert step.validated_by == "" and step.change is None and step.moved
 
 
-def test_of_many_labels_some_judge_and_all_the_others_teach(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_of_many_labels_validate_and_all_others_teach(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grasp_hf.validation.labels, "MOST_VALIDATION_LABELS", 9)
     taught = teachers(monkeypatch)
     step = merger_of(world).merge([str(world / "1")], train_dataset=LABELS).steps[0]
@@ -233,15 +232,13 @@ def test_of_many_labels_some_judge_and_all_the_others_teach(world: Path, monkeyp
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return what the steps warned of since the last call."""
+    """Return the warnings of the steps since the last call."""
     found = [record.getMessage() for record in caplog.records if record.name == "grasp_hf.validation.labels"]
     caplog.clear()
     return found
 
 
-def test_few_judges_are_named_once_in_a_merge_with_what_they_cannot_show(
-    world: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_merge_warns_once_of_few_validation_samples(world: Path, caplog: pytest.LogCaptureFixture) -> None:
     sources = [str(world / "1"), str(world / "2")]
     merger_of(world, method="average").merge(sources, train_dataset=LABELS, eval_dataset=HELD_OUT)
     assert warnings_of(caplog) == [
@@ -252,12 +249,14 @@ def test_few_judges_are_named_once_in_a_merge_with_what_they_cannot_show(
     (warning,) = warnings_of(caplog)
     assert warning.startswith("the sources are validated by evaluation data, 6 samples: ")
     merger_of(world, method="average", gate=False).merge(sources, train_dataset=LABELS, eval_dataset=HELD_OUT)
-    assert warnings_of(caplog) == [], "nothing is decided by them"
+    assert warnings_of(caplog) == [], "they decide nothing"
     merger_of(world, method="average").merge(sources, train_dataset=tiny_data("resnet", 100, seed=1))
     assert warnings_of(caplog) == []
 
 
-def test_labels_that_were_learned_judge_no_further_fine_tuning(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_that_were_learned_validate_no_further_fine_tuning(
+    world: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     merger = merger_of(world, final_epochs=2, training_arguments={"learning_rate": 0.01})
     first = merger.merge([str(world / "1")], train_dataset=LABELS).run.final
     assert first is not None and first.validated_by == "two halves of the labels" and merger.report.finetuned
@@ -267,26 +266,25 @@ def test_labels_that_were_learned_judge_no_further_fine_tuning(world: Path, capl
     assert report.run.final.alone is None and report.steps[1].moved and not report.steps[1].validated_by
     assert not torch.equal(merger.judge(HELD_OUT).losses, before)
     assert "the gate is off for this merge" in caplog.text
-    judged = merger.merge([str(world / "2")], train_dataset=LABELS, eval_dataset=HELD_OUT)
+    last = merger.merge([str(world / "2")], train_dataset=LABELS, eval_dataset=HELD_OUT)
     assert (
-        judged.run.final is not None
-        and judged.run.final.validated_by == judged.steps[2].validated_by == "evaluation data"
+        last.run.final is not None and last.run.final.validated_by == last.steps[2].validated_by == "evaluation data"
     )
 
 
-def test_a_fine_tuning_that_was_taken_back_has_taught_nothing(world: Path) -> None:
+def test_labels_of_a_fine_tuning_that_was_undone_still_validate(world: Path) -> None:
     def wrong(sample: dict[str, Any]) -> dict[str, Any]:
         return {"labels": (sample["labels"] + 1) % 3}
 
-    judges, rate = HELD_OUT.map(wrong), {"learning_rate": 0.02}
+    wrong_data, rate = HELD_OUT.map(wrong), {"learning_rate": 0.02}
     knowing = merger_of(world, gate=False, initial_epochs=15, training_arguments=rate)
     knowing.merge([], train_dataset=LABELS.map(wrong))
     before = {name: tensor.clone() for name, tensor in knowing.model.state_dict().items()}
     merger = GraspMerger(knowing.model, GraspConfig(**{**CONFIG, "initial_epochs": 4}, training_arguments=rate))
-    merger.merge([], train_dataset=LABELS, eval_dataset=judges)
+    merger.merge([], train_dataset=LABELS, eval_dataset=wrong_data)
     assert all(torch.equal(before[name], tensor) for name, tensor in merger.model.state_dict().items())
     assert not merger.report.finetuned
-    step = merger.merge([str(world / "1")], train_dataset=LABELS, eval_dataset=judges).steps[0]
+    step = merger.merge([str(world / "1")], train_dataset=LABELS, eval_dataset=wrong_data).steps[0]
     assert step.validated_by == "two halves of the labels and evaluation data"
 
 

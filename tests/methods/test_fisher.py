@@ -32,14 +32,14 @@ def batches_of(kind: str, samples: int = 8, size: int = 4) -> list[Batch]:
 
 
 def sure(model: PreTrainedModel, label: int, logit: float = 12.0) -> PreTrainedModel:
-    """Return `model` so sure of one class that no other is drawn; its gradients are small then."""
+    """Change `model` so that it is sure of one class and no other label is drawn; return it. Its gradients are small."""
     with torch.no_grad():
         model.get_parameter("classifier.bias").copy_(torch.where(torch.arange(CLASSES) == label, logit, -2.0))
     return model
 
 
 def naive_fisher(model: PreTrainedModel, batches: list[Batch], label: int) -> Tensors:
-    """The square of each batch's gradient under that label, in double precision, summed."""
+    """Return the sum over batches of the squared gradient with that label, in double precision."""
     found = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in model.named_parameters()}
     for batch in batches:
         model.zero_grad()
@@ -52,37 +52,37 @@ def naive_fisher(model: PreTrainedModel, batches: list[Batch], label: int) -> Te
 
 
 class Mean:
-    """A model that takes in others, one at a time."""
+    """A mean of models that come one at a time."""
 
     def __init__(self, model: PreTrainedModel, directory: Path) -> None:
         self.model, self.tensors = model, movable_tensors(model)
         self.scratch = Scratch(directory, self.tensors)
         self.units = partition(model, "layer")
 
-    def measure(self, source: PreTrainedModel, share: float, batches: list[Batch]) -> dict[str, Mix]:
-        """Look at a model, as one that a plain mean takes `share` of."""
+    def measure(self, source: PreTrainedModel, average: float, batches: list[Batch]) -> dict[str, Mix]:
+        """Measure a model of which a plain mean takes `average`."""
         self.scratch.start.copy_(self.tensors)
-        shares = {unit.name: share for unit in self.units}
+        fractions = dict.fromkeys((unit.name for unit in self.units), average)
         values = movable_tensors(source)
         return running_fisher(self.scratch).measure(
-            self.model, values, self.scratch.start, self.units, shares, batches, seed=0
+            self.model, values, self.scratch.start, self.units, fractions, batches, seed=0
         )
 
-    def take(self, source: PreTrainedModel, share: float, batches: list[Batch]) -> None:
-        """Take it in."""
-        mixes = self.measure(source, share, batches)
+    def add(self, source: PreTrainedModel, average: float, batches: list[Batch]) -> None:
+        """Merge the model into the mean."""
+        mixes = self.measure(source, average, batches)
         values, fisher = movable_tensors(source), running_fisher(self.scratch)
         blend_(self.tensors, self.scratch.start, values, self.units, mixes, fractions=fisher.fractions)
         fisher.add()
 
-    def share(self, name: str) -> Tensor | None:
-        """Return how much of each element of a tensor goes in."""
+    def fraction(self, name: str) -> Tensor | None:
+        """Return the fraction of the measured model for each element of a tensor; `None` for a statistic."""
         found = running_fisher(self.scratch).fractions(name)
         return None if found is None else torch.cat([*found])
 
 
 @pytest.mark.parametrize("kind", ["bert", "resnet"])
-def test_one_model_after_the_other_gives_the_mean_of_all(kind: str, tmp_path: Path) -> None:
+def test_models_that_come_one_at_a_time_give_the_mean_of_all(kind: str, tmp_path: Path) -> None:
     batches, sources = batches_of(kind), []
     for label in range(CLASSES):
         sources.append(perturbed(tiny_model(kind), label + 1, scale=0.1).eval())
@@ -90,15 +90,15 @@ def test_one_model_after_the_other_gives_the_mean_of_all(kind: str, tmp_path: Pa
             sure(sources[-1], label)
     mean = Mean(tiny_model(kind).eval(), tmp_path)
     for number, source in enumerate(sources, start=1):
-        mean.take(source, 1 / number, batches)
+        mean.add(source, 1 / number, batches)
     if kind == "bert":
         fishers = [naive_fisher(source, batches, label) for label, source in enumerate(sources)]
     else:
         fishers = []
         for source in sources:
-            room = {name: torch.zeros_like(tensor) for name, tensor in source.named_parameters()}
-            fisher_(room, source, batches, room, seed=0)
-            fishers.append({name: tensor.double() for name, tensor in room.items()})
+            buffer = {name: torch.zeros_like(tensor) for name, tensor in source.named_parameters()}
+            fisher_(buffer, source, batches, buffer, seed=0)
+            fishers.append({name: tensor.double() for name, tensor in buffer.items()})
     for name, found in mean.model.named_parameters():
         values = [source.get_parameter(name).double() for source in sources]
         total = sum(fisher[name] for fisher in fishers) + 3e-30
@@ -107,37 +107,37 @@ def test_one_model_after_the_other_gives_the_mean_of_all(kind: str, tmp_path: Pa
         assert name.startswith("bert.embeddings") or not torch.allclose(found.double(), sum(values) / 3, atol=1e-4)
 
 
-def test_what_has_no_fisher_goes_in_as_in_a_plain_mean(tmp_path: Path) -> None:
+def test_an_element_without_fisher_information_gets_the_plain_mean(tmp_path: Path) -> None:
     batches, sources = batches_of("bert"), [perturbed(tiny_model("bert"), n).eval() for n in range(3)]
     mean = Mean(tiny_model("bert").eval(), tmp_path)
     for number, source in enumerate(sources, start=1):
-        mean.take(source, 1 / number, batches)
-    unused = "bert.embeddings.position_embeddings.weight"  # behind the end of all texts
+        mean.add(source, 1 / number, batches)
+    unused = "bert.embeddings.position_embeddings.weight"  # no text is longer than 8 tokens
     plain = torch.stack([source.get_parameter(unused) for source in sources]).mean(0)
     torch.testing.assert_close(mean.model.get_parameter(unused)[8:], plain[8:])
     assert not torch.allclose(mean.model.get_parameter(unused)[:8], plain[:8])
 
 
-def test_statistics_go_in_as_the_weights_of_their_unit(tmp_path: Path) -> None:
+def test_statistics_are_mixed_as_the_weights_of_their_unit(tmp_path: Path) -> None:
     batches, (one, other) = batches_of("resnet"), [perturbed(tiny_model("resnet"), n).eval() for n in range(2)]
     mean = Mean(one, tmp_path)
     before = {name: tensor.clone() for name, tensor in mean.tensors.items()}
-    mixes, share = mean.measure(other, 0.5, batches), running_fisher(mean.scratch).fractions
-    blend_(mean.tensors, mean.scratch.start, movable_tensors(other), mean.units, mixes, fractions=share)
+    mixes, fraction = mean.measure(other, 0.5, batches), running_fisher(mean.scratch).fractions
+    blend_(mean.tensors, mean.scratch.start, movable_tensors(other), mean.units, mixes, fractions=fraction)
     seen = 0
     for unit in mean.units:
-        weights = [share for share in map(mean.share, unit.tensors) if share is not None]
-        taken = torch.cat([share.flatten() for share in weights]).mean().item()
-        assert mixes[unit.name] == pytest.approx((1 - taken, taken)) and 0.01 < taken < 0.99
+        weights = [fraction for fraction in map(mean.fraction, unit.tensors) if fraction is not None]
+        take = torch.cat([fraction.flatten() for fraction in weights]).mean().item()
+        assert mixes[unit.name] == pytest.approx((1 - take, take)) and 0.01 < take < 0.99
         for name in unit.tensors:
             if name.endswith("running_mean"):
-                expected = torch.lerp(before[name], movable_tensors(other)[name], taken)
+                expected = torch.lerp(before[name], movable_tensors(other)[name], take)
                 torch.testing.assert_close(mean.tensors[name], expected)
                 seen += 1
     assert seen
 
 
-def test_a_mean_whose_parts_are_not_known_counts_as_often_as_it_has_parts(tmp_path: Path) -> None:
+def test_a_mean_of_unknown_models_counts_as_often_as_it_has_models(tmp_path: Path) -> None:
     batches = batches_of("bert")
     target, source = (sure(perturbed(tiny_model("bert"), n).eval(), n) for n in range(2))
     mean = Mean(target, tmp_path)
@@ -145,34 +145,34 @@ def test_a_mean_whose_parts_are_not_known_counts_as_often_as_it_has_parts(tmp_pa
     own, other = naive_fisher(target, batches, 0), naive_fisher(source, batches, 1)
     for name in ("classifier.weight", "bert.encoder.layer.0.output.dense.weight"):
         expected = other[name] / (other[name] + 3 * own[name])
-        torch.testing.assert_close(mean.share(name), expected.float(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(mean.fraction(name), expected.float(), rtol=1e-3, atol=1e-4)
 
 
-def test_only_what_is_taken_counts(tmp_path: Path) -> None:
+def test_only_models_that_were_added_count(tmp_path: Path) -> None:
     batches, name = batches_of("bert"), "classifier.weight"
-    target, turned_away, source = (perturbed(tiny_model("bert"), n).eval() for n in range(3))
+    target, rejected, source = (perturbed(tiny_model("bert"), n).eval() for n in range(3))
 
-    def share(*others: PreTrainedModel, plain: float = 0.5, take: bool = False, forget: bool = False) -> Tensor:
-        directory = tmp_path / f"{len(others)}-{plain}-{take}-{forget}"
+    def fraction(*others: PreTrainedModel, plain: float = 0.5, add: bool = False, forget: bool = False) -> Tensor:
+        directory = tmp_path / f"{len(others)}-{plain}-{add}-{forget}"
         directory.mkdir()
         mean = Mean(deepcopy(target), directory)
         for other in others:
             mean.measure(other, plain, batches)
-            if take:
+            if add:
                 running_fisher(mean.scratch).add()
             if forget:
                 mean.scratch.make_room()
         mean.measure(source, 0.5, batches)
-        found = mean.share(name)
+        found = mean.fraction(name)
         assert found is not None
         return found
 
-    alone = share()
-    assert torch.equal(share(turned_away), alone)
-    assert torch.equal(share(turned_away, plain=1.0), alone)
-    assert (share(turned_away, take=True) < alone).all()
-    assert not torch.equal(share(turned_away, plain=1.0, take=True), alone)
-    assert torch.equal(share(turned_away, take=True, forget=True), alone)
+    alone = fraction()
+    assert torch.equal(fraction(rejected), alone)
+    assert torch.equal(fraction(rejected, plain=1.0), alone)
+    assert (fraction(rejected, add=True) < alone).all()
+    assert not torch.equal(fraction(rejected, plain=1.0, add=True), alone)
+    assert torch.equal(fraction(rejected, add=True, forget=True), alone)
 
 
 def test_the_fisher_of_the_mean_is_measured_once(tmp_path: Path) -> None:
@@ -189,32 +189,34 @@ def test_the_fisher_of_the_mean_is_measured_once(tmp_path: Path) -> None:
 
 def test_half_precision_weighs_as_single_precision_does(tmp_path: Path) -> None:
     """The squares of most gradients are too small for float16."""
-    batches, shares = batches_of("bert"), []
+    batches, fractions = batches_of("bert"), []
     for dtype in (torch.float32, torch.float16):
         pair = (sure(perturbed(tiny_model("bert"), n, scale=0.1).eval(), n, logit=5.0) for n in range(2))
         target, source = (model.half().to(dtype) for model in pair)
         (directory := tmp_path / str(dtype)).mkdir()
         mean = Mean(target, directory)
         mean.measure(source, 0.5, batches)
-        found = [mean.share(name) for name, _ in target.named_parameters()]
-        shares.append(torch.cat([share.flatten() for share in found if share is not None]))
-    assert float((shares[1] - shares[0]).abs().median()) < 0.05 < 0.3 < float((shares[0] - 0.5).abs().median())
+        found = [mean.fraction(name) for name, _ in target.named_parameters()]
+        fractions.append(torch.cat([fraction.flatten() for fraction in found if fraction is not None]))
+    assert (
+        float((fractions[1] - fractions[0]).abs().median()) < 0.05 < 0.3 < float((fractions[0] - 0.5).abs().median())
+    )
 
 
 def test_a_fisher_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     model = tiny_model("bert").eval()
-    room = MappedTensors(tmp_path / "room", dict(model.named_parameters()))
+    buffer = MappedTensors(tmp_path / "buffer", dict(model.named_parameters()))
     model.get_parameter("classifier.weight").register_hook(lambda gradient: gradient * 1e30)
     with pytest.raises(NonFiniteError, match="Fisher information of classifier.weight"):
-        fisher_(room, model, batches_of("bert"), room, seed=0)
+        fisher_(buffer, model, batches_of("bert"), buffer, seed=0)
 
 
-def test_labels_that_are_no_classes_are_an_error(tmp_path: Path) -> None:
+def test_labels_that_are_not_classes_are_an_error(tmp_path: Path) -> None:
     model = tiny_model("bert").eval()
-    room = MappedTensors(tmp_path / "room", dict(model.named_parameters()))
+    buffer = MappedTensors(tmp_path / "buffer", dict(model.named_parameters()))
     batches = [{**batch, "labels": batch["labels"].float()[:, None].expand(-1, 3)} for batch in batches_of("bert")]
     with pytest.raises(DataError, match="expected one class id"):
-        fisher_(room, model, batches, room, seed=0)
+        fisher_(buffer, model, batches, buffer, seed=0)
 
 
 @pytest.fixture(scope="session")
@@ -234,31 +236,31 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def merged(world: Path, sources: str = "12", **settings: Any) -> GraspMerger:
     """Merge those sources into the base."""
     config: dict[str, Any] = {**NO_TUNING, "method": "blend", "unit": "layer", "gate": True, "batch_size": 4}
-    config |= {"num_batches": 3, "coefficient_lr": 1.0} | settings  # at that rate coefficients are nothing to rely on
+    config |= {"num_batches": 3, "coefficient_lr": 1.0} | settings  # at that rate learned coefficients are unreliable
     merger = GraspMerger.from_pretrained(str(world / "base"), config=GraspConfig(**config))
     merger.merge([str(world / name) for name in sources], train_dataset=LABELS)
     return merger
 
 
 def fisher_of(source: PreTrainedModel, merger: GraspMerger, seed: int) -> Tensors:
-    """Return the Fisher information of a source as the step with that seed sees it."""
+    """Return the Fisher information of a source on the batches of the step with that seed."""
     collate = keep_model_columns(merger.model, None)
     batches = [*sample_batches(LABELS, collate, Accelerator(), merger.config, seed=seed)]
-    room = {name: torch.zeros_like(tensor) for name, tensor in source.named_parameters()}
-    fisher_(room, source, batches, room, seed=seed)
-    return {name: tensor + 1e-30 for name, tensor in room.items()}
+    buffer = {name: torch.zeros_like(tensor) for name, tensor in source.named_parameters()}
+    fisher_(buffer, source, batches, buffer, seed=seed)
+    return {name: tensor + 1e-30 for name, tensor in buffer.items()}
 
 
 def calibrated(merger: GraspMerger) -> float:
-    """Return the loss by which options are compared, of the model as it is."""
+    """Return the loss of the present model by which candidates are compared."""
     parts = [LABELS.select(half) for half in halves(len(LABELS), merger.config.seed)]
     return float(torch.cat([calibrated_losses(merger.model, part) for part in parts]).mean())
 
 
-def test_a_merge_takes_the_fisher_average_where_the_labels_judge_it_best(world: Path) -> None:
+def test_the_fisher_average_is_merged_if_its_loss_on_the_labels_is_clearly_lower(world: Path) -> None:
     merger = merged(world)
     first, second = merger.report.steps
-    assert list(first.candidates) == ["blend", "average"] and first.chosen == "average"  # the only model of a mean
+    assert list(first.candidates) == ["blend", "average"] and first.chosen == "average"  # the mean of one model
     assert list(second.candidates) == ["blend", "average", "fisher"] and second.chosen == "fisher" and second.accepted
     assert second.decision == "averaged by Fisher" and f"fisher {second.candidates['fisher']:.3f}" in " ".join(
         second.details()
@@ -279,7 +281,7 @@ def test_a_merge_takes_the_fisher_average_where_the_labels_judge_it_best(world: 
         assert unit.keep == pytest.approx(1 - unit.coefficient)
 
 
-def test_the_next_source_meets_the_sum_of_those_before(world: Path) -> None:
+def test_the_next_source_is_weighed_against_the_sum_of_those_before(world: Path) -> None:
     merger, sources = merged(world), [GraspMerger.from_pretrained(str(world / name)).model.eval() for name in "123"]
     step = merged(world, sources="123").report.steps[2]
     seed = merger.config.seed
@@ -291,13 +293,13 @@ def test_the_next_source_meets_the_sum_of_those_before(world: Path) -> None:
         mean = float(torch.cat([takes[name].flatten() for name in names if name in takes]).mean())
         for name in names:
             if tensors[name].is_floating_point():
-                share = takes.get(name, torch.tensor(mean))
-                tensors[name].data.copy_(torch.lerp(tensors[name].detach(), third[name].detach(), share))
+                fraction = takes.get(name, torch.tensor(mean))
+                tensors[name].data.copy_(torch.lerp(tensors[name].detach(), third[name].detach(), fraction))
     assert step.candidates["fisher"] == pytest.approx(calibrated(merger), rel=1e-3)
 
 
-def test_fine_tuning_makes_the_mean_forget_its_parts(world: Path) -> None:
-    """It is another model then, and its files hold something else: as if each source came to a merge of its own."""
+def test_fine_tuning_makes_the_mean_forget_its_models(world: Path) -> None:
+    """After a fine-tuning, a merge measures as if each source came in a merge of its own."""
     settings: dict[str, Any] = {"finetune_epochs": 1, "training_arguments": {"learning_rate": 0.003, "use_cpu": True}}
     held_out = tiny_data("resnet", 24, seed=3)
     merger, other = (merged(world, sources="", **settings) for _ in range(2))
@@ -305,11 +307,12 @@ def test_fine_tuning_makes_the_mean_forget_its_parts(world: Path) -> None:
     steps = merger.merge(names, train_dataset=LABELS, eval_dataset=held_out).steps
     for name in names:
         other.merge_source(name, train_dataset=LABELS, eval_dataset=held_out)
-    assert "blend" not in {step.chosen for step in [*steps, *other.report.steps][1:]}  # counts from each merge's start
+    # The coefficients of `blend` would count from the start of each merge.
+    assert "blend" not in {step.chosen for step in [*steps, *other.report.steps][1:]}
     assert steps[2].candidates["fisher"] == other.report.steps[2].candidates["fisher"]
 
 
-def test_without_the_gate_no_average_is_looked_at(world: Path) -> None:
+def test_without_the_gate_no_average_is_a_candidate(world: Path) -> None:
     assert [step.candidates for step in merged(world, gate=False).report.steps] == [{}, {}]
 
 

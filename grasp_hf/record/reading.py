@@ -1,0 +1,48 @@
+"""Entries of a record from its file; files of version 0.1 have other names for some fields."""
+
+from typing import Any
+
+from .entries import ChangeReport, FinetuneReport, Reason, UnitReport
+from .step import StepReport
+
+# Names of fields in records of version 0.1.
+_EARLIER_NAMES = {"judged_by": "validated_by", "options": "candidates", "taken": "chosen", "share": "fraction"}
+
+_EARLIER_REASONS = {
+    "within the noise: kept": Reason.UNCLEAR,
+    "the calibrated loss rises by more than its standard error": Reason.HARMS,
+    "worse than before the first source": Reason.WORSE_THAN_START,
+    "the loss is NaN or infinite": Reason.NOT_FINITE,
+    "fine-tuning without any source is better": Reason.BETTER_ALONE,
+}
+
+
+def with_present_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of an entry under their present names."""
+    return {_EARLIER_NAMES.get(name, name): value for name, value in values.items()}
+
+
+def read_step(values: dict[str, Any]) -> StepReport:
+    """Return a step from the dictionary that `asdict` made; in records of earlier versions some fields are missing."""
+    change = values.get("change")
+    return StepReport(
+        **{
+            **with_present_names(values),
+            "units": [UnitReport(**unit) for unit in values["units"]],
+            "reason": _read_reason(values.get("reason", "")),
+            "change": change and ChangeReport(**change),
+            "finetuned": read_finetuned(values.get("finetuned")),
+        }
+    )
+
+
+def _read_reason(text: str) -> Reason:
+    return Reason(_EARLIER_REASONS.get(text, text))
+
+
+def read_finetuned(values: dict[str, Any] | None) -> FinetuneReport | None:
+    """Return a fine-tuning from what `asdict` made of it; `None` if there was none."""
+    if values is None:
+        return None
+    gain = values.get("gain")
+    return FinetuneReport(**{**with_present_names(values), "gain": gain and ChangeReport(**gain)})
