@@ -43,7 +43,7 @@ for index in range(int(sys.argv[2])):
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
 """
-PUBLISH = """
+UPLOAD = """
 import sys
 from huggingface_hub import HfApi
 for index in range(int(sys.argv[2])):
@@ -136,11 +136,11 @@ class Bench:
             raise RuntimeError(result.stderr[-3000:])
         return result.stdout, peaks
 
-    def publish(self, folder: Path, count: int, name: str, sizes: dict[str, int], shards: str) -> list[int]:
+    def upload(self, folder: Path, count: int, name: str, sizes: dict[str, int], shards: str) -> list[int]:
         """Make `count` models and upload them; return the sizes in bytes of the shards of the second model."""
         home = Path(self.root, "maker")
         self.run(MAKE, str(folder), str(count), name, json.dumps(sizes), shards, home=home)
-        self.run(PUBLISH, str(folder), str(count), name, home=home)
+        self.run(UPLOAD, str(folder), str(count), name, home=home)
         return [path.stat().st_size for path in (folder / f"{name}-1").glob("*.safetensors")]
 
     def row(self, code: str, *arguments: str, base: str = "model") -> dict[str, float]:
@@ -171,7 +171,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, HubServer(Path(name, "hub"), {TOKEN: "me"}, xet=args.xet) as hub:
         bench, count = Bench(hub, Path(name), args.xet), max(*args.sources, args.plan or 0) + 1
         models = Path(name, "models")
-        (size,) = bench.publish(models, count, "model", {}, "1GB")
+        (size,) = bench.upload(models, count, "model", {}, "1GB")
         print(f"sources of {size / 1e6:.1f} MB, {'Xet' if args.xet else 'without Xet'}; in sizes of one source")
         print(f"{'':36}{'models (left)':>18}{'temporary':>12}{'wire':>8}")
         rows: dict[str, Any] = {}
@@ -189,7 +189,7 @@ def main() -> None:
             print_row(f"K = {sources}, merge, prefetch: false", size, MERGE, str(sources), "no", "given")
             print_row(f"K = {sources}, snapshot_download of all", size, SNAPSHOT, str(sources))
         if args.shards:
-            sizes = bench.publish(models, 3, "sharded", SHARDED, "7MB")
+            sizes = bench.upload(models, 3, "sharded", SHARDED, "7MB")
             hub.fault("GET /lfs/", "slow", bytes_per_second=50_000_000, times=10_000)
             print(f"{sum(sizes) / 1e6:.1f} MB in {len(sizes)} shards of at most {max(sizes) / sum(sizes):.2f} sources")
             for data in ("data", "no data"):

@@ -1,4 +1,4 @@
-"""The settings as rows: complete, with the defaults of `GraspConfig`, in words that end."""
+"""The settings as rows: all fields of `GraspConfig`, with their defaults and whole sentences."""
 
 from dataclasses import fields
 
@@ -41,8 +41,8 @@ def test_every_setting_has_a_meaning_that_begins_with_a_short_sentence() -> None
         assert row.summary and len(row.summary) <= 110 and "`" not in row.summary, row.name
         assert row.meaning.replace("`", "").startswith(f"{row.summary}."), row.name
     assert {row.name: row.meaning for row in settings()}["final_epochs"] == (
-        "Epochs of fine-tuning after the last source. `num_train_epochs` in `training_arguments` replaces those of the "
-        "three settings that are not 0."
+        "Epochs of fine-tuning after the last source. `num_train_epochs` in `training_arguments` replaces those of "
+        "`initial_epochs`, `finetune_epochs` and `final_epochs` that are not 0."
     )
 
 
