@@ -28,7 +28,6 @@ from .reference import SourceRef
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 30.0  # seconds
-ATTEMPTS = 4
 PAUSES = (1.0, 2.0, 4.0)  # seconds between attempts
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # status codes that may change when a request is repeated
 

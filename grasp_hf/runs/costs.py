@@ -61,7 +61,7 @@ def _memory_factor(config: GraspConfig) -> tuple[float, str]:
         return 1.2, "fine-tuning by LoRA"
     if config.training_arguments.get("optim") == "adafactor":
         return 2.2, "fine-tuning with Adafactor"
-    return 4.1, "AdamW fine-tuning; less with `lora` or `optim: adafactor`"
+    return 4.1, "fine-tuning with AdamW; `lora` and adafactor need less"
 
 
 def _duration(seconds: float) -> str:

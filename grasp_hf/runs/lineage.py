@@ -18,6 +18,7 @@ from ..internals import saved_state
 from ..record.redaction import without_secrets
 from ..record.report import MergeReport
 from ..record.saving import CONFIG_FILE, read_record
+from ..record.text import wrap
 from ..sources.checkpoint import file_tensors
 from .prepare import prepare
 
@@ -187,5 +188,6 @@ def _recorded_recipe(merged: str, values: dict[str, Any], overrides: Sequence[st
         )
     for key in LOGGED:
         if values.get(key):
-            logger.info("from the record of '%s': %s: %r", merged, key, without_secrets(values[key]))
+            value = without_secrets(values[key])
+            logger.info(wrap(f"from the record of '{merged}': {key}: {value!r}", "", "    "))
     return recipe
