@@ -212,7 +212,7 @@ def test_a_plan_fits_in_a_terminal() -> None:
     lines = plan_table([*rows, rows[1]], recipe).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
     assert cells[0] == ["base", name, "adapter", "123.46 GB", "123.46 GB", "12"]
-    assert cells[1][1:] == ["mrm8488/distilrobe…entiment-analysis", "full", "987.7 MB", "987.7 MB", "none"]
+    assert cells[1][1:] == ["mrm8488/distilroberta…s-sentiment-analysis", "full", "987.7 MB", "987.7 MB", "none"]
     assert max(map(len, lines)) <= 100
     assert [line.partition(":")[0] for line in lines[6:11]] == [
         *("download", "  of it, to find the order", "disk at most", "memory", ""),
@@ -458,11 +458,10 @@ def test_a_merge_in_a_new_process(world: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for number, name in enumerate(["fine-1", "lora", "fine-2"], start=1):
-        assert len([line for line in lines if line.startswith(f"{number}/3 ") and f"{name} (" in line]) == 1
+        assert len([line for line in lines if line.startswith(f"{number}/3 ") and f"{name}: merged" in line]) == 1
     assert any(line.startswith("| source ") for line in lines)
-    for name, moved in (("fine-1", "20/20"), ("lora", "2/2")):
-        cells = next(line for line in lines if line.startswith(f"| {name} ")).split()
-        assert moved in cells and "merged" in cells
+    for name in ("fine-1", "lora", "fine-2"):
+        assert "merged" in next(line for line in lines if line.startswith(f"| {name} "))
     assert any(line.startswith("test: loss ") and ", accuracy " in line for line in lines)
     assert lines[-1] == f"saved: {output}"
     assert "error" not in done.stderr.lower() and "Traceback" not in done.stderr
@@ -472,8 +471,10 @@ def test_a_merge_in_a_new_process(world: Path) -> None:
     report = json.loads((output / "grasp_report.json").read_text())
     steps = [(Path(step["source"]).name, step["kind"]) for step in report["steps"]]
     assert steps == [("fine-1", "full"), ("lora", "adapter"), ("fine-2", "full")]
-    assert report["config"]["method"] == "copy" and report["config"]["threshold"] == -1
-    assert report["data"]["train"]["samples"] == 12 and report["data"]["eval"]["samples"] == 6
+    assert [sum(unit["coefficient"] == 1 for unit in step["units"]) for step in report["steps"]] == [20, 2, 20]
+    made = report["run"]
+    assert made["config"]["method"] == "copy" and made["config"]["threshold"] == -1
+    assert made["data"]["train"]["samples"] == 12 and made["data"]["eval"]["samples"] == 6
     with torch.no_grad():
         assert torch.isfinite(model(tiny_data("vit", 2)[:]["pixel_values"]).logits).all()
     assert list(model.config.id2label.values()) == ["bird", "cat", "dog"]
@@ -625,13 +626,15 @@ def test_a_merge_with_its_control(
     recipe = write_recipe(world, sources=["fine-1"], data={**DATA, "data_dir": "own"}, method="average", **settings)
     assert main(["merge", recipe, "--output", str(world / "merged"), "--control"]) == 0
     printed = capsys.readouterr().out
-    control = json.loads((world / "merged" / "grasp_report.json").read_text())["control"]
+    control = json.loads((world / "merged" / "grasp_report.json").read_text())["run"]["control"]
     assert control["validated_by"] == judges
     samples = len(LABELS) * (5 if splits else 6)
     assert control["change"]["samples"] == samples and control["change"]["loss"] != 0
-    line = f"against fine-tuning alone, on {samples} samples of the {judges}: loss {control['alone']['loss']:.3f} -> "
-    assert line in printed and line in (world / "merged" / "README.md").read_text()
-    assert ("they also chose what was kept" in printed) is (judges == "evaluation data")
+    printed, card = (" ".join(text.split()) for text in (printed, (world / "merged" / "README.md").read_text()))
+    for text in (printed, card):
+        assert f"from fine-tuning alone to the merge: loss {control['alone']['loss']:.3f} -> " in text
+        assert f", on {samples} samples of the {judges}" in text
+    assert ("these samples also chose what was kept" in printed) is (judges == "evaluation data")
 
     merged, data = GraspMerger.from_pretrained(str(world / "merged")), prepare(Recipe.from_yaml(recipe))[2]
     judged = data.test if splits else data.validation
