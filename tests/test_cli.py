@@ -462,7 +462,7 @@ def test_a_merge_in_a_new_process(world: Path) -> None:
     assert any(line.startswith("| source ") for line in lines)
     for name in ("fine-1", "lora", "fine-2"):
         assert "merged" in next(line for line in lines if line.startswith(f"| {name} "))
-    assert any(line.startswith("test: loss ") and ", accuracy " in line for line in lines)
+    assert any(line.startswith("- test: loss ") and ", accuracy " in line for line in lines)
     assert lines[-1] == f"saved: {output}"
     assert "error" not in done.stderr.lower() and "Traceback" not in done.stderr
     assert "held-out loss" not in done.stderr
