@@ -58,10 +58,10 @@ def _memory_factor(config: GraspConfig) -> tuple[float, str]:
     if not _trains(config):
         return 1.1, "no fine-tuning"
     if config.lora is not None:
-        return 1.2, "fine-tuning by LoRA"
+        return 1.2, "with LoRA"
     if config.training_arguments.get("optim") == "adafactor":
-        return 2.2, "fine-tuning with Adafactor"
-    return 4.1, "fine-tuning with AdamW; `lora` and adafactor need less"
+        return 2.2, "with Adafactor"
+    return 4.1, "with AdamW; less with `lora` or `optim: adafactor`"
 
 
 def _duration(seconds: float) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 from ..errors import first_few
 from ..record.text import format_size, shorten
 
-NAME_WIDTH = 36  # characters; with it the table fits in 100 columns
+NAME_WIDTH = 42  # characters; with it the table fits in 100 columns
 
 
 @dataclass
