@@ -212,7 +212,7 @@ def test_a_plan_fits_in_a_terminal() -> None:
     lines = plan_table([*rows, rows[1]], recipe).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
     assert cells[0] == ["base", name, "adapter", "123.46 GB", "123.46 GB", "12"]
-    assert cells[1][1:] == ["mrm8488/distilrobe…entiment-analysis", "full", "987.7 MB", "987.7 MB", "none"]
+    assert cells[1][1:] == ["mrm8488/distilroberta…s-sentiment-analysis", "full", "987.7 MB", "987.7 MB", "none"]
     assert max(map(len, lines)) <= 100
     assert [line.partition(":")[0] for line in lines[6:11]] == [
         *("download", "  of it, to find the order", "disk at most", "memory", ""),
