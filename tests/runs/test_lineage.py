@@ -274,7 +274,7 @@ def test_a_merge_is_reproduced_from_its_record(
     assert main(["reproduce", "merged", "data.data_dir=elsewhere", "seed=7"]) == 1
     lines = capsys.readouterr().out.splitlines()
     told = next(line for line in lines if line.startswith("not reproduced: "))
-    assert re.fullmatch(rf"not reproduced: \d+ of {count} tensors differ, the largest differences:", told)
+    assert re.fullmatch(rf"not reproduced: \d+ of {count} tensors differ; the largest differences:", told)
     worst = re.findall(r"^- (\S+): differs by up to (\S+)$", "\n".join(lines), re.MULTILINE)
     assert len(worst) == 5 and {name for name, _ in worst} <= set(saved_tensors(world / "merged"))
     sizes = [float(size) for _, size in worst]
