@@ -22,7 +22,7 @@ RESULTS = "comparison.json"
 TABLE = "comparison.md"
 FIGURE = "comparison-{}.png"  # the number of labels
 OURS = "ours"
-TITLE_WIDTH = 40  # characters; with it the tables fit in 100 columns
+TITLE_WIDTH = 38  # characters; with it the tables fit in 100 columns
 LEGEND = """\
 Each cell: the mean over the runs ± half of its 95 % interval.
 merged: before the final fine-tuning. final: after it.

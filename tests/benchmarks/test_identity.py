@@ -73,14 +73,12 @@ def test_the_sign_of_a_zero_is_a_bit_too(folders: tuple[Path, Path]) -> None:
         (torch.arange(6.0).reshape(2, 3).double(), "float64 [2, 3]"),
     ],
 )
-def test_another_shape_or_data_type_is_found(
-    folders: tuple[Path, Path], tensor: torch.Tensor, fingerprint: str
-) -> None:
+def test_another_shape_or_data_type_is_found(folders: tuple[Path, Path], tensor: torch.Tensor, described: str) -> None:
     path = folders[1] / "merged" / "model.safetensors"
     save_file(load_file(path) | {"layer.weight": tensor}, path)
     (line,) = compare_folders(*folders).differences
     assert "layer.weight: float32 [2, 3] " in line
-    assert f" != {fingerprint} " in line
+    assert f" != {described} " in line
 
 
 def test_a_tensor_that_one_side_lacks_is_found(folders: tuple[Path, Path]) -> None:

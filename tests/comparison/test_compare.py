@@ -389,9 +389,7 @@ def test_the_tables_fit_in_a_terminal() -> None:
     ]
     text = str(Comparison(found, {}))
     assert all(method.title in text for method in METHODS.values()), "no title of a method is shortened"
-    assert (
-        "| source org/long-long…long-long-long-name |" in text and "| source cardiffnlp/twitter-roberta-base " in text
-    )
+    assert "| source org/long-lon…ong-long-long-name " in text and "| source cardiffnlp/twitter-roberta-base " in text
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -771,7 +769,7 @@ def test_a_comparison_needs_a_base_model(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seeds": [-1]}, r"- seed: expected 0 to 2\*\*32 - 1000, got -1$"),
+        ({"seeds": [-1]}, r"- seed: got -1, expected 0 to 2\*\*32 - 1000$"),
         ({"seeds": []}, "^seeds: expected at least one"),
         ({"sizes": []}, "^sizes: expected at least one number of labels"),
         ({"sizes": [8, 0]}, r"^sizes: expected .* got \[8, 0\]$"),
