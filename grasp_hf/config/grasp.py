@@ -107,7 +107,7 @@ class GraspConfig:
         ConfigError: A value has the wrong type or is out of range. The error lists all problems.
     """
 
-    method: MethodName = "blend"
+    method: MethodName = "weighted"
     unit: Literal["layer", "module", "tensor", "parameter"] = "layer"
     threshold: float = 0.3
     num_batches: int = 8
@@ -209,6 +209,10 @@ class GraspConfig:
         The comparison needs a copy of the weights from before the merge.
         """
         return self.gate and self.trains(self.final_epochs) and not self.finetunes_between
+
+    def teaches(self, unlabeled: Any) -> bool:
+        """Whether the last fine-tuning learns from the predictions of the sources on unlabelled inputs, if there are any."""
+        return unlabeled is not None and self.gate and self.trains(self.final_epochs)
 
     def trains(self, epochs: float) -> bool:
         """Whether fine-tuning for `epochs` epochs trains at all, given `training_arguments`."""

@@ -6,10 +6,12 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
+from torch.utils.data import ConcatDataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ..config.grasp import GraspConfig
@@ -22,10 +24,13 @@ from ..hub.reference import Source
 from ..models.batches import Collator, check_dataset, keep_model_columns
 from ..models.gradients import checkpointing, preserved_state
 from ..sources.load import LoadedSource, load_source
+from ..teaching.predictions import Predictions
 from ..tensors.placing import overwrite_
 from ..tensors.scratch import Scratch
 from ..tensors.units import movable_tensors
+from ..validation.changes import paired_change
 from ..validation.labels import Labels
+from ..validation.losses import SampleLosses
 from .checks import check_loss
 from .step import Step
 
@@ -49,6 +54,9 @@ class Run:
     Attributes:
         labels: The labelled samples, with the losses of the model on them.
         scratch: The temporary files.
+        predictions: The predictions of the sources.
+        start_losses: The losses of the model before the first source; `None` if they are not known.
+        weights: Weight of each source in the mean, by reference; 1 for a source that is not named.
     """
 
     def __init__(
@@ -63,6 +71,8 @@ class Run:
         base_of: Callable[[Source], Source | None],
         base_token: str | None,
     ) -> None:
+        if model.can_generate() and samples.unlabeled is not None and samples.train is not None:
+            samples = replace(samples, train=ConcatDataset([samples.train, samples.unlabeled]), unlabeled=None)
         self.model, self.config, self.samples = model, config, samples
         self._processing_class, self._base_of, self._base_token = processing_class, base_of, base_token
         self.scratch = Scratch(directory, movable_tensors(model))
@@ -70,8 +80,16 @@ class Run:
             self.scratch.base.copy_(movable_tensors(model))
         collator = collator_for(model, config, processing_class, samples.collator)
         self.labels = Labels(model, samples, collator, config, learned=learned)
+        self.predictions = Predictions(directory / "predictions")
+        self.weights: dict[str, float] = {}
+        self.start_losses: SampleLosses | None = None
         self._has_finite_loss = False
         self._description: dict[str, Any] | None = None
+
+    @property
+    def needs_predictions(self) -> bool:
+        """Whether every source has to be read once more before the merge, for its predictions."""
+        return METHODS[self.config.method].weighs or self.config.teaches(self.samples.unlabeled)
 
     @classmethod
     @contextmanager
@@ -128,6 +146,14 @@ class Run:
             self.restore_()
             self.labels.learned = learned
             self.scratch.make_room()
+
+    def beats_start(self) -> bool:
+        """Whether the model is better than before the first source, beyond chance (by the 95 % interval)."""
+        now = self.labels.losses()
+        if now is None or self.start_losses is None:
+            return False
+        change = paired_change(self.start_losses, now)
+        return change.samples > 1 and change.mean < -change.half_interval
 
     def restore_(self) -> None:
         """Change the model back to its weights before the present step."""

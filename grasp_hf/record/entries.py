@@ -117,15 +117,51 @@ class ChangeReport:
 
 
 @dataclass
+class TeacherReport:
+    """The teacher of a fine-tuning: a pool of the sources' predictions, stacked by the labels.
+
+    Attributes:
+        worth: Coefficient of each source in the pool, and of the merge before and after its fine-tuning, by name. All
+            predictions are scaled to the same size, so that the coefficients can be compared.
+        loss: Loss of the pool on labels, each held out from the fit that predicts it.
+        loss_before: Loss of the model on the same labels before it was taught, held out too; `None` if it is not known.
+        ridge: Strength of the pull towards equal coefficients, chosen by cross-validation.
+        labels: Number of labelled samples.
+        unlabeled: Number of unlabelled inputs.
+        used: Whether the model was taught. A teacher that is not better than the model teaches nothing.
+    """
+
+    worth: dict[str, float]
+    loss: float
+    loss_before: float | None
+    ridge: float
+    labels: int
+    unlabeled: int
+    used: bool
+
+    def sentence(self) -> str:
+        """Return what the teacher is worth, and whether it was used."""
+        before = "" if self.loss_before is None else f", the model {format_number(self.loss_before)}"
+        verb = "taught by" if self.used else "not taught by"
+        worth = ", ".join(f"{name} {value:.2f}" for name, value in self.worth.items())
+        return (
+            f"{verb} the stacked predictions of the sources on {self.labels} labelled and {self.unlabeled} unlabelled "
+            f"inputs: held-out loss of the teacher {format_number(self.loss)}{before}; worth of each: {worth}"
+        )
+
+
+@dataclass
 class FinetuneReport:
     """One fine-tuning, and how much of it was kept.
 
     Attributes:
-        fraction: Where the model is on the line from the weights before (0) to the weights after (1) the fine-tuning.
-        losses: Mean loss at points of that line, by fraction. Where halves of the labels validate, each half is evaluated
-            in the model that the other half trained.
+        fraction: Where the model is on the line from the weights before (0) to the mean of the fold models (1).
+        losses: Mean loss at points of that line, by fraction; calibrated where there are classes. Where folds of the labels
+            validate, each is evaluated in a model that did not train on it.
         validated_by: The samples of these losses; empty if nothing validated, so that all of the fine-tuning was kept.
         after: Loss (and accuracy) on the evaluation data at the end; empty without evaluation data.
+        temperature: Divides the logits of the result; it is in the weights of the head. `None` if it was not fitted.
+        teacher: The teacher, if there were unlabelled inputs.
         alone: Loss of the same fine-tuning without any source; `None` if that was not tried.
         gain: Change from that loss to the loss of the merge, not calibrated. Below 0 the sources helped.
         without_sources: Whether the sources did not help, so that the model is the one without them. `fraction` and
@@ -136,6 +172,8 @@ class FinetuneReport:
     losses: dict[str, float] = field(default_factory=dict)
     validated_by: str = ""
     after: Evaluation = field(default_factory=dict)
+    temperature: float | None = None
+    teacher: TeacherReport | None = None
     alone: float | None = None
     gain: ChangeReport | None = None
     without_sources: bool = False
@@ -159,7 +197,10 @@ class FinetuneReport:
                 f"fine-tuned, {kept}: loss {format_number(before)} before, {format_number(there)} there, "
                 f"{format_number(end)} at the end of the way, on {self.validated_by}"
             )
-        return [first, *self._against_alone()]
+        if self.temperature is not None:
+            first += f", temperature {self.temperature:.2f}"
+        taught = [self.teacher.sentence()] if self.teacher else []
+        return [first, *taught, *self._against_alone()]
 
     def _against_alone(self) -> list[str]:
         if self.gain is None:

@@ -25,6 +25,7 @@ class StepReport:
         reason: Why the gate undid it, or did not.
         notes: How its head and its vocabulary were matched with the target's, if they differ.
         units: One entry per unit that could have moved.
+        weight: Weight of the source in the mean of all sources; 1 unless sources were weighed.
         other_units: Number of units that could not move because an adapter lacks them, or because a head does not fit.
         validated_by: The samples of the next losses: `evaluation data`, `labels` that the model has not been fine-tuned
             on, or both; empty if there are none. Of `two halves of the labels`, each half validates the coefficients that
@@ -52,6 +53,7 @@ class StepReport:
     reason: Reason = Reason.NONE
     notes: list[str] = field(default_factory=list)
     units: list[UnitReport] = field(default_factory=list)
+    weight: float = 1.0
     other_units: int = 0
     validated_by: str = ""
     candidates: dict[str, float] = field(default_factory=dict)

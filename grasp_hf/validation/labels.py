@@ -6,9 +6,11 @@ import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import Subset
 
 from ..config.grasp import GraspConfig
@@ -16,10 +18,18 @@ from ..data.samples import Samples
 from ..models.batches import Batch, Collator, sample_batches
 from ..record.entries import EVALUATION_DATA
 from .changes import LEAST_SAMPLES, detectable_difference
-from .losses import MOST_VALIDATION_LABELS, SampleLosses, concatenate, evaluation_losses
+from .losses import (
+    MOST_VALIDATION_LABELS,
+    SampleLosses,
+    concatenate,
+    evaluation_losses,
+    unlabeled_logits,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+MOST_UNLABELED_PER_EPOCH = 2  # for each label; a student reads as many as that in each epoch
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +69,14 @@ class Labels:
         """Indices of the labels that validate: one part, or two halves if labels teach; empty if no label validates."""
         if not self.config.gate or self.samples.train is None or self.learned:
             return []
-        indices = self._validation_indices()
+        indices = self.validation_indices
         if not self.config.learns:
             return [indices]
         return [*halves(indices, self.config.seed)] if len(indices) > 1 else []
 
-    def _validation_indices(self) -> list[int]:
-        """Return the same `MOST_VALIDATION_LABELS` random labels each time, or all labels if there are no more."""
+    @property
+    def validation_indices(self) -> list[int]:
+        """The indices of the labels that validate: the same `MOST_VALIDATION_LABELS` random labels each time, or all labels if there are no more."""
         number = len(self.samples.train)
         some = random.Random(self.config.seed).sample(range(number), min(number, MOST_VALIDATION_LABELS))
         return sorted(some)
@@ -125,10 +136,26 @@ class Labels:
             self.floor = before.calibrated_loss
         return before
 
-    def source_losses(self) -> SampleLosses:
-        """Return the losses of the model while it holds a source: on the validation parts or, without any, on labels."""
-        parts = self.validation_parts or [Subset(self.samples.train, self._validation_indices())]
-        return concatenate(*map(self.losses_on, parts))
+    @property
+    def some_labels(self) -> Any:
+        """The labels that rank and weigh sources: at most `MOST_VALIDATION_LABELS`, the same ones each time."""
+        return Subset(self.samples.train, self.validation_indices)
+
+    def unlabeled_logits(self) -> Tensor | None:
+        """Return the logits of the present model for the terms of the unlabelled inputs, shape `(terms, classes)`."""
+        if self.unlabeled is None:
+            return None
+        return unlabeled_logits(self.model, self.unlabeled, self.collator, self.config.batch_size)
+
+    @cached_property
+    def unlabeled(self) -> Any:
+        """The unlabelled inputs that can teach, in one order: at most as many as the fine-tuning reads."""
+        inputs = self.samples.unlabeled
+        if inputs is None or self.samples.train is None or self.model.can_generate():
+            return None
+        most = math.ceil(MOST_UNLABELED_PER_EPOCH * len(self.samples.train) * max(1.0, self.config.final_epochs))
+        chosen = random.Random(self.config.seed).sample(range(len(inputs)), min(len(inputs), most))
+        return Subset(inputs, sorted(chosen))
 
     def losses_on(self, dataset: Any) -> SampleLosses:
         """Return the losses of the present model on `dataset`."""
