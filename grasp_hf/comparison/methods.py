@@ -14,8 +14,8 @@ from ..models.finetune import finetune_
 from ..record.entries import Evaluation
 from ..validation.losses import sample_losses
 from .ensembles import ensemble_evaluation, logit_fusion
-from .mixtures import mixture_, pearl_
-from .soups import average_, fisher_average_, greedy_soup_
+from .mixtures import adapter_targets, mixture_, pearl_
+from .soups import average_, cocktail_, fisher_average_, greedy_soup_
 from .task_vectors import dare_, gradfix_, task_arithmetic_, ties_
 from .workbench import COMMON, Workbench
 
@@ -74,6 +74,22 @@ def run_ours(bench: Workbench, **settings: Any) -> None:
     """Merge by the recipe, with the settings of a variant."""
     bench.restore_base()
     bench.merge_by_recipe(settings)
+
+
+def run_placebo(bench: Workbench) -> None:
+    """Merge by the recipe, with a placebo in place of each source."""
+    bench.restore_base()
+    bench.merge_by_recipe({}, placebo=True)
+
+
+def run_lora_on_labels(bench: Workbench, rank: int = 8, learning_rate: float = 1e-3) -> None:
+    """Fine-tune the base by a LoRA adapter of its linear layers, and its whole head.
+
+    As in PEARL's row, the learning rate is 1e-3 and the scale of the adapter is 1.
+    """
+    with bench.open_inputs() as inputs:
+        lora = {"r": rank, "lora_alpha": rank, **adapter_targets(inputs.model)}
+        inputs.finetune(bench.epochs, bench.seed, lora, learning_rate)
 
 
 def run_existing(bench: Workbench, method: Callable[..., None], **settings: Any) -> None:
@@ -182,6 +198,8 @@ METHODS = {  # records of comparisons name methods by these keys
     "base-line": _gated_row("base model", keep_base),
     "best-source-line": _gated_row("best source", load_best_source),
     "average-line": _gated_row("average of all", partial(run_existing, method=average_)),
+    "lora-labels": Method("LoRA on the labels", "control", run_lora_on_labels, finetuned=False),
+    "placebo": Method("ours with placebo sources", "control", run_placebo, finetuned=False),
     "loop-nothing": _paper_row("the paper's loop, nothing copied", "control", threshold=1.0),
     "loop-all": _paper_row("the paper's loop, everything copied", "control", threshold=-1.0),
     "ensemble": Method("ensemble of all", "existing", evaluate_ensemble, "1 (K to predict)", finetuned=False),
@@ -189,6 +207,7 @@ METHODS = {  # records of comparisons name methods by these keys
         "Multi-Source fusion", "existing", evaluate_fusion, "4 K (K to predict)", finetuned=False, sources="K"
     ),
     "pearl": Method("PEARL, with trained adapters", "existing", run_pearl),
+    "lm-cocktail": _existing_row("LM-Cocktail", cocktail_),
     "greedy-soup": _existing_row("greedy soup", greedy_soup_, "K"),
     "task-arithmetic": _existing_row("task arithmetic", task_arithmetic_),
     "ties": _existing_row("TIES", ties_, "K"),

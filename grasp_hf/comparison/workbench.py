@@ -17,6 +17,7 @@ from ..merging.run import Run, collator_for
 from ..merging.step import Step
 from ..models.batches import Batch, Collator
 from ..record.entries import Evaluation
+from ..sources.placebo import Placebo
 from ..tensors.mapped import MappedTensors
 from ..tensors.placing import overwrite_
 from ..tensors.scratch import Scratch
@@ -82,13 +83,18 @@ class Workbench:
         """Merge `sources` into the model with its present weights."""
         self.new_merger(config).merge(sources, **self.data.keywords())
 
-    def merge_by_recipe(self, settings: dict[str, Any]) -> None:
+    def merge_by_recipe(self, settings: dict[str, Any], *, placebo: bool = False) -> None:
         """Merge all sources into the model with the recipe's configuration, changed by `settings`.
 
         The base keeps its record: if it is a merge, this merge appends to it.
+
+        Args:
+            settings: Values that replace those of the recipe.
+            placebo: Whether a placebo replaces each source.
         """
         config = replace(self._origin.config, **settings)
-        self._origin.with_config(config).merge(self.sources, **self.data.keywords())
+        merger = self._origin.with_config(config, placebo=Placebo(self.seed, self._base) if placebo else None)
+        merger.merge(self.sources, **self.data.keywords())
 
     def load_source_weights(self, source: str) -> None:
         """Load a source's weights into the model; tensors that the source lacks are those of the base."""

@@ -156,10 +156,10 @@ def test_every_method_makes_as_many_steps_of_fine_tuning(
     none = {name for name in steps if name.startswith("source:")} | {"ensemble"}
     assert {name for name, made in steps.items() if made == 0} == none
     # The gate trains on two halves of the labels, each in half the steps; ours also does so without any source.
-    lines = {OURS, *(name for name in METHODS if name.endswith("-line"))}
+    lines = {OURS, "placebo", *(name for name in METHODS if name.endswith("-line"))}
     assert lines >= {"base-line", "best-source-line", "average-line", "lorahub-line", "adamerging-line"}
-    assert all(steps[name] in (whole, 2 * whole) for name in lines - {OURS}) and 2 * whole in steps.values()
-    assert steps[OURS] in (whole, 2 * whole, 3 * whole)
+    assert all(steps[name] in (whole, 2 * whole) for name in lines - {OURS, "placebo"}) and 2 * whole in steps.values()
+    assert {steps[OURS], steps["placebo"]} <= {whole, 2 * whole, 3 * whole}
     assert {name for name, made in steps.items() if made > whole} - lines == {"pearl"}  # it trains its adapters first
     assert {name: made for name, made in steps.items() if 0 < made < whole} == {}
 
@@ -170,10 +170,24 @@ def test_a_source_alone_is_the_source(everything: Everything, recipe: Recipe, wo
     assert everything[0].results[0].final == pytest.approx(alone, rel=1e-5)
 
 
+def test_lora_on_the_labels_is_the_base_with_an_adapter_of_rank_8(
+    everything: Everything, world: Path, tmp_path: Path
+) -> None:
+    settings = {"lora": {"r": 8, "lora_alpha": 8}, "training_arguments": {"learning_rate": 1e-3}}
+    plain = compare(write_recipe(world, tmp_path, **settings), tmp_path / "out", seeds=[3], methods=["base"])
+    expected, found = ({r.method: r.final for r in one.results} for one in (plain, everything[0]))
+    assert found["lora-labels"] == expected["base"] != found["base"]
+
+
+def test_the_placebo_row_is_ours_on_other_sources(everything: Everything) -> None:
+    found = {result.method: result.final for result in everything[0].results}
+    assert found["placebo"] != found[OURS]
+
+
 def test_a_row_does_not_depend_on_the_others(everything: Everything, recipe: Recipe, tmp_path: Path) -> None:
-    alone = scores(compare(recipe, tmp_path / "some", seeds=[3], methods=["loop-all", "gradfix"]))
+    alone = scores(compare(recipe, tmp_path / "some", seeds=[3], methods=["loop-all", "gradfix", "placebo"]))
     whole = scores(everything[0])
-    assert {method for method, _, _ in alone} >= {"loop-all", "gradfix", OURS}
+    assert {method for method, _, _ in alone} >= {"loop-all", "gradfix", "placebo", OURS}
     assert all(whole[row] == reached for row, reached in alone.items())
 
 
