@@ -11,9 +11,8 @@ from accelerate import Accelerator
 from ..config.grasp import GraspConfig
 from ..errors import ConfigError
 from ..models.finetune import finetune_
-from ..record.entries import Evaluation
-from ..validation.losses import sample_losses
-from .ensembles import ensemble_evaluation, logit_fusion
+from ..validation.losses import SampleLosses, sample_losses
+from .ensembles import ensemble_losses, logit_fusion
 from .mixtures import adapter_targets, mixture_, pearl_
 from .soups import average_, cocktail_, fisher_average_, greedy_soup_
 from .task_vectors import dare_, gradfix_, task_arithmetic_, ties_
@@ -39,7 +38,7 @@ def load_best_source(bench: Workbench) -> None:
     losses = {}
     for source in bench.sources:
         bench.load_source_weights(source)
-        losses[source] = bench.evaluate(bench.selection_samples)["loss"]
+        losses[source] = bench.selection_loss()
     bench.load_source_weights(min(losses, key=losses.__getitem__))
 
 
@@ -116,14 +115,14 @@ def run_pearl(bench: Workbench) -> None:
     run_existing(bench, pearl_, epochs=min(3, bench.epochs) or 3)
 
 
-def evaluate_ensemble(bench: Workbench) -> Evaluation:
-    """Return the scores of the mean of all sources' probabilities."""
+def evaluate_ensemble(bench: Workbench) -> SampleLosses:
+    """Return the losses of the mean of all sources' probabilities on the test samples."""
     with bench.open_inputs() as inputs:
-        return ensemble_evaluation(inputs, bench.data.test, bench.collator, Accelerator(), bench.config.batch_size)
+        return ensemble_losses(inputs, bench.data.test, bench.collator, Accelerator(), bench.config.batch_size)
 
 
-def evaluate_fusion(bench: Workbench) -> Evaluation:
-    """Return the scores of all sources after joint training on the mean of their logits.
+def evaluate_fusion(bench: Workbench) -> SampleLosses:
+    """Return the losses on the test samples of all sources, jointly trained on the mean of their logits.
 
     Raises:
         ConfigError: The recipe fine-tunes by LoRA.
@@ -145,7 +144,7 @@ def evaluate_fusion(bench: Workbench) -> Evaluation:
         directory=bench.directory,
     )
     model.eval()
-    return sample_losses(model, bench.data.test, bench.collator, Accelerator(), bench.config.batch_size).evaluation()
+    return sample_losses(model, bench.data.test, bench.collator, Accelerator(), bench.config.batch_size)
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ class Method:
         title: Its name in tables and figures.
         group: Whether it is a control, an existing method or ours.
         run: Leaves its result in the model of the workbench. A method that predicts with several models returns its
-            scores instead.
+            losses on the test samples instead.
         memory: Private memory that merging takes, in sizes of the model.
         finetuned: Whether its result is fine-tuned afterwards. Otherwise it fine-tunes by itself, or not at all.
         sources: Number of sources that it needs at once, in memory or on the disk.
@@ -164,7 +163,7 @@ class Method:
 
     title: str
     group: Group
-    run: Callable[[Workbench], Evaluation | None]
+    run: Callable[[Workbench], SampleLosses | None]
     memory: str = "1"
     finetuned: bool = True
     sources: Literal["1", "K"] = "1"

@@ -37,13 +37,13 @@ class SampleLosses:
         calibrated: Losses after all logits were multiplied by the one scale of `SCALES` with the smallest sum (temperature
             scaling, arXiv:1706.04599); shape `(n,)`. Without classes they equal `losses`. A mean of models is
             under-confident: its logits are too small, so that its loss is high although its answers are right.
-        correct: Number of samples that a classifier got right; `None` for other models.
+        correct: Whether a classifier got each sample right, shape `(n,)`; `None` for other models.
     """
 
     losses: Tensor
     terms: Tensor
     calibrated: Tensor
-    correct: int | None
+    correct: Tensor | None
 
     @property
     def loss(self) -> float:
@@ -57,7 +57,9 @@ class SampleLosses:
 
     def evaluation(self) -> dict[str, float]:
         """Return `loss`, and `accuracy` in [0, 1] for a classifier."""
-        return {"loss": self.loss, **({} if self.correct is None else {"accuracy": self.correct / len(self.losses)})}
+        if self.correct is None:
+            return {"loss": self.loss}
+        return {"loss": self.loss, "accuracy": int(self.correct.sum()) / len(self.losses)}
 
 
 def concatenate(*parts: SampleLosses) -> SampleLosses:
@@ -67,7 +69,7 @@ def concatenate(*parts: SampleLosses) -> SampleLosses:
         torch.cat([part.losses for part in parts]),
         torch.cat([part.terms for part in parts]),
         torch.cat([part.calibrated for part in parts]),
-        sum(correct) if len(correct) == len(parts) else None,
+        torch.cat(correct) if len(correct) == len(parts) else None,
     )
 
 
@@ -129,7 +131,7 @@ def _class_losses(logits: Tensor, labels: Tensor) -> SampleLosses:
     scaled = [cross_entropy(logits * scale, labels, reduction="none").double() for scale in SCALES]
     losses = cross_entropy(logits, labels, reduction="none").double()
     best = min([losses, *scaled], key=lambda values: float(values.sum()))
-    return SampleLosses(losses, torch.ones_like(losses), best, int((logits.argmax(-1) == labels).sum()))
+    return SampleLosses(losses, torch.ones_like(losses), best, logits.argmax(-1) == labels)
 
 
 def _token_losses(logits: Tensor, labels: Tensor, *, shifted: bool) -> tuple[Tensor, Tensor]:

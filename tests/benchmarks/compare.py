@@ -10,7 +10,9 @@ Sources that were trained on another machine differ (a GPT-2 by 0.01 nats), so e
 run replaces the run of that name in the record. All rows of a run have the same models, except one row of ours, see
 README.md here. Different runs may have different models; the record names them.
 
-The results are in `tests/benchmarks/results/<benchmark>.json`. `--table` prints the tables of these results and runs
+The results are in `tests/benchmarks/results/<benchmark>.json`, without the scores of single test samples. So the
+intervals of the tables are over runs only. They hold the noise of the test samples as far as the runs have other
+targets, and so other test samples. The tables of each target in the cache hold it in full. `--table` prints the tables of these results and runs
 nothing; with `--merged` the scores are those before fine-tuning. `--untouched` takes the targets that chose no rule of
 the default. `--show` names the tables to print: `rows` (every row of each benchmark), `leaders` (the best other row of
 each benchmark and number of labels), `ranks` (mean ranks over all runs), `ungated` (ours without the gate against the
@@ -140,7 +142,7 @@ def restore(benchmark: str, cache: Path) -> None:
                 continue
             known = known or Comparison([], setting)
             if all(known.setting.get(key) == setting[key] for key in ("models", "digests")):
-                known.results.append(Result(**{name: row[name] for name in names}))
+                known.results.append(Result(**{name: row[name] for name in names if name in row}))
         if known and len(known.results) > len(there):
             known.save(folder)
 
@@ -155,9 +157,16 @@ def save(benchmark: str, cache: Path) -> None:
             for seed in (result.seed for result in found.results if result.method == OURS):
                 run = place | {"seed": seed}
                 kept = [row for row in record["results"] if any(row[key] != value for key, value in run.items())]
-                record["results"] = kept + [place | asdict(row) for row in found.results if row.seed == seed]
+                record["results"] = kept + [place | recorded(row) for row in found.results if row.seed == seed]
                 record["settings"][run_name(folder, seed)] = found.setting
     write_record(path, record)
+
+
+def recorded(result: Result) -> dict[str, Any]:
+    """Return the fields of a result for the record, without the scores of single test samples."""
+    fields = asdict(result)
+    del fields["samples"]
+    return fields
 
 
 def run_name(folder: Path, seed: int) -> str:

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, default_data_collator
 
 from grasp_hf import GraspConfig
-from grasp_hf.comparison.ensembles import LogitFusion, ensemble_evaluation, logit_fusion
+from grasp_hf.comparison.ensembles import LogitFusion, ensemble_losses, logit_fusion
 from grasp_hf.comparison.inputs import MethodInputs, wide_like
 from grasp_hf.comparison.mixtures import mixture_, pearl_
 from grasp_hf.comparison.soups import average_, cocktail_, fisher_average_, greedy_soup_
@@ -658,7 +658,7 @@ def test_ensemble_is_the_mean_probability(kind: str, tmp_path: Path) -> None:
     sources[1] = {name: t.bfloat16() if t.is_floating_point() else t for name, t in sources[1].items()}
     inputs = inputs_of(kind, sources, tmp_path)
     data = tiny_data(kind, 10)
-    found = ensemble_evaluation(inputs, data, default_data_collator, Accelerator(cpu=True), 4)
+    found = ensemble_losses(inputs, data, default_data_collator, Accelerator(cpu=True), 4)
     whole = default_data_collator(list(data))
     probabilities = []
     for source in sources:
@@ -668,11 +668,14 @@ def test_ensemble_is_the_mean_probability(kind: str, tmp_path: Path) -> None:
     mean, labels = torch.stack(probabilities).mean(0), whole["labels"]
     if kind == "gpt2":
         mean, labels = mean[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    expected = -float(mean[torch.arange(len(labels)), labels].log().mean())
-    assert found["loss"] == pytest.approx(expected, rel=1e-5)
-    assert found.get("accuracy") == (
-        None if kind == "gpt2" else pytest.approx(float((mean.argmax(-1) == labels).float().mean()))
-    )
+    expected = -mean[torch.arange(len(labels)), labels].log().view(len(data), -1)
+    torch.testing.assert_close(found.losses, expected.sum(1).double(), rtol=1e-5, atol=1e-6)
+    assert found.terms.tolist() == [expected.shape[1]] * len(data)
+    assert found.loss == pytest.approx(float(expected.mean()), rel=1e-5)
+    if kind == "gpt2":
+        assert found.correct is None
+    else:
+        assert found.correct is not None and found.correct.tolist() == (mean.argmax(-1) == labels).tolist()
 
 
 def test_ensemble_of_one_source_is_its_evaluation_and_leaves_out_ignored_tokens(tmp_path: Path) -> None:
@@ -684,10 +687,11 @@ def test_ensemble_of_one_source_is_its_evaluation_and_leaves_out_ignored_tokens(
     source = fine_tunes("gpt2", 1)[0]
     inputs = inputs_of("gpt2", [source], tmp_path)
     base, data = copies(inputs.model), tiny_data("gpt2", 10)
-    found = ensemble_evaluation(inputs, data, collator, Accelerator(cpu=True), 4)
+    found = ensemble_losses(inputs, data, collator, Accelerator(cpu=True), 4)
     assert_close(inputs.model, base, tolerance=0)
     place(inputs.model, source)
-    assert found == {"loss": pytest.approx(float(inputs.model(**collator(list(data))).loss), rel=1e-5)}
+    assert found.loss == pytest.approx(float(inputs.model(**collator(list(data))).loss), rel=1e-5)
+    assert found.terms.tolist() == [4] * 10 and found.correct is None  # the first of five tokens is not predicted
 
 
 def test_ensemble_refuses_labels_that_are_not_classes(tmp_path: Path) -> None:
@@ -698,7 +702,7 @@ def test_ensemble_refuses_labels_that_are_not_classes(tmp_path: Path) -> None:
         return {**default_data_collator(rows), "labels": torch.zeros(len(rows), 3)}
 
     with pytest.raises(DataError, match=r"got torch.float32 labels of shape \(4, 3\) for logits of shape \(4, 3\)"):
-        ensemble_evaluation(inputs, tiny_data("bert", 4), collator, Accelerator(cpu=True), 4)
+        ensemble_losses(inputs, tiny_data("bert", 4), collator, Accelerator(cpu=True), 4)
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert", "gpt2", "gpt_neox"])
