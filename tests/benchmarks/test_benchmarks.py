@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, d
 from grasp_hf.comparison.results import OURS, Comparison, Result
 from grasp_hf.comparison.run import model_identities
 from grasp_hf.tensors.units import Unit
-from grasp_hf.validation.losses import SCALES
+from grasp_hf.validation.losses import SCALES, SampleLosses
 from tests.benchmarks import compare as comparing
 from tests.benchmarks import emoji, memory, rank, settings, sotu, unrelated
 from tests.benchmarks.packages import complete, fetch
@@ -299,6 +299,24 @@ def test_recorded_results_of_the_same_models_are_restored(kept: Path) -> None:
     comparing.restore("sotu", kept)
     after = Comparison.load(folder)
     assert len(after.results) == 8 and all(result in after.results for result in before.results)
+
+
+def test_the_record_holds_no_scores_of_single_samples(kept: Path) -> None:
+    folder = comparing.comparison_folder("sotu", ERA, 64, kept)
+    known = Comparison.load(folder)
+    ones = torch.ones(40)
+    known.results = [
+        Result.of(method, 64, 0, {"final": SampleLosses(ones, 2 * ones, ones, None)}, 1.0) for method in ("ties", OURS)
+    ]
+    known.save(folder)
+    assert all(result.samples["final"] for result in Comparison.load(folder).results)
+    comparing.save("sotu", kept)
+    rows = json.loads((kept.parent / "sotu.json").read_text())["results"]
+    assert rows and not any("samples" in row for row in rows)
+    shutil.rmtree(folder)
+    comparing.restore("sotu", kept)
+    restored = {result.method: result for result in Comparison.load(folder).results if result.seed == 0}
+    assert restored["ties"].final == {"loss": 0.5} and restored["ties"].samples == {}
 
 
 def test_runs_that_the_cache_lacks_stay_in_the_record(kept: Path) -> None:

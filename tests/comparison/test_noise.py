@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,6 +102,17 @@ def test_a_column_with_results_of_an_earlier_version_is_over_runs_only() -> None
     assert [row[3] for row in table[2:]] == ["0.500 ± 0.000"] * 3
     assert "\n(runs): the intervals are over runs only" in str(found)
     assert max(map(len, str(found).splitlines())) <= 100
+
+
+def test_a_record_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    comparison(base=np.arange(200) % 2 == 0).save(tmp_path)
+    record = json.loads((tmp_path / "comparison.json").read_text())
+    for result in record["results"]:
+        del result["samples"]
+    (tmp_path / "comparison.json").write_text(json.dumps(record))
+    found = Comparison.load(tmp_path)
+    assert [result.samples for result in found.results] == [{}, {}]
+    assert found.spread("base", 64) == 0 and not found.holds_samples(64)
 
 
 def test_a_difference_is_of_the_same_samples_and_of_the_runs_that_both_have() -> None:
