@@ -40,6 +40,7 @@ from .record.entries import ControlReport, Evaluation, Reason
 from .record.report import MergeReport, RunReport, StepReport
 from .record.saving import check_output, read_record, save_merge, save_record, saved_shards
 from .record.text import WIDTH, wrap
+from .sources.placebo import Placebo
 from .tensors.units import Unit, movable_tensors
 from .validation.losses import SampleLosses, evaluation_losses
 
@@ -158,6 +159,7 @@ class GraspMerger:
         self._continued: EarlierMerge | None = None
         self._pushed: tuple[str, str] | None = None  # repository and commit of the pushed version that this continues
         self._token: str | None = None  # Hub token that the base was loaded with
+        self._placebo: Placebo | None = None
         if Accelerator().num_processes > 1:
             raise GraspError("grasp_hf runs in one process for now; start it without a launcher")
 
@@ -230,13 +232,15 @@ class GraspMerger:
             merger._started = True
         return merger
 
-    def with_config(self, config: GraspConfig, *, anew: bool = False) -> GraspMerger:
+    def with_config(self, config: GraspConfig, *, anew: bool = False, placebo: Placebo | None = None) -> GraspMerger:
         """Return a merger of the same model that merges as `config` says.
 
-        The twin continues this merge, so a mean counts the sources so far. With `anew` the model counts as a base.
+        The twin continues this merge, so a mean counts the sources so far. With `anew` the model counts as a base. A
+        `placebo` replaces each source of the twin, for a control.
         """
         twin = copy(self)
         twin.config = config
+        twin._placebo = placebo
         if anew:
             run = self.report.run.next(asdict(config), self.report.run.versions)
             twin.report = self.report.as_base(run)
@@ -527,6 +531,7 @@ class GraspMerger:
             processing_class=self.processing_class,
             base_of=self._base_of,
             base_token=self._token,
+            placebo=self._placebo,
         ) as run:
             yield run
 

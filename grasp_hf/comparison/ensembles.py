@@ -15,25 +15,21 @@ from transformers.utils import ModelOutput
 
 from ..internals import use_plain_attention_
 from ..models.batches import IGNORED, Collator, batch_loss, class_terms
-from ..record.entries import Evaluation
 from ..tensors.placing import overwrite_, placed
 from ..tensors.units import movable_tensors
+from ..validation.losses import SampleLosses
 from .inputs import MethodInputs, stream_checked_sources
 
 
 @torch.no_grad()
-def ensemble_evaluation(
+def ensemble_losses(
     inputs: MethodInputs, dataset: Any, collator: Collator, accelerator: Accelerator, batch_size: int
-) -> Evaluation:
-    """Evaluate the mean of the sources' probabilities.
+) -> SampleLosses:
+    """Return the losses of the mean of the sources' probabilities: the negative log-probabilities of the true labels.
 
     The model holds the base's weights before and after.
 
     Memory: one source at a time; a row of probabilities per sample, or one number per token.
-
-    Returns:
-        `loss`, the mean negative log-probability of the true label (or token); for a classifier also `accuracy` in
-        [0, 1].
 
     Raises:
         DataError: The labels are not classes.
@@ -41,6 +37,7 @@ def ensemble_evaluation(
     model, tensors, number = inputs.model, movable_tensors(inputs.model), 0
     totals: list[Tensor] = []
     labels: list[Tensor] = []
+    terms: list[Tensor] = []
     for values in stream_checked_sources(inputs):
         loader = accelerator.prepare_data_loader(DataLoader(dataset, batch_size=batch_size, collate_fn=collator))
         with placed(tensors, values, inputs.base):
@@ -48,6 +45,7 @@ def ensemble_evaluation(
                 _, output = batch_loss(model, batch)
                 logits, truth = class_terms(model, output["logits"], batch["labels"])
                 rows, truth = logits.log_softmax(-1).cpu().double(), truth.cpu()
+                counts = (truth != IGNORED).view(len(batch["labels"]), -1).sum(1)
                 if batch["labels"].ndim > 1:  # a probability for each token of the vocabulary would not fit in memory
                     rows, truth = rows[truth != IGNORED], truth[truth != IGNORED]
                     rows = rows.gather(1, truth[:, None])
@@ -56,12 +54,14 @@ def ensemble_evaluation(
                 else:
                     totals.append(rows)
                     labels.append(truth)
+                    terms.append(counts)
         number += 1
-    scores, truth = torch.cat(totals) - math.log(number), torch.cat(labels)
+    scores, truth, counts = torch.cat(totals) - math.log(number), torch.cat(labels), torch.cat(terms)
     if scores.shape[1] == 1:
-        return {"loss": -float(scores.mean())}
-    likelihoods = scores.gather(1, truth[:, None])
-    return {"loss": -float(likelihoods.mean()), "accuracy": float((scores.argmax(1) == truth).double().mean())}
+        losses = torch.stack([-part.sum() for part in scores.split(counts.tolist())])
+        return SampleLosses(losses, counts.double(), losses, None)
+    losses = -scores.gather(1, truth[:, None])[:, 0]
+    return SampleLosses(losses, counts.double(), losses, scores.argmax(1) == truth)
 
 
 class LogitFusion(PreTrainedModel):

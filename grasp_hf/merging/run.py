@@ -24,6 +24,7 @@ from ..hub.reference import Source
 from ..models.batches import Collator, check_dataset, keep_model_columns
 from ..models.gradients import checkpointing, preserved_state
 from ..sources.load import LoadedSource, load_source
+from ..sources.placebo import Placebo
 from ..teaching.predictions import Predictions
 from ..tensors.placing import overwrite_
 from ..tensors.scratch import Scratch
@@ -50,6 +51,7 @@ class Run:
         processing_class: The target's tokenizer or processor.
         base_of: Returns, for a source that is an adapter, the base model that the adapter must belong to.
         base_token: Hub token that the base was loaded with.
+        placebo: Replaces every source by a placebo, for a control.
 
     Attributes:
         labels: The labelled samples, with the losses of the model on them.
@@ -70,11 +72,13 @@ class Run:
         processing_class: Any,
         base_of: Callable[[Source], Source | None],
         base_token: str | None,
+        placebo: Placebo | None = None,
     ) -> None:
         if model.can_generate() and samples.unlabeled is not None and samples.train is not None:
             samples = replace(samples, train=ConcatDataset([samples.train, samples.unlabeled]), unlabeled=None)
         self.model, self.config, self.samples = model, config, samples
         self._processing_class, self._base_of, self._base_token = processing_class, base_of, base_token
+        self._placebo = placebo
         self.scratch = Scratch(directory, movable_tensors(model))
         if config.learns or config.compares_alone:
             self.scratch.base.copy_(movable_tensors(model))
@@ -184,16 +188,20 @@ class Run:
             scratch: Temporary files for the source; if left out, those of the run, which hold one source at a time.
             check_finite: Whether a weight that is NaN or infinite is an error.
         """
-        return load_source(
+        directory = (scratch or self.scratch).source_folder()
+        loaded = load_source(
             located,
             self.model,
             base=self._base_of(located),
-            directory=(scratch or self.scratch).source_folder(),
+            directory=directory,
             processing_class=self._processing_class,
             accepted_bases=self.config.accepted_bases,
             check_finite=check_finite,
             token=self._base_token,
         )
+        if self._placebo:
+            return self._placebo.replace(loaded, str(located.ref), self.model, directory)
+        return loaded
 
     def describe_data(self) -> dict[str, Any]:
         """Return the number of samples and a digest of each split, for the record; only the first call reads the data."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, load_peft_weights
 from safetensors.torch import save_file
@@ -40,11 +41,13 @@ class AppliedAdapter:
         model: The merged model. The weights that the adapter changed are mapped from a file; the others stay in place.
         touched: Runtime names of the modules that the adapter changed or replaced.
         whole: Runtime names of the modules that the adapter replaced (`modules_to_save`).
+        ranks: Rank of the difference to the base, for each tensor that LoRA changed.
     """
 
     model: PreTrainedModel
     touched: set[str]
     whole: set[str]
+    ranks: dict[str, int]
 
 
 def load_adapter_config(source: Source) -> PeftConfig:
@@ -171,8 +174,24 @@ def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> A
                 f"{tuple(state[key].shape)}"
             )
     touched, whole = _touched_modules(adapted, expected)
+    ranks = _ranks(adapted)
     _merge_into_file(adapted, directory / "adapted")
-    return AppliedAdapter(adapted.merge_and_unload(), touched, whole)
+    model = adapted.merge_and_unload()
+    by_name = {name: ranks[id(p)] for name, p in model.named_parameters() if id(p) in ranks}
+    return AppliedAdapter(model, touched, whole, by_name)
+
+
+def _ranks(adapted: PeftModel) -> dict[int, int]:
+    """Return the rank of the change of each weight that plain LoRA adapts, by the `id` of the parameter.
+
+    Variants such as DoRA change a weight by a matrix of full rank.
+    """
+    found = {}
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and not module.lora_variant:
+            (rank,) = module.r.values()
+            found[id(module.get_base_layer().weight)] = rank
+    return found
 
 
 @torch.no_grad()

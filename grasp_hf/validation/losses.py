@@ -65,7 +65,7 @@ class SampleLosses:
         calibrated: Losses after all logits were multiplied by the one scale of `SCALES` with the smallest sum (temperature
             scaling, arXiv:1706.04599); shape `(n,)`. Without classes they equal `losses`. A mean of models is
             under-confident: its logits are too small, so that its loss is high although its answers are right.
-        correct: Number of samples that a classifier got right; `None` for other models.
+        correct: Whether a classifier got each sample right, shape `(n,)`; `None` for other models.
         outputs: The outputs behind the losses, of a classifier or a regression; `None` for other models.
         token_losses: Loss of each labelled token of a language model, float64; `None` for other models.
     """
@@ -73,7 +73,7 @@ class SampleLosses:
     losses: Tensor
     terms: Tensor
     calibrated: Tensor
-    correct: int | None
+    correct: Tensor | None
     outputs: Outputs | None = None
     token_losses: Tensor | None = None
 
@@ -89,7 +89,9 @@ class SampleLosses:
 
     def evaluation(self) -> dict[str, float]:
         """Return `loss`, and `accuracy` in [0, 1] for a classifier."""
-        return {"loss": self.loss, **({} if self.correct is None else {"accuracy": self.correct / len(self.losses)})}
+        if self.correct is None:
+            return {"loss": self.loss}
+        return {"loss": self.loss, "accuracy": int(self.correct.sum()) / len(self.losses)}
 
 
 def concatenate(*parts: SampleLosses) -> SampleLosses:
@@ -100,7 +102,7 @@ def concatenate(*parts: SampleLosses) -> SampleLosses:
         torch.cat([part.losses for part in parts]),
         torch.cat([part.terms for part in parts]),
         torch.cat([part.calibrated for part in parts]),
-        sum(correct) if len(correct) == len(parts) else None,
+        torch.cat(correct) if len(correct) == len(parts) else None,
         concatenate_outputs([part.outputs for part in parts]),
         torch.cat(tokens) if len(tokens) == len(parts) else None,
     )
@@ -229,7 +231,7 @@ def losses_of(outputs: Outputs) -> SampleLosses:
     def sums(values: Tensor) -> Tensor:
         return torch.zeros(number, dtype=torch.float64).index_add_(0, outputs.samples, values)
 
-    correct = int((outputs.logits.argmax(-1) == outputs.targets.argmax(-1)).sum()) if one_class else None
+    correct = outputs.logits.argmax(-1) == outputs.targets.argmax(-1) if one_class else None
     return SampleLosses(sums(own), sums(torch.ones_like(own)), sums(best), correct, outputs)
 
 

@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from tests.benchmarks import emoji, sentiment, sotu
+from tests.benchmarks import emoji, sentiment, sotu, unrelated
 from tests.benchmarks.packages import cache_folder, complete
 from tests.benchmarks.sentiment import TOKENS
 from tests.benchmarks.training import score, train_
@@ -44,6 +44,7 @@ class Kind:
         arguments: Arguments of `train_`.
         lora: Arguments of `peft.LoraConfig`; `None` trains the whole model.
         split: Split that the sources are trained on.
+        target: Another kind, on whose domains `--tables` scores the sources as well.
     """
 
     benchmark: str
@@ -54,6 +55,7 @@ class Kind:
     arguments: dict[str, Any]
     lora: dict[str, Any] | None = None
     split: str = "train"
+    target: str | None = None
 
 
 LORA: dict[str, Any] = {
@@ -72,8 +74,9 @@ TEXTS = (
 )
 STYLES, NEWER = tuple(emoji.STYLES), tuple(style for style in emoji.STYLES if style != emoji.OLDEST)
 IMAGES = AutoModelForImageClassification
+LORA_TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 3}
 KINDS = {
-    "lora": Kind(*TEXTS, {"learning_rate": 1e-3, "num_train_epochs": 3}, LORA),
+    "lora": Kind(*TEXTS, LORA_TRAINING, LORA),
     "full": Kind(*TEXTS, {"learning_rate": 5e-5, "num_train_epochs": 2}),
     "gpt2": Kind(
         "sotu",
@@ -100,6 +103,16 @@ KINDS = {
         emoji.examples,
         {"learning_rate": 1e-3, "num_train_epochs": 15},
         split="source",
+    ),
+    "unrelated": Kind(
+        "unrelated",
+        tuple(unrelated.TASKS),
+        AutoModelForSequenceClassification,
+        sentiment.minilm,
+        unrelated.examples,
+        LORA_TRAINING,
+        LORA,
+        target="lora",
     ),
 }
 
@@ -129,13 +142,16 @@ def table(name: str, cache: Path) -> None:
     """Print the score of the base model and of every source of a kind on the test samples of every domain."""
     kind = KINDS[name]
     processor = AutoProcessor.from_pretrained(kind.base(cache))
-    tests = [kind.examples(cache, domain, "test", processor) for domain in kind.domains]
-    print(f"\n| {name} | {' | '.join(kind.domains)} |\n|---|{'---|' * len(tests)}")
+    scored = [kind, *([KINDS[kind.target]] if kind.target else [])]
+    tests = {domain: one.examples(cache, domain, "test", processor) for one in scored for domain in one.domains}
+    print(f"\n| {name} | {' | '.join(tests)} |\n|---|{'---|' * len(tests)}")
     folders = {"base": kind.base(cache), **{domain: source_folder(cache, name, domain) for domain in kind.domains}}
     for row, folder in folders.items():
         auto = AutoPeftModelForSequenceClassification if (folder / "adapter_config.json").exists() else kind.auto
         model = auto.from_pretrained(folder)
-        print(f"| {row} | {' | '.join(f'{score(model, processor, test):.3f}' for test in tests)} |", flush=True)
+        print(
+            f"| {row} | {' | '.join(f'{score(model, processor, test):.3f}' for test in tests.values())} |", flush=True
+        )
 
 
 def main() -> None:

@@ -88,9 +88,9 @@ def test_a_classifier_has_one_loss_per_sample(kind: str) -> None:
     expected = -logits.double().log_softmax(-1)[range(12), labels]
     torch.testing.assert_close(found.losses, expected, atol=1e-6, rtol=0)
     assert found.losses.dtype == torch.float64 and found.terms.tolist() == [1] * 12
-    assert found.correct == int((logits.argmax(-1) == labels).sum())
+    assert found.correct is not None and found.correct.tolist() == (logits.argmax(-1) == labels).tolist()
     assert found.loss == pytest.approx(float(model(**data[:]).loss), abs=1e-6)
-    assert found.evaluation() == {"loss": found.loss, "accuracy": found.correct / 12}
+    assert found.evaluation() == {"loss": found.loss, "accuracy": int(found.correct.sum()) / 12}
 
 
 def test_a_text_has_the_same_loss_in_a_batch_and_alone() -> None:
@@ -178,7 +178,7 @@ def test_calibration_by_hand() -> None:
         assert found.calibrated_loss == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
         right, wrong = (math.log1p(3**-factor), math.log1p(3**factor))
         assert found.losses.tolist() == pytest.approx([right] * 3 + [wrong])
-        assert found.correct == 3
+        assert found.correct is not None and found.correct.tolist() == [True] * 3 + [False]
 
 
 def test_calibration_never_raises_the_loss_and_removes_the_scale() -> None:
@@ -267,7 +267,9 @@ def test_two_sets_of_samples_as_one() -> None:
     assert both.loss == both.calibrated_loss == 1
     labels = torch.zeros(2, dtype=torch.long)
     c, d = of_logits(torch.tensor([[1.0, 0], [0, 1]]), labels), of_logits(torch.tensor([[1.0, 0], [2, 0]]), labels)
-    assert concatenate(c, d).correct == 3 and concatenate(c, d).evaluation()["accuracy"] == 0.75
+    correct = concatenate(c, d).correct
+    assert correct is not None and correct.tolist() == [True, False, True, True]
+    assert concatenate(c, d).evaluation()["accuracy"] == 0.75
     assert torch.equal(concatenate(c, d).calibrated, torch.cat([c.calibrated, d.calibrated]))
 
 
