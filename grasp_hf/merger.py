@@ -408,9 +408,7 @@ class GraspMerger:
         try:
             with ExitStack() as stack, run.step(sharded=isinstance(located, ShardedSource)) as step:
                 weight = run.weights.get(str(located.ref), 1.0)
-                transfer = step.transfer(
-                    partial(run.load, located), partial(self._average, weight), name, seed, stack
-                )
+                transfer = step.transfer(partial(run.load, located), partial(self._average, weight), name, seed, stack)
                 finetuned = step.finetune(self.config.finetune_epochs, seed)
                 after = run.labels.losses()
                 report = transfer.report(

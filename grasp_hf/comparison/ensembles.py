@@ -1,8 +1,9 @@
-"""Existing methods that predict with all sources at once: the ensemble, and Multi-Source Fusion."""
+"""Methods that predict with all sources at once: the ensemble, stacked predictions, and Multi-Source Fusion."""
 
 import math
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..config.grasp import GraspConfig
+from ..errors import DataError
 from ..internals import use_plain_attention_
 from ..models.batches import IGNORED, Collator, batch_loss, class_terms
+from ..teaching.pool import mixture_weights
+from ..teaching.predictions import Member, fit_teacher
 from ..tensors.placing import overwrite_, placed
 from ..tensors.units import movable_tensors
-from ..validation.losses import SampleLosses
+from ..validation.losses import SampleLosses, evaluation_losses, losses_of
 from .inputs import MethodInputs, stream_checked_sources
 
 
@@ -62,6 +67,49 @@ def ensemble_losses(
         return SampleLosses(losses, counts.double(), losses, None)
     losses = -scores.gather(1, truth[:, None])[:, 0]
     return SampleLosses(losses, counts.double(), losses, scores.argmax(1) == truth)
+
+
+def stacked_losses(
+    inputs: MethodInputs, labels: Any, test: Any, collator: Collator, config: GraspConfig
+) -> SampleLosses:
+    """Evaluate the sources' predictions, stacked by the labels; see `grasp_hf.teaching.pool`.
+
+    The predictions of classifiers and of regressions form a log pool. Those of language models form a linear pool, with the
+    weights of a mixture. The model holds the base's weights before and after.
+
+    Memory: one source at a time; its logits for each sample, or one number per token.
+
+    Args:
+        inputs: The model and the sources.
+        labels: Samples that the pool is fitted on.
+        test: Samples that it is evaluated on.
+        collator: Makes batches.
+        config: Size of the batches, and seed.
+
+    Raises:
+        DataError: The model is no classifier, no regression and no language model.
+    """
+    own, tests = [], []
+    for values in stream_checked_sources(inputs):
+        with placed(movable_tensors(inputs.model), values, inputs.base):
+            own.append(evaluation_losses(inputs.model, labels, collator, config.batch_size))
+            tests.append(evaluation_losses(inputs.model, test, collator, config.batch_size))
+    outputs = [losses.outputs for losses in own if losses.outputs is not None]
+    if outputs:
+        members = [Member(str(k), one.logits.double().numpy()) for k, one in enumerate(outputs)]
+        pool = fit_teacher(members, outputs[0], config.seed).pool
+        found = [losses.outputs for losses in tests if losses.outputs is not None]
+        logits = torch.from_numpy(pool.logits([one.logits.double().numpy() for one in found])).float()
+        return losses_of(replace(found[0], logits=logits))
+    tokens = [losses.token_losses for losses in own if losses.token_losses is not None]
+    if not tokens:
+        raise DataError(f"the predictions of a {type(inputs.model).__name__} cannot be stacked")
+    weights = mixture_weights(-torch.stack(tokens).numpy())
+    likelihoods = torch.stack([-losses.token_losses for losses in tests if losses.token_losses is not None])
+    mixed = -(likelihoods + torch.from_numpy(weights).log()[:, None]).logsumexp(0)
+    terms = tests[0].terms
+    summed = torch.stack([part.sum() for part in mixed.split(terms.long().tolist())])
+    return SampleLosses(summed, terms, summed, None)
 
 
 class LogitFusion(PreTrainedModel):

@@ -12,7 +12,7 @@ from ..config.grasp import GraspConfig
 from ..errors import ConfigError
 from ..models.finetune import finetune_
 from ..validation.losses import SampleLosses, sample_losses
-from .ensembles import ensemble_losses, logit_fusion
+from .ensembles import ensemble_losses, logit_fusion, stacked_losses
 from .mixtures import adapter_targets, mixture_, pearl_
 from .soups import average_, cocktail_, fisher_average_, greedy_soup_
 from .task_vectors import dare_, gradfix_, task_arithmetic_, ties_
@@ -115,6 +115,24 @@ def run_pearl(bench: Workbench) -> None:
     run_existing(bench, pearl_, epochs=min(3, bench.epochs) or 3)
 
 
+def run_taught(bench: Workbench) -> None:
+    """Merge by the recipe, with the training samples that the run does not label as unlabelled inputs.
+
+    Raises:
+        ConfigError: All training samples are labels.
+    """
+    if bench.unlabeled is None:
+        raise ConfigError("every training sample is a label: there are no unlabelled inputs")
+    bench.restore_base()
+    bench.merge_by_recipe({}, taught=True)
+
+
+def evaluate_stacked(bench: Workbench) -> SampleLosses:
+    """Return the losses of the sources' predictions, stacked by the labels, on the test samples; nothing is trained."""
+    with bench.open_inputs() as inputs:
+        return stacked_losses(inputs, bench.selection_samples, bench.data.test, bench.collator, bench.config)
+
+
 def evaluate_ensemble(bench: Workbench) -> SampleLosses:
     """Return the losses of the mean of all sources' probabilities on the test samples."""
     with bench.open_inputs() as inputs:
@@ -202,6 +220,9 @@ METHODS = {  # records of comparisons name methods by these keys
     "loop-nothing": _paper_row("the paper's loop, nothing copied", "control", threshold=1.0),
     "loop-all": _paper_row("the paper's loop, everything copied", "control", threshold=-1.0),
     "ensemble": Method("ensemble of all", "existing", evaluate_ensemble, "1 (K to predict)", finetuned=False),
+    "stacked": Method(
+        "stacked predictions, untrained", "existing", evaluate_stacked, "1 (K to predict)", finetuned=False
+    ),
     "fusion": Method(
         "Multi-Source fusion", "existing", evaluate_fusion, "4 K (K to predict)", finetuned=False, sources="K"
     ),
@@ -218,5 +239,6 @@ METHODS = {  # records of comparisons name methods by these keys
     "adamerging-line": _gated_mixture_row("mixture by layer", per_layer=True),
     "gradfix": _existing_row("GradFix", gradfix_),
     "published": _paper_row("GRASP as in the paper", "existing", threshold=0.3, memory="1 (paper's code: 6)"),
+    "taught": Method("grasp_hf, with unlabelled inputs", "ours", run_taught, finetuned=False),
     "ours": Method("grasp_hf, as in the recipe", "ours", run_ours, finetuned=False),
 }

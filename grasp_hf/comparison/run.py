@@ -276,12 +276,16 @@ def _run_seed(
     missing = {name: row for name, row in rows.items() if (name, count, seed) not in finished}
     if not missing:
         return
-    labels = data.train.shuffle(seed=seed).select(range(count))
+    shuffled = data.train.shuffle(seed=seed)
+    labels, rest = shuffled.select(range(count)), shuffled.select(range(count, len(shuffled)))
+    unlabeled = data.unlabeled if data.unlabeled is not None else rest if len(rest) else None
     config = replace(recipe.config, seed=seed)
     base.config = config
     epochs = config.total_epochs(len(sources))
     with workspace(Path(tempfile.gettempdir()), "grasp_hf-compare-") as directory, ExitStack() as stack:
-        bench = Workbench(base, order, replace(data, train=labels), epochs=epochs, directory=directory)
+        bench = Workbench(
+            base, order, replace(data, train=labels), unlabeled=unlabeled, epochs=epochs, directory=directory
+        )
         stack.callback(bench.restore_base)  # the next workbench starts from the weights of the model
         for method, (run, finetuned) in missing.items():
             began = time.perf_counter()

@@ -34,14 +34,23 @@ class Workbench:
         merger: Holds the base model. The methods work in its model, one at a time.
         sources: References, in the order of this run.
         data: The run's labels (`train`, and `validation` if there is one) and the test samples.
+        unlabeled: Inputs whose labels no method reads; `None` if there are none.
         epochs: Epochs of fine-tuning that each method may spend in total.
         directory: Folder for the files of this run.
     """
 
     def __init__(
-        self, merger: GraspMerger, sources: list[str], data: Samples, *, epochs: float, directory: Path
+        self,
+        merger: GraspMerger,
+        sources: list[str],
+        data: Samples,
+        *,
+        unlabeled: Any = None,
+        epochs: float,
+        directory: Path,
     ) -> None:
         self.sources, self.data, self.epochs, self.directory = sources, data, epochs, directory
+        self.unlabeled = unlabeled
         self._origin = merger
         self.seed = merger.config.seed
         self.config = GraspConfig(method="average", gate=False, order="given", final_epochs=0, **self.settings(COMMON))
@@ -82,7 +91,7 @@ class Workbench:
         """Merge `sources` into the model with its present weights."""
         self.new_merger(config).merge(sources, **self.data.keywords())
 
-    def merge_by_recipe(self, settings: dict[str, Any], *, placebo: bool = False) -> None:
+    def merge_by_recipe(self, settings: dict[str, Any], *, placebo: bool = False, taught: bool = False) -> None:
         """Merge all sources into the model with the recipe's configuration, changed by `settings`.
 
         The base keeps its record: if it is a merge, this merge appends to it.
@@ -90,10 +99,12 @@ class Workbench:
         Args:
             settings: Values that replace those of the recipe.
             placebo: Whether a placebo replaces each source.
+            taught: Whether the merge may read the unlabelled inputs of the run.
         """
         config = replace(self._origin.config, **settings)
         merger = self._origin.with_config(config, placebo=Placebo(self.seed, self._base) if placebo else None)
-        merger.merge(self.sources, **self.data.keywords())
+        data = replace(self.data, unlabeled=self.unlabeled) if taught else self.data
+        merger.merge(self.sources, **data.keywords())
 
     def load_source_weights(self, source: str) -> None:
         """Load a source's weights into the model; tensors that the source lacks are those of the base."""

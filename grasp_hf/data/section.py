@@ -74,7 +74,12 @@ class DataSection:
                 return [locate(item) for item in value]
             return recipe.locate_pattern(value)
 
-        return cls(**{key: locate(value) if key in ("path", UNLABELED, *FILES) else value for key, value in recipe.data.items()})
+        return cls(
+            **{
+                key: locate(value) if key in ("path", UNLABELED, *FILES) else value
+                for key, value in recipe.data.items()
+            }
+        )
 
     def given(self) -> dict[str, Any]:
         """Return the keys that have a value, as in a recipe."""

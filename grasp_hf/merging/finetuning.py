@@ -198,5 +198,3 @@ def _split_like(labels: Labels, rows: Tensor) -> Sequence[Tensor]:
         mask = sample.get("attention_mask")
         counts.append(len(sample["input_ids"]) if mask is None else int(torch.as_tensor(mask).sum()))
     return rows.split(counts)
-
-

@@ -33,7 +33,9 @@ def scale_logits_(model: PreTrainedModel, factor: float, batch: Batch) -> bool:
     linear = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels and f"{name}.weight" in head
+        if isinstance(module, nn.Linear)
+        and module.out_features == model.config.num_labels
+        and f"{name}.weight" in head
     ]
     if len(linear) != 1:
         return False

@@ -201,5 +201,3 @@ def _fit(scaled: Array, targets: Array, ridge: float, link: Link, deviations: Ar
     values = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x if terms else start
     scale, differences, biases = split(values)
     return LogPool(scale / models + differences, biases, deviations, link)
-
-

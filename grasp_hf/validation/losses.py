@@ -178,7 +178,9 @@ def sample_losses(
         whole = concatenate_outputs(outputs)
         assert whole is not None
         return losses_of(whole)
-    if outputs:  # one sample alone looked like a class, because a loss did not follow from its outputs in another batch
+    if (
+        outputs
+    ):  # one sample alone looked like a class, because a loss did not follow from its outputs in another batch
         return sample_losses(model, dataset, collator, accelerator, 1)
     summed = torch.cat(losses)
     return SampleLosses(summed, torch.cat(terms), summed, None, None, torch.cat(tokens) if tokens else None)
