@@ -35,6 +35,7 @@ from .workbench import Workbench
 logger = logging.getLogger(__name__)
 
 # Keys of a configuration that depend on where and with which versions a model was saved, not on the model.
+MOST_UNLABELED = 512  # training samples that a run does not label, and that `taught` reads without their labels
 CIRCUMSTANCES = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
 
 
@@ -277,7 +278,8 @@ def _run_seed(
     if not missing:
         return
     shuffled = data.train.shuffle(seed=seed)
-    labels, rest = shuffled.select(range(count)), shuffled.select(range(count, len(shuffled)))
+    labels = shuffled.select(range(count))
+    rest = shuffled.select(range(count, min(len(shuffled), count + MOST_UNLABELED)))
     unlabeled = data.unlabeled if data.unlabeled is not None else rest if len(rest) else None
     config = replace(recipe.config, seed=seed)
     base.config = config
