@@ -3,16 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from scipy.stats import t
 from torch.utils.data import ConcatDataset
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from transformers import BertConfig, BertForSequenceClassification
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError
@@ -21,7 +19,6 @@ from grasp_hf.record.report import MergeReport
 from grasp_hf.tensors.units import movable_tensors
 from grasp_hf.validation.changes import Change
 from grasp_hf.validation.gate import choose_candidate, verdict
-from grasp_hf.validation.line import FRACTIONS, finetune_on_line_
 from grasp_hf.validation.losses import SampleLosses
 from tests.support.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 from tests.support.plain import calibrated_losses, halves
@@ -133,172 +130,6 @@ def test_the_plain_candidate_is_chosen_unless_another_is_better_beyond_the_noise
 
 def test_without_a_plain_candidate_the_lowest_loss_decides() -> None:
     assert choose_candidate({"a": losses_of([1.0, 2.0]), "b": losses_of([0.0, 2.9])}, "plain") == "b"
-
-
-@pytest.mark.parametrize("best", FRACTIONS)
-def test_without_noise_the_lowest_point_of_the_line_is_kept(best: float) -> None:
-    line = Line(lambda weight, samples: noisy(weight, samples, 4 * best, 0.0))
-    report = line.finetune([4.0, 4.0], [1.0, 2.0, 3.0])
-    assert report.fraction == best and line.weight == pytest.approx(4 * best)
-    expected = {str(fraction): (4 * (fraction - best)) ** 2 for fraction in FRACTIONS}
-    assert report.losses == pytest.approx(expected, abs=1e-6)
-    assert report.validated_by == "evaluation data"
-    assert [weight for weight, _ in line.evaluated] == pytest.approx([4 * fraction for fraction in FRACTIONS])
-    assert all(samples == [1.0, 2.0, 3.0] for _, samples in line.evaluated)
-
-
-@pytest.mark.parametrize(
-    ("best", "noise", "fraction"),
-    [
-        (1.0, 100.0, 1.0),  # all points are alike
-        (1.0, 2.66, 1.0),  # the points from half-way on are alike
-        (0.0, 100.0, 0.0),  # all points are alike, but the training made it worse
-        (0.25, 100.0, 0.5),  # as good as the start
-        (0.25, 0.2, 0.25),
-        (0.5, 1.33, 0.75),
-    ],
-)
-def test_the_farthest_of_the_points_within_the_noise_of_the_best_is_kept(
-    best: float, noise: float, fraction: float
-) -> None:
-    """A point at the distance d from the best has the loss d^2 and the standard error d * noise / sqrt(n - 1)."""
-    line = Line(lambda weight, samples: noisy(weight, samples, 4 * best, noise))
-    held_out = [0.0] * 10
-    as_good = [s for s in FRACTIONS if abs(s - best) <= best]
-    alike = [s for s in as_good if 4 * abs(s - best) <= noise / 3 * t.ppf(0.975, 9)]
-    assert line.finetune([4.0, 4.0], held_out).fraction == fraction == max(alike)
-
-
-def test_a_fine_tuning_that_harms_is_undone_bit_for_bit() -> None:
-    line = Line(lambda weight, samples: [abs(weight - 0.1)] * len(samples), start=0.1)
-    assert line.finetune([4.0, 4.0], [0.0, 0.0]).fraction == 0.0
-    assert torch.equal(line.tensors["w"], torch.tensor([0.1])) and int(line.tensors["count"]) == 3
-
-
-def test_calibration_does_not_choose_the_point() -> None:
-    line = Line(lambda weight, samples: [weight] * len(samples))
-
-    def evaluate(samples: Any) -> SampleLosses:
-        found = line.evaluate(samples)
-        return SampleLosses(found.losses, found.terms, -found.losses, None)
-
-    report = finetune_on_line_(line.tensors, line.buffers, line.train, evaluate, [4.0], [0.0, 0.0], 7)
-    assert report.fraction == 0.0
-
-
-@pytest.mark.parametrize(("calibrated", "fraction"), [(lambda weight: weight, 0.0), (lambda weight: -weight, 1.0)])
-def test_a_point_that_is_worse_than_the_start_with_and_without_calibration_is_not_kept(
-    calibrated: Callable[[float], float], fraction: float
-) -> None:
-    """The losses rise all the way, but within the noise."""
-    line = Line(lambda weight, samples: noisy(weight, samples, 0.0, 100.0))
-
-    def evaluate(samples: Any) -> SampleLosses:
-        found = line.evaluate(samples)
-        return SampleLosses(found.losses, found.terms, torch.full_like(found.losses, calibrated(line.weight)), None)
-
-    report = finetune_on_line_(line.tensors, line.buffers, line.train, evaluate, [4.0], [0.0] * 10, 7)
-    assert report.fraction == fraction
-
-
-def test_without_held_out_samples_each_half_of_the_labels_validates_the_model_of_the_other() -> None:
-    labels = [float(n) for n in range(1, 12)]
-    line = Line(lambda weight, samples: [-weight] * len(samples))
-    report = line.finetune(labels)
-    (first, seed), (second, other_seed), (whole, seed_of_all) = line.trained
-    assert sorted(first + second) == labels and abs(len(first) - len(second)) == 1
-    assert first != sorted(labels)[: len(first)]  # drawn at random
-    assert (seed, other_seed, seed_of_all) == (7, 8, 7) and whole == labels
-    ends = [sum(half) / len(half) for half in (first, second)]
-    for number, (half, end) in enumerate(zip((second, first), ends, strict=True)):
-        evaluated = line.evaluated[len(FRACTIONS) * number : len(FRACTIONS) * (number + 1)]
-        assert [samples for _, samples in evaluated] == [half] * len(FRACTIONS)
-        assert [weight for weight, _ in evaluated] == pytest.approx([fraction * end for fraction in FRACTIONS])
-    assert report.fraction == 1.0 and report.validated_by == "two halves of the labels"
-    assert line.weight == pytest.approx(sum(labels) / 11)
-    assert report.losses["1.0"] == pytest.approx(-(ends[0] * len(second) + ends[1] * len(first)) / 11)
-
-
-def test_every_training_starts_from_the_same_weights_and_repeats() -> None:
-    starts: list[float] = []
-    lines = [Line(lambda weight, samples: [weight] * len(samples), start=0.5) for _ in range(2)]
-
-    for line in lines:
-
-        def train(samples: Any, seed: int, line: Line = line) -> None:
-            starts.append(line.weight)
-            line.train(samples, seed)
-
-        finetune_on_line_(line.tensors, line.buffers, train, line.evaluate, [1.0, 2.0, 3.0, 4.0], None, 7)
-    assert len(starts) in (4, 6) and set(starts) == {0.5}
-    assert lines[0].trained == lines[1].trained
-
-
-def test_all_labels_train_to_the_point_that_the_halves_allow() -> None:
-    line = Line(lambda weight, samples: [abs(weight - 2)] * len(samples))
-    labels = [3.5, 4.5] * 50
-    report = line.finetune(labels)
-    (first, _), (second, _), whole = line.trained
-    ends = [sum(half) / 50 for half in (first, second)]
-    expected = {str(fraction): sum(abs(end * fraction - 2) for end in ends) / 2 for fraction in FRACTIONS}
-    assert report.losses == pytest.approx(expected, abs=1e-6)
-    assert whole == (labels, 7) and report.fraction == 0.5 and line.weight == pytest.approx(2.0)
-
-
-def test_a_training_that_both_halves_reject_is_not_run() -> None:
-    line = Line(lambda weight, samples: [abs(weight - 0.1)] * len(samples), start=0.1)
-    report = line.finetune([3.0, 4.0, 5.0, 6.0])
-    assert report.fraction == 0.0 and len(line.trained) == 2
-    assert torch.equal(line.tensors["w"], torch.tensor([0.1])) and int(line.tensors["count"]) == 3
-
-
-@pytest.mark.parametrize("held_out", [None, [0.0] * 4])
-@pytest.mark.parametrize(("alone", "loss", "wins"), [(0.0, 0.0, True), (1.2, 0.04, False), (1.7, 0.09, False)])
-def test_the_better_start_of_a_training_is_kept(
-    alone: float, loss: float, wins: bool, held_out: list[float] | None
-) -> None:
-    """A training adds the mean of its samples, 4. The best weight is 4, and the nearest point of the merge is 4.2."""
-    line = Line(lambda weight, samples: [(weight - 4.0) ** 2] * len(samples), start=1.2)
-
-    def train(samples: Any, seed: int) -> None:
-        line.trained.append(([*samples], seed))
-        line.tensors["w"].add_(sum(samples) / len(samples))
-
-    line.train = train  # type: ignore[method-assign]
-    labels = [4.0, 4.0, 4.0, 4.0]
-    report = line.finetune(labels, held_out, alone)
-    assert (report.fraction, report.without_sources) == (0.75, wins)
-    assert (report.losses["0.75"], report.alone) == pytest.approx((0.04, loss), abs=1e-5)
-    assert line.weight == pytest.approx(4.0 if wins else 4.2)
-    both_by_halves = [(labels[:2], 7), (labels[:2], 8)] * 2 + [(labels, 7)]
-    assert line.trained == (both_by_halves if held_out is None else [(labels, 7)] * (3 if wins else 2))
-    first, second = report.sentences()
-    assert second.startswith(f"from fine-tuning alone to the merge: loss {loss:.3f} -> 0.040 (")
-    assert f", on 4 samples of {report.validated_by}" in second
-    assert (first == "fine-tuned without the sources of this merge, which were undone") == wins
-
-
-def test_a_single_label_validates_its_own_training_and_the_report_names_it() -> None:
-    line = Line(lambda weight, samples: [(weight - 4) ** 2] * len(samples))
-    report = line.finetune([4.0])
-    assert report.validated_by == "the label that it learned"
-    assert report.fraction == 1.0
-
-
-LEARNING: dict[str, Any] = {"batch_size": 8, "training_arguments": {"learning_rate": 0.01}}
-
-
-def learned(kind: str, folder: Path, epochs: int = 15) -> str:
-    """Save a model that has learned the data, and return its folder."""
-    return saved(expert_of(kind, epochs), folder)
-
-
-@cache
-def expert_of(kind: str, epochs: int) -> PreTrainedModel:
-    config = GraspConfig(gate=False, initial_epochs=epochs, final_epochs=0, order="given", **LEARNING)
-    expert = GraspMerger(tiny_model(kind), config)
-    expert.merge([], train_dataset=tiny_data(kind, 48, seed=1))
-    return expert.model
 
 
 @pytest.mark.parametrize("evaluates", [False, True])
