@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError
-from grasp_hf.record.entries import ChangeReport, FinetuneReport, Reason
+from grasp_hf.record.entries import ChangeReport, Reason
 from grasp_hf.record.report import MergeReport
 from grasp_hf.tensors.units import movable_tensors
 from grasp_hf.validation.changes import Change
@@ -31,46 +31,6 @@ Losses = Callable[[float, Sequence[float]], Sequence[float]]  # weight of a mode
 def losses_of(losses: Sequence[float]) -> SampleLosses:
     found = torch.tensor(losses, dtype=torch.float64)
     return SampleLosses(found, torch.ones_like(found), found, None)
-
-
-class Line:
-    """A model of one weight, whose training jumps to the mean of its samples."""
-
-    def __init__(self, losses: Losses, start: float = 0.0) -> None:
-        self.losses = losses
-        weight = torch.nn.Parameter(torch.tensor([start]), requires_grad=False)
-        self.tensors = {"w": weight, "count": torch.tensor(3)}
-        self.buffers = [{name: torch.full_like(value, 9) for name, value in self.tensors.items()} for _ in range(2)]
-        self.trained: list[tuple[list[float], int]] = []
-        self.evaluated: list[tuple[float, list[float]]] = []
-
-    def train(self, samples: Any, seed: int) -> None:
-        """Set the weight to the mean of the samples."""
-        self.trained.append(([*samples], seed))
-        self.tensors["w"].fill_(sum(samples) / len(samples))
-        self.tensors["count"].add_(1)
-
-    def evaluate(self, samples: Any) -> SampleLosses:
-        """Return the losses, and note the weight and the samples."""
-        self.evaluated.append((float(self.tensors["w"]), [*samples]))
-        return losses_of(self.losses(float(self.tensors["w"]), [*samples]))
-
-    def finetune(
-        self, labels: Sequence[float], held_out: Sequence[float] | None = None, alone: float | None = None
-    ) -> FinetuneReport:
-        """Fine-tune with the gate."""
-        other = None if alone is None else {"w": torch.tensor([alone]), "count": torch.tensor(0)}
-        return finetune_on_line_(self.tensors, self.buffers, self.train, self.evaluate, labels, held_out, 7, other)
-
-    @property
-    def weight(self) -> float:
-        """The present weight."""
-        return float(self.tensors["w"])
-
-
-def noisy(weight: float, samples: Sequence[float], best: float, noise: float) -> list[float]:
-    """Return losses on a parabola with its lowest mean at `best`; every second sample has a slope of the other sign."""
-    return [(weight - best) ** 2 + noise * (weight - best) * (1 if i % 2 else -1) for i in range(len(samples))]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +90,22 @@ def test_the_plain_candidate_is_chosen_unless_another_is_better_beyond_the_noise
 
 def test_without_a_plain_candidate_the_lowest_loss_decides() -> None:
     assert choose_candidate({"a": losses_of([1.0, 2.0]), "b": losses_of([0.0, 2.9])}, "plain") == "b"
+
+
+LEARNING: dict[str, Any] = {"batch_size": 8, "training_arguments": {"learning_rate": 0.01}}
+
+
+def learned(kind: str, folder: Path, epochs: int = 15) -> str:
+    """Save a model that has learned the data, and return its folder."""
+    return saved(expert_of(kind, epochs), folder)
+
+
+@cache
+def expert_of(kind: str, epochs: int) -> PreTrainedModel:
+    config = GraspConfig(gate=False, initial_epochs=epochs, final_epochs=0, order="given", **LEARNING)
+    expert = GraspMerger(tiny_model(kind), config)
+    expert.merge([], train_dataset=tiny_data(kind, 48, seed=1))
+    return expert.model
 
 
 @pytest.mark.parametrize("evaluates", [False, True])
