@@ -41,7 +41,7 @@ def test_a_pool_is_the_lowest_point_of_its_penalised_loss() -> None:
         penalty = found.ridge * (3 * (differences**2).sum() + (biases**2).sum() / 4) + values[0] ** 2 / 20
         return plain_loss(logits, truth) + penalty / 60
 
-    best = minimize(objective, np.zeros(7), method="Nelder-Mead", options={"maxiter": 20000, "maxfev": 20000}).x
+    best = minimize(objective, np.zeros(7), method="BFGS").x
     coefficients = np.exp(best[0]) / 3 + best[1:4]
     assert found.pool.coefficients == pytest.approx(coefficients, abs=5e-3)
     assert found.pool.biases == pytest.approx(best[4:], abs=5e-3)
