@@ -68,8 +68,8 @@ METHODS = {
         card="Each unit is a weighted mean of the accepted sources that contain it. The weights are those that a mixture of "
         "the sources' predictions gets on the labels: a source whose predictions add nothing to those of the others gets "
         "little weight.",
+        stores_gradients=True,
         weighs=True,
-        reads_once=True,
     ),
     "average": Method(
         summary="Keeps the mean of all accepted sources so far in each unit: `T + (S - T) / n`.",

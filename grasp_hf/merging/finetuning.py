@@ -22,7 +22,7 @@ from ..tensors.scratch import Scratch
 from ..tensors.units import movable_tensors
 from ..validation.changes import paired_change
 from ..validation.labels import Labels
-from ..validation.losses import Outputs
+from ..validation.losses import Outputs, losses_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -147,7 +147,7 @@ class Finetuning:
             members = [*members, self._member(MODEL_AFTER, held_out)]
         fitted = fit_teacher(members, truth, self.config.seed)
         unlabeled = [member.unlabeled for member in members if member.unlabeled is not None]
-        used = found.order is None or fitted.loss < found.losses.calibrated_loss
+        used = not self._teacher_harms(fitted, found, truth)
         if used:
             soft = torch.from_numpy(probabilities(fitted.pool.logits(unlabeled), truth.link)).float()
             self._train_student(fitted, truth, soft)
@@ -160,6 +160,16 @@ class Finetuning:
             unlabeled=len(self.labels.unlabeled),
             used=used,
         )
+
+    def _teacher_harms(self, fitted: FittedPool, found: FoldModels, truth: Outputs) -> bool:
+        """Whether the held-out predictions of the teacher are worse than those of the model, beyond chance."""
+        logits = found.held_out(self.labels.validation_indices)
+        if logits is None:
+            return False
+        model = losses_of(replace(truth, logits=logits))
+        teacher = losses_of(replace(truth, logits=torch.from_numpy(fitted.held_out).float()))
+        change = paired_change(model, teacher)
+        return change.mean > change.half_interval
 
     def _train_student(self, fitted: FittedPool, truth: Outputs, soft: Tensor) -> None:
         """Change the model: train it on the mean of labels and teacher, and on the teacher alone where there is no label."""

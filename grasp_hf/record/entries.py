@@ -128,7 +128,7 @@ class TeacherReport:
         ridge: Strength of the pull towards equal coefficients, chosen by cross-validation.
         labels: Number of labelled samples.
         unlabeled: Number of unlabelled inputs.
-        used: Whether the model was taught. A teacher that is not better than the model teaches nothing.
+        used: Whether the model was taught. A teacher that is worse than the model, beyond chance, teaches nothing.
     """
 
     worth: dict[str, float]

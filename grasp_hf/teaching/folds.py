@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 from ..record.entries import EVALUATION_DATA
 from ..tensors.mixing import interpolate_
 from ..tensors.placing import overwrite_
+from ..validation.changes import paired_change
 from ..validation.losses import SampleLosses, concatenate
 
 FRACTIONS = (0.0, 0.5, 0.75, 1.0)
@@ -41,8 +42,16 @@ class FoldModels:
 
     @property
     def fraction(self) -> float:
-        """The point with the lowest loss, calibrated where there are classes."""
-        return min(self.points, key=lambda fraction: self.points[fraction].calibrated_loss)
+        """The trained point with the lowest loss, calibrated where there are classes; 0 if that point harms.
+
+        The labels have weighed and validated the sources, so they favour the start. It must be better beyond chance (by the
+        95 % interval) to undo the training.
+        """
+        start = self.points[0.0]
+        trained = {fraction: point for fraction, point in self.points.items() if fraction > 0}
+        best = min(trained, key=lambda fraction: trained[fraction].calibrated_loss)
+        change = paired_change(start, trained[best])
+        return 0.0 if change.mean > change.half_interval else best
 
     @property
     def losses(self) -> SampleLosses:
