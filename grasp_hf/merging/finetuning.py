@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config.grasp import GraspConfig
 from ..models.logits import scale_logits_
-from ..record.entries import FinetuneReport, TeacherReport
+from ..record.entries import FinetuneReport, Reason, TeacherReport
 from ..teaching.folds import FoldModels, finetune_on_folds_, set_interpolated_
 from ..teaching.pool import FittedPool, fit_scale, probabilities
 from ..teaching.predictions import Member, Predictions, fit_teacher
@@ -168,8 +168,7 @@ class Finetuning:
             return False
         model = losses_of(replace(truth, logits=logits))
         teacher = losses_of(replace(truth, logits=torch.from_numpy(fitted.held_out).float()))
-        change = paired_change(model, teacher)
-        return change.mean > change.half_interval
+        return paired_change(model, teacher).verdict == Reason.HARMS
 
     def _train_student(self, fitted: FittedPool, truth: Outputs, soft: Tensor) -> None:
         """Change the model: train it on the mean of labels and teacher, and on the teacher alone where there is no label."""

@@ -23,6 +23,7 @@ from ..hub.pull import Puller
 from ..hub.reference import Source
 from ..models.batches import Collator, check_dataset, keep_model_columns
 from ..models.gradients import checkpointing, preserved_state
+from ..record.entries import Reason
 from ..sources.load import LoadedSource, load_source
 from ..sources.placebo import Placebo
 from ..teaching.predictions import Predictions
@@ -156,8 +157,7 @@ class Run:
         now = self.labels.losses()
         if now is None or self.start_losses is None:
             return False
-        change = paired_change(self.start_losses, now)
-        return change.samples > 1 and change.mean < -change.half_interval
+        return paired_change(self.start_losses, now).verdict == Reason.HELPS
 
     def restore_(self) -> None:
         """Change the model back to its weights before the present step."""

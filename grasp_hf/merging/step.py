@@ -21,7 +21,7 @@ from ..tensors.mixing import Mix
 from ..tensors.scratch import Scratch
 from ..tensors.units import Unit, movable_tensors, partition, units_within
 from ..validation.changes import paired_change
-from ..validation.gate import choose_candidate, verdict
+from ..validation.gate import choose_candidate
 from ..validation.labels import Labels
 from ..validation.losses import SampleLosses, concatenate
 from .finetuning import Finetuning
@@ -140,7 +140,7 @@ class Step:
         self.labels.changed(whole)
         accepted, reason = True, Reason.NONE
         if self.config.gate and any(mix.moves for mix in candidate.mixes.values()):
-            accepted, reason = verdict(change, self.labels.floor, after, whole)
+            accepted, reason = change.verdict != Reason.HARMS, change.verdict
         if not accepted:
             mixed.undo(before)
         elif candidate.when_merged:
@@ -215,7 +215,7 @@ class Step:
         samples = self.labels.samples
         if samples.train is None or not self.config.trains(epochs):
             return None
-        self.labels.finetuned()
+        self.labels.changed()
         self.scratch.make_room()
         finetuning = Finetuning(self.model, self.config, self.labels, self.scratch, epochs, seed)
         return finetuning.run(alone, predictions)

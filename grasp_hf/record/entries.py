@@ -16,13 +16,15 @@ TEST_DATA = "test data"
 
 
 class Reason(StrEnum):
-    """Why a source stays in the model, or does not; code compares the members, and readers see their values."""
+    """Why a source stays in the model, or does not; code compares the members, and readers see their values.
 
+    The first three are verdicts on a change of the loss: its 95 % interval lies below 0, above 0, or holds 0.
+    """
+
+    HELPS = "helps"
+    HARMS = "harms"
+    NO_EFFECT = "no measurable effect"
     NONE = ""  # the gate decided nothing: it is off, nothing validates, or nothing moved
-    HELPS = "lowers the loss"
-    UNCLEAR = "within the noise"
-    HARMS = "raises the loss"
-    WORSE_THAN_START = "worse than the start"
     NOT_FINITE = "loss NaN or infinite"
     BETTER_ALONE = "better without any source"
 
@@ -90,17 +92,25 @@ class ChangeReport:
     """How the mean loss changed on the validation samples: by a source, or from fine-tuning alone to the merge.
 
     Attributes:
-        loss: Difference of the mean; below 0 is better. It is calibrated, which means that the logits of both models are
-            scaled to fit the samples best, except in `FinetuneReport.gain`.
+        loss: Difference of the mean; below 0 is better.
         half_interval: Half of its 95 % interval over samples; `None` for a single sample.
         samples: Number of samples.
         samples_to_see: Number of samples that would tell a change of this size from none.
+        calibrated: Whether the logits of both models were scaled to fit the samples best before their losses were compared.
     """
 
     loss: float
     half_interval: float | None
     samples: int
     samples_to_see: int | None
+    calibrated: bool = True
+
+    @property
+    def verdict(self) -> Reason:
+        """The verdict that follows from the interval."""
+        if self.half_interval is None or abs(self.loss) <= self.half_interval:
+            return Reason.NO_EFFECT
+        return Reason.HELPS if self.loss < 0 else Reason.HARMS
 
     @property
     def doubt(self) -> str:

@@ -164,10 +164,10 @@ class MergeReport:
         doubted = [
             f"{step.name}: {step.change.doubt}" if step.change and step.change.doubt else step.name
             for step in self.steps
-            if step.accepted and step.moved and step.reason == Reason.UNCLEAR
+            if step.accepted and step.moved and step.reason == Reason.NO_EFFECT
         ]
         if doubted:
-            found.append(f"within the noise, so kept: {', '.join(doubted)}")
+            found.append(f"no measurable effect, so kept: {', '.join(doubted)}")
         rejected = [f"{step.name} ({step.reason})" for step in self.steps if not step.accepted]
         if rejected:
             found.append(f"rejected: {', '.join(rejected)}")

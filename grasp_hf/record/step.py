@@ -142,7 +142,7 @@ class StepReport:
             "decision": self.decision,
             "loss before": _format_known(self.before.get("loss")),
             "loss after": _format_known(self.after_transfer.get("loss")),
-            "change (calibrated)": str(self.change) if self.change else None,
+            "change": str(self.change) if self.change else None,
             "accuracy": None if accuracies == [None, None] else " → ".join(map(format_number, accuracies)),
             "fine-tuned": _format_known(self.after.get("loss")) if self.finetuned else None,
             "seconds": f"{self.seconds:.1f}",
@@ -156,7 +156,7 @@ class StepReport:
             "decision": self.decision,
             "coefficient": format_number(self.mean_coefficient),
             "loss": " → ".join(losses) if self.before else None,
-            "calibrated": str(self.change) if self.change else None,
+            "change": str(self.change) if self.change else None,
         }
 
     def summary_line(self, width: int = WIDTH) -> str:
@@ -166,7 +166,7 @@ class StepReport:
             losses = [format_number(evaluation.get("loss")) for evaluation in (self.before, self.after_transfer)]
             numbers = f"loss {' -> '.join(losses)}"
         if self.change:
-            numbers += f", calibrated {self.change}"
+            numbers += f", {'calibrated' if self.change.calibrated else 'change'} {self.change}"
         text = f": {self.verdict}, {numbers}"
         return shorten(self.name, max(width - len(text), 8)) + text
 

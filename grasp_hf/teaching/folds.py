@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from ..record.entries import EVALUATION_DATA
+from ..record.entries import EVALUATION_DATA, Reason
 from ..tensors.mixing import interpolate_
 from ..tensors.placing import overwrite_
 from ..validation.changes import paired_change
@@ -51,7 +51,7 @@ class FoldModels:
         trained = {fraction: point for fraction, point in self.points.items() if fraction > 0}
         best = min(trained, key=lambda fraction: trained[fraction].calibrated_loss)
         change = paired_change(start, trained[best])
-        return 0.0 if change.mean > change.half_interval else best
+        return 0.0 if change.verdict == Reason.HARMS else best
 
     @property
     def losses(self) -> SampleLosses:

@@ -52,7 +52,6 @@ class Labels:
 
     Attributes:
         learned: Whether the model was fine-tuned on the labels; a fine-tuning sets it.
-        floor: The mean calibrated loss before the first source since the last fine-tuning; infinite until it is known.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class Labels:
     ) -> None:
         self.model, self.samples, self.collator, self.config = model, samples, collator, config
         self.learned = learned
-        self.floor = math.inf
         self._losses: SampleLosses | None = None
         self._warned = False
 
@@ -123,7 +121,7 @@ class Labels:
         return self._losses
 
     def losses_before_source(self) -> SampleLosses | None:
-        """Return `losses()`; set the floor if this is the first source, and warn once if the samples are few."""
+        """Return `losses()`; warn once if the samples are few."""
         before = self.losses()
         if before is None:
             return None
@@ -132,8 +130,6 @@ class Labels:
             self._warned = True
             difference = detectable_difference(len(before.losses))
             logger.warning("the sources are validated by %s, %s", self.validated_by, difference)
-        if self.floor == math.inf:
-            self.floor = before.calibrated_loss
         return before
 
     @property
@@ -168,11 +164,6 @@ class Labels:
             losses: Losses of the changed model on all validation parts; `None` if they are not known.
         """
         self._losses = losses
-
-    def finetuned(self) -> None:
-        """Note that a fine-tuning changes the weights: the next source starts from another floor."""
-        self.changed()
-        self.floor = math.inf
 
     def batches(self, labels: Any, seed: int) -> Iterator[Batch]:
         """Yield `config.num_batches` batches of `labels`, shuffled by `seed`."""
