@@ -331,11 +331,12 @@ class GraspMerger:
         if not references:
             return []
         self.report.run.ranking = []
-        if not run.needs_predictions and (self.config.order == "given" or len(references) == 1):
+        compares = len(references) > 1 and (self.config.order != "given" or run.weighs)
+        if not compares and not run.teaches:
             return references
         ranked = rank_for_merge(run, references, finetuned=self.report.finetuned, token=token)
         self.report.run.ranking = [row.summary() for row in ranked]
-        return [row.reference for row in ranked]
+        return [row.reference for row in ranked[: self.config.top]]
 
     def _merge_numbered(
         self, run: Run, puller: Puller, number: int, source: str, references: Sequence[str]

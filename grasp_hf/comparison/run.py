@@ -279,8 +279,8 @@ def _run_seed(
         return
     shuffled = data.train.shuffle(seed=seed)
     labels = shuffled.select(range(count))
-    rest = shuffled.select(range(count, min(len(shuffled), count + MOST_UNLABELED)))
-    unlabeled = data.unlabeled if data.unlabeled is not None else rest if len(rest) else None
+    rest = [*range(count, min(len(shuffled), count + MOST_UNLABELED))]
+    unlabeled = shuffled.select(rest) if rest and data.unlabeled is None else data.unlabeled
     config = replace(recipe.config, seed=seed)
     base.config = config
     epochs = config.total_epochs(len(sources))

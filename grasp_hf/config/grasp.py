@@ -210,10 +210,6 @@ class GraspConfig:
         """
         return self.gate and self.trains(self.final_epochs) and not self.finetunes_between
 
-    def teaches(self, unlabeled: Any) -> bool:
-        """Whether the last fine-tuning learns from the predictions of the sources on unlabelled inputs, if there are any."""
-        return unlabeled is not None and self.gate and self.trains(self.final_epochs)
-
     def trains(self, epochs: float) -> bool:
         """Whether fine-tuning for `epochs` epochs trains at all, given `training_arguments`."""
         asked = self.training_arguments

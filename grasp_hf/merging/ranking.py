@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..config.methods import METHODS
 from ..errors import GraspError, IncompatibleSourceError, NonFiniteError
 from ..hub.pull import Puller
 from ..hub.reference import Source
@@ -155,20 +154,19 @@ def rank_for_merge(run: Run, references: Sequence[str], *, finetuned: bool, toke
     """
     order, rows, measure = run.config.order, [], "first-order gain"
     if order == "rank":
-        rows = _require_readable(rank_by_gain(run, references, finetuned=finetuned, token=token))[: run.config.top]
-        references = [row.reference for row in rows]
-    if order != "rank" or run.needs_predictions:
+        rows = _require_readable(rank_by_gain(run, references, finetuned=finetuned, token=token))
+        references = [row.reference for row in rows[: run.config.top]]
+    if order != "rank" or run.weighs or run.teaches:
         by_loss = _require_readable(rank_by_loss(run, references, token=token))
-        places = {row.reference: place for place, row in enumerate(rows)}
-        if order == "given":
-            places = {reference: place for place, reference in enumerate(references)}
+        places = {reference: place for place, reference in enumerate(references)}
         if order == "loss":
-            by_loss, measure = by_loss[: run.config.top], "loss"
-        rows = sorted(by_loss, key=lambda row: places.get(row.reference, 0))
-    run.predictions.keep([row.reference for row in rows])
-    if METHODS[run.config.method].weighs:
+            rows, measure = by_loss, "loss"
+        elif order == "given":
+            rows = sorted(by_loss, key=lambda row: places.get(row.reference, 0))
+    run.predictions.keep([row.reference for row in rows[: run.config.top]])
+    if run.weighs:
         run.weights = run.predictions.weights()
-        rows = [replace(row, weight=run.weights[row.reference]) for row in rows]
+        rows = [replace(row, weight=run.weights.get(row.reference)) for row in rows]
     logger.info("%s:\n%s", "sources" if order == "given" else f"ranked by {measure}", ranking_table(rows))
     return rows
 

@@ -92,9 +92,15 @@ class Run:
         self._description: dict[str, Any] | None = None
 
     @property
-    def needs_predictions(self) -> bool:
-        """Whether every source has to be read once more before the merge, for its predictions."""
-        return METHODS[self.config.method].weighs or self.config.teaches(self.samples.unlabeled)
+    def weighs(self) -> bool:
+        """Whether the predictions of the sources weigh them."""
+        return METHODS[self.config.method].weighs
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the predictions of the sources on unlabelled inputs teach the model at the end."""
+        config = self.config
+        return self.samples.unlabeled is not None and config.gate and config.trains(config.final_epochs)
 
     @classmethod
     @contextmanager

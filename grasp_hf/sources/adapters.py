@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, load_peft_weights
 from safetensors.torch import save_file
@@ -21,6 +20,7 @@ from ..hub.download import commit_of
 from ..hub.reference import Source, SourceRef
 from ..internals import (
     adapter_weights_in_runtime_names,
+    lora_rank,
     matching_pattern,
     merging_layer,
     parameter_prefix,
@@ -188,8 +188,7 @@ def _ranks(adapted: PeftModel) -> dict[int, int]:
     """
     found = {}
     for module in adapted.modules():
-        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and not module.lora_variant:
-            (rank,) = module.r.values()
+        if (rank := lora_rank(module)) is not None:
             found[id(module.get_base_layer().weight)] = rank
     return found
 

@@ -23,7 +23,8 @@ from ..models.gradients import preserved_randomness, preserved_state
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SCALES = tuple(2 ** (half / 2) for half in range(-6, 9))  # factors of the logits, from 1/8 to 16
+# Factors of the logits: from 1/8 to 16, and 0, so that no calibrated loss exceeds that of a uniform guess.
+SCALES = (0.0, *(2 ** (half / 2) for half in range(-6, 9)))
 LABEL_COLUMNS = ("label", "label_ids", "labels")
 LOSS_TOLERANCE = 1e-2  # relative; half precision rounds the loss of a model
 MOST_VALIDATION_LABELS = 512  # labels that rank and validate sources, at most; all labels validate a fine-tuning
