@@ -338,7 +338,7 @@ def parameter_prefix(kind: PeftType) -> str:
     return str(PEFT_TYPE_TO_PREFIX_MAPPING[kind])
 
 
-def lora_rank(module: nn.Module) -> int | None:
+def lora_rank(module: Any) -> int | None:
     """Return the rank of the change that a layer of plain LoRA makes; `None` for another module.
 
     Variants such as DoRA change a weight by a matrix of full rank. An adapter of single parameters has no weight of its own.

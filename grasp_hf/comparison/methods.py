@@ -116,13 +116,7 @@ def run_pearl(bench: Workbench) -> None:
 
 
 def run_taught(bench: Workbench) -> None:
-    """Merge by the recipe, with the training samples that the run does not label as unlabelled inputs.
-
-    Raises:
-        ConfigError: All training samples are labels.
-    """
-    if bench.unlabeled is None:
-        raise ConfigError("every training sample is a label: there are no unlabelled inputs")
+    """Merge by the recipe, with the training samples that the run does not label as unlabelled inputs."""
     bench.restore_base()
     bench.merge_by_recipe({}, taught=True)
 
@@ -177,6 +171,7 @@ class Method:
         memory: Private memory that merging takes, in sizes of the model.
         finetuned: Whether its result is fine-tuned afterwards. Otherwise it fine-tunes by itself, or not at all.
         sources: Number of sources that it needs at once, in memory or on the disk.
+        needs_unlabeled: Whether it is left out of a run whose labels are all training samples.
     """
 
     title: str
@@ -185,6 +180,7 @@ class Method:
     memory: str = "1"
     finetuned: bool = True
     sources: Literal["1", "K"] = "1"
+    needs_unlabeled: bool = False
 
 
 def _existing_row(title: str, method: Callable[..., None], sources: Literal["1", "K"] = "1") -> Method:
@@ -239,6 +235,6 @@ METHODS = {  # records of comparisons name methods by these keys
     "adamerging-line": _gated_mixture_row("mixture by layer", per_layer=True),
     "gradfix": _existing_row("GradFix", gradfix_),
     "published": _paper_row("GRASP as in the paper", "existing", threshold=0.3, memory="1 (paper's code: 6)"),
-    "taught": Method("grasp_hf, with unlabelled inputs", "ours", run_taught, finetuned=False),
+    "taught": Method("grasp_hf, with unlabelled inputs", "ours", run_taught, finetuned=False, needs_unlabeled=True),
     "ours": Method("grasp_hf, as in the recipe", "ours", run_ours, finetuned=False),
 }

@@ -271,6 +271,8 @@ def _run_seed(
     rows: dict[str, tuple[Callable[[Workbench], SampleLosses | None], bool]] = {
         f"source:{source}": (partial(load_source, source=source), False) for source in sources
     }
+    has_unlabeled = data.unlabeled is not None or count < len(data.train)
+    methods = {name: method for name, method in methods.items() if has_unlabeled or not method.needs_unlabeled}
     rows |= {name: (method.run, method.finetuned) for name, method in methods.items()}
     rows |= {f"variant:{name}": (partial(METHODS[OURS].run, **settings), False) for name, settings in variants.items()}
     finished = {(result.method, result.size, result.seed) for result in done.results}

@@ -1,7 +1,7 @@
 """PEFT adapters as sources: the checks of their configuration, and their merge into the base model."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
@@ -186,11 +186,9 @@ def _ranks(adapted: PeftModel) -> dict[int, int]:
 
     Variants such as DoRA change a weight by a matrix of full rank.
     """
-    found = {}
-    for module in adapted.modules():
-        if (rank := lora_rank(module)) is not None:
-            found[id(module.get_base_layer().weight)] = rank
-    return found
+    modules: Iterator[Any] = adapted.modules()
+    layers = {module: rank for module in modules if (rank := lora_rank(module)) is not None}
+    return {id(layer.get_base_layer().weight): rank for layer, rank in layers.items()}
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ def recipe_file(folder: Path, text: str) -> Path:
 
 def test_defaults() -> None:
     config = GraspConfig()
-    assert (config.method, config.unit, config.order) == ("blend", "layer", "loss")
+    assert (config.method, config.unit, config.order) == ("weighted", "layer", "loss")
     assert (config.gate, config.published, config.training_arguments) == (True, False, {})
     assert (config.initial_epochs, config.finetune_epochs, config.final_epochs, config.seed) == (0, 0, 3, 42)
     assert Recipe(sources=["org/a"]).config == config, "a recipe starts from the same defaults"
@@ -30,7 +30,7 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("method", "mean", r"method: got 'mean', expected one of 'average', 'blend', 'copy'"),
+        ("method", "mean", r"method: got 'mean', expected one of 'weighted', 'average', 'blend', 'copy'"),
         ("top", 0, "top: got 0, expected at least 1, and order='loss' or order='rank'"),
         ("lora", {"rank": 8}, r"lora: got {'rank': 8}, expected arguments of peft.LoraConfig: .*'rank'"),
         (
