@@ -140,6 +140,11 @@ class Step:
         self.labels.changed(whole)
         accepted, reason = True, Reason.NONE
         if self.config.gate and any(mix.moves for mix in candidate.mixes.values()):
+            as_merged = paired_change(before, whole)
+            if (
+                as_merged.verdict == Reason.HARMS
+            ):  # each half validates its own fit, and the mean of the fits is merged
+                change = as_merged
             accepted, reason = change.verdict != Reason.HARMS, change.verdict
         if not accepted:
             mixed.undo(before)

@@ -314,7 +314,7 @@ def test_all_problems_of_the_data_section_are_in_one_error() -> None:
         DataSection.from_recipe(Recipe(sources=["a"], data=data))
     assert caught.value.problems == [
         "data.dir: unknown key, expected one of data_dir, data_files, image, label, max_length, name, path, revision, "
-        "text",
+        "text, unlabeled",
         "data.path: missing, expected imagefolder, csv, json, parquet, a folder or a Hub id",
         "data.label: got 3, expected text",
         "data.max_length: got 'long', expected a number of tokens above 0",

@@ -20,6 +20,7 @@ from grasp_hf.methods.candidates import Candidate
 from grasp_hf.models.batches import keep_model_columns
 from grasp_hf.record.entries import Reason
 from grasp_hf.sources.load import LoadedSource
+from grasp_hf.teaching.folds import FoldModels
 from grasp_hf.tensors.mixing import Mix
 from grasp_hf.tensors.scratch import Scratch
 from grasp_hf.tensors.units import movable_tensors, partition
@@ -272,7 +273,7 @@ def test_labels_that_were_learned_validate_no_further_fine_tuning(
     )
 
 
-def test_labels_of_a_fine_tuning_that_was_undone_still_validate(world: Path) -> None:
+def test_labels_of_a_fine_tuning_that_was_undone_still_validate(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(sample: dict[str, Any]) -> dict[str, Any]:
         return {"labels": (sample["labels"] + 1) % 3}
 
@@ -281,6 +282,7 @@ def test_labels_of_a_fine_tuning_that_was_undone_still_validate(world: Path) -> 
     knowing.merge([], train_dataset=LABELS.map(wrong))
     before = {name: tensor.clone() for name, tensor in knowing.model.state_dict().items()}
     merger = GraspMerger(knowing.model, GraspConfig(**{**CONFIG, "initial_epochs": 4}, training_arguments=rate))
+    monkeypatch.setattr(FoldModels, "fraction", 0.0)
     merger.merge([], train_dataset=LABELS, eval_dataset=wrong_data)
     assert all(torch.equal(before[name], tensor) for name, tensor in merger.model.state_dict().items())
     assert not merger.report.finetuned

@@ -31,7 +31,7 @@ def test_the_details_say_how_many_samples_would_tell_a_change_from_none(tmp_path
     noisy = StepReport("org/a", "sha", "full", reason=Reason.NO_EFFECT, validated_by="labels", before={"loss": 1.0})
     noisy.after_transfer, noisy.change = {"loss": 0.9}, Change(-0.1, 0.2, 10).report()
     expected = math.ceil(10 * (1.96 * 0.2 / 0.1) ** 2)
-    line = "org/a: nothing moved (no measurable effect), loss 1.000 -> 0.900, calibrated -0.100 ± 0.452"
+    line = "org/a: nothing moved (no measurable effect), loss 1.000 -> 0.900, change -0.100 ± 0.452"
     assert noisy.summary_line() == line
     assert f"validated on 10 samples: labels; {expected} samples would tell this change from none" in noisy.details()
     sure = replace(noisy, change=Change(-0.1, 0.01, 10).report())
@@ -98,7 +98,7 @@ def test_checkpoints_of_two_trainings_have_two_names() -> None:
 
 def test_a_table_has_no_columns_without_a_value() -> None:
     measured, unmeasured = step_of("org/a"), StepReport("org/b", "sha", "full")
-    assert {"loss before", "change (calibrated)"} <= {*measured.row()}
+    assert {"loss before", "change"} <= {*measured.row()}
     columns = [cell.strip() for cell in report_of(unmeasured).table().splitlines()[0].strip("|").split("|")]
     assert "decision" in columns and not {"loss before", "loss after", "accuracy"} & {*columns}
     columns = [cell.strip() for cell in report_of(measured, unmeasured).table().splitlines()[0].strip("|").split("|")]

@@ -75,7 +75,7 @@ def test_evaluation_data_validates_the_mean_of_the_folds() -> None:
 
 
 def test_a_training_that_harms_is_not_kept() -> None:
-    found = Line(lambda weight, samples: [abs(weight)] * len(samples)).finetune([4.0, 5.0])
+    found = Line(lambda weight, samples: [abs(weight)] * len(samples)).finetune([4.0] * 8)
     assert found.fraction == 0.0
 
 
@@ -87,7 +87,7 @@ def test_a_single_label_validates_its_own_training_and_the_report_names_it() -> 
 def test_held_out_logits_come_in_the_order_of_the_labels() -> None:
     # two samples with two terms and one, seen in the order 1, 0
     outputs = Outputs(torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3, 1), torch.tensor([0, 0, 1]), "identity")
-    found = FoldModels({0.0: losses_of(outputs)}, "2 folds of the labels", [1, 0])
+    found = FoldModels(dict.fromkeys((0.0, 0.5), losses_of(outputs)), "2 folds of the labels", [1, 0])
     logits = found.held_out([0, 1])
     assert logits is not None and logits.tolist() == [[3.0], [1.0], [2.0]]
     assert FoldModels(found.points, "", None).held_out([0]) is None
