@@ -140,11 +140,8 @@ class Step:
         self.labels.changed(whole)
         accepted, reason = True, Reason.NONE
         if self.config.gate and any(mix.moves for mix in candidate.mixes.values()):
-            as_merged = paired_change(before, whole)
-            if (
-                as_merged.verdict == Reason.HARMS
-            ):  # each half validates its own fit, and the mean of the fits is merged
-                change = as_merged
+            # Each half of the labels validates its own fit, but the mean of the fits is merged: the worse change counts.
+            change = max(change, paired_change(before, whole), key=lambda change: change.mean)
             accepted, reason = change.verdict != Reason.HARMS, change.verdict
         if not accepted:
             mixed.undo(before)

@@ -189,7 +189,7 @@ def test_sources_that_only_make_a_worse_start_are_undone(evaluates: bool, tmp_pa
     report.to_json(tmp_path / "report.json")
     assert MergeReport.from_json(tmp_path / "report.json") == report
     if evaluates:
-        assert report.run.final.alone == pytest.approx(found.loss) and report.run.final.after["loss"] == found.loss
+        assert report.run.final.alone <= found.loss == report.run.final.after["loss"]
 
 
 def test_a_regression_is_validated_too(tmp_path: Path) -> None:
@@ -219,10 +219,8 @@ def test_a_source_that_has_learned_the_task_is_merged_and_noise_is_not(tmp_path:
     helped = report.steps[0].change
     assert helped is not None and report.steps[0].chosen == "average", "the average of one source is that source"
     labels = tiny_data("vit", 24, seed=5)
-    parts = [labels.select(half) for half in halves(24, merger.config.seed)]
     before, after = (
-        torch.cat([calibrated_losses(model, part) for part in parts])
-        for model in (tiny_model("vit"), GraspMerger.from_pretrained(expert).model)
+        calibrated_losses(model, labels) for model in (tiny_model("vit"), GraspMerger.from_pretrained(expert).model)
     )
     assert helped.loss == pytest.approx(float((after - before).mean()), abs=1e-5)
     assert report.steps[0].reason == HELPS and report.steps[1].reason in (HARMS, NO_EFFECT)
