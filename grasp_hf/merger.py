@@ -67,6 +67,7 @@ def merge_pretrained(
     train_dataset: Any = None,
     eval_dataset: Any = None,
     unlabeled_dataset: Any = None,
+    test_dataset: Any = None,
     data_collator: Collator | None = None,
     config: GraspConfig | None = None,
     **from_pretrained_kwargs: Any,
@@ -80,6 +81,7 @@ def merge_pretrained(
         eval_dataset: Held-out samples. They validate each source and choose the best epoch.
         unlabeled_dataset: Inputs without labels. The predictions of the sources on them teach the merged model. A language
             model is trained on them like on `train_dataset`.
+        test_dataset: Samples that choose nothing. The result is evaluated on them once, at the end.
         data_collator: Makes batches from samples, as for `transformers.Trainer`.
         config: How to merge; the defaults if left out.
         from_pretrained_kwargs: Keyword arguments of `GraspMerger.from_pretrained`.
@@ -103,6 +105,7 @@ def merge_pretrained(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         unlabeled_dataset=unlabeled_dataset,
+        test_dataset=test_dataset,
         data_collator=data_collator,
         token=token,
     )
@@ -275,6 +278,7 @@ class GraspMerger:
         train_dataset: Any = None,
         eval_dataset: Any = None,
         unlabeled_dataset: Any = None,
+        test_dataset: Any = None,
         data_collator: Collator | None = None,
         token: str | None = None,
     ) -> MergeReport:
@@ -292,6 +296,7 @@ class GraspMerger:
                 as long as the model was not fine-tuned on them, and without `eval_dataset` also the first fine-tuning.
             unlabeled_dataset: Inputs without labels. The predictions of the sources on them teach the merged model. A language
                 model is trained on them like on `train_dataset`.
+            test_dataset: Samples that choose nothing. The result is evaluated on them once, at the end.
             data_collator: Makes batches from samples; if left out, the one that `transformers.Trainer` would take.
             token: Hub token; if left out, the one that you are logged in with.
 
@@ -312,6 +317,8 @@ class GraspMerger:
                     self._log_step(f"{number}/{len(references)} ", step)
             if references:
                 self._finish(run, self.report.steps[earlier:])
+        if test_dataset is not None:
+            self.record_end(test=self.evaluate(test_dataset, data_collator=data_collator))
         return self.report
 
     def _start(self, run: Run, sources: int) -> None:
@@ -367,7 +374,8 @@ class GraspMerger:
             for report in merged:
                 report.undo(Reason.BETTER_ALONE)
         first, *rest = final.sentences()
-        for sentence in (f"at the end: {first}", *rest):
+        gain = final.against_alone()
+        for sentence in (f"at the end: {first}", *rest, *([gain] if gain else [])):
             logger.info(wrap(sentence, "", "    "))
 
     @staticmethod

@@ -213,6 +213,8 @@ class Run:
         """Return the number of samples and a digest of each split, for the record; only the first call reads the data."""
         if self._description is None:
             splits = {"train": self.samples.train, "eval": self.samples.validation}
+            if self.samples.unlabeled is not None:
+                splits["unlabeled"] = self.samples.unlabeled
             self._description = {name: fingerprint(dataset) for name, dataset in splits.items()}
         return self._description
 

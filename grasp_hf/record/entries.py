@@ -122,6 +122,11 @@ class ChangeReport:
         """Return `sentence` with the doubt after it, if there is one."""
         return f"{sentence}; {self.doubt}" if self.doubt else sentence
 
+    def of_sources(self) -> str:
+        """Return the verdict on the sources, for a change from a model without them to the merge."""
+        verb = {Reason.HELPS: "help", Reason.HARMS: "harm"}.get(self.verdict, "have no measurable effect")
+        return f"the sources {verb}"
+
     def __str__(self) -> str:
         return f"{self.loss:+.3f} ± {'?' if self.half_interval is None else f'{self.half_interval:.3f}'}"
 
@@ -194,7 +199,7 @@ class FinetuneReport:
         return self.alone if self.without_sources else self.losses.get(str(self.fraction))
 
     def sentences(self) -> list[str]:
-        """Return the outcome: how much of the fine-tuning was kept and, if known, the gain over fine-tuning alone."""
+        """Return how much of the fine-tuning was kept, and what the model was taught."""
         if not self.losses:
             return ["fine-tuned"]
         before, there = self.losses["0.0"], self.losses[str(self.fraction)]
@@ -210,17 +215,18 @@ class FinetuneReport:
         if self.temperature is not None:
             first += f", temperature {self.temperature:.2f}"
         taught = [self.teacher.sentence()] if self.teacher else []
-        return [first, *taught, *self._against_alone()]
+        return [first, *taught]
 
-    def _against_alone(self) -> list[str]:
+    def against_alone(self) -> str | None:
+        """Return the gain over the same fine-tuning without any source as a sentence; `None` if that was not tried."""
         if self.gain is None:
-            return []
+            return None
         there = format_number(self.losses[str(self.fraction)])
         sentence = (
-            f"from fine-tuning alone to the merge: loss {format_number(self.alone)} -> {there} ({self.gain}), on "
+            f"{self.gain.of_sources()}: from fine-tuning alone to the merge, loss {format_number(self.alone)} -> {there} ({self.gain}), on "
             f"{self.gain.samples} samples of {self.validated_by}"
         )
-        return [self.gain.append_doubt(sentence)]
+        return self.gain.append_doubt(sentence)
 
 
 @dataclass
@@ -244,8 +250,9 @@ class ControlReport:
         values = ", ".join(
             f"{name} {format_number(self.alone[name])} -> {format_number(self.merged[name])}" for name in self.alone
         )
+        what = "calibrated loss" if self.change.calibrated else "loss"
         text = self.change.append_doubt(
-            f"from fine-tuning alone to the merge: {values}, calibrated loss {self.change}, on {self.change.samples} "
+            f"{self.change.of_sources()}: from fine-tuning alone to the merge, {values}, {what} {self.change}, on {self.change.samples} "
             f"samples of the {self.validated_by}"
         )
         if self.validated_by == EVALUATION_DATA:
