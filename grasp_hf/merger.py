@@ -327,9 +327,8 @@ class GraspMerger:
             check_finetuning(step, self.config.total_epochs(sources))
             if not self._started:
                 step.finetune(self.config.initial_epochs, self.config.seed)
-                run.start_losses = run.labels.losses()
-                if run.start_losses:
-                    self.report.start = run.start_losses.evaluation()
+                if before := run.labels.losses():
+                    self.report.start = before.evaluation()
         self.report.finetuned = run.labels.learned
         self._started = True
 
@@ -362,7 +361,7 @@ class GraspMerger:
             return
         merged = [step for step in steps if step.changed]
         with run.step() as step:
-            alone = run.scratch.base if config.compares_alone and merged and not run.beats_start() else None
+            alone = run.scratch.base if config.compares_alone and merged else None
             final = step.finetune(config.final_epochs, config.seed, alone=alone, predictions=run.predictions)
             if final and run.samples.validation is not None:
                 final = replace(final, after=run.labels.losses_on(run.samples.validation).evaluation())

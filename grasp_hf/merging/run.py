@@ -23,16 +23,13 @@ from ..hub.pull import Puller
 from ..hub.reference import Source
 from ..models.batches import Collator, check_dataset, keep_model_columns
 from ..models.gradients import checkpointing, preserved_state
-from ..record.entries import Reason
 from ..sources.load import LoadedSource, load_source
 from ..sources.placebo import Placebo
 from ..teaching.predictions import Predictions
 from ..tensors.placing import overwrite_
 from ..tensors.scratch import Scratch
 from ..tensors.units import movable_tensors
-from ..validation.changes import paired_change
 from ..validation.labels import Labels
-from ..validation.losses import SampleLosses
 from .checks import check_loss
 from .step import Step
 
@@ -58,7 +55,6 @@ class Run:
         labels: The labelled samples, with the losses of the model on them.
         scratch: The temporary files.
         predictions: The predictions of the sources.
-        start_losses: The losses of the model before the first source; `None` if they are not known.
         weights: Weight of each source in the mean, by reference; 1 for a source that is not named.
     """
 
@@ -87,7 +83,6 @@ class Run:
         self.labels = Labels(model, samples, collator, config, learned=learned)
         self.predictions = Predictions(directory / "predictions")
         self.weights: dict[str, float] = {}
-        self.start_losses: SampleLosses | None = None
         self._has_finite_loss = False
         self._description: dict[str, Any] | None = None
 
@@ -157,13 +152,6 @@ class Run:
             self.restore_()
             self.labels.learned = learned
             self.scratch.make_room()
-
-    def beats_start(self) -> bool:
-        """Whether the model is better than before the first source, beyond chance (by the 95 % interval)."""
-        now = self.labels.losses()
-        if now is None or self.start_losses is None:
-            return False
-        return paired_change(self.start_losses, now).verdict == Reason.HELPS
 
     def restore_(self) -> None:
         """Change the model back to its weights before the present step."""
