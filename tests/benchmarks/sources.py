@@ -2,8 +2,8 @@
 
 Run it with `python -m tests.benchmarks.sources`; first it makes the data of `tests.benchmarks.data`. All sources of a
 kind start from the same model with the same head, and each has its own seed. For each source a line shows its accuracy
-(for a GPT-2, its negative log-likelihood per token) on the test samples of its domain. Sources that are already in the
-cache stay unchanged. `--tables` prints the scores of all sources on all domains instead.
+(for a language model, its negative log-likelihood per token) on the test samples of its domain. Sources that are
+already in the cache stay unchanged. `--tables` prints the scores of all sources on all domains instead.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from tests.benchmarks import emoji, sentiment, sotu
+from tests.benchmarks import emoji, sentiment, smollm, sotu
 from tests.benchmarks.packages import cache_folder, complete
 from tests.benchmarks.sentiment import TOKENS
 from tests.benchmarks.training import score, train_
@@ -44,6 +44,7 @@ class Kind:
         arguments: Arguments of `train_`.
         lora: Arguments of `peft.LoraConfig`; `None` trains the whole model.
         split: Split that the sources are trained on.
+        targets: Further domains, without a source.
     """
 
     benchmark: str
@@ -54,6 +55,7 @@ class Kind:
     arguments: dict[str, Any]
     lora: dict[str, Any] | None = None
     split: str = "train"
+    targets: Sequence[str] = ()
 
 
 LORA: dict[str, Any] = {
@@ -62,6 +64,12 @@ LORA: dict[str, Any] = {
     "target_modules": ["query", "value"],
     "modules_to_save": ["classifier"],
     "task_type": "SEQ_CLS",
+}
+LORA_OF_LANGUAGE_MODEL: dict[str, Any] = {
+    "r": 8,
+    "lora_alpha": 16,
+    "target_modules": "all-linear",
+    "task_type": "CAUSAL_LM",
 }
 TEXTS = (
     "sentiment",
@@ -101,6 +109,16 @@ KINDS = {
         {"learning_rate": 1e-3, "num_train_epochs": 15},
         split="source",
     ),
+    "smollm2": Kind(
+        "smollm",
+        smollm.SOURCES,
+        AutoModelForCausalLM,
+        smollm.smollm2,
+        smollm.examples,
+        {"learning_rate": 1e-3, "num_train_epochs": 1, "bf16": True, "use_cpu": True},
+        LORA_OF_LANGUAGE_MODEL,
+        targets=smollm.TARGETS,
+    ),
 }
 
 
@@ -129,12 +147,15 @@ def table(name: str, cache: Path) -> None:
     """Print the score of the base model and of every source of a kind on the test samples of every domain."""
     kind = KINDS[name]
     processor = AutoProcessor.from_pretrained(kind.base(cache))
-    tests = [kind.examples(cache, domain, "test", processor) for domain in kind.domains]
-    print(f"\n| {name} | {' | '.join(kind.domains)} |\n|---|{'---|' * len(tests)}")
+    tested = (*kind.domains, *kind.targets)
+    tests = [kind.examples(cache, domain, "test", processor) for domain in tested]
+    print(f"\n| {name} | {' | '.join(tested)} |\n|---|{'---|' * len(tests)}")
     folders = {"base": kind.base(cache), **{domain: source_folder(cache, name, domain) for domain in kind.domains}}
     for row, folder in folders.items():
-        auto = AutoPeftModelForSequenceClassification if (folder / "adapter_config.json").exists() else kind.auto
-        model = auto.from_pretrained(folder)
+        if (folder / "adapter_config.json").exists():
+            model = PeftModel.from_pretrained(kind.auto.from_pretrained(kind.base(cache)), folder)
+        else:
+            model = kind.auto.from_pretrained(folder)
         print(f"| {row} | {' | '.join(f'{score(model, processor, test):.3f}' for test in tests)} |", flush=True)
 
 
