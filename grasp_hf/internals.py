@@ -338,6 +338,19 @@ def parameter_prefix(kind: PeftType) -> str:
     return str(PEFT_TYPE_TO_PREFIX_MAPPING[kind])
 
 
+def lora_rank(module: Any) -> int | None:
+    """Return the rank of the change that a layer of plain LoRA makes; `None` for another module.
+
+    Variants such as DoRA change a weight by a matrix of full rank. An adapter of single parameters has no weight of its own.
+    """
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+
+    if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper) or module.lora_variant:
+        return None
+    (rank,) = module.r.values()
+    return int(rank)
+
+
 def matching_pattern(patterns: Collection[str], name: str) -> str:
     """Return the pattern that the name of a module matches; `name` itself if none matches.
 

@@ -6,7 +6,6 @@ import logging
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
@@ -41,6 +40,7 @@ from .record.entries import ControlReport, Evaluation, Reason
 from .record.report import MergeReport, RunReport, StepReport
 from .record.saving import check_output, read_record, save_merge, save_record, saved_shards
 from .record.text import WIDTH, wrap
+from .sources.placebo import Placebo
 from .tensors.units import Unit, movable_tensors
 from .validation.losses import SampleLosses, evaluation_losses
 
@@ -66,6 +66,8 @@ def merge_pretrained(
     *,
     train_dataset: Any = None,
     eval_dataset: Any = None,
+    unlabeled_dataset: Any = None,
+    test_dataset: Any = None,
     data_collator: Collator | None = None,
     config: GraspConfig | None = None,
     **from_pretrained_kwargs: Any,
@@ -77,6 +79,9 @@ def merge_pretrained(
         sources: References of full models and of PEFT adapters of the base model; `config.order` sets their order.
         train_dataset: Labelled samples of the target task, as for `transformers.Trainer`.
         eval_dataset: Held-out samples. They validate each source and choose the best epoch.
+        unlabeled_dataset: Inputs without labels. The predictions of the sources on them teach the merged model. A language
+            model is trained on them like on `train_dataset`.
+        test_dataset: Samples that choose nothing. The result is evaluated on them once, at the end.
         data_collator: Makes batches from samples, as for `transformers.Trainer`.
         config: How to merge; the defaults if left out.
         from_pretrained_kwargs: Keyword arguments of `GraspMerger.from_pretrained`.
@@ -96,7 +101,13 @@ def merge_pretrained(
     merger.describe_run(starts_from_source=starts_from_source)
     token = from_pretrained_kwargs.get("token")
     merger.merge(
-        sources, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator, token=token
+        sources,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        unlabeled_dataset=unlabeled_dataset,
+        test_dataset=test_dataset,
+        data_collator=data_collator,
+        token=token,
     )
     return merger.model
 
@@ -151,6 +162,7 @@ class GraspMerger:
         self._continued: EarlierMerge | None = None
         self._pushed: tuple[str, str] | None = None  # repository and commit of the pushed version that this continues
         self._token: str | None = None  # Hub token that the base was loaded with
+        self._placebo: Placebo | None = None
         if Accelerator().num_processes > 1:
             raise GraspError("grasp_hf runs in one process for now; start it without a launcher")
 
@@ -223,13 +235,15 @@ class GraspMerger:
             merger._started = True
         return merger
 
-    def with_config(self, config: GraspConfig, *, anew: bool = False) -> GraspMerger:
+    def with_config(self, config: GraspConfig, *, anew: bool = False, placebo: Placebo | None = None) -> GraspMerger:
         """Return a merger of the same model that merges as `config` says.
 
-        The twin continues this merge, so a mean counts the sources so far. With `anew` the model counts as a base.
+        The twin continues this merge, so a mean counts the sources so far. With `anew` the model counts as a base. A
+        `placebo` replaces each source of the twin, for a control.
         """
         twin = copy(self)
         twin.config = config
+        twin._placebo = placebo
         if anew:
             run = self.report.run.next(asdict(config), self.report.run.versions)
             twin.report = self.report.as_base(run)
@@ -263,6 +277,8 @@ class GraspMerger:
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        unlabeled_dataset: Any = None,
+        test_dataset: Any = None,
         data_collator: Collator | None = None,
         token: str | None = None,
     ) -> MergeReport:
@@ -278,13 +294,16 @@ class GraspMerger:
                 order and without fine-tuning needs none.
             eval_dataset: Held-out samples. They validate each source and each fine-tuning. The labels validate a source too,
                 as long as the model was not fine-tuned on them, and without `eval_dataset` also the first fine-tuning.
+            unlabeled_dataset: Inputs without labels. The predictions of the sources on them teach the merged model. A language
+                model is trained on them like on `train_dataset`.
+            test_dataset: Samples that choose nothing. The result is evaluated on them once, at the end.
             data_collator: Makes batches from samples; if left out, the one that `transformers.Trainer` would take.
             token: Hub token; if left out, the one that you are logged in with.
 
         Raises:
             GraspError: A source cannot be merged; the message names its number and reference.
         """
-        samples = Samples(train_dataset, eval_dataset, collator=data_collator)
+        samples = Samples(train_dataset, eval_dataset, unlabeled_dataset, collator=data_collator)
         sources = sources if isinstance(sources, str) else [*sources]
         check_merge(self.model, self.config, self.report, sources, samples)
         references, earlier = [str(source) for source in sources], len(self.report.steps)
@@ -298,6 +317,8 @@ class GraspMerger:
                     self._log_step(f"{number}/{len(references)} ", step)
             if references:
                 self._finish(run, self.report.steps[earlier:])
+        if test_dataset is not None:
+            self.record_end(test=self.evaluate(test_dataset, data_collator=data_collator))
         return self.report
 
     def _start(self, run: Run, sources: int) -> None:
@@ -306,8 +327,9 @@ class GraspMerger:
             check_finetuning(step, self.config.total_epochs(sources))
             if not self._started:
                 step.finetune(self.config.initial_epochs, self.config.seed)
-                if before := run.labels.losses():
-                    self.report.start = before.evaluation()
+                run.start_losses = run.labels.losses()
+                if run.start_losses:
+                    self.report.start = run.start_losses.evaluation()
         self.report.finetuned = run.labels.learned
         self._started = True
 
@@ -316,7 +338,8 @@ class GraspMerger:
         if not references:
             return []
         self.report.run.ranking = []
-        if self.config.order == "given" or len(references) == 1:
+        compares = len(references) > 1 and (self.config.order != "given" or run.weighs)
+        if not compares and not run.teaches:
             return references
         ranked = rank_for_merge(run, references, finetuned=self.report.finetuned, token=token)
         self.report.run.ranking = [row.summary() for row in ranked]
@@ -339,8 +362,8 @@ class GraspMerger:
             return
         merged = [step for step in steps if step.changed]
         with run.step() as step:
-            alone = run.scratch.base if config.compares_alone and merged else None
-            final = step.finetune(config.final_epochs, config.seed, alone=alone)
+            alone = run.scratch.base if config.compares_alone and merged and not run.beats_start() else None
+            final = step.finetune(config.final_epochs, config.seed, alone=alone, predictions=run.predictions)
             if final and run.samples.validation is not None:
                 final = replace(final, after=run.labels.losses_on(run.samples.validation).evaluation())
         self.report.finetuned = run.labels.learned
@@ -351,7 +374,8 @@ class GraspMerger:
             for report in merged:
                 report.undo(Reason.BETTER_ALONE)
         first, *rest = final.sentences()
-        for sentence in (f"at the end: {first}", *rest):
+        gain = final.against_alone()
+        for sentence in (f"at the end: {first}", *rest, *([gain] if gain else [])):
             logger.info(wrap(sentence, "", "    "))
 
     @staticmethod
@@ -369,6 +393,7 @@ class GraspMerger:
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        unlabeled_dataset: Any = None,
         data_collator: Collator | None = None,
         token: str | None = None,
     ) -> StepReport:
@@ -380,7 +405,7 @@ class GraspMerger:
         Raises:
             GraspError: The source or the data cannot be merged, or a number is not finite; the model is as before the call.
         """
-        with self.open_run(Samples(train_dataset, eval_dataset, collator=data_collator)) as run:
+        with self.open_run(Samples(train_dataset, eval_dataset, unlabeled_dataset, collator=data_collator)) as run:
             with run.puller(token) as puller, puller.pull(str(source)) as located:
                 return self._merge_located(run, located)
 
@@ -391,13 +416,15 @@ class GraspMerger:
         name = StepReport(str(located.ref), located.sha, located.kind).name
         try:
             with ExitStack() as stack, run.step(sharded=isinstance(located, ShardedSource)) as step:
-                transfer = step.transfer(partial(run.load, located), self._average, name, seed, stack)
+                weight = run.weights.get(str(located.ref), 1.0)
+                transfer = step.transfer(partial(run.load, located), partial(self._average, weight), name, seed, stack)
                 finetuned = step.finetune(self.config.finetune_epochs, seed)
                 after = run.labels.losses()
                 report = transfer.report(
                     located,
                     movable_tensors(self.model),
                     finetuned,
+                    weight=weight,
                     after=after.evaluation() if after else {},
                     seconds=time.perf_counter() - began,
                     peak_memory=_peak_memory(),
@@ -411,11 +438,14 @@ class GraspMerger:
             raise
         return report
 
-    def _average(self, units: Sequence[Unit]) -> dict[str, float]:
-        """Return how much of a source a mean of all sources so far takes, by unit."""
-        moved = Counter(u.name for step in self.report.steps for u in step.units if u.decision == "moved")
-        before = int(self.report.starts_from_source)
-        return {u.name: 1 / (before + moved[u.name] + 1) for u in units}
+    def _average(self, weight: float, units: Sequence[Unit]) -> dict[str, float]:
+        """Return how much of a source with this weight a mean of all sources so far takes, by unit."""
+        before = dict.fromkeys((unit.name for unit in units), float(self.report.starts_from_source))
+        for step in self.report.steps:
+            for unit in step.units:
+                if unit.decision == "moved" and unit.name in before:
+                    before[unit.name] += step.weight
+        return {name: weight / (weight + others) for name, others in before.items()}
 
     def rank(
         self,
@@ -423,6 +453,7 @@ class GraspMerger:
         *,
         train_dataset: Any,
         eval_dataset: Any = None,
+        unlabeled_dataset: Any = None,
         data_collator: Collator | None = None,
         token: str | None = None,
     ) -> list[RankedSource]:
@@ -438,6 +469,8 @@ class GraspMerger:
             sources: References of full models and PEFT adapters.
             train_dataset: Labelled samples of the target task.
             eval_dataset: Held-out samples, which validate the fine-tuning.
+            unlabeled_dataset: Inputs without labels. The predictions of the sources on them teach the merged model. A language
+                model is trained on them like on `train_dataset`.
             data_collator: Makes batches from samples; if left out, the one that `transformers.Trainer` would take.
             token: Hub token; if left out, the one that you are logged in with.
 
@@ -445,7 +478,7 @@ class GraspMerger:
             One entry per source, the largest gain first.
         """
         references = [str(source) for source in sources]
-        with self.open_run(Samples(train_dataset, eval_dataset, collator=data_collator)) as run:
+        with self.open_run(Samples(train_dataset, eval_dataset, unlabeled_dataset, collator=data_collator)) as run:
             return rank_by_gain(run, references, finetuned=self.report.finetuned, token=token)
 
     def finetuned_alone(
@@ -455,6 +488,7 @@ class GraspMerger:
         *,
         train_dataset: Any,
         eval_dataset: Any = None,
+        unlabeled_dataset: Any = None,
         data_collator: Collator | None = None,
     ) -> SampleLosses:
         """Return the losses on `dataset` of the present model, fine-tuned without any source; nothing is changed.
@@ -464,6 +498,8 @@ class GraspMerger:
             dataset: Samples to evaluate on, as in `judge`.
             train_dataset: Labelled samples, as for `merge`.
             eval_dataset: Held-out samples, as for `merge`.
+            unlabeled_dataset: Inputs without labels. The predictions of the sources on them teach the merged model. A language
+                model is trained on them like on `train_dataset`.
             data_collator: Makes batches from samples, as for `merge`.
         """
         epochs, config = self.config.total_epochs(sources), self.config
@@ -474,7 +510,7 @@ class GraspMerger:
                 "fine-tuning, and fine-tuning alone once; expected none, to compare the same number of steps: set "
                 "initial_epochs, finetune_epochs and final_epochs"
             )
-        samples = Samples(train_dataset, eval_dataset, collator=data_collator)
+        samples = Samples(train_dataset, eval_dataset, unlabeled_dataset, collator=data_collator)
         with self.open_run(samples) as run, run.trial() as step:
             step.finetune(epochs, config.seed)
             return run.labels.losses_on(dataset)
@@ -502,6 +538,7 @@ class GraspMerger:
             processing_class=self.processing_class,
             base_of=self._base_of,
             base_token=self._token,
+            placebo=self._placebo,
         ) as run:
             yield run
 

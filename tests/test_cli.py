@@ -110,7 +110,7 @@ def test_the_help_lists_every_setting_with_its_default(command: str) -> None:
     settings = help_of(command).partition("settings (key=value)")[2]
     found = dict(re.findall(r"^  (\w+)=(\S+) +\S", settings, flags=re.MULTILINE))
     assert found.keys() == {field.name for field in fields(GraspConfig)}
-    assert (found["method"], found["gate"], found["lora"], found["final_epochs"]) == ("blend", "true", "null", "3")
+    assert (found["method"], found["gate"], found["lora"], found["final_epochs"]) == ("weighted", "true", "null", "3")
 
 
 def test_the_help_lists_every_compared_method() -> None:
@@ -409,16 +409,16 @@ def test_the_memory_of_a_plan_counts_all_fine_tuning(epochs: str, expected: str)
 @pytest.mark.parametrize(
     ("config", "copies"),
     [
-        ({}, 6),
-        ({"final_epochs": 1}, 5),
-        ({"method": "average"}, 6),
-        ({"method": "average", "finetune_epochs": 1}, 5),
-        ({"gate": False}, 4),
-        ({"final_epochs": 0}, 4),
+        ({}, 8),
+        ({"final_epochs": 1}, 7),
+        ({"method": "average"}, 8),
+        ({"method": "average", "finetune_epochs": 1}, 6),
+        ({"gate": False}, 3),
+        ({"final_epochs": 0}, 2),
         ({"final_epochs": 0, "gate": False}, 2),
-        ({"final_epochs": 0, "order": "rank"}, 4),
-        ({"order": "rank"}, 6),
-        ({"method": "copy", "accumulate_gradients": True}, 6),
+        ({"final_epochs": 0, "order": "rank"}, 2),
+        ({"order": "rank"}, 8),
+        ({"method": "copy", "accumulate_gradients": True}, 8),
         ({"method": "copy", "accumulate_gradients": True, "final_epochs": 0}, 3),
         ({"method": "average", "order": "given", "final_epochs": 0, "gate": False}, 0),
     ],

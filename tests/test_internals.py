@@ -390,6 +390,15 @@ def test_patterns_of_ranks() -> None:
     assert found == ["query", r"layer\.1\..*value", "encoder.layer.0.x.value"], gone("get_pattern_key")
 
 
+@pytest.mark.parametrize(("dora", "rank"), [(False, 3), (True, None)])
+def test_a_layer_of_plain_lora_has_a_rank(dora: bool, rank: int | None) -> None:
+    config = LoraConfig(r=3, target_modules=["query"], use_dora=dora)
+    adapted = get_peft_model(tiny_model("bert"), config)
+    found = {name: internals.lora_rank(module) for name, module in adapted.named_modules() if name.endswith("query")}
+    assert found and set(found.values()) == {rank}
+    assert internals.lora_rank(adapted) is None
+
+
 def test_ranks_follow_the_same_patterns_in_peft() -> None:
     patterns = {r"layer\.1\..*query": 3}
     config = LoraConfig(r=2, target_modules=["query"], rank_pattern=patterns)

@@ -17,6 +17,7 @@ ROOMS = (
     "merger",
     "merging",
     "methods",
+    "teaching",
     "validation",
     "data",
     "sources",

@@ -1,8 +1,9 @@
-"""Existing methods that predict with all sources at once: the ensemble, and Multi-Source Fusion."""
+"""Methods that predict with all sources at once: the ensemble, stacked predictions, and Multi-Source Fusion."""
 
 import math
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,27 +14,27 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..config.grasp import GraspConfig
+from ..errors import DataError
 from ..internals import use_plain_attention_
 from ..models.batches import IGNORED, Collator, batch_loss, class_terms
-from ..record.entries import Evaluation
+from ..teaching.pool import mixture_weights
+from ..teaching.predictions import Member, fit_teacher
 from ..tensors.placing import overwrite_, placed
 from ..tensors.units import movable_tensors
+from ..validation.losses import SampleLosses, evaluation_losses, losses_of
 from .inputs import MethodInputs, stream_checked_sources
 
 
 @torch.no_grad()
-def ensemble_evaluation(
+def ensemble_losses(
     inputs: MethodInputs, dataset: Any, collator: Collator, accelerator: Accelerator, batch_size: int
-) -> Evaluation:
-    """Evaluate the mean of the sources' probabilities.
+) -> SampleLosses:
+    """Return the losses of the mean of the sources' probabilities: the negative log-probabilities of the true labels.
 
     The model holds the base's weights before and after.
 
     Memory: one source at a time; a row of probabilities per sample, or one number per token.
-
-    Returns:
-        `loss`, the mean negative log-probability of the true label (or token); for a classifier also `accuracy` in
-        [0, 1].
 
     Raises:
         DataError: The labels are not classes.
@@ -41,6 +42,7 @@ def ensemble_evaluation(
     model, tensors, number = inputs.model, movable_tensors(inputs.model), 0
     totals: list[Tensor] = []
     labels: list[Tensor] = []
+    terms: list[Tensor] = []
     for values in stream_checked_sources(inputs):
         loader = accelerator.prepare_data_loader(DataLoader(dataset, batch_size=batch_size, collate_fn=collator))
         with placed(tensors, values, inputs.base):
@@ -48,6 +50,7 @@ def ensemble_evaluation(
                 _, output = batch_loss(model, batch)
                 logits, truth = class_terms(model, output["logits"], batch["labels"])
                 rows, truth = logits.log_softmax(-1).cpu().double(), truth.cpu()
+                counts = (truth != IGNORED).view(len(batch["labels"]), -1).sum(1)
                 if batch["labels"].ndim > 1:  # a probability for each token of the vocabulary would not fit in memory
                     rows, truth = rows[truth != IGNORED], truth[truth != IGNORED]
                     rows = rows.gather(1, truth[:, None])
@@ -56,12 +59,57 @@ def ensemble_evaluation(
                 else:
                     totals.append(rows)
                     labels.append(truth)
+                    terms.append(counts)
         number += 1
-    scores, truth = torch.cat(totals) - math.log(number), torch.cat(labels)
+    scores, truth, counts = torch.cat(totals) - math.log(number), torch.cat(labels), torch.cat(terms)
     if scores.shape[1] == 1:
-        return {"loss": -float(scores.mean())}
-    likelihoods = scores.gather(1, truth[:, None])
-    return {"loss": -float(likelihoods.mean()), "accuracy": float((scores.argmax(1) == truth).double().mean())}
+        losses = torch.stack([-part.sum() for part in scores.split(counts.tolist())])
+        return SampleLosses(losses, counts.double(), losses, None)
+    losses = -scores.gather(1, truth[:, None])[:, 0]
+    return SampleLosses(losses, counts.double(), losses, scores.argmax(1) == truth)
+
+
+def stacked_losses(
+    inputs: MethodInputs, labels: Any, test: Any, collator: Collator, config: GraspConfig
+) -> SampleLosses:
+    """Evaluate the sources' predictions, stacked by the labels; see `grasp_hf.teaching.pool`.
+
+    The predictions of classifiers and of regressions form a log pool. Those of language models form a linear pool, with the
+    weights of a mixture. The model holds the base's weights before and after.
+
+    Memory: one source at a time; its logits for each sample, or one number per token.
+
+    Args:
+        inputs: The model and the sources.
+        labels: Samples that the pool is fitted on.
+        test: Samples that it is evaluated on.
+        collator: Makes batches.
+        config: Size of the batches, and seed.
+
+    Raises:
+        DataError: The model is no classifier, no regression and no language model.
+    """
+    own, tests = [], []
+    for values in stream_checked_sources(inputs):
+        with placed(movable_tensors(inputs.model), values, inputs.base):
+            own.append(evaluation_losses(inputs.model, labels, collator, config.batch_size))
+            tests.append(evaluation_losses(inputs.model, test, collator, config.batch_size))
+    outputs = [losses.outputs for losses in own if losses.outputs is not None]
+    if outputs:
+        members = [Member(str(k), one.logits.double().numpy()) for k, one in enumerate(outputs)]
+        pool = fit_teacher(members, outputs[0], config.seed).pool
+        found = [losses.outputs for losses in tests if losses.outputs is not None]
+        logits = torch.from_numpy(pool.logits([one.logits.double().numpy() for one in found])).float()
+        return losses_of(replace(found[0], logits=logits))
+    tokens = [losses.token_losses for losses in own if losses.token_losses is not None]
+    if not tokens:
+        raise DataError(f"the predictions of a {type(inputs.model).__name__} cannot be stacked")
+    weights = mixture_weights(-torch.stack(tokens).numpy())
+    likelihoods = torch.stack([-losses.token_losses for losses in tests if losses.token_losses is not None])
+    mixed = -(likelihoods + torch.from_numpy(weights).log()[:, None]).logsumexp(0)
+    terms = tests[0].terms
+    summed = torch.stack([part.sum() for part in mixed.split(terms.long().tolist())])
+    return SampleLosses(summed, terms, summed, None)
 
 
 class LogitFusion(PreTrainedModel):

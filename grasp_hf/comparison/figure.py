@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def comparison_figure(
-    rows: Sequence[tuple[str, str, Sequence[float], Sequence[float], float | None]], measure: str
+    rows: Sequence[tuple[str, str, Sequence[float], Sequence[float], float | None]], measure: str, over: str
 ) -> "Figure":
     """Draw the scores of each method, the best on top: its runs, their mean, and the mean before fine-tuning.
 
@@ -20,6 +20,7 @@ def comparison_figure(
             its runs; their scores as merged, before the final fine-tuning (may be empty); and half of the 95 %
             interval of the final mean, or `None`.
         measure: `accuracy`, of which more is better, or `loss`, of which less is better.
+        over: What the intervals are over, in words.
     """
     from matplotlib.figure import Figure
 
@@ -44,7 +45,7 @@ def comparison_figure(
         axes.scatter([], [], s=44, color=colour, label=group)
     axes.scatter([], [], s=34, facecolors="white", edgecolors="0.45", label="as merged")
     axes.set_yticks(range(len(rows)), [literal_text(row[0]) for row in rows], fontsize=8)
-    intervals = " with its 95 % interval" if any(row[4] is not None for row in rows) else ""
+    intervals = f" with its 95 % interval over {over}" if any(row[4] is not None for row in rows) else ""
     axes.set_xlabel(f"test {measure}, each run and the mean{intervals}")
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)

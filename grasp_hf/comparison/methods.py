@@ -11,11 +11,10 @@ from accelerate import Accelerator
 from ..config.grasp import GraspConfig
 from ..errors import ConfigError
 from ..models.finetune import finetune_
-from ..record.entries import Evaluation
-from ..validation.losses import sample_losses
-from .ensembles import ensemble_evaluation, logit_fusion
-from .mixtures import mixture_, pearl_
-from .soups import average_, fisher_average_, greedy_soup_
+from ..validation.losses import SampleLosses, sample_losses
+from .ensembles import ensemble_losses, logit_fusion, stacked_losses
+from .mixtures import adapter_targets, mixture_, pearl_
+from .soups import average_, cocktail_, fisher_average_, greedy_soup_
 from .task_vectors import dare_, gradfix_, task_arithmetic_, ties_
 from .workbench import COMMON, Workbench
 
@@ -39,7 +38,7 @@ def load_best_source(bench: Workbench) -> None:
     losses = {}
     for source in bench.sources:
         bench.load_source_weights(source)
-        losses[source] = bench.evaluate(bench.selection_samples)["loss"]
+        losses[source] = bench.selection_loss()
     bench.load_source_weights(min(losses, key=losses.__getitem__))
 
 
@@ -76,6 +75,22 @@ def run_ours(bench: Workbench, **settings: Any) -> None:
     bench.merge_by_recipe(settings)
 
 
+def run_placebo(bench: Workbench) -> None:
+    """Merge by the recipe, with a placebo in place of each source."""
+    bench.restore_base()
+    bench.merge_by_recipe({}, placebo=True)
+
+
+def run_lora_on_labels(bench: Workbench, rank: int = 8, learning_rate: float = 1e-3) -> None:
+    """Fine-tune the base by a LoRA adapter of its linear layers, and its whole head.
+
+    As in PEARL's row, the learning rate is 1e-3 and the scale of the adapter is 1.
+    """
+    with bench.open_inputs() as inputs:
+        lora = {"r": rank, "lora_alpha": rank, **adapter_targets(inputs.model)}
+        inputs.finetune(bench.epochs, bench.seed, lora, learning_rate)
+
+
 def run_existing(bench: Workbench, method: Callable[..., None], **settings: Any) -> None:
     """Run an existing method with settings of its own."""
     with bench.open_inputs() as inputs:
@@ -100,14 +115,26 @@ def run_pearl(bench: Workbench) -> None:
     run_existing(bench, pearl_, epochs=min(3, bench.epochs) or 3)
 
 
-def evaluate_ensemble(bench: Workbench) -> Evaluation:
-    """Return the scores of the mean of all sources' probabilities."""
+def run_taught(bench: Workbench) -> None:
+    """Merge by the recipe, with the training samples that the run does not label as unlabelled inputs."""
+    bench.restore_base()
+    bench.merge_by_recipe({}, taught=True)
+
+
+def evaluate_stacked(bench: Workbench) -> SampleLosses:
+    """Return the losses of the sources' predictions, stacked by the labels, on the test samples; nothing is trained."""
     with bench.open_inputs() as inputs:
-        return ensemble_evaluation(inputs, bench.data.test, bench.collator, Accelerator(), bench.config.batch_size)
+        return stacked_losses(inputs, bench.selection_samples, bench.data.test, bench.collator, bench.config)
 
 
-def evaluate_fusion(bench: Workbench) -> Evaluation:
-    """Return the scores of all sources after joint training on the mean of their logits.
+def evaluate_ensemble(bench: Workbench) -> SampleLosses:
+    """Return the losses of the mean of all sources' probabilities on the test samples."""
+    with bench.open_inputs() as inputs:
+        return ensemble_losses(inputs, bench.data.test, bench.collator, Accelerator(), bench.config.batch_size)
+
+
+def evaluate_fusion(bench: Workbench) -> SampleLosses:
+    """Return the losses on the test samples of all sources, jointly trained on the mean of their logits.
 
     Raises:
         ConfigError: The recipe fine-tunes by LoRA.
@@ -129,7 +156,7 @@ def evaluate_fusion(bench: Workbench) -> Evaluation:
         directory=bench.directory,
     )
     model.eval()
-    return sample_losses(model, bench.data.test, bench.collator, Accelerator(), bench.config.batch_size).evaluation()
+    return sample_losses(model, bench.data.test, bench.collator, Accelerator(), bench.config.batch_size)
 
 
 @dataclass(frozen=True)
@@ -140,18 +167,20 @@ class Method:
         title: Its name in tables and figures.
         group: Whether it is a control, an existing method or ours.
         run: Leaves its result in the model of the workbench. A method that predicts with several models returns its
-            scores instead.
+            losses on the test samples instead.
         memory: Private memory that merging takes, in sizes of the model.
         finetuned: Whether its result is fine-tuned afterwards. Otherwise it fine-tunes by itself, or not at all.
         sources: Number of sources that it needs at once, in memory or on the disk.
+        needs_unlabeled: Whether it is left out of a run whose labels are all training samples.
     """
 
     title: str
     group: Group
-    run: Callable[[Workbench], Evaluation | None]
+    run: Callable[[Workbench], SampleLosses | None]
     memory: str = "1"
     finetuned: bool = True
     sources: Literal["1", "K"] = "1"
+    needs_unlabeled: bool = False
 
 
 def _existing_row(title: str, method: Callable[..., None], sources: Literal["1", "K"] = "1") -> Method:
@@ -182,13 +211,19 @@ METHODS = {  # records of comparisons name methods by these keys
     "base-line": _gated_row("base model", keep_base),
     "best-source-line": _gated_row("best source", load_best_source),
     "average-line": _gated_row("average of all", partial(run_existing, method=average_)),
+    "lora-labels": Method("LoRA on the labels", "control", run_lora_on_labels, finetuned=False),
+    "placebo": Method("ours with placebo sources", "control", run_placebo, finetuned=False),
     "loop-nothing": _paper_row("the paper's loop, nothing copied", "control", threshold=1.0),
     "loop-all": _paper_row("the paper's loop, everything copied", "control", threshold=-1.0),
     "ensemble": Method("ensemble of all", "existing", evaluate_ensemble, "1 (K to predict)", finetuned=False),
+    "stacked": Method(
+        "stacked predictions, untrained", "existing", evaluate_stacked, "1 (K to predict)", finetuned=False
+    ),
     "fusion": Method(
         "Multi-Source fusion", "existing", evaluate_fusion, "4 K (K to predict)", finetuned=False, sources="K"
     ),
     "pearl": Method("PEARL, with trained adapters", "existing", run_pearl),
+    "lm-cocktail": _existing_row("LM-Cocktail", cocktail_),
     "greedy-soup": _existing_row("greedy soup", greedy_soup_, "K"),
     "task-arithmetic": _existing_row("task arithmetic", task_arithmetic_),
     "ties": _existing_row("TIES", ties_, "K"),
@@ -200,5 +235,6 @@ METHODS = {  # records of comparisons name methods by these keys
     "adamerging-line": _gated_mixture_row("mixture by layer", per_layer=True),
     "gradfix": _existing_row("GradFix", gradfix_),
     "published": _paper_row("GRASP as in the paper", "existing", threshold=0.3, memory="1 (paper's code: 6)"),
+    "taught": Method("grasp_hf, with unlabelled inputs", "ours", run_taught, finetuned=False, needs_unlabeled=True),
     "ours": Method("grasp_hf, as in the recipe", "ours", run_ours, finetuned=False),
 }

@@ -90,7 +90,7 @@ def pearl_(
     number = 1 + sum(1 for _ in sources)
     overwrite_(first, tensors)  # through the model, because the source may have another dtype
     adapted = []
-    lora = {"r": rank, "lora_alpha": rank, **_target_modules(inputs.model)}
+    lora = {"r": rank, "lora_alpha": rank, **adapter_targets(inputs.model)}
     for k in range(number):
         overwrite_(tensors, first)
         inputs.finetune(epochs, inputs.seed + k, lora, learning_rate)
@@ -106,7 +106,7 @@ def pearl_(
     logger.info("PEARL: weights %s", [round(float(c), 3) for c in coefficients[:, 0]])
 
 
-def _target_modules(model: PreTrainedModel) -> dict[str, list[str]]:
+def adapter_targets(model: PreTrainedModel) -> dict[str, list[str]]:
     """Return the convolutions as an adapter's target modules if the model has no linear layer outside its head."""
     head = {name.rpartition(".")[0] for name in head_tensors(model)}
     body = {name: module for name, module in model.named_modules() if name not in head}

@@ -1,32 +1,35 @@
 """The results of a comparison, and their tables and figures."""
 
 import json
-import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from scipy.special import stdtrit
 
 from ..errors import ConfigError
 from ..files import write_whole
 from ..record.entries import Evaluation
 from ..record.figures import DPI
 from ..record.text import markdown_table, shorten
+from ..validation.losses import SampleLosses
 from .figure import comparison_figure
 from .methods import METHODS
+from .noise import Coded, SampleScores, decode, encode, half_interval
 
 RESULTS = "comparison.json"
 TABLE = "comparison.md"
 FIGURE = "comparison-{}.png"  # the number of labels
 OURS = "ours"
 TITLE_WIDTH = 38  # characters; with it the tables fit in 100 columns
+RUNS_ONLY = " (runs)"  # ends the title of a column whose intervals hold no noise of the test samples
 LEGEND = """\
-Each cell: the mean over the runs ± half of its 95 % interval.
+Each cell: the mean over the runs ± half of its 95 % interval, over runs and test samples.
 merged: before the final fine-tuning. final: after it.
 vs ours: the difference on the same labels; positive means better than ours."""
+RUNS_ONLY_LEGEND = """\
+(runs): the intervals are over runs only, because some results lack the scores of the test samples.
+They are too narrow: all runs have the same test samples."""
 COSTS_LEGEND = "Memory that merging takes, in sizes of the model. K: number of sources."
 
 
@@ -42,6 +45,7 @@ class Result:
         final: Test loss (and accuracy) of the result.
         seconds: Duration in seconds.
         problem: Error of a method that could not run; its scores are then empty.
+        samples: The scores of each test sample, `merged` and `final`, as `encode` writes them. Earlier versions kept none.
     """
 
     method: str
@@ -51,6 +55,22 @@ class Result:
     final: Evaluation
     seconds: float
     problem: str | None = None
+    samples: dict[str, Coded] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        method: str,
+        size: int,
+        seed: int,
+        losses: Mapping[str, SampleLosses],
+        seconds: float,
+        problem: str | None = None,
+    ) -> "Result":
+        """Return the result with these losses on the test samples: `merged` (if there are any) and `final`."""
+        scores = {name: losses[name].evaluation() if name in losses else {} for name in ("merged", "final")}
+        samples = {name: encode(found) for name, found in losses.items()}
+        return cls(method, size, seed, **scores, seconds=seconds, problem=problem, samples=samples)
 
 
 @dataclass
@@ -96,18 +116,51 @@ class Comparison:
         own, sign = self.runs(OURS, size), 1 if self.measure == "accuracy" else -1
         return [sign * (value - own[seed]) for seed, value in self.runs(method, size).items() if seed in own]
 
+    def holds_samples(self, size: int, *, merged: bool = False) -> bool:
+        """Whether all results for a number of labels hold the scores of the same number of test samples."""
+        name = "merged" if merged else "final"
+        scored = [result for result in self.results if result.size == size and getattr(result, name)]
+        lengths = {len(result.samples[name]["loss"]) if name in result.samples else None for result in scored}
+        return None not in lengths and len(lengths) <= 1
+
+    def spread(self, method: str, size: int, *, merged: bool = False, paired: bool = False) -> float | None:
+        """Return half of the 95 % interval of the mean score; with `paired`, of the mean difference to ours.
+
+        It is over runs and test samples or, unless `holds_samples`, over runs only; `None` for fewer than two runs.
+        """
+        values = self.differences(method, size) if paired else [*self.runs(method, size, merged=merged).values()]
+        if not self.holds_samples(size, merged=merged):
+            return half_interval(values)
+        scores = self._samples(method, size, merged=merged)
+        if paired:
+            own = self._samples(OURS, size)
+            scores = {seed: found.minus(own[seed]) for seed, found in scores.items() if seed in own}
+        return half_interval(values, scores.values())
+
+    def _samples(self, method: str, size: int, *, merged: bool = False) -> dict[int, SampleScores]:
+        """Return the scores of each test sample by seed."""
+        name = "merged" if merged else "final"
+        return {
+            result.seed: decode(result.samples[name], self.measure)
+            for result in self.results
+            if (result.method, result.size) == (method, size) and name in result.samples
+        }
+
     def table(self, size: int) -> str:
         """Return the scores for one number of labels, a row per method, and a line per method that could not run."""
+        marks = ["" if self.holds_samples(size, merged=merged) else RUNS_ONLY for merged in (True, False)]
         rows = []
         for method in self.methods(size):
-            gain = "–" if method == OURS else interval(self.differences(method, size), signed=True)
+            scores = [list(self.runs(method, size, merged=merged).values()) for merged in (True, False)]
+            spreads = [self.spread(method, size, merged=merged) for merged in (True, False)]
+            gain = with_interval(self.differences(method, size), self.spread(method, size, paired=True), signed=True)
             rows.append(
                 {
                     "": shorten(title_of(method), TITLE_WIDTH),
-                    "runs": str(len(self.runs(method, size))),
-                    "merged": interval(list(self.runs(method, size, merged=True).values())),
-                    "final": interval(list(self.runs(method, size).values())),
-                    "vs ours": gain,
+                    "runs": str(len(scores[1])),
+                    f"merged{marks[0]}": with_interval(scores[0], spreads[0]),
+                    f"final{marks[1]}": with_interval(scores[1], spreads[1]),
+                    f"vs ours{marks[1]}": "–" if method == OURS else gain,
                 }
             )
         problems = {r.method: r.problem for r in self.results if r.size == size and r.problem}
@@ -132,7 +185,8 @@ class Comparison:
         sizes = dict.fromkeys(result.size for result in self.results)
         blocks = [f"{size} labels, {self.measure} on the test split\n\n{self.table(size)}" for size in sizes]
         if blocks:
-            blocks += [LEGEND, self.costs_table(), COSTS_LEGEND]
+            legend = f"{LEGEND}\n{RUNS_ONLY_LEGEND}" if any(RUNS_ONLY in block for block in blocks) else LEGEND
+            blocks += [legend, self.costs_table(), COSTS_LEGEND]
         return "\n\n".join(blocks)
 
     def save(self, directory: Path) -> None:
@@ -150,11 +204,12 @@ class Comparison:
                     kind_of(method),
                     list(self.runs(method, size).values()),
                     list(self.runs(method, size, merged=True).values()),
-                    half_interval(list(self.runs(method, size).values())),
+                    self.spread(method, size),
                 )
                 for method in self.methods(size)
             ]
-            figure = comparison_figure(rows, self.measure)
+            over = "runs and test samples" if self.holds_samples(size) else "runs"
+            figure = comparison_figure(rows, self.measure, over)
             figure.savefig(directory / FIGURE.format(size), dpi=DPI, metadata={"Software": None})
 
     @classmethod
@@ -193,16 +248,13 @@ def kind_of(method: str) -> str:
 
 
 def interval(values: list[float], *, signed: bool = False) -> str:
-    """Return the mean ± half of its 95 % interval for a table; a dash if there are no values."""
+    """Return the mean ± half of its 95 % interval over runs, for a table; a dash if there are no values."""
+    return with_interval(values, half_interval(values), signed=signed)
+
+
+def with_interval(values: Sequence[float], half: float | None, *, signed: bool = False) -> str:
+    """Return the mean of `values` ± `half`, for a table; a dash if there are no values."""
     if not values:
         return "–"
     mean = f"{statistics.fmean(values):+.3f}" if signed else f"{statistics.fmean(values):.3f}"
-    half = half_interval(values)
     return mean if half is None else f"{mean} ± {half:.3f}"
-
-
-def half_interval(values: Sequence[float]) -> float | None:
-    """Return half of the 95 % interval of the mean, by Student's t over runs; `None` for fewer than two runs."""
-    if len(values) < 2:
-        return None
-    return float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))

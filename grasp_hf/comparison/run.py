@@ -24,9 +24,9 @@ from ..errors import ConfigError, DataError, GraspError, OutputExistsError
 from ..files import LOCK, workspace
 from ..hub.download import look_up
 from ..internals import lacks_memory
-from ..record.entries import Evaluation
 from ..record.redaction import without_secrets
 from ..runs.prepare import prepare
+from ..validation.losses import SampleLosses
 from .fairness import check_fairness
 from .methods import METHODS, Method, load_source
 from .results import OURS, RESULTS, Comparison, Result, kind_of, title_of
@@ -35,6 +35,7 @@ from .workbench import Workbench
 logger = logging.getLogger(__name__)
 
 # Keys of a configuration that depend on where and with which versions a model was saved, not on the model.
+MOST_UNLABELED = 512  # training samples that a run does not label, and that `taught` reads without their labels
 CIRCUMSTANCES = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
 
 
@@ -267,31 +268,39 @@ def _run_seed(
 ) -> None:
     """Run the methods that have no result for this seed and number of labels."""
     order = [sources[i] for i in _permutation(len(sources), seed)]
-    rows: dict[str, tuple[Callable[[Workbench], Evaluation | None], bool]] = {
+    rows: dict[str, tuple[Callable[[Workbench], SampleLosses | None], bool]] = {
         f"source:{source}": (partial(load_source, source=source), False) for source in sources
     }
+    has_unlabeled = data.unlabeled is not None or count < len(data.train)
+    methods = {name: method for name, method in methods.items() if has_unlabeled or not method.needs_unlabeled}
     rows |= {name: (method.run, method.finetuned) for name, method in methods.items()}
     rows |= {f"variant:{name}": (partial(METHODS[OURS].run, **settings), False) for name, settings in variants.items()}
     finished = {(result.method, result.size, result.seed) for result in done.results}
     missing = {name: row for name, row in rows.items() if (name, count, seed) not in finished}
     if not missing:
         return
-    labels = data.train.shuffle(seed=seed).select(range(count))
+    shuffled = data.train.shuffle(seed=seed)
+    labels = shuffled.select(range(count))
+    rest = [*range(count, min(len(shuffled), count + MOST_UNLABELED))]
+    unlabeled = shuffled.select(rest) if rest and data.unlabeled is None else data.unlabeled
     config = replace(recipe.config, seed=seed)
     base.config = config
     epochs = config.total_epochs(len(sources))
     with workspace(Path(tempfile.gettempdir()), "grasp_hf-compare-") as directory, ExitStack() as stack:
-        bench = Workbench(base, order, replace(data, train=labels), epochs=epochs, directory=directory)
+        bench = Workbench(
+            base, order, replace(data, train=labels), unlabeled=unlabeled, epochs=epochs, directory=directory
+        )
         stack.callback(bench.restore_base)  # the next workbench starts from the weights of the model
         for method, (run, finetuned) in missing.items():
             began = time.perf_counter()
+            losses: dict[str, SampleLosses] = {}
+            problem = None
             try:
-                scores = run(bench)
-                merged = bench.evaluate() if finetuned and not scores else {}
+                final = run(bench)
                 if finetuned:
+                    losses["merged"] = bench.test()
                     bench.finetune(epochs)
-                final = scores or bench.evaluate()
-                problem = None
+                losses["final"] = final or bench.test()
             except (GraspError, MemoryError, RuntimeError) as error:
                 if not isinstance(error, GraspError) and not _lacks_memory(error):
                     raise
@@ -299,11 +308,11 @@ def _run_seed(
                     message = f"while running '{title_of(method)}' with seed {seed}: {error}"
                     reworded = error.reworded(message) if isinstance(error, GraspError) else type(error)(message)
                     raise reworded from error
-                merged, final, problem = {}, {}, str(error) or "out of memory"
-            result = Result(method, count, seed, merged, final, time.perf_counter() - began, problem)
+                losses, problem = {}, str(error) or "out of memory"
+            result = Result.of(method, count, seed, losses, time.perf_counter() - began, problem)
             done.results.append(result)
             done.save(output)
-            outcome = ", ".join(f"{key} {value:.3f}" for key, value in final.items()) or f"not run: {problem}"
+            outcome = ", ".join(f"{key} {value:.3f}" for key, value in result.final.items()) or f"not run: {problem}"
             logger.info("%d labels, seed %d: %s: %s (%.0f s)", count, seed, title_of(method), outcome, result.seconds)
 
 

@@ -1,10 +1,11 @@
-"""Merging by means of weights: average, greedy soup, Fisher-weighted average."""
+"""Merging by means of weights: average, LM-Cocktail, greedy soup, Fisher-weighted average."""
 
 import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
 
+import numpy as np
 from torch import Tensor
 
 from ..errors import NonFiniteError
@@ -26,6 +27,37 @@ def average_(inputs: MethodInputs) -> None:
     for values in stream_checked_sources(inputs):
         add_to_mean_(mean, values, seen)
     overwrite_(movable_tensors(inputs.model), {name: mean[name] for name in seen})
+
+
+def cocktail_(inputs: MethodInputs, *, temperature: float = 5.0) -> None:
+    """Change the model to the mean of the sources, weighted by softmax(-loss / temperature): LM-Cocktail (arXiv:2311.13534).
+
+    The losses are those on the labels. A source without a finite loss has the weight 0. A tensor that some sources lack
+    is the mean of the others.
+
+    Memory: one source at a time; 1 P of disk.
+
+    Args:
+        inputs: The model, the sources and the labels.
+        temperature: 5 is the value of the paper. With it, losses of 0 and 1 have weights of 0.55 and 0.45.
+
+    Raises:
+        NonFiniteError: No source has a finite loss.
+    """
+    tensors, mean = movable_tensors(inputs.model), inputs.buffer("mean")
+    totals: dict[str, float] = {}  # the logarithm of the sum of weights so far, for each tensor
+    for values in stream_checked_sources(inputs):
+        with placed(tensors, values, inputs.base):
+            weight = -finite_loss(inputs) / temperature
+        if not math.isfinite(weight):
+            continue
+        for name, value in values.items():
+            before = totals.get(name, -math.inf)
+            totals[name] = float(np.logaddexp(before, weight))
+            interpolate_(mean[name], mean[name], value, math.exp(weight - totals[name]))
+    if not totals:
+        raise NonFiniteError("no source has a finite loss on the labels")
+    overwrite_(tensors, {name: mean[name] for name in totals})
 
 
 def greedy_soup_(inputs: MethodInputs) -> None:

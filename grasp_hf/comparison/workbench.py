@@ -16,12 +16,12 @@ from ..merger import GraspMerger
 from ..merging.run import Run, collator_for
 from ..merging.step import Step
 from ..models.batches import Batch, Collator
-from ..record.entries import Evaluation
+from ..sources.placebo import Placebo
 from ..tensors.mapped import MappedTensors
 from ..tensors.placing import overwrite_
 from ..tensors.scratch import Scratch
 from ..tensors.units import movable_tensors
-from ..validation.losses import MOST_VALIDATION_LABELS
+from ..validation.losses import MOST_VALIDATION_LABELS, SampleLosses
 from .inputs import MethodInputs, wide_like
 
 COMMON = ("batch_size", "lora", "training_arguments", "seed", "accepted_bases", "trust_remote_code", "prefetch")
@@ -34,14 +34,23 @@ class Workbench:
         merger: Holds the base model. The methods work in its model, one at a time.
         sources: References, in the order of this run.
         data: The run's labels (`train`, and `validation` if there is one) and the test samples.
+        unlabeled: Inputs whose labels no method reads; `None` if there are none.
         epochs: Epochs of fine-tuning that each method may spend in total.
         directory: Folder for the files of this run.
     """
 
     def __init__(
-        self, merger: GraspMerger, sources: list[str], data: Samples, *, epochs: float, directory: Path
+        self,
+        merger: GraspMerger,
+        sources: list[str],
+        data: Samples,
+        *,
+        unlabeled: Any = None,
+        epochs: float,
+        directory: Path,
     ) -> None:
         self.sources, self.data, self.epochs, self.directory = sources, data, epochs, directory
+        self.unlabeled = unlabeled
         self._origin = merger
         self.seed = merger.config.seed
         self.config = GraspConfig(method="average", gate=False, order="given", final_epochs=0, **self.settings(COMMON))
@@ -82,13 +91,20 @@ class Workbench:
         """Merge `sources` into the model with its present weights."""
         self.new_merger(config).merge(sources, **self.data.keywords())
 
-    def merge_by_recipe(self, settings: dict[str, Any]) -> None:
+    def merge_by_recipe(self, settings: dict[str, Any], *, placebo: bool = False, taught: bool = False) -> None:
         """Merge all sources into the model with the recipe's configuration, changed by `settings`.
 
         The base keeps its record: if it is a merge, this merge appends to it.
+
+        Args:
+            settings: Values that replace those of the recipe.
+            placebo: Whether a placebo replaces each source.
+            taught: Whether the merge may read the unlabelled inputs of the run.
         """
         config = replace(self._origin.config, **settings)
-        self._origin.with_config(config).merge(self.sources, **self.data.keywords())
+        merger = self._origin.with_config(config, placebo=Placebo(self.seed, self._base) if placebo else None)
+        data = replace(self.data, unlabeled=self.unlabeled) if taught else self.data
+        merger.merge(self.sources, **data.keywords())
 
     def load_source_weights(self, source: str) -> None:
         """Load a source's weights into the model; tensors that the source lacks are those of the base."""
@@ -105,10 +121,16 @@ class Workbench:
         with self.open_step(replace(self.config, gate=gate)) as (_, step):
             step.finetune(epochs, self.seed)
 
-    def evaluate(self, dataset: Any = None) -> Evaluation:
-        """Return loss and accuracy of the model on `dataset`, by default on the test samples."""
-        dataset = self.data.test if dataset is None else dataset
-        return self.new_merger(self.config).evaluate(dataset, data_collator=self.data.collator)
+    def test(self) -> SampleLosses:
+        """Return the losses of the model on the test samples."""
+        return self._judge(self.data.test)
+
+    def selection_loss(self) -> float:
+        """Return the loss of the model on `selection_samples`."""
+        return self._judge(self.selection_samples).loss
+
+    def _judge(self, samples: Any) -> SampleLosses:
+        return self.new_merger(self.config).judge(samples, data_collator=self.data.collator)
 
     @contextmanager
     def open_step(self, config: GraspConfig) -> Iterator[tuple[Run, Step]]:
@@ -165,7 +187,7 @@ class Workbench:
                 batches_per_epoch=math.ceil(
                     min(len(self.data.train), MOST_VALIDATION_LABELS) / self.config.batch_size
                 ),
-                loss=lambda: self.evaluate(self.selection_samples)["loss"],
+                loss=self.selection_loss,
                 buffer=buffer,
                 finetune=finetune,
                 seed=self.seed,

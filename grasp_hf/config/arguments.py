@@ -47,9 +47,20 @@ EXAMPLES = {
 }
 # Keys of `METHODS` in `grasp_hf.comparison.methods`, here because that module imports torch.
 COMPARED_METHODS = (
-    *("base", "best-source", "average", "base-line", "best-source-line", "average-line", "loop-nothing", "loop-all"),
-    *("ensemble", "fusion", "pearl", "greedy-soup", "task-arithmetic", "ties", "dare", "fisher", "lorahub"),
-    *("adamerging", "lorahub-line", "adamerging-line", "gradfix", "published", "ours"),
+    *("base", "best-source", "average", "base-line", "best-source-line", "average-line", "lora-labels", "placebo"),
+    *(
+        "loop-nothing",
+        "loop-all",
+        "ensemble",
+        "stacked",
+        "fusion",
+        "pearl",
+        "lm-cocktail",
+        "greedy-soup",
+        "task-arithmetic",
+    ),
+    *("ties", "dare", "fisher", "lorahub", "adamerging", "lorahub-line", "adamerging-line", "gradfix", "published"),
+    *("taught", "ours"),
 )
 WITHOUT_OVERRIDES = ("demo", "push")
 WITH_SETTINGS = ("rank", "merge", "compare")  # in their help

@@ -45,9 +45,10 @@ class GraspConfig:
 
     Attributes:
         method: How each source is merged into the target.
-            The table `grasp_hf.config.methods.METHODS` has a summary of each method. `"blend"` learns `k` and `t` in
-            each unit of `B + k (T - B) + t (S - B)`, starting from the mean. `"average"` needs no data, unless there
-            is fine-tuning or an `order` other than `"given"`.
+            The table `grasp_hf.config.methods.METHODS` has a summary of each method. `"weighted"` keeps a mean of the
+            sources, weighted by what their predictions on the labels are worth. `"average"` keeps the plain mean and needs
+            no data, unless there is fine-tuning or an `order` other than `"given"`. `"blend"` learns `k` and `t` in each
+            unit of `B + k (T - B) + t (S - B)`, starting from the mean.
         unit: Tensors that are merged with one decision.
             `"layer"`: a transformer block or a stage; any other tensor belongs to its module. `"module"`: the tensors
             of one module; a normalisation layer includes its statistics. `"tensor"`: each tensor alone, except that a
@@ -57,7 +58,8 @@ class GraspConfig:
             The cosine must be strictly greater.
         num_batches: Batches of training data that measure each source.
             `copy` takes the mean cosine of the batches. `blend` takes one descent step on the coefficients per batch,
-            for each half of the labels, and adds up Fisher information over the batches. `average` uses no batches.
+            for each half of the labels, and adds up Fisher information over the batches. `weighted` computes one gradient
+            of the target for all sources, over no more batches than the labels fill. `average` uses none.
         accumulate_gradients: Whether `copy` takes one cosine of the summed gradients of all batches.
             The result is the cosine of a single large batch. The sum needs disk space for a second set of gradients.
         batch_size: Samples per batch, in measuring and in fine-tuning.
@@ -66,13 +68,13 @@ class GraspConfig:
             The step size falls linearly to 0. Adam moves a coefficient by at most about one step size per batch. One
             source therefore moves a coefficient by at most about `num_batches * coefficient_lr / 2`.
         gate: Undo sources and fine-tunes that make the validation loss worse.
-            A source is undone if it raises the loss by more than the standard error of the change, or if the loss ends
-            above the loss before the first source. Each fine-tune is kept only as far as it lowers the loss of samples
-            that it did not see. The validation samples are the evaluation data, and also the labels until the model is
-            fine-tuned on them. With `blend`, each half of the labels validates the coefficients learned from the other
-            half. `blend` merges the plain mean, as `average` does, unless another candidate is better by more than a
-            standard error. The other candidates are the mean of the learned coefficients, and the mean weighted by
-            Fisher information (arXiv:2111.09832). See `grasp_hf.validation.gate`.
+            A source is undone if it harms: if the 95 % interval of the change of the loss lies above 0. The validation
+            samples are the evaluation data, and also the labels until the model is fine-tuned on them. A fine-tune trains
+            one model on each half of the labels, and keeps the point between the start and their mean that is best on
+            held-out labels (or on the evaluation data); see `grasp_hf.teaching.folds`. Without the gate, all labels train
+            one model, which is kept as it is. With `blend`, each half of the labels validates the coefficients learned from
+            the other half, and the plain mean is merged unless another candidate is better by more than a standard error:
+            the mean of the learned coefficients, or the mean weighted by Fisher information (arXiv:2111.09832).
         initial_epochs: Epochs of fine-tuning before the first source.
         finetune_epochs: Epochs of fine-tuning after each source.
         final_epochs: Epochs of fine-tuning after the last source.
@@ -83,9 +85,9 @@ class GraspConfig:
             fine-tune. The head is trained whole. Frozen layers are adapted too, unless `target_modules` leaves them
             out.
         order: Order in which the sources are merged.
-            `"given"`: the order of the list. `"loss"`: the source with the lowest loss on the labels (or the
-            evaluation data) first. `"rank"`: the source with the largest estimated gain first, to first order in the
-            weights, see `GraspMerger.rank`. With `"loss"` and `"rank"` every source is read twice.
+            `"given"`: the order of the list. `"loss"`: the source with the lowest loss on the labels (and the evaluation
+            data) first. `"rank"`: the source with the largest estimated gain first, to first order in the weights, see
+            `GraspMerger.rank`. With `"loss"`, with `"rank"` and with the method `weighted` every source is read twice.
         top: Number of sources to merge, the first ones of `order`; all if left out.
             It needs an `order` other than `"given"`.
         prefetch: Download the next source while the current one is merged.
@@ -107,7 +109,7 @@ class GraspConfig:
         ConfigError: A value has the wrong type or is out of range. The error lists all problems.
     """
 
-    method: MethodName = "blend"
+    method: MethodName = "weighted"
     unit: Literal["layer", "module", "tensor", "parameter"] = "layer"
     threshold: float = 0.3
     num_batches: int = 8

@@ -10,7 +10,7 @@ The keys of mergekit are translated as follows:
   base model is part of the mean if it is part of mergekit's: if it is in `models`, or if `parameters` gives it a
   weight.
 - Any other `merge_method` (`ties`, `slerp`, ...) has no counterpart. With `data`, the same models are merged by the
-  method of the recipe; the default is `blend`, which learns coefficients from the data. With `method: average`, the
+  method of the recipe; the default is `weighted`, which weighs the sources by the data. With `method: average`, the
   result is their mean. The base model is part of the mean of a method between two models, such as `slerp`. It is not
   part of the mean of a method that uses differences from a base model, such as `ties`.
 - `slices` and `modules`, which build a model from layers of other models, are refused.
@@ -118,7 +118,7 @@ class _Reader:
         self.merge_method = values.get("merge_method")
         paper = "copy" if own.get("preset") == "paper" else None
         self.chosen = own.get("method", paper)
-        self.method = self.chosen or ("average" if self.merge_method == "linear" else "blend")
+        self.method = self.chosen or ("average" if self.merge_method == "linear" else "weighted")
 
     @property
     def has_adapters(self) -> bool:

@@ -45,6 +45,8 @@ class Method:
             coefficients learned from the other half, and a file keeps the weights from before the merge.
         counts_units: Whether the method keeps a mean. The merge then counts the sources in each unit.
         stores_gradients: Whether the method keeps a set of gradients in a file.
+        weighs: Whether the method weighs sources by their predictions, so that every source is read once more before the
+            merge.
         reads_once: Whether the method reads each weight of a source only once. A large source may then be downloaded
             shard by shard.
     """
@@ -56,10 +58,19 @@ class Method:
     learns: bool = False
     counts_units: bool = True
     stores_gradients: bool = False
+    weighs: bool = False
     reads_once: bool = False
 
 
 METHODS = {
+    "weighted": Method(
+        summary="Keeps a mean of all accepted sources, weighted by how much the predictions of each are worth.",
+        card="Each unit is a weighted mean of the accepted sources that contain it. The weights are those that a mixture of "
+        "the sources' predictions gets on the labels: a source whose predictions add nothing to those of the others gets "
+        "little weight.",
+        stores_gradients=True,
+        weighs=True,
+    ),
     "average": Method(
         summary="Keeps the mean of all accepted sources so far in each unit: `T + (S - T) / n`.",
         card="Each unit is the mean of the accepted sources that contain it.",

@@ -9,6 +9,7 @@ from ..errors import ConfigError
 from ..internals import file_formats
 
 SPLITS = ("train", "validation", "test")
+UNLABELED = "unlabeled"
 FILES = ("data_dir", "data_files")
 
 
@@ -23,6 +24,8 @@ class DataSection:
         revision: Branch, tag or commit of a data set on the Hub.
         data_dir: Folder of an `imagefolder`, relative to the recipe.
         data_files: Files per split, relative to the recipe.
+        unlabeled: Inputs without labels: the name of a further split, or files (of an `imagefolder` a folder), relative to
+            the recipe.
         image: Column of the images.
         text: Column of the texts.
         label: Column of the labels: class ids or names. Language models do not use it.
@@ -34,6 +37,7 @@ class DataSection:
     revision: str | None = None
     data_dir: str | None = None
     data_files: Any = None
+    unlabeled: Any = None
     image: str = "image"
     text: str = "text"
     label: str = "label"
@@ -70,7 +74,12 @@ class DataSection:
                 return [locate(item) for item in value]
             return recipe.locate_pattern(value)
 
-        return cls(**{key: locate(value) if key in ("path", *FILES) else value for key, value in recipe.data.items()})
+        return cls(
+            **{
+                key: locate(value) if key in ("path", UNLABELED, *FILES) else value
+                for key, value in recipe.data.items()
+            }
+        )
 
     def given(self) -> dict[str, Any]:
         """Return the keys that have a value, as in a recipe."""
@@ -102,6 +111,9 @@ class DataSection:
             fits, expected = is_files(value), "a file, a list of files, or files per split"
             if fits and isinstance(value, dict) and not value.keys() <= {*SPLITS}:
                 fits, expected = False, f"no other splits than {', '.join(SPLITS)}"
+        elif key == UNLABELED:
+            fits = is_files(value) and not isinstance(value, dict)
+            expected = "the name of a split, a file, or a list of files"
         elif key == "max_length":
             fits, expected = type(value) is int and value > 0, "a number of tokens above 0"
         else:

@@ -2,6 +2,7 @@
 
 import logging
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
@@ -9,8 +10,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config.recipe import Recipe
 from ..errors import DataError
+from ..internals import file_formats
 from ..sources.rows import label_names
-from .section import FILES, SPLITS, DataSection
+from .section import FILES, SPLITS, UNLABELED, DataSection
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +52,39 @@ def load_splits(section: DataSection) -> DatasetDict:
     for name, split in splits.items():
         if len(split) == 0:
             raise DataError(f"split '{name}' of data set '{section.path}' is empty; expected labelled samples")
-    if unused := [name for name in splits if name not in SPLITS]:
+    if section.unlabeled is not None:
+        splits[UNLABELED] = splits[section.unlabeled] if section.unlabeled in splits else _load_unlabeled(section)
+    if unused := [name for name in splits if name not in (*SPLITS, UNLABELED, section.unlabeled)]:
         logger.warning(
             "data set '%s': the splits %s are not used; evaluation data is read from splits named %s",
             section.path,
             unused,
             " and ".join(f"'{name}'" for name in SPLITS[1:]),
         )
-    return DatasetDict({name: splits[name] for name in SPLITS if name in splits})
+    return DatasetDict({name: splits[name] for name in (*SPLITS, UNLABELED) if name in splits})
+
+
+def _load_unlabeled(section: DataSection) -> Dataset:
+    """Load the files that hold inputs without labels.
+
+    Raises:
+        DataError: They cannot be loaded, or hold no row.
+    """
+    if section.path not in file_formats():
+        raise DataError(
+            f"data.unlabeled: data set '{section.path}' has no split '{section.unlabeled}'; name one of its splits"
+        )
+    folder = isinstance(section.unlabeled, str) and Path(section.unlabeled).is_dir()
+    where = {"data_dir": section.unlabeled} if folder else {"data_files": section.unlabeled}
+    try:
+        options = {"drop_labels": True} if section.path in ("imagefolder", "audiofolder") else {}
+        found = load_dataset(section.path, split="train", **where, **options)
+    except Exception as error:
+        # datasets raises its own errors and those of pyarrow and of file systems; all mean the same here.
+        raise DataError(f"data.unlabeled: '{section.unlabeled}' cannot be loaded: {error}") from error
+    if not len(found):
+        raise DataError(f"data.unlabeled: '{section.unlabeled}' is empty; expected at least one input")
+    return found
 
 
 def find_label_names(split: Dataset, column: str) -> list[str] | int:
@@ -109,7 +136,9 @@ def encode_labels(splits: DatasetDict, column: str, names: list[str]) -> Dataset
         DataError: A row's label is hidden or not among `names`.
     """
     ids = {name: index for index, name in enumerate(names)}
-    return DatasetDict({name: _encode_split(split, name, column, ids) for name, split in splits.items()})
+    labelled = {name: _encode_split(split, name, column, ids) for name, split in splits.items() if name != UNLABELED}
+    unlabeled = {name: split for name, split in splits.items() if name == UNLABELED}
+    return DatasetDict(labelled | unlabeled)
 
 
 def _encode_split(split: Dataset, split_name: str, column: str, ids: dict[str, int]) -> Dataset:
@@ -172,10 +201,10 @@ def labelled_splits(
         return splits, {}
     found = find_label_names(splits["train"], section.label)
     if isinstance(found, int):  # a rare class may be missing in one of the splits
-        numbers = [find_label_names(split, section.label) for split in splits.values()]
+        numbers = [find_label_names(split, section.label) for name, split in splits.items() if name != UNLABELED]
         found = max(number for number in numbers if isinstance(number, int))
         if found != len(label_names(config)) and not any(
-            0 in split.unique(section.label) for split in splits.values()
+            0 in split.unique(section.label) for name, split in splits.items() if name != UNLABELED
         ):
             raise DataError(
                 f"column '{section.label}' holds class ids up to {found - 1} but no 0; expected ids from 0, or class "

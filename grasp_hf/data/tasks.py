@@ -27,14 +27,16 @@ def prepare_images(splits: DatasetDict, column: str, processor: Callable) -> tup
 
     def transform(samples: dict[str, list]) -> dict[str, Any]:
         images = [load_picture(value) for value in samples[column]]
-        return {
-            "pixel_values": list(processor(images, return_tensors="pt")["pixel_values"]),
-            "labels": samples["labels"],
-        }
+        pixels = {"pixel_values": list(processor(images, return_tensors="pt")["pixel_values"])}
+        return pixels | {name: samples[name] for name in ("labels",) if name in samples}
 
     # We decode the pictures ourselves, to name a file that cannot be read.
     splits = splits.cast_column(column, Image(decode=False))
-    return splits.select_columns([column, "labels"]).with_transform(transform), default_data_collator
+    kept = {
+        name: split.select_columns([name for name in (column, "labels") if name in split.column_names])
+        for name, split in splits.items()
+    }
+    return DatasetDict(kept).with_transform(transform), default_data_collator
 
 
 def tokenize_texts(

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..sources.load import LoadedSource
 from ..tensors.placing import placed
 from ..tensors.products import UnitProducts, cosine
 from ..tensors.units import Unit, movable_tensors, partition, units_within
+from ..validation.losses import concatenate
 from .run import Run
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,10 @@ class RankedSource:
         gain: `-<g, S - T>`, in units of the loss: how much the loss would fall on the whole way from the target `T` to the
             source `S` if the gradient `g` of the target stayed the same. `None` if the source cannot be read.
         cosine: Cosine of `-g` and `S - T` over all units together, in [-1, 1]; `None` if it is undefined.
-        loss: Calibrated loss of the source itself on the validation samples or, without any, on labels; `None` unless
+        loss: Calibrated loss of the source itself on labels, and on the evaluation data if there are any; `None` unless
             sources are ranked by loss.
+        weight: How much the predictions of the source are worth among those of all sources, with the mean 1; `None` unless
+            they were compared.
         units: Gain and cosine of each unit.
         seconds: Duration of finding, reading and comparing the source.
         problem: Why the source cannot be ranked; `None` if it can.
@@ -61,6 +64,7 @@ class RankedSource:
     gain: float | None = None
     cosine: float | None = None
     loss: float | None = None
+    weight: float | None = None
     units: list[UnitGain] = field(default_factory=list)
     seconds: float = 0.0
     problem: str | None = None
@@ -77,7 +81,8 @@ class RankedSource:
             "source": shorten(self.reference if self.sha else Path(self.reference).name, 34),
         }
         if self.loss is not None:
-            return {**row, "kind": self.kind, "calibrated loss": format_number(self.loss)}
+            weight = None if self.weight is None else f"{self.weight:.2f}"
+            return {**row, "kind": self.kind, "loss": format_number(self.loss), "weight": weight}
         best = max(self.units, key=lambda unit: unit.gain, default=None)
         return {
             **row,
@@ -120,13 +125,21 @@ def rank_by_gain(run: Run, references: Sequence[str], *, finetuned: bool, token:
 
 
 def rank_by_loss(run: Run, references: Sequence[str], *, token: str | None) -> list[RankedSource]:
-    """Return the calibrated loss of each source itself, the lowest first; sources that cannot be read come last."""
+    """Return the calibrated loss of each source itself, the lowest first; sources that cannot be read come last.
+
+    `run.predictions` keeps the predictions of the sources on the labels and, if there are any, on the unlabelled inputs.
+    """
     with run.step() as step, run.puller(token, whole=True) as puller:
         tensors, start = movable_tensors(run.model), run.scratch.start
 
         def read(source: Source) -> RankedSource:
             with placed(tensors, run.load(source).tensors, start):
-                loss = step.labels.source_losses().calibrated_loss
+                losses = step.labels.losses_on(step.labels.some_labels)
+                validation = run.samples.validation
+                judged = losses if validation is None else concatenate(losses, step.labels.losses_on(validation))
+                unlabeled = None if losses.outputs is None else step.labels.unlabeled_logits()
+            run.predictions.add(str(source.ref), losses, unlabeled)
+            loss = judged.calibrated_loss
             return RankedSource(str(source.ref), source.sha, source.kind, source.num_bytes, loss=loss)
 
         rows = [*_read_each(references, puller, read)]
@@ -134,21 +147,36 @@ def rank_by_loss(run: Run, references: Sequence[str], *, token: str | None) -> l
 
 
 def rank_for_merge(run: Run, references: Sequence[str], *, finetuned: bool, token: str | None) -> list[RankedSource]:
-    """Return the sources in the order of `config.order`.
+    """Return the sources to merge in the order of `config.order`, with their weights if the method weighs sources.
 
     Raises:
         GraspError: Some sources cannot be merged. The error lists their problems, and has their class if all have the same.
     """
-    if run.config.order == "rank":
-        measure, rows = "first-order gain", rank_by_gain(run, references, finetuned=finetuned, token=token)
-    else:
-        measure, rows = "loss", rank_by_loss(run, references, token=token)
+    order, rows, measure = run.config.order, [], "first-order gain"
+    if order == "rank":
+        rows = _require_readable(rank_by_gain(run, references, finetuned=finetuned, token=token))
+        references = [row.reference for row in rows[: run.config.top]]
+    if order != "rank" or run.weighs or run.teaches:
+        by_loss = _require_readable(rank_by_loss(run, references, token=token))
+        places = {reference: place for place, reference in enumerate(references)}
+        if order == "loss":
+            rows, measure = by_loss, "loss"
+        elif order == "given":
+            rows = sorted(by_loss, key=lambda row: places.get(row.reference, 0))
+    run.predictions.keep([row.reference for row in rows[: run.config.top]])
+    if run.weighs:
+        run.weights = run.predictions.weights()
+        rows = [replace(row, weight=run.weights.get(row.reference)) for row in rows]
+    logger.info("%s:\n%s", "sources" if order == "given" else f"ranked by {measure}", ranking_table(rows))
+    return rows
+
+
+def _require_readable(rows: list[RankedSource]) -> list[RankedSource]:
     problems = [row.problem for row in rows if row.problem]
     if problems:
         kinds = {row.error for row in rows if row.problem}
         error = kinds.pop() if len(kinds) == 1 else IncompatibleSourceError
         raise error("nothing was merged, because these sources cannot be merged", problems=problems)
-    logger.info("ranked by %s:\n%s", measure, ranking_table(rows))
     return rows
 
 

@@ -6,10 +6,12 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
+from torch.utils.data import ConcatDataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ..config.grasp import GraspConfig
@@ -21,11 +23,16 @@ from ..hub.pull import Puller
 from ..hub.reference import Source
 from ..models.batches import Collator, check_dataset, keep_model_columns
 from ..models.gradients import checkpointing, preserved_state
+from ..record.entries import Reason
 from ..sources.load import LoadedSource, load_source
+from ..sources.placebo import Placebo
+from ..teaching.predictions import Predictions
 from ..tensors.placing import overwrite_
 from ..tensors.scratch import Scratch
 from ..tensors.units import movable_tensors
+from ..validation.changes import paired_change
 from ..validation.labels import Labels
+from ..validation.losses import SampleLosses
 from .checks import check_loss
 from .step import Step
 
@@ -45,10 +52,14 @@ class Run:
         processing_class: The target's tokenizer or processor.
         base_of: Returns, for a source that is an adapter, the base model that the adapter must belong to.
         base_token: Hub token that the base was loaded with.
+        placebo: Replaces every source by a placebo, for a control.
 
     Attributes:
         labels: The labelled samples, with the losses of the model on them.
         scratch: The temporary files.
+        predictions: The predictions of the sources.
+        start_losses: The losses of the model before the first source; `None` if they are not known.
+        weights: Weight of each source in the mean, by reference; 1 for a source that is not named.
     """
 
     def __init__(
@@ -62,16 +73,34 @@ class Run:
         processing_class: Any,
         base_of: Callable[[Source], Source | None],
         base_token: str | None,
+        placebo: Placebo | None = None,
     ) -> None:
+        if model.can_generate() and samples.unlabeled is not None and samples.train is not None:
+            samples = replace(samples, train=ConcatDataset([samples.train, samples.unlabeled]), unlabeled=None)
         self.model, self.config, self.samples = model, config, samples
         self._processing_class, self._base_of, self._base_token = processing_class, base_of, base_token
+        self._placebo = placebo
         self.scratch = Scratch(directory, movable_tensors(model))
         if config.learns or config.compares_alone:
             self.scratch.base.copy_(movable_tensors(model))
         collator = collator_for(model, config, processing_class, samples.collator)
         self.labels = Labels(model, samples, collator, config, learned=learned)
+        self.predictions = Predictions(directory / "predictions")
+        self.weights: dict[str, float] = {}
+        self.start_losses: SampleLosses | None = None
         self._has_finite_loss = False
         self._description: dict[str, Any] | None = None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the predictions of the sources weigh them."""
+        return METHODS[self.config.method].weighs
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the predictions of the sources on unlabelled inputs teach the model at the end."""
+        config = self.config
+        return self.samples.unlabeled is not None and config.gate and config.trains(config.final_epochs)
 
     @classmethod
     @contextmanager
@@ -129,6 +158,13 @@ class Run:
             self.labels.learned = learned
             self.scratch.make_room()
 
+    def beats_start(self) -> bool:
+        """Whether the model is better than before the first source, beyond chance (by the 95 % interval)."""
+        now = self.labels.losses()
+        if now is None or self.start_losses is None:
+            return False
+        return paired_change(self.start_losses, now).verdict == Reason.HELPS
+
     def restore_(self) -> None:
         """Change the model back to its weights before the present step."""
         overwrite_(movable_tensors(self.model), self.scratch.start)
@@ -158,21 +194,27 @@ class Run:
             scratch: Temporary files for the source; if left out, those of the run, which hold one source at a time.
             check_finite: Whether a weight that is NaN or infinite is an error.
         """
-        return load_source(
+        directory = (scratch or self.scratch).source_folder()
+        loaded = load_source(
             located,
             self.model,
             base=self._base_of(located),
-            directory=(scratch or self.scratch).source_folder(),
+            directory=directory,
             processing_class=self._processing_class,
             accepted_bases=self.config.accepted_bases,
             check_finite=check_finite,
             token=self._base_token,
         )
+        if self._placebo:
+            return self._placebo.replace(loaded, str(located.ref), self.model, directory)
+        return loaded
 
     def describe_data(self) -> dict[str, Any]:
         """Return the number of samples and a digest of each split, for the record; only the first call reads the data."""
         if self._description is None:
             splits = {"train": self.samples.train, "eval": self.samples.validation}
+            if self.samples.unlabeled is not None:
+                splits["unlabeled"] = self.samples.unlabeled
             self._description = {name: fingerprint(dataset) for name, dataset in splits.items()}
         return self._description
 

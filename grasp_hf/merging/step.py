@@ -16,14 +16,15 @@ from ..methods.candidates import AVERAGE, Candidate, Inputs, Mixes
 from ..methods.table import find_candidates
 from ..record.entries import FinetuneReport, Reason
 from ..sources.load import LoadedSource
+from ..teaching.predictions import Predictions
 from ..tensors.mixing import Mix
 from ..tensors.scratch import Scratch
 from ..tensors.units import Unit, movable_tensors, partition, units_within
 from ..validation.changes import paired_change
-from ..validation.gate import choose_candidate, verdict
+from ..validation.gate import choose_candidate
 from ..validation.labels import Labels
-from ..validation.line import finetune_on_line_
 from ..validation.losses import SampleLosses, concatenate
+from .finetuning import Finetuning
 from .mixed import MixedModel
 from .transfer import Transfer
 
@@ -139,7 +140,9 @@ class Step:
         self.labels.changed(whole)
         accepted, reason = True, Reason.NONE
         if self.config.gate and any(mix.moves for mix in candidate.mixes.values()):
-            accepted, reason = verdict(change, self.labels.floor, after, whole)
+            # Each half of the labels validates its own fit, but the mean of the fits is merged: the worse change counts.
+            change = max(change, paired_change(before, whole), key=lambda change: change.mean)
+            accepted, reason = change.verdict != Reason.HARMS, change.verdict
         if not accepted:
             mixed.undo(before)
         elif candidate.when_merged:
@@ -185,9 +188,18 @@ class Step:
         return concatenate(*parts)
 
     def finetune(
-        self, epochs: float, seed: int, *, alone: Mapping[str, Tensor] | None = None
+        self,
+        epochs: float,
+        seed: int,
+        *,
+        alone: Mapping[str, Tensor] | None = None,
+        predictions: Predictions | None = None,
     ) -> FinetuneReport | None:
-        """Fine-tune the model, and keep as much of the fine-tuning as the gate allows.
+        """Fine-tune the model, as far as the gate allows.
+
+        With the gate, two models are fine-tuned on one half of the labels each. The result is a point between the start and
+        their mean: the point with the lowest loss on the half that each did not see, or on the evaluation data. If the
+        sources have left predictions on unlabelled inputs, the model at that point is then taught by them.
 
         Labels that the model has learned before cannot validate. Without evaluation data, such a fine-tuning is kept as a
         whole.
@@ -197,6 +209,7 @@ class Step:
             seed: Seeds the training.
             alone: Weights without any source. The model is fine-tuned from them too, and that result is kept if its loss is
                 lower.
+            predictions: The predictions of the sources, for a teacher.
 
         Returns:
             The entry for the record; `None` if there is nothing to fine-tune.
@@ -204,38 +217,10 @@ class Step:
         samples = self.labels.samples
         if samples.train is None or not self.config.trains(epochs):
             return None
-        from ..models.finetune import finetune_  # imports datasets, which a merge without data does not need
-
-        def train(part: Any, seed: int) -> None:
-            finetune_(
-                self.model,
-                part,
-                samples.validation,
-                self.labels.collator,
-                self.config.for_part(len(part) / len(samples.train)),
-                epochs=epochs,
-                seed=seed,
-                directory=self.scratch.directory,
-            )
-
-        self.labels.finetuned()
+        self.labels.changed()
         self.scratch.make_room()
-        if not self.config.gate or (self.labels.learned and samples.validation is None):
-            train(samples.train, seed)
-            self.labels.learned = True
-            return FinetuneReport()
-        report = finetune_on_line_(
-            movable_tensors(self.model),
-            self.scratch.line,
-            train,
-            self.labels.losses_on,
-            samples.train,
-            samples.validation,
-            seed,
-            alone,
-        )
-        self.labels.learned = self.labels.learned or report.fraction > 0 or report.without_sources
-        return report
+        finetuning = Finetuning(self.model, self.config, self.labels, self.scratch, epochs, seed)
+        return finetuning.run(alone, predictions)
 
 
 def _take_nothing(units: Sequence[Unit]) -> Candidate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label that transformers leaves out of a loss
 Batch = dict[str, Any]
 Collator = Callable[[list], Batch]
+Link = Literal["softmax", "sigmoid", "identity"]  # from logits to class probabilities, to several labels, to numbers
 
 
 def check_dataset(dataset: Any, name: str) -> None:
@@ -133,6 +134,22 @@ def predicts_next(model: PreTrainedModel) -> bool:
 def is_class_ids(labels: Tensor) -> bool:
     """Whether `labels` holds one class id per sample."""
     return labels.ndim == 1 and not labels.is_floating_point()
+
+
+def link_of(model: PreTrainedModel, labels: Any, logits: Any) -> Link | None:
+    """Return how the logits of a classifier or a regression become predictions; `None` for other models.
+
+    A model with the link `softmax` has one class id per sample, or per token. transformers takes the loss from
+    `problem_type`, which the model sets when it sees its first labels.
+    """
+    if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or model.can_generate():
+        return None
+    if not labels.is_floating_point():
+        return "softmax" if logits.shape[:-1] == labels.shape and logits.ndim in (2, 3) else None
+    if logits.ndim != 2 or labels.numel() != logits.numel():
+        return None
+    kind = model.config.problem_type or ("regression" if logits.shape[1] == 1 else "multi_label_classification")
+    return {"regression": "identity", "multi_label_classification": "sigmoid"}.get(kind)  # type: ignore[return-value]
 
 
 def class_terms(model: PreTrainedModel, logits: Any, labels: Any) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import math
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ def finetune_(
     epochs: float,
     seed: int,
     directory: Path,
+    loss: Callable[..., Tensor] | None = None,
 ) -> None:
     """Change `model` in place by fine-tuning it; with evaluation data, keep the weights of the best epoch.
 
@@ -61,6 +62,7 @@ def finetune_(
         epochs: Number of epochs; 0 changes nothing.
         seed: Seeds shuffling and dropout.
         directory: Folder for the weights of the best epoch during the training.
+        loss: The `compute_loss_func` of the Trainer; `None` stands for the loss of the model.
 
     Raises:
         ConfigError: The Trainer refuses `training_arguments`.
@@ -68,7 +70,9 @@ def finetune_(
     """
     if not config.trains(epochs):
         return
-    with _prepared_trainer(model, train_dataset, eval_dataset, collator, config, epochs, seed, directory) as trainer:
+    with _prepared_trainer(
+        model, train_dataset, eval_dataset, collator, config, epochs, seed, directory, loss
+    ) as trainer:
         try:
             result = trainer.train()
         except ImportError as error:  # for example the package of an optimizer
@@ -116,6 +120,7 @@ def _prepared_trainer(
     epochs: float,
     seed: int,
     directory: Path,
+    loss: Callable[..., Tensor] | None = None,
 ) -> Iterator[Trainer]:
     """Yield a Trainer for `model`; after the block, merge its LoRA adapter and remove its checkpoints."""
     with (
@@ -136,7 +141,9 @@ def _prepared_trainer(
             normalizes_batches=normalizes_batches(model),
         )
         with trainer_refusals():
-            trainer = _build_trainer(trained, train_dataset, eval_dataset, collator, arguments, paper=config.published)
+            trainer = _build_trainer(
+                trained, train_dataset, eval_dataset, collator, arguments, paper=config.published, loss=loss
+            )
         yield trainer
 
 
@@ -208,6 +215,7 @@ def _build_trainer(
     arguments: TrainingArguments,
     *,
     paper: bool,
+    loss: Callable[..., Tensor] | None = None,
 ) -> Trainer:
     """Return the Trainer for one run; raise `ConfigError` if nothing is trainable or the metric does not exist."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -229,6 +237,7 @@ def _build_trainer(
         data_collator=collator,
         compute_metrics=_accuracy if by_accuracy else None,
         preprocess_logits_for_metrics=_predictions if by_accuracy else None,
+        compute_loss_func=loss,
         optimizers=_paper_optimizer(model, arguments, len(train_dataset)) if paper else (None, None),
         callbacks=[TrainingProgress(), EpochStatistics()],
     )

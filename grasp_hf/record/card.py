@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -47,6 +47,10 @@ TEXT = """---
 ## Usage
 
 {{ usage }}
+
+## Result
+
+{{ outcome }}
 
 ## Merge details
 
@@ -194,9 +198,9 @@ def _evaluation_rows(report: MergeReport, task: str | None) -> list[EvalResult]:
     run = report.run
     last_step = report.steps[-1] if report.steps else None
     scores: Evaluation = {}
-    kind = "held-out"
+    kind, name_of_data = "held-out", f"evaluation data, which also chose what was kept{_count(run.data.get('eval'))}"
     if run.test:
-        scores, kind = run.test, "test"
+        scores, kind, name_of_data = run.test, "test", "test data, which chose nothing"
     elif run.final:
         scores = run.final.after
     elif last_step and last_step.validated_by == EVALUATION_DATA:
@@ -205,12 +209,18 @@ def _evaluation_rows(report: MergeReport, task: str | None) -> list[EvalResult]:
         EvalResult(
             task_type=task or "other",
             dataset_type=kind,
-            dataset_name=f"{kind} data of the target task",
+            dataset_name=name_of_data,
             metric_type=name,
             metric_value=round(value, 4),
         )
         for name, value in scores.items()
     ]
+
+
+def _count(description: Any) -> str:
+    """Return the number of samples of a data set in brackets, from its description in the record; empty if unknown."""
+    samples = description.get("samples") if isinstance(description, dict) else None
+    return f" ({samples} samples)" if samples else ""
 
 
 def _link(name: str, sha: str | None) -> str:
@@ -277,6 +287,7 @@ def model_card(
         included=_list_included(report),
         table=report.table(),
         losses=LOSSES.format(samples=samples) if samples else "",
+        outcome="\n".join(f"- {text}" for text in report.outcome()) or "Nothing was measured.",
         conclusions="\n".join(f"- {text}" for text in report.conclusions()),
         figures=f"\n{images}\n" if images else "",
         licence=licence_section(report, gated),

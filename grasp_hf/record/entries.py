@@ -16,13 +16,15 @@ TEST_DATA = "test data"
 
 
 class Reason(StrEnum):
-    """Why a source stays in the model, or does not; code compares the members, and readers see their values."""
+    """Why a source stays in the model, or does not; code compares the members, and readers see their values.
 
+    The first three are verdicts on a change of the loss: its 95 % interval lies below 0, above 0, or holds 0.
+    """
+
+    HELPS = "helps"
+    HARMS = "harms"
+    NO_EFFECT = "no measurable effect"
     NONE = ""  # the gate decided nothing: it is off, nothing validates, or nothing moved
-    HELPS = "lowers the loss"
-    UNCLEAR = "within the noise"
-    HARMS = "raises the loss"
-    WORSE_THAN_START = "worse than the start"
     NOT_FINITE = "loss NaN or infinite"
     BETTER_ALONE = "better without any source"
 
@@ -90,17 +92,25 @@ class ChangeReport:
     """How the mean loss changed on the validation samples: by a source, or from fine-tuning alone to the merge.
 
     Attributes:
-        loss: Difference of the mean; below 0 is better. It is calibrated, which means that the logits of both models are
-            scaled to fit the samples best, except in `FinetuneReport.gain`.
+        loss: Difference of the mean; below 0 is better.
         half_interval: Half of its 95 % interval over samples; `None` for a single sample.
         samples: Number of samples.
         samples_to_see: Number of samples that would tell a change of this size from none.
+        calibrated: Whether the logits of both models were scaled to fit the samples best before their losses were compared.
     """
 
     loss: float
     half_interval: float | None
     samples: int
     samples_to_see: int | None
+    calibrated: bool = True
+
+    @property
+    def verdict(self) -> Reason:
+        """The verdict that follows from the interval."""
+        if self.half_interval is None or abs(self.loss) <= self.half_interval:
+            return Reason.NO_EFFECT
+        return Reason.HELPS if self.loss < 0 else Reason.HARMS
 
     @property
     def doubt(self) -> str:
@@ -112,8 +122,47 @@ class ChangeReport:
         """Return `sentence` with the doubt after it, if there is one."""
         return f"{sentence}; {self.doubt}" if self.doubt else sentence
 
+    def of_sources(self) -> str:
+        """Return the verdict on the sources, for a change from a model without them to the merge."""
+        verb = {Reason.HELPS: "help", Reason.HARMS: "harm"}.get(self.verdict, "have no measurable effect")
+        return f"the sources {verb}"
+
     def __str__(self) -> str:
         return f"{self.loss:+.3f} ± {'?' if self.half_interval is None else f'{self.half_interval:.3f}'}"
+
+
+@dataclass
+class TeacherReport:
+    """The teacher of a fine-tuning: a pool of the sources' predictions, stacked by the labels.
+
+    Attributes:
+        worth: Coefficient of each source in the pool, and of the merge before and after its fine-tuning, by name. All
+            predictions are scaled to the same size, so that the coefficients can be compared.
+        loss: Loss of the pool on labels, each held out from the fit that predicts it.
+        loss_before: Loss of the model on the same labels before it was taught, held out too; `None` if it is not known.
+        ridge: Strength of the pull towards equal coefficients, chosen by cross-validation.
+        labels: Number of labelled samples.
+        unlabeled: Number of unlabelled inputs.
+        used: Whether the model was taught. A teacher that is worse than the model, beyond chance, teaches nothing.
+    """
+
+    worth: dict[str, float]
+    loss: float
+    loss_before: float | None
+    ridge: float
+    labels: int
+    unlabeled: int
+    used: bool
+
+    def sentence(self) -> str:
+        """Return what the teacher is worth, and whether it was used."""
+        before = "" if self.loss_before is None else f", the model {format_number(self.loss_before)}"
+        verb = "taught by" if self.used else "not taught by"
+        worth = ", ".join(f"{name} {value:.2f}" for name, value in self.worth.items())
+        return (
+            f"{verb} the stacked predictions of the sources on {self.labels} labelled and {self.unlabeled} unlabelled "
+            f"inputs: held-out loss of the teacher {format_number(self.loss)}{before}; worth of each: {worth}"
+        )
 
 
 @dataclass
@@ -121,11 +170,13 @@ class FinetuneReport:
     """One fine-tuning, and how much of it was kept.
 
     Attributes:
-        fraction: Where the model is on the line from the weights before (0) to the weights after (1) the fine-tuning.
-        losses: Mean loss at points of that line, by fraction. Where halves of the labels validate, each half is evaluated
-            in the model that the other half trained.
+        fraction: Where the model is on the line from the weights before (0) to the mean of the fold models (1).
+        losses: Mean loss at points of that line, by fraction; calibrated where there are classes. Where folds of the labels
+            validate, each is evaluated in a model that did not train on it.
         validated_by: The samples of these losses; empty if nothing validated, so that all of the fine-tuning was kept.
         after: Loss (and accuracy) on the evaluation data at the end; empty without evaluation data.
+        temperature: Divides the logits of the result; it is in the weights of the head. `None` if it was not fitted.
+        teacher: The teacher, if there were unlabelled inputs.
         alone: Loss of the same fine-tuning without any source; `None` if that was not tried.
         gain: Change from that loss to the loss of the merge, not calibrated. Below 0 the sources helped.
         without_sources: Whether the sources did not help, so that the model is the one without them. `fraction` and
@@ -136,6 +187,8 @@ class FinetuneReport:
     losses: dict[str, float] = field(default_factory=dict)
     validated_by: str = ""
     after: Evaluation = field(default_factory=dict)
+    temperature: float | None = None
+    teacher: TeacherReport | None = None
     alone: float | None = None
     gain: ChangeReport | None = None
     without_sources: bool = False
@@ -146,7 +199,7 @@ class FinetuneReport:
         return self.alone if self.without_sources else self.losses.get(str(self.fraction))
 
     def sentences(self) -> list[str]:
-        """Return the outcome: how much of the fine-tuning was kept and, if known, the gain over fine-tuning alone."""
+        """Return how much of the fine-tuning was kept, and what the model was taught."""
         if not self.losses:
             return ["fine-tuned"]
         before, there = self.losses["0.0"], self.losses[str(self.fraction)]
@@ -159,17 +212,21 @@ class FinetuneReport:
                 f"fine-tuned, {kept}: loss {format_number(before)} before, {format_number(there)} there, "
                 f"{format_number(end)} at the end of the way, on {self.validated_by}"
             )
-        return [first, *self._against_alone()]
+        if self.temperature is not None:
+            first += f", temperature {self.temperature:.2f}"
+        taught = [self.teacher.sentence()] if self.teacher else []
+        return [first, *taught]
 
-    def _against_alone(self) -> list[str]:
+    def against_alone(self) -> str | None:
+        """Return the gain over the same fine-tuning without any source as a sentence; `None` if that was not tried."""
         if self.gain is None:
-            return []
+            return None
         there = format_number(self.losses[str(self.fraction)])
         sentence = (
-            f"from fine-tuning alone to the merge: loss {format_number(self.alone)} -> {there} ({self.gain}), on "
+            f"{self.gain.of_sources()}: from fine-tuning alone to the merge, loss {format_number(self.alone)} -> {there} ({self.gain}), on "
             f"{self.gain.samples} samples of {self.validated_by}"
         )
-        return [self.gain.append_doubt(sentence)]
+        return self.gain.append_doubt(sentence)
 
 
 @dataclass
@@ -193,8 +250,9 @@ class ControlReport:
         values = ", ".join(
             f"{name} {format_number(self.alone[name])} -> {format_number(self.merged[name])}" for name in self.alone
         )
+        what = "calibrated loss" if self.change.calibrated else "loss"
         text = self.change.append_doubt(
-            f"from fine-tuning alone to the merge: {values}, calibrated loss {self.change}, on {self.change.samples} "
+            f"{self.change.of_sources()}: from fine-tuning alone to the merge, {values}, {what} {self.change}, on {self.change.samples} "
             f"samples of the {self.validated_by}"
         )
         if self.validated_by == EVALUATION_DATA:

@@ -8,10 +8,15 @@ from .step import StepReport
 # Names of fields in records of version 0.1.
 _EARLIER_NAMES = {"judged_by": "validated_by", "options": "candidates", "taken": "chosen", "share": "fraction"}
 
+# Reasons in records of earlier versions, which had other rules: harm was a rise by more than a standard error.
 _EARLIER_REASONS = {
-    "within the noise: kept": Reason.UNCLEAR,
+    "lowers the loss": Reason.HELPS,
+    "within the noise": Reason.NO_EFFECT,
+    "within the noise: kept": Reason.NO_EFFECT,
+    "raises the loss": Reason.HARMS,
+    "worse than the start": Reason.HARMS,
     "the calibrated loss rises by more than its standard error": Reason.HARMS,
-    "worse than before the first source": Reason.WORSE_THAN_START,
+    "worse than before the first source": Reason.HARMS,
     "the loss is NaN or infinite": Reason.NOT_FINITE,
     "fine-tuning without any source is better": Reason.BETTER_ALONE,
 }

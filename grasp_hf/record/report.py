@@ -154,8 +154,22 @@ class MergeReport:
         """Return one line per source as a Markdown table for the card; a column without a value is left out."""
         return _table_of([step.row() for step in self.steps])
 
+    def outcome(self) -> list[str]:
+        """Return what all sources together are worth, and the scores on the test data, a sentence each."""
+        gain = self.run.final.against_alone() if self.run.final else None
+        found = [text for text in (self.run.control.sentence() if self.run.control else None, gain) if text]
+        if not found and any(step.changed for step in self.steps):
+            found.append(
+                "whether the sources are worth more than fine-tuning alone was not measured; `grasp-hf merge --control` "
+                "measures it"
+            )
+        if self.run.test:
+            scores = ", ".join(f"{name} {format_number(value)}" for name, value in self.run.test.items())
+            found.append(f"test: {scores}")
+        return found
+
     def conclusions(self) -> list[str]:
-        """Return the outcome of the merge, a sentence each."""
+        """Return the decisions of the merge, a sentence each."""
         merged = sum(step.moved > 0 for step in self.steps)
         found = [f"{merged} of {len(self.steps)} sources merged"]
         averaged = [step.name for step in self.steps if step.was_averaged]
@@ -164,10 +178,10 @@ class MergeReport:
         doubted = [
             f"{step.name}: {step.change.doubt}" if step.change and step.change.doubt else step.name
             for step in self.steps
-            if step.accepted and step.moved and step.reason == Reason.UNCLEAR
+            if step.accepted and step.moved and step.reason == Reason.NO_EFFECT
         ]
         if doubted:
-            found.append(f"within the noise, so kept: {', '.join(doubted)}")
+            found.append(f"no measurable effect, so kept: {', '.join(doubted)}")
         rejected = [f"{step.name} ({step.reason})" for step in self.steps if not step.accepted]
         if rejected:
             found.append(f"rejected: {', '.join(rejected)}")
@@ -175,18 +189,16 @@ class MergeReport:
         if self.run.final:
             first, *rest = self.run.final.sentences()
             found += [f"at the end: {first}", *rest]
-        if self.run.control:
-            found.append(self.run.control.sentence())
-        if self.run.test:
-            scores = ", ".join(f"{name} {format_number(value)}" for name, value in self.run.test.items())
-            found.append(f"test: {scores}")
         return found
 
     def __str__(self) -> str:
         loss = f", loss {format_number(self.start['loss'])}" if self.start else ""
         start = f"start: {shorten(self.base_name, 70)}{loss}"
         table = _table_of([step.short_row() for step in self.steps])
-        return "\n".join([start, "", table, "", *(wrap(text, "- ", "  ") for text in self.conclusions())])
+        outcome, conclusions = (
+            [wrap(text, "- ", "  ") for text in texts] for texts in (self.outcome(), self.conclusions())
+        )
+        return "\n".join([start, *outcome, "", table, "", *conclusions])
 
     def to_json(self, path: Path) -> None:
         """Write everything to `path`."""

@@ -25,6 +25,7 @@ class StepReport:
         reason: Why the gate undid it, or did not.
         notes: How its head and its vocabulary were matched with the target's, if they differ.
         units: One entry per unit that could have moved.
+        weight: Weight of the source in the mean of all sources; 1 unless sources were weighed.
         other_units: Number of units that could not move because an adapter lacks them, or because a head does not fit.
         validated_by: The samples of the next losses: `evaluation data`, `labels` that the model has not been fine-tuned
             on, or both; empty if there are none. Of `two halves of the labels`, each half validates the coefficients that
@@ -52,6 +53,7 @@ class StepReport:
     reason: Reason = Reason.NONE
     notes: list[str] = field(default_factory=list)
     units: list[UnitReport] = field(default_factory=list)
+    weight: float = 1.0
     other_units: int = 0
     validated_by: str = ""
     candidates: dict[str, float] = field(default_factory=dict)
@@ -140,7 +142,7 @@ class StepReport:
             "decision": self.decision,
             "loss before": _format_known(self.before.get("loss")),
             "loss after": _format_known(self.after_transfer.get("loss")),
-            "change (calibrated)": str(self.change) if self.change else None,
+            "change": str(self.change) if self.change else None,
             "accuracy": None if accuracies == [None, None] else " → ".join(map(format_number, accuracies)),
             "fine-tuned": _format_known(self.after.get("loss")) if self.finetuned else None,
             "seconds": f"{self.seconds:.1f}",
@@ -154,7 +156,7 @@ class StepReport:
             "decision": self.decision,
             "coefficient": format_number(self.mean_coefficient),
             "loss": " → ".join(losses) if self.before else None,
-            "calibrated": str(self.change) if self.change else None,
+            "change": str(self.change) if self.change else None,
         }
 
     def summary_line(self, width: int = WIDTH) -> str:
@@ -164,7 +166,7 @@ class StepReport:
             losses = [format_number(evaluation.get("loss")) for evaluation in (self.before, self.after_transfer)]
             numbers = f"loss {' -> '.join(losses)}"
         if self.change:
-            numbers += f", calibrated {self.change}"
+            numbers += f", {'calibrated' if self.change.calibrated else 'change'} {self.change}"
         text = f": {self.verdict}, {numbers}"
         return shorten(self.name, max(width - len(text), 8)) + text
 

@@ -81,14 +81,12 @@ def merge_sources(
     before = len(merger.report.steps)
     alone = _finetuned_alone(merger, sources, data) if control else None
     try:
-        merger.merge(sources, **data.keywords())
+        merger.merge(sources, test_dataset=data.test, **data.keywords())
         if alone:
             samples, name = _control_samples(data)
             merged = merger.judge(samples, data_collator=data.collator)
             gain = paired_change(alone, merged).report()
             merger.record_end(control=ControlReport(name, alone.evaluation(), merged.evaluation(), gain))
-        if data.test is not None:
-            merger.record_end(test=merger.evaluate(data.test, data_collator=data.collator))
         logger.info("\n%s\n", merger.report)
     except BaseException:
         done = len(merger.report.steps) - before

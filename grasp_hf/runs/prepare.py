@@ -40,7 +40,7 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
         merger = GraspMerger.from_pretrained(start, config=recipe.config, task=recipe.task, token=token)
         merger.describe_run(starts_from_source=recipe.base_model is None)
         return merger, sources, Samples(collator=default_data_collator)
-    from ..data.section import DataSection  # imports datasets, which a merge without data does not need
+    from ..data.section import UNLABELED, DataSection  # imports datasets, which a merge without data does not need
     from ..data.splits import labelled_splits
     from ..data.tasks import check_prepared, prepare_images, tokenize_texts
 
@@ -69,7 +69,7 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
         )
         if config.pad_token_id is None:
             model_kwargs["pad_token_id"] = processor.pad_token_id
-    if shared := shared_samples(splits):
+    if shared := shared_samples({name: split for name, split in splits.items() if name != UNLABELED}):
         logger.warning(
             "%s; the reported losses will be too low. Remove the duplicates",
             "; ".join(shared),
@@ -81,5 +81,5 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
         starts_from_source=recipe.base_model is None,
         recipe={"task": task_of(cls), "data": without_secrets(section.given())},
     )
-    data = Samples(splits["train"], splits.get("validation"), splits.get("test"), collator)
+    data = Samples(splits["train"], splits.get("validation"), splits.get(UNLABELED), splits.get("test"), collator)
     return merger, sources, data

@@ -1,7 +1,7 @@
 """PEFT adapters as sources: the checks of their configuration, and their merge into the base model."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..hub.download import commit_of
 from ..hub.reference import Source, SourceRef
 from ..internals import (
     adapter_weights_in_runtime_names,
+    lora_rank,
     matching_pattern,
     merging_layer,
     parameter_prefix,
@@ -40,11 +41,13 @@ class AppliedAdapter:
         model: The merged model. The weights that the adapter changed are mapped from a file; the others stay in place.
         touched: Runtime names of the modules that the adapter changed or replaced.
         whole: Runtime names of the modules that the adapter replaced (`modules_to_save`).
+        ranks: Rank of the difference to the base, for each tensor that LoRA changed.
     """
 
     model: PreTrainedModel
     touched: set[str]
     whole: set[str]
+    ranks: dict[str, int]
 
 
 def load_adapter_config(source: Source) -> PeftConfig:
@@ -171,8 +174,21 @@ def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> A
                 f"{tuple(state[key].shape)}"
             )
     touched, whole = _touched_modules(adapted, expected)
+    ranks = _ranks(adapted)
     _merge_into_file(adapted, directory / "adapted")
-    return AppliedAdapter(adapted.merge_and_unload(), touched, whole)
+    model = adapted.merge_and_unload()
+    by_name = {name: ranks[id(p)] for name, p in model.named_parameters() if id(p) in ranks}
+    return AppliedAdapter(model, touched, whole, by_name)
+
+
+def _ranks(adapted: PeftModel) -> dict[int, int]:
+    """Return the rank of the change of each weight that plain LoRA adapts, by the `id` of the parameter.
+
+    Variants such as DoRA change a weight by a matrix of full rank.
+    """
+    modules: Iterator[Any] = adapted.modules()
+    layers = {module: rank for module in modules if (rank := lora_rank(module)) is not None}
+    return {id(layer.get_base_layer().weight): rank for layer, rank in layers.items()}
 
 
 @torch.no_grad()

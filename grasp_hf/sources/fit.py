@@ -58,12 +58,14 @@ class SourceFiles:
         candidates: Names of the tensors that may move.
         labels: Label names by class id; `None` if the classes have no names.
         problems: Problems that were found while reading.
+        ranks: Rank of the difference to the base, for each tensor that a LoRA adapter changes.
     """
 
     tensors: dict[str, Tensor]
     candidates: set[str]
     labels: list[str] | None
     problems: list[str] = field(default_factory=list)
+    ranks: dict[str, int] = field(default_factory=dict)
 
 
 def fit_source(source: Source, files: SourceFiles, target: PreTrainedModel, processing_class: Any) -> Fit:

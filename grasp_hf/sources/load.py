@@ -40,12 +40,14 @@ class LoadedSource:
         candidates: Names of the tensors that may move: all of a full model, the touched ones of an adapter.
         notes: Remarks for the report: how the head and the vocabulary were matched.
         shards: The values, one set per shard in the order of arrival; a set is emptied when the next one is requested.
+        ranks: Rank of the difference to the base, for each tensor that a LoRA adapter changes.
     """
 
     tensors: dict[str, Tensor]
     candidates: set[str]
     notes: list[str] = field(default_factory=list)
     shards: Iterable[Mapping[str, Tensor]] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.shards = self.shards or [self.tensors]
@@ -99,7 +101,7 @@ def load_source(
         for name, match in fit.rows.items():
             match.fill_(buffer[name], own[name], tensors[name])
         tensors |= buffer
-    return LoadedSource(tensors, files.candidates & set(tensors), fit.notes)
+    return LoadedSource(tensors, files.candidates & set(tensors), fit.notes, ranks=files.ranks)
 
 
 def _load_in_shards(source: ShardedSource, target: PreTrainedModel, processing_class: Any) -> LoadedSource | None:
@@ -221,7 +223,8 @@ def _read_adapter(
     }
     ties = tied_names(target)
     touched = {name for name in own if inside(name, applied.touched)}
-    return SourceFiles(own, touched | {name for alias, name in ties.items() if inside(alias, applied.touched)}, labels)
+    touched |= {name for alias, name in ties.items() if inside(alias, applied.touched)}
+    return SourceFiles(own, touched, labels, ranks=applied.ranks)
 
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:

@@ -56,9 +56,19 @@ class Scratch:
 
     @cached_property
     def line(self) -> tuple[MappedTensors, MappedTensors]:
-        """Buffers for the target's tensors before and after a fine-tuning."""
+        """Buffers for the target's tensors before a fine-tuning, and for the mean of its fold models."""
         before, after = (MappedTensors(self.directory / f"line-{k}", self._like) for k in range(2))
         return before, after
+
+    @cached_property
+    def fold(self) -> MappedTensors:
+        """Buffer for the target's tensors after the training on one fold."""
+        return MappedTensors(self.directory / "fold", self._like)
+
+    @cached_property
+    def mean_alone(self) -> MappedTensors:
+        """Buffer for the mean of the fold models of a fine-tuning without any source."""
+        return MappedTensors(self.directory / "mean-alone", self._like)
 
     def make_room(self) -> None:
         """Empty `kept`, and remove the files that only the next source needs.

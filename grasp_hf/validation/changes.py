@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from scipy.special import stdtrit
 
-from ..record.entries import ChangeReport
+from ..record.entries import ChangeReport, Reason
 from .losses import SampleLosses
 
 NORMAL_95 = 1.96
@@ -21,11 +21,13 @@ class Change:
         mean: Mean loss of the second model minus that of the first; below 0 is better.
         standard_error: Standard error of `mean` over samples; 0 for a single sample, which shows no noise.
         samples: Number of samples.
+        calibrated: Whether the losses are calibrated.
     """
 
     mean: float
     standard_error: float
     samples: int
+    calibrated: bool = False
 
     @property
     def half_interval(self) -> float:
@@ -33,14 +35,14 @@ class Change:
         return self.standard_error * float(stdtrit(self.samples - 1, 0.975)) if self.samples > 1 else 0.0
 
     @property
-    def harms(self) -> bool:
-        """Whether the loss rises by more than its standard error."""
-        return self.mean > self.standard_error
+    def verdict(self) -> Reason:
+        """The verdict that follows from the 95 % interval; a single sample has none, and shows no effect."""
+        return self.report().verdict
 
     def report(self) -> ChangeReport:
         """Return the change as an entry of a report."""
         half = self.half_interval if self.samples > 1 else None
-        return ChangeReport(self.mean, half, self.samples, self.samples_to_see())
+        return ChangeReport(self.mean, half, self.samples, self.samples_to_see(), self.calibrated)
 
     def samples_to_see(self) -> int | None:
         """Return the number of samples with which 0 would be outside the 95 % interval; `None` if there is no change."""
@@ -61,14 +63,15 @@ def paired_change(before: SampleLosses, after: SampleLosses, *, calibrated: bool
         calibrated: Whether to compare the calibrated losses.
     """
     difference = after.calibrated - before.calibrated if calibrated else after.losses - before.losses
+    calibrated = calibrated and after.outputs is not None and after.outputs.link != "identity"
     terms = before.terms
     samples, total = len(terms), float(terms.sum())
     mean = float(difference.sum()) / total
     if samples < 2:
-        return Change(mean, 0.0, samples)
+        return Change(mean, 0.0, samples, calibrated)
     residuals = difference - mean * terms
     variance = float((residuals**2).sum()) * samples / (samples - 1)
-    return Change(mean, math.sqrt(variance) / total, samples)
+    return Change(mean, math.sqrt(variance) / total, samples, calibrated)
 
 
 def detectable_difference(samples: int, least: int = LEAST_SAMPLES) -> str:

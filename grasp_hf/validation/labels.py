@@ -6,9 +6,11 @@ import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import Subset
 
 from ..config.grasp import GraspConfig
@@ -16,10 +18,18 @@ from ..data.samples import Samples
 from ..models.batches import Batch, Collator, sample_batches
 from ..record.entries import EVALUATION_DATA
 from .changes import LEAST_SAMPLES, detectable_difference
-from .losses import MOST_VALIDATION_LABELS, SampleLosses, concatenate, evaluation_losses
+from .losses import (
+    MOST_VALIDATION_LABELS,
+    SampleLosses,
+    concatenate,
+    evaluation_losses,
+    unlabeled_logits,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+MOST_UNLABELED_PER_EPOCH = 2  # for each label; a student reads as many as that in each epoch
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +52,6 @@ class Labels:
 
     Attributes:
         learned: Whether the model was fine-tuned on the labels; a fine-tuning sets it.
-        floor: The mean calibrated loss before the first source since the last fine-tuning; infinite until it is known.
     """
 
     def __init__(
@@ -50,7 +59,6 @@ class Labels:
     ) -> None:
         self.model, self.samples, self.collator, self.config = model, samples, collator, config
         self.learned = learned
-        self.floor = math.inf
         self._losses: SampleLosses | None = None
         self._warned = False
 
@@ -59,13 +67,14 @@ class Labels:
         """Indices of the labels that validate: one part, or two halves if labels teach; empty if no label validates."""
         if not self.config.gate or self.samples.train is None or self.learned:
             return []
-        indices = self._validation_indices()
+        indices = self.validation_indices
         if not self.config.learns:
             return [indices]
         return [*halves(indices, self.config.seed)] if len(indices) > 1 else []
 
-    def _validation_indices(self) -> list[int]:
-        """Return the same `MOST_VALIDATION_LABELS` random labels each time, or all labels if there are no more."""
+    @property
+    def validation_indices(self) -> list[int]:
+        """The indices of the labels that validate: the same `MOST_VALIDATION_LABELS` random labels each time, or all labels if there are no more."""
         number = len(self.samples.train)
         some = random.Random(self.config.seed).sample(range(number), min(number, MOST_VALIDATION_LABELS))
         return sorted(some)
@@ -112,7 +121,7 @@ class Labels:
         return self._losses
 
     def losses_before_source(self) -> SampleLosses | None:
-        """Return `losses()`; set the floor if this is the first source, and warn once if the samples are few."""
+        """Return `losses()`; warn once if the samples are few."""
         before = self.losses()
         if before is None:
             return None
@@ -121,14 +130,28 @@ class Labels:
             self._warned = True
             difference = detectable_difference(len(before.losses))
             logger.warning("the sources are validated by %s, %s", self.validated_by, difference)
-        if self.floor == math.inf:
-            self.floor = before.calibrated_loss
         return before
 
-    def source_losses(self) -> SampleLosses:
-        """Return the losses of the model while it holds a source: on the validation parts or, without any, on labels."""
-        parts = self.validation_parts or [Subset(self.samples.train, self._validation_indices())]
-        return concatenate(*map(self.losses_on, parts))
+    @property
+    def some_labels(self) -> Any:
+        """The labels that rank and weigh sources: at most `MOST_VALIDATION_LABELS`, the same ones each time."""
+        return Subset(self.samples.train, self.validation_indices)
+
+    def unlabeled_logits(self) -> Tensor | None:
+        """Return the logits of the present model for the terms of the unlabelled inputs, shape `(terms, classes)`."""
+        if self.unlabeled is None:
+            return None
+        return unlabeled_logits(self.model, self.unlabeled, self.collator, self.config.batch_size)
+
+    @cached_property
+    def unlabeled(self) -> Any:
+        """The unlabelled inputs that can teach, in one order: at most as many as the fine-tuning reads."""
+        inputs = self.samples.unlabeled
+        if inputs is None or self.samples.train is None or self.model.can_generate():
+            return None
+        most = math.ceil(MOST_UNLABELED_PER_EPOCH * len(self.samples.train) * max(1.0, self.config.final_epochs))
+        chosen = random.Random(self.config.seed).sample(range(len(inputs)), min(len(inputs), most))
+        return Subset(inputs, sorted(chosen))
 
     def losses_on(self, dataset: Any) -> SampleLosses:
         """Return the losses of the present model on `dataset`."""
@@ -141,11 +164,6 @@ class Labels:
             losses: Losses of the changed model on all validation parts; `None` if they are not known.
         """
         self._losses = losses
-
-    def finetuned(self) -> None:
-        """Note that a fine-tuning changes the weights: the next source starts from another floor."""
-        self.changed()
-        self.floor = math.inf
 
     def batches(self, labels: Any, seed: int) -> Iterator[Batch]:
         """Yield `config.num_batches` batches of `labels`, shuffled by `seed`."""

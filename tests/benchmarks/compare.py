@@ -1,16 +1,18 @@
-"""Compares all methods on real data: four benchmarks, with 64, 256 and all labels.
+"""Compares all methods on real data: five benchmarks, with 64, 256 and all labels.
 
 Run it with `python -m tests.benchmarks.compare sentiment emoji sotu` after `python -m tests.benchmarks.data` and
 `python -m tests.benchmarks.sources`. Each run is a target domain and a seed. The seed draws the labels, the order of
-the sources, and all random numbers of a method. The sources are those of all other domains. Every method is fine-tuned
-in the same number of steps. A stopped run continues. `smollm` has 64 labels and few rows only, because its model is
-large.
+the sources, and all random numbers of a method. The sources are those of all other domains; in `unrelated` they have
+nothing to do with the target, so that none should help. Every method is fine-tuned in the same number of steps. A
+stopped run continues. `smollm` has 64 labels and few rows only, because its model is large.
 
 Sources that were trained on another machine differ (a GPT-2 by 0.01 nats), so every run begins anew there. A finished
 run replaces the run of that name in the record. All rows of a run have the same models, except one row of ours, see
 README.md here. Different runs may have different models; the record names them.
 
-The results are in `tests/benchmarks/results/<benchmark>.json`. `--table` prints the tables of these results and runs
+The results are in `tests/benchmarks/results/<benchmark>.json`, without the scores of single test samples. So the
+intervals of the tables are over runs only. They hold the noise of the test samples as far as the runs have other
+targets, and so other test samples. The tables of each target in the cache hold it in full. `--table` prints the tables of these results and runs
 nothing; with `--merged` the scores are those before fine-tuning. `--untouched` takes the targets that chose no rule of
 the default. `--show` names the tables to print: `rows` (every row of each benchmark), `leaders` (the best other row of
 each benchmark and number of labels), `ranks` (mean ranks over all runs), `ungated` (ours without the gate against the
@@ -42,6 +44,7 @@ from tests.benchmarks.packages import cache_folder
 from tests.benchmarks.sentiment import DOMAINS
 from tests.benchmarks.smollm import SOURCES
 from tests.benchmarks.sotu import ERAS
+from tests.benchmarks.unrelated import TASKS
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "benchmarks"
 RESULTS = Path(__file__).parent / "results"
@@ -50,24 +53,35 @@ EPOCHS: dict[str, dict[int | None, float]] = {
     "emoji": {64: 8, 256: 6, None: 4},
     "sotu": {64: 8, 256: 6, None: 2},
     "smollm": {64: 4},
+    "unrelated": {64: 8, 256: 6, None: 1},
 }
 FEWER: dict[tuple[str, str, int | None], float] = {
     ("sentiment", "movie", None): 0.25,  # this target has four times as many labels as the others
+    ("unrelated", "movie", None): 0.25,
 }
 TARGETS = {
     "sentiment": ("nyt", "amazonHL", "movie"),
     "emoji": ("noto", "fluent-emoji-flat", "openmoji"),
     "sotu": ("2005-2021",),
     "smollm": ("editorials",),
+    "unrelated": ("nyt", "amazonHL", "movie"),
 }
 UNTOUCHED = {
     "sentiment": ("uci_yelp", "tweets"),
     "emoji": ("twemoji",),
     "sotu": ("1989-2004",),
     "smollm": ("films",),
+    "unrelated": ("uci_yelp", "tweets"),
 }
-DOMAINS_OF = {"sentiment": tuple(DOMAINS), "emoji": tuple(STYLES), "sotu": tuple(ERAS), "smollm": SOURCES}
-KIND = {"sentiment": "lora", "emoji": "dinov2", "sotu": "gpt2", "smollm": "smollm2"}
+TARGETS_OF = {"unrelated": "sentiment"}  # the benchmark whose targets a benchmark has, if they are not its own
+DOMAINS_OF = {
+    "sentiment": tuple(DOMAINS),
+    "emoji": tuple(STYLES),
+    "sotu": tuple(ERAS),
+    "smollm": SOURCES,
+    "unrelated": tuple(TASKS),
+}
+KIND = {"sentiment": "lora", "emoji": "dinov2", "sotu": "gpt2", "smollm": "smollm2", "unrelated": "unrelated"}
 METHODS_OF = {"smollm": ("base", "best-source", "average")}  # besides ours; the other benchmarks run all
 UNGATED = "without the gate"
 SUMMARY = {
@@ -91,7 +105,8 @@ def overrides(benchmark: str, target: str, size: int | None) -> list[str]:
     if benchmark == "emoji":
         data = [f"data.data_dir={benchmark}/{target}"]
     else:
-        data = [f"data.data_files.{split}={benchmark}/{target}/{split}.csv" for split in ("train", "test")]
+        folder = f"{TARGETS_OF.get(benchmark, benchmark)}/{target}"
+        data = [f"data.data_files.{split}={folder}/{split}.csv" for split in ("train", "test")]
     epochs = FEWER.get((benchmark, target, size), EPOCHS[benchmark][size])
     return [f"sources={sources}", f"final_epochs={epochs}", *data]
 
@@ -139,7 +154,7 @@ def restore(benchmark: str, cache: Path) -> None:
                 continue
             known = known or Comparison([], setting)
             if all(known.setting.get(key) == setting[key] for key in ("models", "digests")):
-                known.results.append(Result(**{name: row[name] for name in names}))
+                known.results.append(Result(**{name: row[name] for name in names if name in row}))
         if known and len(known.results) > len(there):
             known.save(folder)
 
@@ -154,9 +169,16 @@ def save(benchmark: str, cache: Path) -> None:
             for seed in (result.seed for result in found.results if result.method == OURS):
                 run = place | {"seed": seed}
                 kept = [row for row in record["results"] if any(row[key] != value for key, value in run.items())]
-                record["results"] = kept + [place | asdict(row) for row in found.results if row.seed == seed]
+                record["results"] = kept + [place | recorded(row) for row in found.results if row.seed == seed]
                 record["settings"][run_name(folder, seed)] = found.setting
     write_record(path, record)
+
+
+def recorded(result: Result) -> dict[str, Any]:
+    """Return the fields of a result for the record, without the scores of single test samples."""
+    fields = asdict(result)
+    del fields["samples"]
+    return fields
 
 
 def run_name(folder: Path, seed: int) -> str:

@@ -8,8 +8,8 @@ already in the cache stay unchanged. `--tables` prints the scores of all sources
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ from transformers import (
     set_seed,
 )
 
-from tests.benchmarks import emoji, sentiment, smollm, sotu
+from tests.benchmarks import emoji, sentiment, smollm, sotu, unrelated
 from tests.benchmarks.packages import cache_folder, complete
 from tests.benchmarks.sentiment import TOKENS
 from tests.benchmarks.training import score, train_
 
 __all__ = ["KINDS", "TOKENS", "source_folder"]
+
+
+Examples = Callable[[Path, str, str, Any], Any]  # cache, domain, split and processor -> samples
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,18 @@ class Kind:
         arguments: Arguments of `train_`.
         lora: Arguments of `peft.LoraConfig`; `None` trains the whole model.
         split: Split that the sources are trained on.
-        targets: Further domains, without a source.
+        targets: Further domains on which `--tables` scores the sources, each with the function that returns its samples.
     """
 
     benchmark: str
     domains: Sequence[str]
     auto: Any
     base: Callable[[Path], Path]
-    examples: Callable[[Path, str, str, Any], Any]
+    examples: Examples
     arguments: dict[str, Any]
     lora: dict[str, Any] | None = None
     split: str = "train"
-    targets: Sequence[str] = ()
+    targets: Mapping[str, Examples] = field(default_factory=dict)
 
 
 LORA: dict[str, Any] = {
@@ -80,8 +83,9 @@ TEXTS = (
 )
 STYLES, NEWER = tuple(emoji.STYLES), tuple(style for style in emoji.STYLES if style != emoji.OLDEST)
 IMAGES = AutoModelForImageClassification
+LORA_TRAINING = {"learning_rate": 1e-3, "num_train_epochs": 3}
 KINDS = {
-    "lora": Kind(*TEXTS, {"learning_rate": 1e-3, "num_train_epochs": 3}, LORA),
+    "lora": Kind(*TEXTS, LORA_TRAINING, LORA),
     "full": Kind(*TEXTS, {"learning_rate": 5e-5, "num_train_epochs": 2}),
     "gpt2": Kind(
         "sotu",
@@ -117,7 +121,17 @@ KINDS = {
         smollm.examples,
         {"learning_rate": 1e-3, "num_train_epochs": 1, "bf16": True, "use_cpu": True},
         LORA_OF_LANGUAGE_MODEL,
-        targets=smollm.TARGETS,
+        targets=dict.fromkeys(smollm.TARGETS, smollm.examples),
+    ),
+    "unrelated": Kind(
+        "unrelated",
+        tuple(unrelated.TASKS),
+        AutoModelForSequenceClassification,
+        sentiment.minilm,
+        unrelated.examples,
+        LORA_TRAINING,
+        LORA,
+        targets=dict.fromkeys(sentiment.DOMAINS, sentiment.examples),
     ),
 }
 
@@ -147,16 +161,17 @@ def table(name: str, cache: Path) -> None:
     """Print the score of the base model and of every source of a kind on the test samples of every domain."""
     kind = KINDS[name]
     processor = AutoProcessor.from_pretrained(kind.base(cache))
-    tested = (*kind.domains, *kind.targets)
-    tests = [kind.examples(cache, domain, "test", processor) for domain in tested]
-    print(f"\n| {name} | {' | '.join(tested)} |\n|---|{'---|' * len(tests)}")
+    examples = {**dict.fromkeys(kind.domains, kind.examples), **kind.targets}
+    tests = {domain: read(cache, domain, "test", processor) for domain, read in examples.items()}
+    print(f"\n| {name} | {' | '.join(tests)} |\n|---|{'---|' * len(tests)}")
     folders = {"base": kind.base(cache), **{domain: source_folder(cache, name, domain) for domain in kind.domains}}
     for row, folder in folders.items():
         if (folder / "adapter_config.json").exists():
             model = PeftModel.from_pretrained(kind.auto.from_pretrained(kind.base(cache)), folder)
         else:
             model = kind.auto.from_pretrained(folder)
-        print(f"| {row} | {' | '.join(f'{score(model, processor, test):.3f}' for test in tests)} |", flush=True)
+        scores = [f"{score(model, processor, test):.3f}" for test in tests.values()]
+        print(f"| {row} | {' | '.join(scores)} |", flush=True)
 
 
 def main() -> None:

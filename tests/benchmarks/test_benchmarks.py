@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from datasets import Dataset
-from pandas import read_csv
+from pandas import DataFrame, read_csv
 from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, default_data_collator
@@ -24,9 +24,9 @@ from grasp_hf.config.recipe import Recipe
 from grasp_hf.data.samples import Samples
 from grasp_hf.record.entries import ChangeReport
 from grasp_hf.tensors.units import Unit
-from grasp_hf.validation.losses import SCALES
+from grasp_hf.validation.losses import SCALES, SampleLosses
 from tests.benchmarks import compare as comparing
-from tests.benchmarks import emoji, flips, memory, rank, settings, smollm, sotu
+from tests.benchmarks import emoji, flips, memory, rank, settings, smollm, sotu, unrelated
 from tests.benchmarks.packages import complete, fetch
 from tests.benchmarks.sources import KINDS, source_folder
 from tests.benchmarks.training import score
@@ -205,6 +205,43 @@ def test_texts_of_a_document_stay_in_one_split(tmp_path: Path, monkeypatch: pyte
     assert {*found["novel"]["test"]["document"]} == {"chapter_3", "chapter_7"}
 
 
+def test_both_classes_of_an_unrelated_task_are_equally_frequent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ("the men of England", "a tax of 5 dollars", "a taxi", "mydollar and Spainless")
+    for era, years in sotu.ERAS.items():
+        (tmp_path / era).mkdir()
+        rows = [(year, text) for year in years for text in texts]
+        DataFrame(rows, columns=["year", "text"]).to_csv(tmp_path / era / "train.csv", index=False)
+    monkeypatch.setattr(unrelated, "sotu", lambda cache: tmp_path)
+    found = {task: unrelated.passages(tmp_path, task, "train") for task in unrelated.TASKS}
+    assert all(labels.count(0) == labels.count(1) > 0 for _, labels in found.values())
+    for task, kept in {"country": {texts[0]}, "money": {texts[1]}, "digits": {texts[1]}}.items():
+        assert {text for text, label in zip(*found[task], strict=True) if label} == kept
+    assert len(found["before-1850"][0]) == 2 * 60 * len(texts)  # 60 years before 1850 and 63 after it
+
+
+def test_the_parties_of_presidents_share_no_year() -> None:
+    assert not unrelated.DEMOCRATIC & unrelated.REPUBLICAN
+    terms = {
+        1864: 1,
+        1880: 1,
+        1886: 0,
+        1910: 1,
+        1918: 0,
+        1930: 1,
+        1945: 0,
+        1958: 1,
+        1965: 0,
+        1974: 1,
+        1979: 0,
+        2011: 0,
+    }
+    assert {year: unrelated.TASKS["party"](year, "") for year in terms} == terms
+    # Before 1857 one of the parties is missing; Johnson changed his; in the other years two presidents spoke.
+    assert [unrelated.TASKS["party"](year, "") for year in (1850, 1866, 1953, 1961, 1981)] == [None] * 5
+
+
 @torch.no_grad()
 def test_the_score_of_a_language_model_weights_every_token_equally() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=1)).eval()
@@ -221,7 +258,7 @@ def test_the_score_of_a_language_model_weights_every_token_equally() -> None:
 
 def test_every_source_has_a_folder_of_its_own() -> None:
     folders = [source_folder(Path(), name, domain) for name, kind in KINDS.items() for domain in kind.domains]
-    assert len(folders) == len(set(folders)) == 7 + 7 + 7 + 7 + 6 + 6
+    assert len(folders) == len(set(folders)) == 7 + 7 + 7 + 7 + 6 + 6 + 6
 
 
 def test_a_trial_finds_the_units_whose_gradients_agree() -> None:
@@ -321,6 +358,24 @@ def test_recorded_results_of_the_same_models_are_restored(kept: Path) -> None:
     comparing.restore("sotu", kept)
     after = Comparison.load(folder)
     assert len(after.results) == 8 and all(result in after.results for result in before.results)
+
+
+def test_the_record_holds_no_scores_of_single_samples(kept: Path) -> None:
+    folder = comparing.comparison_folder("sotu", ERA, 64, kept)
+    known = Comparison.load(folder)
+    ones = torch.ones(40)
+    known.results = [
+        Result.of(method, 64, 0, {"final": SampleLosses(ones, 2 * ones, ones, None)}, 1.0) for method in ("ties", OURS)
+    ]
+    known.save(folder)
+    assert all(result.samples["final"] for result in Comparison.load(folder).results)
+    comparing.save("sotu", kept)
+    rows = json.loads((kept.parent / "sotu.json").read_text())["results"]
+    assert rows and not any("samples" in row for row in rows)
+    shutil.rmtree(folder)
+    comparing.restore("sotu", kept)
+    restored = {result.method: result for result in Comparison.load(folder).results if result.seed == 0}
+    assert restored["ties"].final == {"loss": 0.5} and restored["ties"].samples == {}
 
 
 def test_runs_that_the_cache_lacks_stay_in_the_record(kept: Path) -> None:

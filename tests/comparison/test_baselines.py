@@ -20,10 +20,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, default_data_collator
 
 from grasp_hf import GraspConfig
-from grasp_hf.comparison.ensembles import LogitFusion, ensemble_evaluation, logit_fusion
+from grasp_hf.comparison.ensembles import LogitFusion, ensemble_losses, logit_fusion
 from grasp_hf.comparison.inputs import MethodInputs, wide_like
 from grasp_hf.comparison.mixtures import mixture_, pearl_
-from grasp_hf.comparison.soups import average_, fisher_average_, greedy_soup_
+from grasp_hf.comparison.soups import average_, cocktail_, fisher_average_, greedy_soup_
 from grasp_hf.comparison.task_vectors import TENTHS, dare_, gradfix_, task_arithmetic_, ties_
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, NonFiniteError
 from grasp_hf.models.finetune import finetune_
@@ -36,6 +36,7 @@ KINDS = ("resnet", "bert")
 SAMPLES, BATCH = 10, 4  # the last batch is smaller
 METHODS: list[Callable[[MethodInputs], None]] = [
     average_,
+    cocktail_,
     greedy_soup_,
     task_arithmetic_,
     ties_,
@@ -114,6 +115,11 @@ def inputs_of(
     )
 
 
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
 def filled_with_nan(tensors: MappedTensors) -> MappedTensors:
     """Fill the tensors with NaN, because the contents of a buffer are undefined and must not matter."""
     for tensor in tensors.values():
@@ -172,6 +178,38 @@ def test_average_counts_a_tensor_once_per_source_that_has_it(tmp_path: Path) -> 
     expected = {name: (tensor + part[name].float()) / 2 if name in part else tensor for name, tensor in whole.items()}
     assert 0 < len(part) < len(whole)
     assert_close(inputs.model, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lm_cocktail_weights_the_sources_by_their_losses(kind: str, tmp_path: Path) -> None:
+    sources = fine_tunes(kind, scale=0.5)
+    inputs = inputs_of(kind, sources, tmp_path)
+    base, losses = copies(inputs.model), []
+    for source in sources:
+        place(inputs.model, source)
+        losses.append(inputs.loss())
+    place(inputs.model, base)
+    exponentials = [math.exp(-loss / 5) for loss in losses]
+    weights = [value / sum(exponentials) for value in exponentials]
+    assert max(weights) - min(weights) > 0.02
+    expected = {n: sum((w * s[n] for w, s in zip(weights, sources, strict=True)), 0 * base[n]) for n in floats(base)}
+    cocktail_(inputs)
+    assert_close(inputs.model, expected)
+
+
+def test_lm_cocktail_leaves_out_sources_without_a_finite_loss(tmp_path: Path) -> None:
+    good, other = fine_tunes("bert", 2)
+    broken = {name: torch.full_like(tensor, math.inf) for name, tensor in other.items()}
+    part = {name: tensor for name, tensor in other.items() if ".layer.1." in name}
+    inputs = inputs_of("bert", [broken, good], made(tmp_path / "good"))
+    cocktail_(inputs)
+    assert_close(inputs.model, good, tolerance=0)
+    inputs = inputs_of("bert", [part], made(tmp_path / "part"))
+    base = copies(inputs.model)
+    cocktail_(inputs)
+    assert_close(inputs.model, base | part, tolerance=0)
+    with pytest.raises(NonFiniteError, match="^no source has a finite loss on the labels$"):
+        cocktail_(inputs_of("bert", [broken], made(tmp_path / "broken")))
 
 
 def test_many_half_precision_sources_of_a_half_precision_base_all_count(tmp_path: Path) -> None:
@@ -620,7 +658,7 @@ def test_ensemble_is_the_mean_probability(kind: str, tmp_path: Path) -> None:
     sources[1] = {name: t.bfloat16() if t.is_floating_point() else t for name, t in sources[1].items()}
     inputs = inputs_of(kind, sources, tmp_path)
     data = tiny_data(kind, 10)
-    found = ensemble_evaluation(inputs, data, default_data_collator, Accelerator(cpu=True), 4)
+    found = ensemble_losses(inputs, data, default_data_collator, Accelerator(cpu=True), 4)
     whole = default_data_collator(list(data))
     probabilities = []
     for source in sources:
@@ -630,11 +668,14 @@ def test_ensemble_is_the_mean_probability(kind: str, tmp_path: Path) -> None:
     mean, labels = torch.stack(probabilities).mean(0), whole["labels"]
     if kind == "gpt2":
         mean, labels = mean[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    expected = -float(mean[torch.arange(len(labels)), labels].log().mean())
-    assert found["loss"] == pytest.approx(expected, rel=1e-5)
-    assert found.get("accuracy") == (
-        None if kind == "gpt2" else pytest.approx(float((mean.argmax(-1) == labels).float().mean()))
-    )
+    expected = -mean[torch.arange(len(labels)), labels].log().view(len(data), -1)
+    torch.testing.assert_close(found.losses, expected.sum(1).double(), rtol=1e-5, atol=1e-6)
+    assert found.terms.tolist() == [expected.shape[1]] * len(data)
+    assert found.loss == pytest.approx(float(expected.mean()), rel=1e-5)
+    if kind == "gpt2":
+        assert found.correct is None
+    else:
+        assert found.correct is not None and found.correct.tolist() == (mean.argmax(-1) == labels).tolist()
 
 
 def test_ensemble_of_one_source_is_its_evaluation_and_leaves_out_ignored_tokens(tmp_path: Path) -> None:
@@ -646,10 +687,11 @@ def test_ensemble_of_one_source_is_its_evaluation_and_leaves_out_ignored_tokens(
     source = fine_tunes("gpt2", 1)[0]
     inputs = inputs_of("gpt2", [source], tmp_path)
     base, data = copies(inputs.model), tiny_data("gpt2", 10)
-    found = ensemble_evaluation(inputs, data, collator, Accelerator(cpu=True), 4)
+    found = ensemble_losses(inputs, data, collator, Accelerator(cpu=True), 4)
     assert_close(inputs.model, base, tolerance=0)
     place(inputs.model, source)
-    assert found == {"loss": pytest.approx(float(inputs.model(**collator(list(data))).loss), rel=1e-5)}
+    assert found.loss == pytest.approx(float(inputs.model(**collator(list(data))).loss), rel=1e-5)
+    assert found.terms.tolist() == [4] * 10 and found.correct is None  # the first of five tokens is not predicted
 
 
 def test_ensemble_refuses_labels_that_are_not_classes(tmp_path: Path) -> None:
@@ -660,7 +702,7 @@ def test_ensemble_refuses_labels_that_are_not_classes(tmp_path: Path) -> None:
         return {**default_data_collator(rows), "labels": torch.zeros(len(rows), 3)}
 
     with pytest.raises(DataError, match=r"got torch.float32 labels of shape \(4, 3\) for logits of shape \(4, 3\)"):
-        ensemble_evaluation(inputs, tiny_data("bert", 4), collator, Accelerator(cpu=True), 4)
+        ensemble_losses(inputs, tiny_data("bert", 4), collator, Accelerator(cpu=True), 4)
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert", "gpt2", "gpt_neox"])

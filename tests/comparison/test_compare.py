@@ -36,7 +36,8 @@ from grasp_hf.comparison import methods as methods_module
 from grasp_hf.comparison import run as run_module
 from grasp_hf.comparison.figure import comparison_figure
 from grasp_hf.comparison.methods import METHODS, Method
-from grasp_hf.comparison.results import OURS, Comparison, Result, half_interval, interval
+from grasp_hf.comparison.noise import decode, half_interval
+from grasp_hf.comparison.results import OURS, Comparison, Result, interval
 from grasp_hf.comparison.run import code_digest, compare
 from grasp_hf.comparison.workbench import Workbench
 from grasp_hf.config.grasp import GraspConfig
@@ -46,6 +47,7 @@ from grasp_hf.data.tasks import prepare_images
 from grasp_hf.errors import ConfigError, DataError, OutputExistsError
 from grasp_hf.runs.prepare import prepare
 from grasp_hf.tensors.units import movable_tensors
+from grasp_hf.validation.losses import SampleLosses
 from tests.support.models import (
     WORDS,
     copied,
@@ -136,14 +138,23 @@ def scores(comparison: Comparison) -> dict[tuple[str, int, int], Any]:
     return {(r.method, r.size, r.seed): (r.merged, r.final, r.problem) for r in comparison.results}
 
 
+RAN = [name for name, method in METHODS.items() if not method.needs_unlabeled]  # every training sample is a label
+
+
 def test_every_method_is_run_and_scored_on_the_test_samples(everything: Everything, recipe: Recipe) -> None:
     results = everything[0].results
-    rows = [f"source:{source}" for source in recipe.sources] + list(METHODS) + ["variant:without the gate"]
+    rows = [f"source:{source}" for source in recipe.sources] + RAN + ["variant:without the gate"]
     assert [result.method for result in results] == rows
     for result in results:
         assert (result.size, result.seed, result.problem) == (TRAIN, 3, None)
         correct = result.final["accuracy"] * TEST
         assert math.isfinite(result.final["loss"]) and correct == pytest.approx(round(correct))
+        for name in result.samples:
+            evaluation = {"merged": result.merged, "final": result.final}[name]
+            for measure, value in evaluation.items():
+                found = decode(result.samples[name], measure)
+                assert len(found.sums) == TEST and found.sums.sum() / found.terms.sum() == pytest.approx(value)
+        assert result.samples.keys() == {"final", *(["merged"] if result.merged else [])}
     before = {result.method for result in results if result.merged}
     assert before == {name for name, method in METHODS.items() if method.finetuned}
 
@@ -153,13 +164,13 @@ def test_every_method_makes_as_many_steps_of_fine_tuning(
 ) -> None:
     steps = everything[2]
     whole = EPOCHS * TRAIN // BATCH
-    none = {name for name in steps if name.startswith("source:")} | {"ensemble"}
+    none = {name for name in steps if name.startswith("source:")} | {"ensemble", "stacked"}
     assert {name for name, made in steps.items() if made == 0} == none
     # The gate trains on two halves of the labels, each in half the steps; ours also does so without any source.
-    lines = {OURS, *(name for name in METHODS if name.endswith("-line"))}
+    lines = {OURS, "placebo", *(name for name in METHODS if name.endswith("-line"))}
     assert lines >= {"base-line", "best-source-line", "average-line", "lorahub-line", "adamerging-line"}
-    assert all(steps[name] in (whole, 2 * whole) for name in lines - {OURS}) and 2 * whole in steps.values()
-    assert steps[OURS] in (whole, 2 * whole, 3 * whole)
+    assert all(steps[name] in (whole, 2 * whole) for name in lines - {OURS, "placebo"}) and 2 * whole in steps.values()
+    assert {steps[OURS], steps["placebo"]} <= {whole, 2 * whole, 3 * whole}
     assert {name for name, made in steps.items() if made > whole} - lines == {"pearl"}  # it trains its adapters first
     assert {name: made for name, made in steps.items() if 0 < made < whole} == {}
 
@@ -170,10 +181,24 @@ def test_a_source_alone_is_the_source(everything: Everything, recipe: Recipe, wo
     assert everything[0].results[0].final == pytest.approx(alone, rel=1e-5)
 
 
+def test_lora_on_the_labels_is_the_base_with_an_adapter_of_rank_8(
+    everything: Everything, world: Path, tmp_path: Path
+) -> None:
+    settings = {"lora": {"r": 8, "lora_alpha": 8}, "training_arguments": {"learning_rate": 1e-3}}
+    plain = compare(write_recipe(world, tmp_path, **settings), tmp_path / "out", seeds=[3], methods=["base"])
+    expected, found = ({r.method: r.final for r in one.results} for one in (plain, everything[0]))
+    assert found["lora-labels"] == expected["base"] != found["base"]
+
+
+def test_the_placebo_row_is_ours_on_other_sources(everything: Everything) -> None:
+    found = {result.method: result.final for result in everything[0].results}
+    assert found["placebo"] != found[OURS]
+
+
 def test_a_row_does_not_depend_on_the_others(everything: Everything, recipe: Recipe, tmp_path: Path) -> None:
-    alone = scores(compare(recipe, tmp_path / "some", seeds=[3], methods=["loop-all", "gradfix"]))
+    alone = scores(compare(recipe, tmp_path / "some", seeds=[3], methods=["loop-all", "gradfix", "placebo"]))
     whole = scores(everything[0])
-    assert {method for method, _, _ in alone} >= {"loop-all", "gradfix", OURS}
+    assert {method for method, _, _ in alone} >= {"loop-all", "gradfix", "placebo", OURS}
     assert all(whole[row] == reached for row, reached in alone.items())
 
 
@@ -185,7 +210,7 @@ def test_the_files_of_a_comparison(everything: Everything) -> None:
     assert Comparison.load(folder) == comparison
     text = (folder / "comparison.md").read_text()
     assert text.startswith(f"{TRAIN} labels, accuracy on the test split\n")
-    assert text == f"{comparison}\n" and all(method.title in text for method in METHODS.values())
+    assert text == f"{comparison}\n" and all(METHODS[name].title in text for name in RAN)
     with Image.open(folder / f"comparison-{TRAIN}.png") as figure:
         assert figure.width > 500 and figure.height > 500 and len(figure.convert("L").getcolors() or []) > 20
 
@@ -264,10 +289,11 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[str], lis
     """Replace all methods by two that record their sources and their labels."""
     seen: list[tuple[list[str], list[int], set[str]]] = []
 
-    def record(bench: Workbench) -> dict[str, float]:
+    def record(bench: Workbench) -> SampleLosses:
         names = [Path(source).name for source in bench.sources]
         seen.append((names, bench.data.train["labels"], sample_hashes(bench.data.train)))
-        return {"loss": 1.0, "accuracy": 0.5}
+        ones = torch.ones(TEST)
+        return SampleLosses(ones, ones, ones, ones > 0)
 
     methods = {name: Method(name, "control", record, finetuned=False) for name in ("one", OURS)}
     monkeypatch.setattr(run_module, "METHODS", methods)
@@ -362,7 +388,7 @@ def test_the_interval_is_that_of_a_t_test() -> None:
 def test_the_tables_show_the_scores_and_the_costs_of_each_row() -> None:
     found = [*results(**RUNS), *results(ensemble=[0.8, 0.8, 0.8]), replace(results(x=[0.4])[0], method="source:org/x")]
     lines = cells(Comparison(found, {}).table(64))
-    assert lines[0] == ["", "runs", "merged", "final", "vs ours"]
+    assert lines[0] == ["", "runs", "merged", "final (runs)", "vs ours (runs)"]
     assert lines[2] == ["source org/x", "1", "–", "0.400", "-0.300"]
     assert lines[3][:2] == ["base model", "3"] and lines[3][4].startswith("-0.067 ± ")
     assert lines[4][:4] == ["ensemble of all", "3", "–", "0.800 ± 0.000"] and lines[4][4].startswith("+0.067 ± ")
@@ -411,7 +437,8 @@ except AttributeError as error:
 
 def test_the_figure_shows_runs_means_and_intervals() -> None:
     rows = [("base", "control", [0.5, 0.6], [0.4], half_interval([0.5, 0.6])), ("ours", "ours", [0.7], [], None)]
-    (axes,) = comparison_figure(rows, "accuracy").axes
+    (axes,) = comparison_figure(rows, "accuracy", "runs").axes
+    assert axes.get_xlabel() == "test accuracy, each run and the mean with its 95 % interval over runs"
     (bar,) = [c for c in axes.collections if isinstance(c, LineCollection)]
     half = 12.706 * statistics.stdev([0.5, 0.6]) / math.sqrt(2)
     assert bar.get_segments()[0][:, 0].tolist() == pytest.approx([0.55 - half, 0.55 + half], rel=1e-3)

@@ -21,7 +21,7 @@ def recipe_file(folder: Path, text: str) -> Path:
 
 def test_defaults() -> None:
     config = GraspConfig()
-    assert (config.method, config.unit, config.order) == ("blend", "layer", "loss")
+    assert (config.method, config.unit, config.order) == ("weighted", "layer", "loss")
     assert (config.gate, config.published, config.training_arguments) == (True, False, {})
     assert (config.initial_epochs, config.finetune_epochs, config.final_epochs, config.seed) == (0, 0, 3, 42)
     assert Recipe(sources=["org/a"]).config == config, "a recipe starts from the same defaults"
@@ -30,7 +30,7 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("method", "mean", r"method: got 'mean', expected one of 'average', 'blend', 'copy'"),
+        ("method", "mean", r"method: got 'mean', expected one of 'weighted', 'average', 'blend', 'copy'"),
         ("top", 0, "top: got 0, expected at least 1, and order='loss' or order='rank'"),
         ("lora", {"rank": 8}, r"lora: got {'rank': 8}, expected arguments of peft.LoraConfig: .*'rank'"),
         (
@@ -314,7 +314,7 @@ def test_all_problems_of_the_data_section_are_in_one_error() -> None:
         DataSection.from_recipe(Recipe(sources=["a"], data=data))
     assert caught.value.problems == [
         "data.dir: unknown key, expected one of data_dir, data_files, image, label, max_length, name, path, revision, "
-        "text",
+        "text, unlabeled",
         "data.path: missing, expected imagefolder, csv, json, parquet, a folder or a Hub id",
         "data.label: got 3, expected text",
         "data.max_length: got 'long', expected a number of tokens above 0",

@@ -28,26 +28,26 @@ def test_a_report_comes_back_from_json_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_details_say_how_many_samples_would_tell_a_change_from_none(tmp_path: Path) -> None:
-    noisy = StepReport("org/a", "sha", "full", reason=Reason.UNCLEAR, validated_by="labels", before={"loss": 1.0})
+    noisy = StepReport("org/a", "sha", "full", reason=Reason.NO_EFFECT, validated_by="labels", before={"loss": 1.0})
     noisy.after_transfer, noisy.change = {"loss": 0.9}, Change(-0.1, 0.2, 10).report()
     expected = math.ceil(10 * (1.96 * 0.2 / 0.1) ** 2)
-    line = "org/a: nothing moved (within the noise), loss 1.000 -> 0.900, calibrated -0.100 ± 0.452"
+    line = "org/a: nothing moved (no measurable effect), loss 1.000 -> 0.900, change -0.100 ± 0.452"
     assert noisy.summary_line() == line
     assert f"validated on 10 samples: labels; {expected} samples would tell this change from none" in noisy.details()
     sure = replace(noisy, change=Change(-0.1, 0.01, 10).report())
     assert "validated on 10 samples: labels" in sure.details()
     report = MergeReport("org/base", steps=[noisy])
     report.to_json(tmp_path / "report.json")
-    assert MergeReport.from_json(tmp_path / "report.json").steps[0].reason is Reason.UNCLEAR
+    assert MergeReport.from_json(tmp_path / "report.json").steps[0].reason is Reason.NO_EFFECT
 
 
 def test_a_report_names_the_sources_that_were_kept_in_doubt() -> None:
-    doubtful = step_of("org/a", accepted=True, reason=Reason.UNCLEAR, change=ChangeReport(-0.01, 0.05, 64, 1600))
+    doubtful = step_of("org/a", accepted=True, reason=Reason.NO_EFFECT, change=ChangeReport(-0.01, 0.05, 64, 1600))
     sure = step_of("org/b", accepted=True, reason=Reason.HELPS, change=ChangeReport(-0.1, 0.05, 64, 16))
-    unmoved = step_of("org/c", {"query": 0.1}, accepted=True, reason=Reason.UNCLEAR)
+    unmoved = step_of("org/c", {"query": 0.1}, accepted=True, reason=Reason.NO_EFFECT)
     assert report_of(doubtful, sure, unmoved).conclusions() == [
         "2 of 3 sources merged",
-        "within the noise, so kept: org/a: 1600 samples would tell this change from none",
+        "no measurable effect, so kept: org/a: 1600 samples would tell this change from none",
     ]
     units = [UnitReport("a", 30, 0.5, 0.25, "moved", 0.5), UnitReport("b", 10, 0.5, 0.25, "moved")]
     row = StepReport("org/a", "sha", "full", units=units).row()
@@ -98,7 +98,7 @@ def test_checkpoints_of_two_trainings_have_two_names() -> None:
 
 def test_a_table_has_no_columns_without_a_value() -> None:
     measured, unmeasured = step_of("org/a"), StepReport("org/b", "sha", "full")
-    assert {"loss before", "change (calibrated)"} <= {*measured.row()}
+    assert {"loss before", "change"} <= {*measured.row()}
     columns = [cell.strip() for cell in report_of(unmeasured).table().splitlines()[0].strip("|").split("|")]
     assert "decision" in columns and not {"loss before", "loss after", "accuracy"} & {*columns}
     columns = [cell.strip() for cell in report_of(measured, unmeasured).table().splitlines()[0].strip("|").split("|")]
@@ -133,7 +133,7 @@ def test_no_printed_line_is_wider_than_a_terminal() -> None:
 def test_a_record_of_version_0_1_is_read(tmp_path: Path) -> None:
     """The fields of the run were fields of the whole record, and some fields had other names."""
     step, final = (
-        step_of("org/a", reason=Reason.UNCLEAR, candidates={"blend": 0.5}, chosen="blend"),
+        step_of("org/a", reason=Reason.NO_EFFECT, candidates={"blend": 0.5}, chosen="blend"),
         FinetuneReport(0.5),
     )
     report = report_of(step, final=final, ranking=[{"reference": "org/a", "sha": None}], test={"loss": 0.5})

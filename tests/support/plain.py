@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-SCALES = [2 ** (half / 2) for half in range(-6, 9)]  # factors of the logits, from 1/8 to 16
+SCALES = [0.0, *(2 ** (half / 2) for half in range(-6, 9))]  # factors of the logits: 0, and from 1/8 to 16
 
 
 @torch.no_grad()

@@ -10,24 +10,20 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from scipy.stats import t
-from torch.utils.data import ConcatDataset
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import ConfigError
-from grasp_hf.record.entries import ChangeReport, FinetuneReport, Reason
+from grasp_hf.record.entries import ChangeReport, Reason
 from grasp_hf.record.report import MergeReport
 from grasp_hf.tensors.units import movable_tensors
-from grasp_hf.validation.changes import Change
-from grasp_hf.validation.gate import choose_candidate, verdict
-from grasp_hf.validation.line import FRACTIONS, finetune_on_line_
+from grasp_hf.validation.changes import Change, paired_change
+from grasp_hf.validation.gate import choose_candidate
 from grasp_hf.validation.losses import SampleLosses
 from tests.support.models import NO_TUNING, perturbed, saved, tiny_data, tiny_model
 from tests.support.plain import calibrated_losses, halves
 
-HELPS, NOISE, ALONE = Reason.HELPS, Reason.UNCLEAR, Reason.BETTER_ALONE
-HARMS, WORSE = Reason.HARMS, Reason.WORSE_THAN_START
+HELPS, HARMS, NO_EFFECT, ALONE = Reason.HELPS, Reason.HARMS, Reason.NO_EFFECT, Reason.BETTER_ALONE
 Losses = Callable[[float, Sequence[float]], Sequence[float]]  # weight of a model, samples -> losses
 
 
@@ -36,71 +32,35 @@ def losses_of(losses: Sequence[float]) -> SampleLosses:
     return SampleLosses(found, torch.ones_like(found), found, None)
 
 
-class Line:
-    """A model of one weight, whose training jumps to the mean of its samples."""
-
-    def __init__(self, losses: Losses, start: float = 0.0) -> None:
-        self.losses = losses
-        weight = torch.nn.Parameter(torch.tensor([start]), requires_grad=False)
-        self.tensors = {"w": weight, "count": torch.tensor(3)}
-        self.buffers = [{name: torch.full_like(value, 9) for name, value in self.tensors.items()} for _ in range(2)]
-        self.trained: list[tuple[list[float], int]] = []
-        self.evaluated: list[tuple[float, list[float]]] = []
-
-    def train(self, samples: Any, seed: int) -> None:
-        """Set the weight to the mean of the samples."""
-        self.trained.append(([*samples], seed))
-        self.tensors["w"].fill_(sum(samples) / len(samples))
-        self.tensors["count"].add_(1)
-
-    def evaluate(self, samples: Any) -> SampleLosses:
-        """Return the losses, and note the weight and the samples."""
-        self.evaluated.append((float(self.tensors["w"]), [*samples]))
-        return losses_of(self.losses(float(self.tensors["w"]), [*samples]))
-
-    def finetune(
-        self, labels: Sequence[float], held_out: Sequence[float] | None = None, alone: float | None = None
-    ) -> FinetuneReport:
-        """Fine-tune with the gate."""
-        other = None if alone is None else {"w": torch.tensor([alone]), "count": torch.tensor(0)}
-        return finetune_on_line_(self.tensors, self.buffers, self.train, self.evaluate, labels, held_out, 7, other)
-
-    @property
-    def weight(self) -> float:
-        """The present weight."""
-        return float(self.tensors["w"])
-
-
-def noisy(weight: float, samples: Sequence[float], best: float, noise: float) -> list[float]:
-    """Return losses on a parabola with its lowest mean at `best`; every second sample has a slope of the other sign."""
-    return [(weight - best) ** 2 + noise * (weight - best) * (1 if i % 2 else -1) for i in range(len(samples))]
-
-
 @pytest.mark.parametrize(
-    ("mean", "error", "loss", "floor", "reason"),
+    ("mean", "error", "samples", "verdict"),
     [
-        (-0.1, 0.01, 1.0, math.inf, HELPS),
-        (-0.227, 0.1, 1.0, math.inf, HELPS),  # half of the interval is 2.262 standard errors
-        (-0.226, 0.1, 1.0, math.inf, NOISE),
-        (0.1, 0.2, 1.0, math.inf, NOISE),
-        (0.1, 0.1, 1.0, math.inf, NOISE),
-        (0.11, 0.1, 1.0, math.inf, HARMS),
-        (0.11, 0.1, 1.01, 1.0, HARMS),
-        (0.1, 0.2, 1.01, 1.0, WORSE),
-        (-0.1, 0.01, 1.01, 1.0, WORSE),
-        (0.1, 0.2, 1.0, 1.0, NOISE),
-        (0.1, 0.2, math.nan, math.inf, WORSE),
+        (-0.1, 0.01, 10, HELPS),
+        (-0.227, 0.1, 10, HELPS),  # half of the interval of ten samples is 2.262 standard errors
+        (-0.226, 0.1, 10, NO_EFFECT),
+        (0.226, 0.1, 10, NO_EFFECT),
+        (0.227, 0.1, 10, HARMS),
+        (0.0, 0.0, 10, NO_EFFECT),
+        (-0.5, 0.0, 1, NO_EFFECT),  # a single sample has no interval
     ],
 )
-def test_a_source_stays_unless_it_harms_beyond_the_noise_or_the_floor(
-    mean: float, error: float, loss: float, floor: float, reason: str
-) -> None:
-    decided = verdict(Change(mean, error, 10), floor, losses_of([-9.0] * 10), losses_of([loss] * 10))
-    assert decided == (reason in (HELPS, NOISE), reason)
+def test_one_interval_decides_on_a_source(mean: float, error: float, samples: int, verdict: Reason) -> None:
+    assert Change(mean, error, samples).verdict == verdict
 
 
-def test_a_single_sample_cannot_show_that_a_source_helps() -> None:
-    assert verdict(Change(-0.5, 0.0, 1), math.inf) == (True, NOISE)
+@pytest.mark.parametrize("seed", range(20))
+def test_the_printed_interval_and_the_verdict_never_contradict_each_other(seed: int) -> None:
+    torch.manual_seed(seed)
+    before = torch.rand(12).tolist()
+    after = (torch.tensor(before) + 0.3 * torch.randn(12) + (seed - 10) / 20).tolist()
+    change = paired_change(losses_of(before), losses_of(after))
+    printed = change.report()
+    assert printed.half_interval is not None
+    low, high = printed.loss - printed.half_interval, printed.loss + printed.half_interval
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    expected = 2.201 * torch.tensor(differences).double().std() / 12**0.5  # Student's t with 11 degrees of freedom
+    assert printed.half_interval == pytest.approx(float(expected), rel=1e-3)
+    assert printed.verdict == change.verdict == (HELPS if high < 0 else HARMS if low > 0 else NO_EFFECT)
 
 
 @pytest.mark.parametrize(
@@ -133,156 +93,6 @@ def test_the_plain_candidate_is_chosen_unless_another_is_better_beyond_the_noise
 
 def test_without_a_plain_candidate_the_lowest_loss_decides() -> None:
     assert choose_candidate({"a": losses_of([1.0, 2.0]), "b": losses_of([0.0, 2.9])}, "plain") == "b"
-
-
-@pytest.mark.parametrize("best", FRACTIONS)
-def test_without_noise_the_lowest_point_of_the_line_is_kept(best: float) -> None:
-    line = Line(lambda weight, samples: noisy(weight, samples, 4 * best, 0.0))
-    report = line.finetune([4.0, 4.0], [1.0, 2.0, 3.0])
-    assert report.fraction == best and line.weight == pytest.approx(4 * best)
-    expected = {str(fraction): (4 * (fraction - best)) ** 2 for fraction in FRACTIONS}
-    assert report.losses == pytest.approx(expected, abs=1e-6)
-    assert report.validated_by == "evaluation data"
-    assert [weight for weight, _ in line.evaluated] == pytest.approx([4 * fraction for fraction in FRACTIONS])
-    assert all(samples == [1.0, 2.0, 3.0] for _, samples in line.evaluated)
-
-
-@pytest.mark.parametrize(
-    ("best", "noise", "fraction"),
-    [
-        (1.0, 100.0, 1.0),  # all points are alike
-        (1.0, 2.66, 1.0),  # the points from half-way on are alike
-        (0.0, 100.0, 0.0),  # all points are alike, but the training made it worse
-        (0.25, 100.0, 0.5),  # as good as the start
-        (0.25, 0.2, 0.25),
-        (0.5, 1.33, 0.75),
-    ],
-)
-def test_the_farthest_of_the_points_within_the_noise_of_the_best_is_kept(
-    best: float, noise: float, fraction: float
-) -> None:
-    """A point at the distance d from the best has the loss d^2 and the standard error d * noise / sqrt(n - 1)."""
-    line = Line(lambda weight, samples: noisy(weight, samples, 4 * best, noise))
-    held_out = [0.0] * 10
-    as_good = [s for s in FRACTIONS if abs(s - best) <= best]
-    alike = [s for s in as_good if 4 * abs(s - best) <= noise / 3 * t.ppf(0.975, 9)]
-    assert line.finetune([4.0, 4.0], held_out).fraction == fraction == max(alike)
-
-
-def test_a_fine_tuning_that_harms_is_undone_bit_for_bit() -> None:
-    line = Line(lambda weight, samples: [abs(weight - 0.1)] * len(samples), start=0.1)
-    assert line.finetune([4.0, 4.0], [0.0, 0.0]).fraction == 0.0
-    assert torch.equal(line.tensors["w"], torch.tensor([0.1])) and int(line.tensors["count"]) == 3
-
-
-def test_calibration_does_not_choose_the_point() -> None:
-    line = Line(lambda weight, samples: [weight] * len(samples))
-
-    def evaluate(samples: Any) -> SampleLosses:
-        found = line.evaluate(samples)
-        return SampleLosses(found.losses, found.terms, -found.losses, None)
-
-    report = finetune_on_line_(line.tensors, line.buffers, line.train, evaluate, [4.0], [0.0, 0.0], 7)
-    assert report.fraction == 0.0
-
-
-@pytest.mark.parametrize(("calibrated", "fraction"), [(lambda weight: weight, 0.0), (lambda weight: -weight, 1.0)])
-def test_a_point_that_is_worse_than_the_start_with_and_without_calibration_is_not_kept(
-    calibrated: Callable[[float], float], fraction: float
-) -> None:
-    """The losses rise all the way, but within the noise."""
-    line = Line(lambda weight, samples: noisy(weight, samples, 0.0, 100.0))
-
-    def evaluate(samples: Any) -> SampleLosses:
-        found = line.evaluate(samples)
-        return SampleLosses(found.losses, found.terms, torch.full_like(found.losses, calibrated(line.weight)), None)
-
-    report = finetune_on_line_(line.tensors, line.buffers, line.train, evaluate, [4.0], [0.0] * 10, 7)
-    assert report.fraction == fraction
-
-
-def test_without_held_out_samples_each_half_of_the_labels_validates_the_model_of_the_other() -> None:
-    labels = [float(n) for n in range(1, 12)]
-    line = Line(lambda weight, samples: [-weight] * len(samples))
-    report = line.finetune(labels)
-    (first, seed), (second, other_seed), (whole, seed_of_all) = line.trained
-    assert sorted(first + second) == labels and abs(len(first) - len(second)) == 1
-    assert first != sorted(labels)[: len(first)]  # drawn at random
-    assert (seed, other_seed, seed_of_all) == (7, 8, 7) and whole == labels
-    ends = [sum(half) / len(half) for half in (first, second)]
-    for number, (half, end) in enumerate(zip((second, first), ends, strict=True)):
-        evaluated = line.evaluated[len(FRACTIONS) * number : len(FRACTIONS) * (number + 1)]
-        assert [samples for _, samples in evaluated] == [half] * len(FRACTIONS)
-        assert [weight for weight, _ in evaluated] == pytest.approx([fraction * end for fraction in FRACTIONS])
-    assert report.fraction == 1.0 and report.validated_by == "two halves of the labels"
-    assert line.weight == pytest.approx(sum(labels) / 11)
-    assert report.losses["1.0"] == pytest.approx(-(ends[0] * len(second) + ends[1] * len(first)) / 11)
-
-
-def test_every_training_starts_from_the_same_weights_and_repeats() -> None:
-    starts: list[float] = []
-    lines = [Line(lambda weight, samples: [weight] * len(samples), start=0.5) for _ in range(2)]
-
-    for line in lines:
-
-        def train(samples: Any, seed: int, line: Line = line) -> None:
-            starts.append(line.weight)
-            line.train(samples, seed)
-
-        finetune_on_line_(line.tensors, line.buffers, train, line.evaluate, [1.0, 2.0, 3.0, 4.0], None, 7)
-    assert len(starts) in (4, 6) and set(starts) == {0.5}
-    assert lines[0].trained == lines[1].trained
-
-
-def test_all_labels_train_to_the_point_that_the_halves_allow() -> None:
-    line = Line(lambda weight, samples: [abs(weight - 2)] * len(samples))
-    labels = [3.5, 4.5] * 50
-    report = line.finetune(labels)
-    (first, _), (second, _), whole = line.trained
-    ends = [sum(half) / 50 for half in (first, second)]
-    expected = {str(fraction): sum(abs(end * fraction - 2) for end in ends) / 2 for fraction in FRACTIONS}
-    assert report.losses == pytest.approx(expected, abs=1e-6)
-    assert whole == (labels, 7) and report.fraction == 0.5 and line.weight == pytest.approx(2.0)
-
-
-def test_a_training_that_both_halves_reject_is_not_run() -> None:
-    line = Line(lambda weight, samples: [abs(weight - 0.1)] * len(samples), start=0.1)
-    report = line.finetune([3.0, 4.0, 5.0, 6.0])
-    assert report.fraction == 0.0 and len(line.trained) == 2
-    assert torch.equal(line.tensors["w"], torch.tensor([0.1])) and int(line.tensors["count"]) == 3
-
-
-@pytest.mark.parametrize("held_out", [None, [0.0] * 4])
-@pytest.mark.parametrize(("alone", "loss", "wins"), [(0.0, 0.0, True), (1.2, 0.04, False), (1.7, 0.09, False)])
-def test_the_better_start_of_a_training_is_kept(
-    alone: float, loss: float, wins: bool, held_out: list[float] | None
-) -> None:
-    """A training adds the mean of its samples, 4. The best weight is 4, and the nearest point of the merge is 4.2."""
-    line = Line(lambda weight, samples: [(weight - 4.0) ** 2] * len(samples), start=1.2)
-
-    def train(samples: Any, seed: int) -> None:
-        line.trained.append(([*samples], seed))
-        line.tensors["w"].add_(sum(samples) / len(samples))
-
-    line.train = train  # type: ignore[method-assign]
-    labels = [4.0, 4.0, 4.0, 4.0]
-    report = line.finetune(labels, held_out, alone)
-    assert (report.fraction, report.without_sources) == (0.75, wins)
-    assert (report.losses["0.75"], report.alone) == pytest.approx((0.04, loss), abs=1e-5)
-    assert line.weight == pytest.approx(4.0 if wins else 4.2)
-    both_by_halves = [(labels[:2], 7), (labels[:2], 8)] * 2 + [(labels, 7)]
-    assert line.trained == (both_by_halves if held_out is None else [(labels, 7)] * (3 if wins else 2))
-    first, second = report.sentences()
-    assert second.startswith(f"from fine-tuning alone to the merge: loss {loss:.3f} -> 0.040 (")
-    assert f", on 4 samples of {report.validated_by}" in second
-    assert (first == "fine-tuned without the sources of this merge, which were undone") == wins
-
-
-def test_a_single_label_validates_its_own_training_and_the_report_names_it() -> None:
-    line = Line(lambda weight, samples: [(weight - 4) ** 2] * len(samples))
-    report = line.finetune([4.0])
-    assert report.validated_by == "the label that it learned"
-    assert report.fraction == 1.0
 
 
 LEARNING: dict[str, Any] = {"batch_size": 8, "training_arguments": {"learning_rate": 0.01}}
@@ -322,14 +132,14 @@ def test_where_no_source_helps_the_result_is_that_of_fine_tuning_alone(evaluates
         row = step.row()
         assert row["decision"] == "rejected" and step.moved == 0
         assert step.after_transfer["loss"] > step.before["loss"] == step.after["loss"]
-        assert isinstance(step.change, ChangeReport) and step.change.loss > (step.change.half_interval or 0) / 1.96
-        assert row["change (calibrated)"] == f"{step.change.loss:+.3f} ± {step.change.half_interval:.3f}"
+        assert isinstance(step.change, ChangeReport) and step.change.loss > (step.change.half_interval or 0)
+        assert row["change"] == f"{step.change.loss:+.3f} ± {step.change.half_interval:.3f}"
         losses = f"loss {row['loss before']} -> {row['loss after']}, calibrated {step.change}"
-        assert step.reason == HARMS and step.summary_line() == f"{step.name}: rejected (raises the loss), {losses}"
-        labels = "two halves of the labels"
+        assert step.reason == HARMS and step.summary_line() == f"{step.name}: rejected (harms), {losses}"
+        labels = "labels"
         assert step.validated_by == (f"{labels} and evaluation data" if evaluates else labels)
         assert step.change.samples == (48 if evaluates else 24)
-    rejected = "rejected: noise-1 (raises the loss), noise-2 (raises the loss)"
+    rejected = "rejected: noise-1 (harms), noise-2 (harms)"
     assert report.conclusions()[:2] == ["0 of 2 sources merged", rejected]
 
 
@@ -341,16 +151,15 @@ def dead(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("method", ["average", "blend"])
 @pytest.mark.parametrize("evaluates", [True, False])
-def test_sources_that_only_make_a_worse_start_are_undone(method: Any, evaluates: bool, tmp_path: Path) -> None:
+def test_sources_that_only_make_a_worse_start_are_undone(evaluates: bool, tmp_path: Path) -> None:
     """The source is the better model before the fine-tuning, and the worse one after it."""
     model = GraspMerger.from_pretrained(learned("vit", tmp_path / "expert")).model
     for parameter in model.get_submodule("classifier").parameters():
         parameter.data = parameter.data.roll(1, 0)  # sure of the wrong class, which a short fine-tuning corrects
     base = saved(model, tmp_path / "base")
     source = saved(dead(model), tmp_path / "source")
-    config = GraspConfig(method=method, order="given", final_epochs=12, **LEARNING)
+    config = GraspConfig(method="average", order="given", final_epochs=12, **LEARNING)
     data = {"train_dataset": tiny_data("vit", 32, seed=1)}
     data |= {"eval_dataset": tiny_data("vit", 24, seed=2)} if evaluates else {}
     merger, alone = (GraspMerger.from_pretrained(base, config=config) for _ in range(2))
@@ -363,9 +172,10 @@ def test_sources_that_only_make_a_worse_start_are_undone(method: Any, evaluates:
     assert torch.equal(merger.judge(samples).losses, found.losses), "fine-tuning alone is better in the end"
     merged, gain = report.run.final.losses[str(report.run.final.fraction)], report.run.final.gain
     assert report.run.final.alone < merged and report.run.final.loss == report.run.final.alone
-    assert gain is not None and gain.samples == (24 if evaluates else 32) and gain.half_interval
+    assert gain is not None and gain.samples == (24 if evaluates else 32) and gain.half_interval is not None
     assert gain.loss == pytest.approx(merged - report.run.final.alone)
-    assert "at the end: fine-tuned without the sources of this merge, which were undone" in report.conclusions()
+    undone = "at the end: fine-tuned without the sources of this merge, which were undone"
+    assert any(sentence.startswith(undone) for sentence in report.conclusions())
     assert any(
         sentence.startswith(
             f"from fine-tuning alone to the merge: loss {report.run.final.alone:.3f} -> {merged:.3f} ({gain}), on "
@@ -379,7 +189,7 @@ def test_sources_that_only_make_a_worse_start_are_undone(method: Any, evaluates:
     report.to_json(tmp_path / "report.json")
     assert MergeReport.from_json(tmp_path / "report.json") == report
     if evaluates:
-        assert report.run.final.alone == pytest.approx(found.loss) and report.run.final.after["loss"] == found.loss
+        assert report.run.final.alone <= found.loss == report.run.final.after["loss"]
 
 
 def test_a_regression_is_validated_too(tmp_path: Path) -> None:
@@ -399,43 +209,21 @@ def test_a_regression_is_validated_too(tmp_path: Path) -> None:
     assert report.steps[0].change is not None and report.steps[0].change.samples == 24
 
 
-def test_the_floor_holds_in_every_merge(tmp_path: Path) -> None:
-    """Many sources that each harm a little, within the noise, do not add up, also in a second merge."""
-    base = learned("resnet", tmp_path / "base", epochs=4)
-    data = {"train_dataset": tiny_data("resnet", 24, seed=1), "eval_dataset": tiny_data("resnet", 24, seed=2)}
-    config = GraspConfig(method="average", final_epochs=0, order="given", **LEARNING)
-    merger = GraspMerger.from_pretrained(base, config=config)
-    merger.merge([base], **data)
-    little = []
-    for seed in range(8):
-        source = perturbed(GraspMerger.from_pretrained(base).model, seed, scale=0.1)
-        little.append(saved(source, tmp_path / f"little-{seed}"))
-    before = merger.judge(ConcatDataset(list(data.values()))).calibrated_loss
-    steps = merger.merge(little, **data).steps[1:]
-    after = merger.judge(ConcatDataset(list(data.values()))).calibrated_loss
-    assert after <= before
-    slight = [step for step in steps if step.change and 0 < step.change.loss <= (step.change.half_interval or 0) / 2.1]
-    assert slight and not any(step.accepted for step in slight), "the floor refuses harm within the noise"
-    assert {step.reason for step in slight} == {WORSE}
-
-
 def test_a_source_that_has_learned_the_task_is_merged_and_noise_is_not(tmp_path: Path) -> None:
     expert = learned("vit", tmp_path / "expert")
     noise = saved(perturbed(tiny_model("vit"), 3, scale=1.0), tmp_path / "noise")
     merger = GraspMerger(tiny_model("vit"), GraspConfig(final_epochs=0, **LEARNING))
     report = merger.merge([noise, expert], train_dataset=tiny_data("vit", 24, seed=5))
-    assert [(step.name, step.accepted) for step in report.steps] == [("expert", True), ("noise", False)]
+    assert [step.name for step in report.steps] == ["expert", "noise"] and report.steps[0].accepted
+    assert report.steps[1].weight < report.steps[0].weight / 5
     helped = report.steps[0].change
     assert helped is not None and report.steps[0].chosen == "average", "the average of one source is that source"
     labels = tiny_data("vit", 24, seed=5)
-    parts = [labels.select(half) for half in halves(24, merger.config.seed)]
     before, after = (
-        torch.cat([calibrated_losses(model, part) for part in parts])
-        for model in (tiny_model("vit"), GraspMerger.from_pretrained(expert).model)
+        calibrated_losses(model, labels) for model in (tiny_model("vit"), GraspMerger.from_pretrained(expert).model)
     )
     assert helped.loss == pytest.approx(float((after - before).mean()), abs=1e-5)
-    assert [step.reason for step in report.steps] == [HELPS, HARMS]
-    assert report.conclusions()[0] == "1 of 2 sources merged" and f"rejected: noise ({HARMS})" in report.conclusions()
+    assert report.steps[0].reason == HELPS and report.steps[1].reason in (HARMS, NO_EFFECT)
 
 
 def test_without_the_gate_noise_stays(tmp_path: Path) -> None:
@@ -493,7 +281,7 @@ def test_labels_that_the_model_has_learned_do_not_validate(tmp_path: Path, caplo
     report = merger.merge([noise, noise], train_dataset=tiny_data("resnet", 12))
     assert "the gate is off for this merge" in caplog.text
     assert [(bool(step.before), step.validated_by) for step in report.steps] == [
-        (True, "two halves of the labels"),
+        (True, "labels"),
         (False, ""),
     ]
     assert report.steps[1].accepted and report.steps[1].change is None
@@ -514,8 +302,8 @@ def test_labels_validate_sources_that_are_appended_to_a_merge_without_fine_tunin
     config = GraspConfig(final_epochs=0, order="given", **LEARNING)
     assert "the gate is off for this merge" not in caplog.text
     for name, validated_by in {
-        "average": "two halves of the labels",
-        "again": "two halves of the labels",
+        "average": "labels",
+        "again": "labels",
         "tuned": "",
     }.items():
         merger = GraspMerger.from_pretrained(str(tmp_path / name), config=config)

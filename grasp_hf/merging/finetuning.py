@@ -1,0 +1,209 @@
+"""The fine-tuning of a merge: on folds of the labels, then taught by the sources' predictions, at a fitted temperature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..config.grasp import GraspConfig
+from ..models.logits import scale_logits_
+from ..record.entries import FinetuneReport, Reason, TeacherReport
+from ..teaching.folds import FoldModels, finetune_on_folds_, set_interpolated_
+from ..teaching.pool import FittedPool, fit_scale, probabilities
+from ..teaching.predictions import Member, Predictions, fit_teacher
+from ..teaching.student import TaughtSamples, taught_loss, with_targets
+from ..tensors.placing import overwrite_
+from ..tensors.scratch import Scratch
+from ..tensors.units import movable_tensors
+from ..validation.changes import paired_change
+from ..validation.labels import Labels
+from ..validation.losses import Outputs, losses_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MODEL_BEFORE, MODEL_AFTER = "the merge before fine-tuning", "the merge after fine-tuning"
+STUDENT_PASSES = 2  # over the labels, and as many over unlabelled inputs, for each epoch
+
+
+@dataclass
+class Finetuning:
+    """One fine-tuning of the target.
+
+    Args:
+        model: The target, on the accelerator's device; changed in place.
+        config: How to merge.
+        labels: The labelled samples.
+        scratch: The temporary files.
+        epochs: Passes over the training samples.
+        seed: Seeds the training.
+    """
+
+    model: PreTrainedModel
+    config: GraspConfig
+    labels: Labels
+    scratch: Scratch
+    epochs: float
+    seed: int
+
+    def run(self, alone: Mapping[str, Tensor] | None, predictions: Predictions | None) -> FinetuneReport:
+        """Fine-tune the model; arguments and result as for `Step.finetune`."""
+        samples = self.labels.samples
+        if not self.config.gate or (self.labels.learned and samples.validation is None):
+            self._train(samples.train, self.seed)
+            self.labels.learned = True
+            return FinetuneReport()
+        taught = predictions is not None and predictions.truth is not None and self.labels.unlabeled is not None
+        members = self._members_before(predictions) if taught and predictions is not None else []
+        tensors, (start, mean) = movable_tensors(self.model), self.scratch.line
+        overwrite_(start, tensors)
+        found = self._train_folds(start, mean)
+        without = None if alone is None else self._train_folds(alone, self.scratch.mean_alone)
+        without_sources = without is not None and without.losses.calibrated_loss < found.losses.calibrated_loss
+        teacher = temperature = None
+        if without is not None and alone is not None and without_sources:
+            set_interpolated_(tensors, alone, self.scratch.mean_alone, without.fraction)
+            temperature = self._set_temperature(without)
+        else:
+            set_interpolated_(tensors, start, mean, found.fraction)
+            if taught and predictions is not None:
+                teacher = self._teach(found, members, predictions)
+            if teacher is None or not teacher.used:
+                temperature = self._set_temperature(found)
+        moved = found.fraction > 0 or (teacher is not None and teacher.used)
+        self.labels.learned = self.labels.learned or moved or without_sources
+        return FinetuneReport(
+            fraction=found.fraction,
+            losses={str(at): point.calibrated_loss for at, point in found.points.items()},
+            validated_by=found.validated_by,
+            temperature=temperature,
+            teacher=teacher,
+            alone=None if without is None else without.losses.calibrated_loss,
+            gain=None if without is None else paired_change(without.losses, found.losses).report(),
+            without_sources=without_sources,
+        )
+
+    def _train(self, part: Any, seed: int) -> None:
+        from ..models.finetune import finetune_  # imports datasets, which a merge without data does not need
+
+        samples = self.labels.samples
+        finetune_(
+            self.model,
+            part,
+            samples.validation,
+            self.labels.collator,
+            self.config.for_part(len(part) / len(samples.train)),
+            epochs=self.epochs,
+            seed=seed,
+            directory=self.scratch.directory,
+        )
+
+    def _train_folds(self, start: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> FoldModels:
+        samples = self.labels.samples
+        return finetune_on_folds_(
+            movable_tensors(self.model),
+            start,
+            mean,
+            self.scratch.fold,
+            self._train,
+            self.labels.losses_on,
+            samples.train,
+            samples.validation,
+            self.seed,
+        )
+
+    def _set_temperature(self, found: FoldModels) -> float | None:
+        """Fit a temperature on held-out labels, and put it into the head; return it, or `None` if the model has none."""
+        outputs = found.losses.outputs
+        if outputs is None or outputs.link == "identity" or found.fraction == 0:
+            return None
+        scale = fit_scale(outputs.logits.double().numpy(), outputs.targets.double().numpy(), outputs.link)
+        batch = next(self.labels.batches(self.labels.samples.train, self.seed))
+        return 1 / scale if scale_logits_(self.model, scale, batch) else None
+
+    def _members_before(self, predictions: Predictions) -> list[Member]:
+        """Return the sources, and the model before it is fine-tuned unless it has learned the labels."""
+        members = predictions.members()
+        if self.labels.learned:
+            return members
+        outputs = self.labels.losses_on(self.labels.some_labels).outputs
+        return members if outputs is None else [*members, self._member(MODEL_BEFORE, outputs.logits)]
+
+    def _member(self, name: str, labelled: Tensor) -> Member:
+        unlabeled = self.labels.unlabeled_logits()
+        return Member(name, labelled.double().numpy(), None if unlabeled is None else unlabeled.double().numpy())
+
+    def _teach(self, found: FoldModels, members: list[Member], predictions: Predictions) -> TeacherReport:
+        """Fit a teacher and train the model on its predictions, unless the model is as good as the teacher."""
+        truth = predictions.truth
+        assert truth is not None
+        held_out = found.held_out(self.labels.validation_indices)
+        if held_out is not None and not self.labels.learned:
+            members = [*members, self._member(MODEL_AFTER, held_out)]
+        fitted = fit_teacher(members, truth, self.config.seed)
+        unlabeled = [member.unlabeled for member in members if member.unlabeled is not None]
+        used = not self._teacher_harms(fitted, found, truth)
+        if used:
+            soft = torch.from_numpy(probabilities(fitted.pool.logits(unlabeled), truth.link)).float()
+            self._train_student(fitted, truth, soft)
+        return TeacherReport(
+            worth={member.name: float(value) for member, value in zip(members, fitted.pool.coefficients, strict=True)},
+            loss=fitted.loss,
+            loss_before=found.losses.calibrated_loss if found.order is not None else None,
+            ridge=fitted.ridge,
+            labels=int(truth.samples.max()) + 1,
+            unlabeled=len(self.labels.unlabeled),
+            used=used,
+        )
+
+    def _teacher_harms(self, fitted: FittedPool, found: FoldModels, truth: Outputs) -> bool:
+        """Whether the held-out predictions of the teacher are worse than those of the model, beyond chance."""
+        logits = found.held_out(self.labels.validation_indices)
+        if logits is None:
+            return False
+        model = losses_of(replace(truth, logits=logits))
+        teacher = losses_of(replace(truth, logits=torch.from_numpy(fitted.held_out).float()))
+        return paired_change(model, teacher).verdict == Reason.HARMS
+
+    def _train_student(self, fitted: FittedPool, truth: Outputs, soft: Tensor) -> None:
+        """Change the model: train it on the mean of labels and teacher, and on the teacher alone where there is no label."""
+        from ..models.finetune import finetune_  # imports datasets, which a merge without data does not need
+
+        labels = self.labels
+        held_out = torch.from_numpy(probabilities(fitted.held_out, truth.link)).float()
+        taught = ((truth.targets + held_out) / 2).split(truth.samples.bincount().tolist())
+        data = TaughtSamples(labels.some_labels, taught, labels.unlabeled, _split_like(labels, soft))
+        passes = self.config.training_arguments.get("num_train_epochs", self.epochs)
+        reads = 2 * STUDENT_PASSES * passes * len(labels.some_labels)
+        arguments = {**self.config.training_arguments, "num_train_epochs": reads / len(data)}
+        if (steps := arguments.get("max_steps", 0)) > 0:
+            arguments["max_steps"] = math.ceil(2 * STUDENT_PASSES * steps)
+        finetune_(
+            self.model,
+            data,
+            labels.samples.validation,
+            with_targets(labels.collator),
+            replace(self.config, training_arguments=arguments),
+            epochs=self.epochs,
+            seed=self.seed,
+            directory=self.scratch.directory,
+            loss=taught_loss(truth.link),
+        )
+
+
+def _split_like(labels: Labels, rows: Tensor) -> Sequence[Tensor]:
+    """Return the rows of each unlabelled input: one, or one for each of its tokens."""
+    inputs = labels.unlabeled
+    if len(rows) == len(inputs):
+        return rows.split(1)
+    counts = []
+    for index in range(len(inputs)):
+        sample = inputs[index]
+        mask = sample.get("attention_mask")
+        counts.append(len(sample["input_ids"]) if mask is None else int(torch.as_tensor(mask).sum()))
+    return rows.split(counts)
