@@ -1,10 +1,10 @@
-"""Compares all methods on real data: four benchmarks, with 64, 256 and all labels.
+"""Compares all methods on real data: five benchmarks, with 64, 256 and all labels.
 
 Run it with `python -m tests.benchmarks.compare sentiment emoji sotu` after `python -m tests.benchmarks.data` and
 `python -m tests.benchmarks.sources`. Each run is a target domain and a seed. The seed draws the labels, the order of
 the sources, and all random numbers of a method. The sources are those of all other domains; in `unrelated` they have
 nothing to do with the target, so that none should help. Every method is fine-tuned in the same number of steps. A
-stopped run continues.
+stopped run continues. `smollm` has 64 labels and few rows only, because its model is large.
 
 Sources that were trained on another machine differ (a GPT-2 by 0.01 nats), so every run begins anew there. A finished
 run replaces the run of that name in the record. All rows of a run have the same models, except one row of ours, see
@@ -42,6 +42,7 @@ from grasp_hf.record.text import markdown_table
 from tests.benchmarks.emoji import STYLES
 from tests.benchmarks.packages import cache_folder
 from tests.benchmarks.sentiment import DOMAINS
+from tests.benchmarks.smollm import SOURCES
 from tests.benchmarks.sotu import ERAS
 from tests.benchmarks.unrelated import TASKS
 
@@ -51,6 +52,7 @@ EPOCHS: dict[str, dict[int | None, float]] = {
     "sentiment": {64: 8, 256: 6, None: 1},
     "emoji": {64: 8, 256: 6, None: 4},
     "sotu": {64: 8, 256: 6, None: 2},
+    "smollm": {64: 4},
     "unrelated": {64: 8, 256: 6, None: 1},
 }
 FEWER: dict[tuple[str, str, int | None], float] = {
@@ -61,17 +63,26 @@ TARGETS = {
     "sentiment": ("nyt", "amazonHL", "movie"),
     "emoji": ("noto", "fluent-emoji-flat", "openmoji"),
     "sotu": ("2005-2021",),
+    "smollm": ("editorials",),
     "unrelated": ("nyt", "amazonHL", "movie"),
 }
 UNTOUCHED = {
     "sentiment": ("uci_yelp", "tweets"),
     "emoji": ("twemoji",),
     "sotu": ("1989-2004",),
+    "smollm": ("films",),
     "unrelated": ("uci_yelp", "tweets"),
 }
 TARGETS_OF = {"unrelated": "sentiment"}  # the benchmark whose targets a benchmark has, if they are not its own
-DOMAINS_OF = {"sentiment": tuple(DOMAINS), "emoji": tuple(STYLES), "sotu": tuple(ERAS), "unrelated": tuple(TASKS)}
-KIND = {"sentiment": "lora", "emoji": "dinov2", "sotu": "gpt2", "unrelated": "unrelated"}
+DOMAINS_OF = {
+    "sentiment": tuple(DOMAINS),
+    "emoji": tuple(STYLES),
+    "sotu": tuple(ERAS),
+    "smollm": SOURCES,
+    "unrelated": tuple(TASKS),
+}
+KIND = {"sentiment": "lora", "emoji": "dinov2", "sotu": "gpt2", "smollm": "smollm2", "unrelated": "unrelated"}
+METHODS_OF = {"smollm": ("base", "best-source", "average")}  # besides ours; the other benchmarks run all
 UNGATED = "without the gate"
 SUMMARY = {
     OURS: "grasp_hf, default",
@@ -106,10 +117,11 @@ def recipe_of(benchmark: str, target: str, size: int | None) -> Recipe:
 
 
 def run(benchmark: str, target: str, size: int | None, seed: int, cache: Path, variants: bool) -> Comparison:
-    """Run all methods for one target, number of labels and seed; return all results of that target so far."""
-    recipe = recipe_of(benchmark, target, size)
+    """Run the methods of a benchmark for one target, number of labels and seed; return its results so far."""
+    recipe, methods = recipe_of(benchmark, target, size), METHODS_OF.get(benchmark)
     folder = comparison_folder(benchmark, target, size, cache)
-    return compare(recipe, folder, sizes=[size], seeds=[seed], variants=VARIANTS if variants else {})
+    chosen = VARIANTS if variants else {}
+    return compare(recipe, folder, sizes=[size], seeds=[seed], methods=methods, variants=chosen)
 
 
 def comparison_folder(benchmark: str, target: str, size: int | None, cache: Path) -> Path:
@@ -442,7 +454,8 @@ def main() -> None:
             os.chdir(args.cache)  # because the recipes' paths are relative to it
             restore(benchmark, args.cache)
             for seed in args.seeds:
-                for size in (None if size == "all" else int(size) for size in args.sizes):
+                sizes = [None if size == "all" else int(size) for size in args.sizes]
+                for size in (size for size in sizes if size in EPOCHS[benchmark]):
                     for target in targets[benchmark]:
                         run(benchmark, target, size, seed, args.cache, args.variants)
                         save(benchmark, args.cache)

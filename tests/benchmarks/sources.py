@@ -2,19 +2,19 @@
 
 Run it with `python -m tests.benchmarks.sources`; first it makes the data of `tests.benchmarks.data`. All sources of a
 kind start from the same model with the same head, and each has its own seed. For each source a line shows its accuracy
-(for a GPT-2, its negative log-likelihood per token) on the test samples of its domain. Sources that are already in the
-cache stay unchanged. `--tables` prints the scores of all sources on all domains instead.
+(for a language model, its negative log-likelihood per token) on the test samples of its domain. Sources that are
+already in the cache stay unchanged. `--tables` prints the scores of all sources on all domains instead.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import transformers
-from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -23,12 +23,15 @@ from transformers import (
     set_seed,
 )
 
-from tests.benchmarks import emoji, sentiment, sotu, unrelated
+from tests.benchmarks import emoji, sentiment, smollm, sotu, unrelated
 from tests.benchmarks.packages import cache_folder, complete
 from tests.benchmarks.sentiment import TOKENS
 from tests.benchmarks.training import score, train_
 
 __all__ = ["KINDS", "TOKENS", "source_folder"]
+
+
+Examples = Callable[[Path, str, str, Any], Any]  # cache, domain, split and processor -> samples
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,18 @@ class Kind:
         arguments: Arguments of `train_`.
         lora: Arguments of `peft.LoraConfig`; `None` trains the whole model.
         split: Split that the sources are trained on.
-        target: Another kind, on whose domains `--tables` scores the sources as well.
+        targets: Further domains on which `--tables` scores the sources, each with the function that returns its samples.
     """
 
     benchmark: str
     domains: Sequence[str]
     auto: Any
     base: Callable[[Path], Path]
-    examples: Callable[[Path, str, str, Any], Any]
+    examples: Examples
     arguments: dict[str, Any]
     lora: dict[str, Any] | None = None
     split: str = "train"
-    target: str | None = None
+    targets: Mapping[str, Examples] = field(default_factory=dict)
 
 
 LORA: dict[str, Any] = {
@@ -64,6 +67,12 @@ LORA: dict[str, Any] = {
     "target_modules": ["query", "value"],
     "modules_to_save": ["classifier"],
     "task_type": "SEQ_CLS",
+}
+LORA_OF_LANGUAGE_MODEL: dict[str, Any] = {
+    "r": 8,
+    "lora_alpha": 16,
+    "target_modules": "all-linear",
+    "task_type": "CAUSAL_LM",
 }
 TEXTS = (
     "sentiment",
@@ -104,6 +113,16 @@ KINDS = {
         {"learning_rate": 1e-3, "num_train_epochs": 15},
         split="source",
     ),
+    "smollm2": Kind(
+        "smollm",
+        smollm.SOURCES,
+        AutoModelForCausalLM,
+        smollm.smollm2,
+        smollm.examples,
+        {"learning_rate": 1e-3, "num_train_epochs": 1, "bf16": True, "use_cpu": True},
+        LORA_OF_LANGUAGE_MODEL,
+        targets=dict.fromkeys(smollm.TARGETS, smollm.examples),
+    ),
     "unrelated": Kind(
         "unrelated",
         tuple(unrelated.TASKS),
@@ -112,7 +131,7 @@ KINDS = {
         unrelated.examples,
         LORA_TRAINING,
         LORA,
-        target="lora",
+        targets=dict.fromkeys(sentiment.DOMAINS, sentiment.examples),
     ),
 }
 
@@ -142,16 +161,17 @@ def table(name: str, cache: Path) -> None:
     """Print the score of the base model and of every source of a kind on the test samples of every domain."""
     kind = KINDS[name]
     processor = AutoProcessor.from_pretrained(kind.base(cache))
-    scored = [kind, *([KINDS[kind.target]] if kind.target else [])]
-    tests = {domain: one.examples(cache, domain, "test", processor) for one in scored for domain in one.domains}
+    examples = {**dict.fromkeys(kind.domains, kind.examples), **kind.targets}
+    tests = {domain: read(cache, domain, "test", processor) for domain, read in examples.items()}
     print(f"\n| {name} | {' | '.join(tests)} |\n|---|{'---|' * len(tests)}")
     folders = {"base": kind.base(cache), **{domain: source_folder(cache, name, domain) for domain in kind.domains}}
     for row, folder in folders.items():
-        auto = AutoPeftModelForSequenceClassification if (folder / "adapter_config.json").exists() else kind.auto
-        model = auto.from_pretrained(folder)
-        print(
-            f"| {row} | {' | '.join(f'{score(model, processor, test):.3f}' for test in tests.values())} |", flush=True
-        )
+        if (folder / "adapter_config.json").exists():
+            model = PeftModel.from_pretrained(kind.auto.from_pretrained(kind.base(cache)), folder)
+        else:
+            model = kind.auto.from_pretrained(folder)
+        scores = [f"{score(model, processor, test):.3f}" for test in tests.values()]
+        print(f"| {row} | {' | '.join(scores)} |", flush=True)
 
 
 def main() -> None:

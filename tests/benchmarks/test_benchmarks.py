@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from datasets import Dataset
 from pandas import DataFrame, read_csv
 from PIL import Image
 from torch.nn.functional import cross_entropy
@@ -19,15 +20,18 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, d
 
 from grasp_hf.comparison.results import OURS, Comparison, Result
 from grasp_hf.comparison.run import model_identities
+from grasp_hf.config.recipe import Recipe
+from grasp_hf.data.samples import Samples
+from grasp_hf.record.entries import ChangeReport
 from grasp_hf.tensors.units import Unit
 from grasp_hf.validation.losses import SCALES, SampleLosses
 from tests.benchmarks import compare as comparing
-from tests.benchmarks import emoji, memory, rank, settings, sotu, unrelated
+from tests.benchmarks import emoji, flips, memory, rank, settings, smollm, sotu, unrelated
 from tests.benchmarks.packages import complete, fetch
 from tests.benchmarks.sources import KINDS, source_folder
 from tests.benchmarks.training import score
 from tests.benchmarks.trials import MEANS, Laboratory, agreeing, harms, merge_by_means
-from tests.support.models import perturbed, tiny_data, tiny_model
+from tests.support.models import perturbed, saved, tiny_data, tiny_model, write_images
 
 
 @pytest.mark.parametrize(
@@ -146,6 +150,61 @@ def test_every_fourth_address_of_an_era_is_for_testing(tmp_path: Path, monkeypat
                 assert len(text.split()) == sotu.WORDS and all(w.startswith(f"{year}w") for w in text.split())
 
 
+def test_texts_of_a_document_stay_in_one_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sentences(name: str, words: int) -> str:
+        return " ".join(f"{name}w{index}" for index in range(words))
+
+    def packed(folder: Path, archive: str, *_: str) -> None:
+        if archive == smollm.VADER:
+            ratings = folder / "hutto_ICWSM_2014"
+            ratings.mkdir()
+            for domain, file in smollm.RATED.items():
+                several = domain in ("products", "editorials")
+                names = [f"{n}_{k}" for n in range(1, 9) for k in (1, 2)] if several else [str(n) for n in range(1, 9)]
+                lines = [f"{name}\t1.0\t{sentences(f'{domain}{name}', 25)}" for name in names]
+                (ratings / f"{file}_GroundTruth.txt").write_text("\n".join([*lines, "99\t1.0\ttoo short"]))
+            packages = folder / "vaderSentiment-3.3.2" / "additional_resources"
+            packages.mkdir(parents=True)
+            shutil.make_archive(str(packages / "hutto_ICWSM_2014"), "gztar", folder, "hutto_ICWSM_2014")
+        elif archive == smollm.STDLIB:
+            for name in ("sotu", "moby-dick"):
+                (folder / "package" / name / "data").mkdir(parents=True)
+            documents = {f"moby-dick/data/chapter_{number}": f"c{number}" for number in range(8)}
+            documents |= {f"sotu/data/{year}_x": f"y{year}" for year in (*range(1790, 1800), *range(1990, 2000))}
+            for path, name in documents.items():
+                text = sentences("repeated", smollm.WORDS) + " " + sentences(name, 2 * smollm.WORDS + 3)
+                (folder / "package" / f"{path}.json").write_text(json.dumps({"text": text}))
+            (folder / "package/moby-dick/data/file_list.json").write_text("[]")
+        else:
+            (folder / "package" / "docs").mkdir(parents=True)
+            for number in range(8):
+                (folder / f"package/docs/page{number}.md").write_text(sentences(f"p{number}", smollm.WORDS))
+
+    monkeypatch.setattr(smollm, "fetch", lambda folder, archive, sha256, *command: packed(folder, archive))
+    home = smollm.smollm(tmp_path)
+    found = {
+        domain: {split: read_csv(home / domain / f"{split}.csv") for split in ("train", "test")}
+        for domain in (*smollm.SOURCES, *smollm.TARGETS)
+    }
+    texts = [text for splits in found.values() for table in splits.values() for text in table["text"]]
+    assert len(texts) == len({*texts}) and sum("repeated" in text for text in texts) == 1
+    assert {domain: [len(table) for table in splits.values()] for domain, splits in found.items()} == {
+        "new-speeches": [16, 4],  # two whole passages of each of ten addresses
+        "old-speeches": [16 + 1, 4],  # and the passage that all addresses repeat
+        "products": [6, 2],  # two sentences of 25 words are a passage of 40
+        "tweets": [6, 2],
+        "novel": [12, 4],
+        "manual": [6, 2],
+        "editorials": [6, 2],
+        "films": [6, 2],
+    }
+    for splits in found.values():
+        assert not {*splits["train"]["document"]} & {*splits["test"]["document"]}
+    for domain in ("tweets", "films"):
+        assert found[domain]["train"]["text"].str.split().str.len().eq(25).all()
+    assert {*found["novel"]["test"]["document"]} == {"chapter_3", "chapter_7"}
+
+
 def test_both_classes_of_an_unrelated_task_are_equally_frequent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +258,7 @@ def test_the_score_of_a_language_model_weights_every_token_equally() -> None:
 
 def test_every_source_has_a_folder_of_its_own() -> None:
     folders = [source_folder(Path(), name, domain) for name, kind in KINDS.items() for domain in kind.domains]
-    assert len(folders) == len(set(folders)) == 7 + 7 + 7 + 7 + 6 + 6
+    assert len(folders) == len(set(folders)) == 7 + 7 + 7 + 7 + 6 + 6 + 6
 
 
 def test_a_trial_finds_the_units_whose_gradients_agree() -> None:
@@ -571,3 +630,101 @@ def test_an_unknown_setting_is_refused_before_anything_runs(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="--only: got 'gate'; expected some of units: module, .*no gate"):
         settings.run("sotu", ERA, 64, 0, tmp_path, ["gate"])
     assert not list(tmp_path.iterdir())
+
+
+# --- verdicts and seeds
+
+
+def change(loss: float, half: float | None) -> ChangeReport:
+    return ChangeReport(loss, half, 64, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        pytest.param(change(-0.2, 0.1), "helps", id="below 0"),
+        pytest.param(change(0.2, 0.1), "harms", id="above 0"),
+        pytest.param(change(-0.1, 0.1), "no measurable effect", id="the interval ends at 0"),
+        pytest.param(change(0.1, 0.2), "no measurable effect", id="around 0"),
+        pytest.param(change(-0.2, None), "no measurable effect", id="a single sample"),
+        pytest.param(None, None, id="not validated"),
+    ],
+)
+def test_the_verdict_follows_from_the_interval(given: ChangeReport | None, expected: str | None) -> None:
+    assert flips.verdict(given) == expected
+
+
+def merges(source: str, *outcomes: tuple[str | None, bool]) -> list[dict[str, Any]]:
+    """Return a row for each seed: the verdict on a source, and whether it was accepted."""
+    common = {"cell": "demo", "draw": False, "source": source}
+    return [
+        {**common, "seed": seed, "verdict": verdict, "accepted": accepted, "test": {"loss": 1.0 + seed}}
+        for seed, (verdict, accepted) in enumerate(outcomes)
+    ]
+
+
+def test_flips_are_shares_of_all_pairs_of_seeds() -> None:
+    rows = merges("a", ("helps", True), ("harms", False), ("no measurable effect", True))
+    rows += merges("b", ("helps", True), ("helps", True), ("helps", False))
+    assert flips.shares(rows) == {
+        "helps and harms": pytest.approx(1 / 6),
+        "another verdict": pytest.approx(3 / 6),
+        "accepted once": pytest.approx(4 / 6),
+    }
+    assert flips.shares(merges("a", ("helps", True))) == {}
+    assert flips.shares(merges("a", ("helps", True), (None, True))) == {}
+
+
+def test_the_table_of_flips_has_a_row_for_each_source_and_one_for_all() -> None:
+    rows = merges("a", ("helps", True), ("harms", False)) + merges("b", ("helps", True), ("helps", True))
+    title, table = flips.tables(rows).split("\n\n")
+    assert title == "demo, 2 seeds, the same labels; on the test samples: loss 1.500 (standard deviation 0.707)"
+    assert cells(table) == [
+        ["source", "verdicts", "accepted", "helps and harms", "another verdict", "accepted once"],
+        ["a", "helps 1, harms 1", "1 of 2", "100 %", "100 %", "100 %"],
+        ["b", "helps 2", "2 of 2", "0 %", "0 %", "0 %"],
+        ["all", "helps 3, harms 1", "3 of 4", "50 %", "50 %", "50 %"],
+    ]
+
+
+def test_flips_of_other_cells_stay_in_the_record(tmp_path: Path) -> None:
+    path = tmp_path / "flips.json"
+    demo, other = merges("a", ("helps", True)), [row | {"cell": "emoji:noto"} for row in merges("a", ("harms", True))]
+    for rows in (demo, other, merges("b", ("helps", False), ("harms", True))):
+        flips.save(path, rows)
+    record = json.loads(path.read_text())
+    assert record["results"] == other + merges("b", ("helps", False), ("harms", True))
+    assert [*record["settings"]] == ["demo", "emoji:noto"]
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_draw_keeps_the_sizes_and_separates_labels_from_validation(validated: bool) -> None:
+    def numbered(start: int, count: int) -> Dataset:
+        return Dataset.from_dict({"number": [*range(start, start + count)]})
+
+    data = Samples(numbered(0, 6), numbered(6, 4) if validated else None, numbered(10, 3))
+    draws = [flips.drawn(data, 4, seed) for seed in (0, 0, 1)]
+    numbers = [[sample["number"] for part in (draw.train, draw.validation or []) for sample in part] for draw in draws]
+    assert numbers[0] == numbers[1] != numbers[2]
+    for draw, own in zip(draws, numbers, strict=True):
+        assert len(draw.train) == 4 and len({*own}) == len(own) == (8 if validated else 4)
+        assert draw.test is data.test
+    if validated:
+        assert any(number >= 6 for number in numbers[0][:4] + numbers[2][:4])
+
+
+def test_a_merge_yields_the_verdict_on_each_source(tmp_path: Path) -> None:
+    saved(tiny_model("resnet"), tmp_path / "base")
+    for name, scale in {"near": 0.05, "far": 3.0}.items():
+        saved(perturbed(tiny_model("resnet"), 1, scale), tmp_path / name)
+    write_images(tmp_path / "data", {"train": 12, "validation": 12, "test": 12})
+    text = "base_model: base\nsources: [near, far]\ntask: image-classification\nfinal_epochs: 1\n"
+    text += "data: {path: imagefolder, data_dir: data, image: image, label: label}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = Recipe.from_yaml(tmp_path / "recipe.yaml", ["seed=3"])
+    rows = flips.merge(recipe, None)
+    assert {row["source"] for row in rows} == {"near", "far"} and {row["seed"] for row in rows} == {3}
+    for row in rows:
+        assert row["verdict"] == flips.verdict(change(row["loss"], row["half_interval"]))
+        assert isinstance(row["accepted"], bool) and {"loss", "accuracy"} <= row["test"].keys()
+    assert json.loads(json.dumps(rows)) == rows
