@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .config.arguments import parse
+from .config.arguments import NOT_HELPED, parse
 from .config.recipe import Recipe
 from .errors import ConfigError, GraspError
 
@@ -127,13 +127,20 @@ def _write_json(path: Path | None, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    from .record.entries import Reason
     from .runs.deliver import merge_sources
 
     to = _delivery(options)
+    config = options.recipe.config
+    if options.strict and not (options.control or config.compares_alone):
+        raise ConfigError(
+            "--strict: nothing would compare the merge with fine-tuning alone; add --control, or set final_epochs and gate"
+        )
     with to.checked():
         merger, sources, data = _prepare_merge(options.recipe, options)
         merge_sources(merger, sources, data, to, control=options.control)
-    return 0
+    verdict = merger.report.run.verdict
+    return NOT_HELPED if options.strict and verdict != Reason.HELPS else 0
 
 
 def _append(options: argparse.Namespace) -> int:

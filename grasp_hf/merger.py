@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from accelerate import Accelerator
 from .config.grasp import GraspConfig
 from .data.samples import Samples
 from .errors import ConfigError, GraspError
+from .files import workspace
 from .hub.download import locate
 from .hub.pull import Puller, ShardedSource
 from .hub.push import Destination, push_merge
@@ -41,6 +43,8 @@ from .record.report import MergeReport, RunReport, StepReport
 from .record.saving import check_output, read_record, save_merge, save_record, saved_shards
 from .record.text import WIDTH, wrap
 from .sources.placebo import Placebo
+from .tensors.mapped import MappedTensors
+from .tensors.placing import overwrite_
 from .tensors.units import Unit, movable_tensors
 from .validation.losses import SampleLosses, evaluation_losses
 
@@ -265,11 +269,11 @@ class GraspMerger:
             self.report.run.recipe = dict(recipe)
 
     def record_end(self, *, test: Evaluation | None = None, control: ControlReport | None = None) -> None:
-        """Record measurements of the finished merge: its scores on the test split, and a control."""
+        """Record measurements of the finished merge: its scores on the test split, and one more control."""
         if test is not None:
             self.report.run.test = test
         if control is not None:
-            self.report.run.control = control
+            self.report.run.controls.append(control)
 
     def merge(
         self,
@@ -513,6 +517,28 @@ class GraspMerger:
         with self.open_run(samples) as run, run.trial() as step:
             step.finetune(epochs, config.seed)
             return run.labels.losses_on(dataset)
+
+    def control_merge(
+        self, sources: Sequence[str], dataset: Any, config: GraspConfig, *, placebo: bool = False, **data: Any
+    ) -> SampleLosses:
+        """Return the losses on `dataset` of another merge from the present model; nothing is changed or recorded.
+
+        Args:
+            sources: References of the sources.
+            dataset: Samples to evaluate on, as in `judge`.
+            config: How to merge.
+            placebo: Whether a placebo replaces each source: its changes become random ones of the same size.
+            data: Keyword arguments of `merge`.
+        """
+        tensors = movable_tensors(self.model)
+        with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as directory:
+            before = MappedTensors(directory / "before", tensors).copy_(tensors)
+            twin = self.with_config(config, placebo=Placebo(config.seed, before) if placebo else None)
+            try:
+                twin.merge(sources, **data)
+                return twin.judge(dataset, data_collator=data.get("data_collator"))
+            finally:
+                overwrite_(movable_tensors(self.model), before)
 
     def judge(self, dataset: Any, *, data_collator: Collator | None = None) -> SampleLosses:
         """Return the losses of the present model on every sample of `dataset`; changes nothing."""

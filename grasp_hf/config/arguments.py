@@ -65,7 +65,11 @@ COMPARED_METHODS = (
 WITHOUT_OVERRIDES = ("demo", "push")
 WITH_SETTINGS = ("rank", "merge", "compare")  # in their help
 SEVERAL_VALUES = ("seeds", "sizes", "methods")
-EXIT_CODES = "exit codes: 0 success, 1 problem with models, data or settings, 2 wrong usage, 130 interrupted"
+NOT_HELPED = 3
+EXIT_CODES = (
+    "exit codes: 0 success, 1 problem with models, data or settings, 2 wrong usage, 3 merge --strict without a gain, 130 "
+    "interrupted"
+)
 WIDEST = 100  # columns
 
 
@@ -167,7 +171,14 @@ def _parser(version: str) -> argparse.ArgumentParser:
 def _add_own_arguments(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
     """Add the arguments that only one command has."""
     parsers["merge"].add_argument(
-        "--control", action="store_true", help="also fine-tune without any source, and report the gain"
+        "--control",
+        action="store_true",
+        help="also fine-tune without any source, fine-tune the best source, and merge random sources; report the gains",
+    )
+    parsers["merge"].add_argument(
+        "--strict",
+        action="store_true",
+        help="exit with 3 unless the sources measurably help, against fine-tuning alone",
     )
     parsers["append"].add_argument(
         "overrides", nargs="+", metavar="source | key=value", help="sources, and changes of settings"

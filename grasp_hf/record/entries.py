@@ -13,6 +13,9 @@ Decision = Literal["moved", "rescaled", "kept", "undefined", "undone"]
 SMALLEST_COEFFICIENT = 5e-4  # a smaller coefficient is printed as 0.000
 EVALUATION_DATA = "evaluation data"  # `validated_by` if held-out samples validate
 TEST_DATA = "test data"
+ALONE = "fine-tuning alone"
+BEST_SOURCE = "the best source, fine-tuned,"
+PLACEBO = "a merge of placebo sources"
 
 
 class Reason(StrEnum):
@@ -231,28 +234,36 @@ class FinetuneReport:
 
 @dataclass
 class ControlReport:
-    """The gain of the merge over fine-tuning the start alone, with the same labels and as many epochs.
+    """The gain of the merge over a control: another model from the same start, labels and number of epochs.
 
     Attributes:
         validated_by: The samples that both were evaluated on: `evaluation data` or `test data`.
-        alone: Loss (and accuracy) of the start, fine-tuned without any source.
+        alone: Loss (and accuracy) of the control.
         merged: Loss (and accuracy) of the merge.
         change: Change from `alone` to `merged`.
+        name: The control: `ALONE` (the start, fine-tuned without any source), `BEST_SOURCE` (the source with the lowest
+            loss on the labels, fine-tuned by the same procedure) or `PLACEBO` (a merge of sources whose changes are random).
     """
 
     validated_by: str
     alone: Evaluation
     merged: Evaluation
     change: ChangeReport
+    name: str = ALONE
 
     def sentence(self) -> str:
         """Return the gain as a sentence."""
         values = ", ".join(
             f"{name} {format_number(self.alone[name])} -> {format_number(self.merged[name])}" for name in self.alone
         )
+        verdict = self.change.of_sources()
+        if self.name != ALONE:
+            verdict = {Reason.HELPS: "the merge is better", Reason.HARMS: "the merge is worse"}.get(
+                self.change.verdict, "no measurable difference"
+            )
         what = "calibrated loss" if self.change.calibrated else "loss"
         text = self.change.append_doubt(
-            f"{self.change.of_sources()}: from fine-tuning alone to the merge, {values}, {what} {self.change}, on {self.change.samples} "
+            f"{verdict}: from {self.name} to the merge, {values}, {what} {self.change}, on {self.change.samples} "
             f"samples of the {self.validated_by}"
         )
         if self.validated_by == EVALUATION_DATA:

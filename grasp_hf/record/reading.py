@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .entries import ChangeReport, FinetuneReport, Reason, UnitReport
+from .entries import ChangeReport, FinetuneReport, Reason, TeacherReport, UnitReport
 from .step import StepReport
 
 # Names of fields in records of version 0.1.
@@ -49,5 +49,11 @@ def read_finetuned(values: dict[str, Any] | None) -> FinetuneReport | None:
     """Return a fine-tuning from what `asdict` made of it; `None` if there was none."""
     if values is None:
         return None
-    gain = values.get("gain")
-    return FinetuneReport(**{**with_present_names(values), "gain": gain and ChangeReport(**gain)})
+    gain, teacher = values.get("gain"), values.get("teacher")
+    return FinetuneReport(
+        **{
+            **with_present_names(values),
+            "gain": gain and ChangeReport(**gain),
+            "teacher": teacher and TeacherReport(**teacher),
+        }
+    )

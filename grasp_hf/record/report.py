@@ -12,7 +12,7 @@ import yaml
 
 from ..errors import ConfigError
 from ..files import write_whole
-from .entries import ChangeReport, ControlReport, Evaluation, FinetuneReport, Reason
+from .entries import ALONE, ChangeReport, ControlReport, Evaluation, FinetuneReport, Reason
 from .reading import read_finetuned, read_step, with_present_names
 from .redaction import names_of_paths
 from .step import Row, StepReport
@@ -30,7 +30,7 @@ class RunReport:
         data: Number of samples of each data set, and a digest of their content.
         ranking: The sources in the order of their estimated gain or loss; empty if they were not ranked.
         final: The fine-tuning after the last source; `None` if there was none.
-        control: The gain over fine-tuning alone; `None` if it was not asked for.
+        controls: The gain over each control; empty if none was asked for.
         test: Loss (and accuracy) on the test data; empty without test data.
     """
 
@@ -40,7 +40,7 @@ class RunReport:
     data: dict[str, Any] = field(default_factory=dict)
     ranking: list[dict[str, Any]] = field(default_factory=list)
     final: FinetuneReport | None = None
-    control: ControlReport | None = None
+    controls: list[ControlReport] = field(default_factory=list)
     test: Evaluation = field(default_factory=dict)
 
     def next(self, config: dict[str, Any], versions: dict[str, str]) -> "RunReport":
@@ -49,18 +49,32 @@ class RunReport:
 
     def after_source(self, data: dict[str, Any]) -> "RunReport":
         """Return the report after one more source, which used `data`, without the results of an earlier end."""
-        return replace(self, data=data, final=None, control=None, test={})
+        return replace(self, data=data, final=None, controls=[], test={})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunReport":
         """Return the report from the dictionary that `dataclasses.asdict` made."""
-        control = values.get("control")
-        if control:
-            control = ControlReport(**{**with_present_names(control), "change": ChangeReport(**control["change"])})
-        return cls(**{**values, "final": read_finetuned(values.get("final")), "control": control})
+        values = dict(values)
+        earlier = values.pop("control", None)  # records of version 0.1 have at most one
+        controls = [
+            ControlReport(**{**with_present_names(control), "change": ChangeReport(**control["change"])})
+            for control in values.get("controls", [earlier] if earlier else [])
+        ]
+        return cls(**{**values, "final": read_finetuned(values.get("final")), "controls": controls})
+
+    @property
+    def control(self) -> ControlReport | None:
+        """The gain over fine-tuning alone; `None` if it was not asked for."""
+        return next((control for control in self.controls if control.name == ALONE), None)
+
+    @property
+    def verdict(self) -> Reason:
+        """The verdict on all sources together, against fine-tuning alone; `NONE` if nothing compared them."""
+        change = self.control.change if self.control else self.final.gain if self.final else None
+        return change.verdict if change else Reason.NONE
 
 
-RUN_FIELDS = tuple(RunReport.__dataclass_fields__)
+RUN_FIELDS = (*RunReport.__dataclass_fields__, "control")
 
 
 @dataclass
@@ -157,7 +171,7 @@ class MergeReport:
     def outcome(self) -> list[str]:
         """Return what all sources together are worth, and the scores on the test data, a sentence each."""
         gain = self.run.final.against_alone() if self.run.final else None
-        found = [text for text in (self.run.control.sentence() if self.run.control else None, gain) if text]
+        found = [control.sentence() for control in self.run.controls] + ([gain] if gain else [])
         if not found and any(step.changed for step in self.steps):
             found.append(
                 "whether the sources are worth more than fine-tuning alone was not measured; `grasp-hf merge --control` "

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..errors import ConfigError, GraspError, OutputExistsError, PushError, Stal
 from ..files import interrupts_held
 from ..hub.push import check_repo_id
 from ..merger import GraspMerger
-from ..record.entries import ControlReport
+from ..record.entries import ALONE, BEST_SOURCE, PLACEBO, ControlReport
 from ..record.saving import check_output
 from ..validation.changes import paired_change
 from ..validation.losses import SampleLosses
@@ -71,7 +71,8 @@ def merge_sources(
         sources: References of the sources.
         data: The samples; without a test split the result is not evaluated.
         to: The destination.
-        control: Whether to also fine-tune the start without any source, and to record how much better the merge is.
+        control: Whether to also fine-tune the start without any source, fine-tune the best source alone, and merge placebo
+            sources, and to record how much better the merge is.
 
     Raises:
         ConfigError: `control` lacks samples or epochs of fine-tuning.
@@ -79,14 +80,16 @@ def merge_sources(
         PushError: The merged model could not be pushed.
     """
     before = len(merger.report.steps)
-    alone = _finetuned_alone(merger, sources, data) if control else None
+    controls = _run_controls(merger, sources, data) if control else {}
     try:
         merger.merge(sources, test_dataset=data.test, **data.keywords())
-        if alone:
+        if controls:
             samples, name = _control_samples(data)
             merged = merger.judge(samples, data_collator=data.collator)
-            gain = paired_change(alone, merged).report()
-            merger.record_end(control=ControlReport(name, alone.evaluation(), merged.evaluation(), gain))
+            for title, losses in controls.items():
+                gain = paired_change(losses, merged).report()
+                evaluations = losses.evaluation(), merged.evaluation()
+                merger.record_end(control=ControlReport(name, *evaluations, gain, title))
         logger.info("\n%s\n", merger.report)
     except BaseException:
         done = len(merger.report.steps) - before
@@ -161,15 +164,24 @@ def _control_samples(data: Samples) -> tuple[Any, str]:
     return (data.test, "test data") if data.test is not None else (data.validation, "evaluation data")
 
 
-def _finetuned_alone(merger: GraspMerger, sources: Sequence[str], data: Samples) -> SampleLosses:
-    """Fine-tune the start without any source, and return its losses on the samples of `_control_samples`."""
+def _run_controls(merger: GraspMerger, sources: Sequence[str], data: Samples) -> dict[str, SampleLosses]:
+    """Return the losses of each control on the samples of `_control_samples`; the model comes back unchanged."""
     samples, _ = _control_samples(data)
     if samples is None or data.train is None:
         raise ConfigError(
             "--control: expected data with the splits 'train' and 'test' (or 'validation'), on which it compares; add "
             "the missing split"
         )
-    if not merger.config.total_epochs(len(sources)):
+    config = merger.config
+    if not config.total_epochs(len(sources)):
         raise ConfigError("--control: expected epochs of fine-tuning, got none; set final_epochs")
-    logger.info("control: fine-tuning alone")
-    return merger.finetuned_alone(len(sources), samples, **data.keywords())
+    logger.info("control: %s", ALONE)
+    found = {ALONE: merger.finetuned_alone(len(sources), samples, **data.keywords())}
+    if config.published:
+        return found  # its first source is the start, and it weighs no source
+    logger.info("control: %s", BEST_SOURCE.rstrip(","))
+    best = replace(config, method="average", order="loss", top=1)
+    found[BEST_SOURCE] = merger.control_merge(sources, samples, best, **data.keywords())
+    logger.info("control: %s", PLACEBO)
+    found[PLACEBO] = merger.control_merge(sources, samples, config, placebo=True, **data.keywords())
+    return found

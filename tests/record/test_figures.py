@@ -126,7 +126,7 @@ def test_the_progress_draws_a_control_on_the_same_samples_only() -> None:
     change = ChangeReport(-0.1, 0.05, 24, None)
     for validated_by, drawn in {"evaluation data": True, "test data": False}.items():
         control = ControlReport(validated_by, {"loss": 0.7}, {"loss": 0.6}, change)
-        figure: Any = progress_figure(report_of(step(), final=FinetuneReport(), control=control))
+        figure: Any = progress_figure(report_of(step(), final=FinetuneReport(), controls=[control]))
         assert ("fine-tuning alone" in {line.get_label() for line in figure.axes[0].lines}) == drawn
 
 
