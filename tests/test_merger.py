@@ -29,6 +29,7 @@ from transformers import (
 from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
 from grasp_hf.errors import ConfigError, DataError, GraspError, NonFiniteError, OutputExistsError
 from grasp_hf.tensors.units import movable_tensors
+from grasp_hf.validation.changes import Change
 from tests.support.hub.server import HubServer
 from tests.support.models import (
     KINDS,
@@ -485,12 +486,12 @@ def test_the_streaming_average_is_the_mean_of_all_sources(kind: str, dtypes: Any
         assert all(not name.endswith("grad") and p.grad is None for name, p in merged.named_parameters())
 
 
-def test_an_average_does_not_count_a_rejected_source(tmp_path: Path) -> None:
+def test_an_average_does_not_count_a_rejected_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = perturbed(tiny_model("vit"), 1), perturbed(tiny_model("vit"), 2)
-    bad.get_parameter("classifier.bias").data += torch.tensor([90.0, -90.0, 0.0])
+    changes = iter([-1.0, -1.0, 1.0, 1.0, -1.0, -1.0])  # each step compares the losses as validated and as merged
+    monkeypatch.setattr("grasp_hf.merging.step.paired_change", lambda *losses: Change(next(changes), 0.1, 12))
     sources = [saved(model, tmp_path / str(number)) for number, model in enumerate((good, bad, good))]
     merger = GraspMerger(tiny_model("vit"), GraspConfig(method="average", **STILL))
-    merger.model.get_parameter("classifier.bias").data += torch.tensor([50.0, 0.0, 0.0])
     steps = merger.merge(sources, **data_for("vit")).steps
     assert [step.accepted for step in steps] == [True, False, True]
     assert [step.units[0].coefficient for step in steps] == [1, 1 / 2, 1 / 2]
@@ -663,7 +664,7 @@ def test_a_second_interrupt_waits_until_all_weights_are_restored(
             signal.raise_signal(signal.SIGINT)
             tensor.data.copy_(values[name])
 
-    monkeypatch.setattr("grasp_hf.merging.step.verdict", interrupted)
+    monkeypatch.setattr("grasp_hf.merging.step.paired_change", interrupted)
     monkeypatch.setattr("grasp_hf.merging.run.overwrite_", again)
     source = saved(perturbed(tiny_model("vit"), seed=1), tmp_path / "source")
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT

@@ -68,6 +68,7 @@ METHODS = {
         card="Each unit is a weighted mean of the accepted sources that contain it. The weights are those that a mixture of "
         "the sources' predictions gets on the labels: a source whose predictions add nothing to those of the others gets "
         "little weight.",
+        citation=GRASP,
         stores_gradients=True,
         weighs=True,
     ),

@@ -78,6 +78,8 @@ unit.{{ losses }}
 ```yaml
 {{ configuration }}```
 {{ citation }}"""
+WEIGHED = """ The predictions of
+the sources on labelled data of the target task decided how much of each was merged."""
 GUIDED = """ Gradients on labelled
 data of the target task decided how much of each source was merged, as in [GRASP](https://arxiv.org/abs/2606.14900)."""
 LOSSES = """ `loss before` and `loss after`
@@ -282,7 +284,7 @@ def model_card(
         model_class=type(model).__name__,
         usage=usage(model, model_id, with_pipeline=with_pipeline),
         method=f"`{method_name}`. {method.card}",
-        guided=GUIDED if method.needs_data else "",
+        guided=(WEIGHED if method.weighs else GUIDED) if method.needs_data else "",
         base=_link(report.base_name, report.base_sha),
         included=_list_included(report),
         table=report.table(),

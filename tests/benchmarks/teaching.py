@@ -106,8 +106,8 @@ def read_record() -> list[dict[str, Any]]:
     return json.loads(RECORD.read_text())["results"] if RECORD.exists() else []
 
 
-def tables(*, untouched: bool) -> list[str]:
-    """Return a table of means and differences for each benchmark, and one of ranks over all cells."""
+def tables(*, untouched: bool, summary: bool = False) -> list[str]:
+    """Return a table of means and differences for each benchmark, and one over all cells; `summary` returns the last only."""
     everything = read_record()
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in everything:
@@ -115,6 +115,8 @@ def tables(*, untouched: bool) -> list[str]:
         if (target in UNTOUCHED.get(benchmark, ())) == untouched:
             found.setdefault(row["cell"], {})[row["row"]] = row
     cells = {cell: rows for cell, rows in found.items() if OURS in rows}
+    if summary:
+        return [_ranks(cells)]
     shown = [_means(name, {c: r for c, r in cells.items() if c.startswith(f"{name}:")}) for name in UNTOUCHED]
     return [table for table in [*shown, _ranks(cells)] if table]
 
@@ -139,9 +141,17 @@ def _ranks(cells: dict[str, dict[str, Any]]) -> str:
     if not names:
         return ""
     best = "best source, fine-tuned in full"
-    lines = {name: {f"all {len(cells)} cells": name} for name in names}
+    lines = {name: {f"{len(cells)} cells": name} for name in names}
+    for measure in ("accuracy", "loss"):
+        some = [rows for rows in cells.values() if all(measure in rows[name] for name in names)]
+        for name in names if some else ():
+            text = f"{fmean(rows[name][measure] for rows in some):.3f}"
+            differences = [rows[name][measure] - rows[OURS][measure] for rows in some]
+            lines[name][measure] = text if name == OURS else f"{text} ({interval(differences, signed=True)})"
     for title, sign, measure in (("rank by accuracy", -1, "accuracy"), ("rank by loss", 1, "loss")):
         some = [rows for rows in cells.values() if all(measure in rows[name] for name in names)]
+        if not some:
+            continue
         ranks = [rankdata([sign * rows[name][measure] for name in names]) for rows in some]
         for index, name in enumerate(names):
             lines[name][title] = f"{fmean(float(rank[index]) for rank in ranks):.1f}"
@@ -166,9 +176,10 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], metavar="ROW")
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables of the record")
     parser.add_argument("--untouched", action="store_true", help="the tables of the targets that chose no rule")
+    parser.add_argument("--summary", action="store_true", help="only the table over all cells")
     args = parser.parse_args()
     if args.table:
-        print("", *tables(untouched=args.untouched), sep="\n\n")
+        print("", *tables(untouched=args.untouched, summary=args.summary), sep="\n\n")
         return
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
