@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,7 +153,7 @@ class Finetuning:
             soft = torch.from_numpy(probabilities(fitted.pool.logits(unlabeled), truth.link)).float()
             self._train_student(fitted, truth, soft)
         return TeacherReport(
-            worth={member.name: float(value) for member, value in zip(members, fitted.pool.coefficients, strict=True)},
+            worth=_named([member.name for member in members], fitted.pool.coefficients.tolist()),
             loss=fitted.loss,
             loss_before=found.losses.calibrated_loss if found.order is not None else None,
             ridge=fitted.ridge,
@@ -194,6 +195,18 @@ class Finetuning:
             directory=self.scratch.directory,
             loss=taught_loss(truth.link),
         )
+
+
+def _named(references: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """Return the values by the name of each model; a folder is named by its last part, as in every record that is pushed."""
+    found: dict[str, float] = {}
+    for reference, value in zip(references, values, strict=True):
+        name = unique = Path(reference).name if Path(reference).is_dir() else reference
+        number = 2
+        while unique in found:
+            unique, number = f"{name} ({number})", number + 1
+        found[unique] = value
+    return found
 
 
 def _split_like(labels: Labels, rows: Tensor) -> Sequence[Tensor]:
