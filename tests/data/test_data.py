@@ -85,6 +85,40 @@ def test_an_image_folder(tmp_path: Path) -> None:
     assert splits["train"][0]["image"].size == (8, 8)
 
 
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet", "folder"])
+def test_inputs_without_labels_are_files_or_a_split(kind: str, tmp_path: Path) -> None:
+    bare = {"text": ["blue", "small red"]}
+    data = write_texts(tmp_path, kind, {"train": ROWS, **({"extra": bare} if kind == "folder" else {})})
+    if kind != "folder":
+        write_texts(tmp_path, kind, {"more": bare})
+    data["unlabeled"] = "extra" if kind == "folder" else f"more.{kind}"
+    splits = load_splits(section(tmp_path, data))
+    assert splits["unlabeled"]["text"][:] == bare["text"] and len(splits["train"]) == 3
+    encoded = encode_labels(splits, "label", ["bird", "cat", "dog"])
+    assert "labels" in encoded["train"].column_names and "labels" not in encoded["unlabeled"].column_names
+    tokens, _ = tokenize_texts(encoded, section(tmp_path, data), tiny_tokenizer(), generates=False)
+    assert set(tokens["unlabeled"].column_names) >= {"input_ids"} and len(tokens["unlabeled"]) == 2
+
+
+def test_unlabelled_images_lose_the_names_of_their_folders(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", {"train": 2})
+    write_images(tmp_path / "more", {"some": 3})
+    data = {"path": "imagefolder", "data_dir": "images", "unlabeled": "more"}
+    splits = load_splits(section(tmp_path, data))
+    assert splits["unlabeled"].column_names == ["image"] and len(splits["unlabeled"]) == 9
+
+
+def test_unlabelled_inputs_that_cannot_be_loaded(tmp_path: Path) -> None:
+    data = write_texts(tmp_path, "csv", {"train": ROWS})
+    with pytest.raises(DataError, match=r"data.unlabeled: '.*gone.csv' cannot be loaded"):
+        load_splits(section(tmp_path, {**data, "unlabeled": "gone.csv"}))
+    saved_data = write_texts(tmp_path, "folder", {"train": ROWS})
+    with pytest.raises(DataError, match="data.unlabeled: data set '.*' has no split 'extra'"):
+        load_splits(section(tmp_path, {**saved_data, "unlabeled": "extra"}))
+    with pytest.raises(ConfigError, match="data.unlabeled: got 3, expected the name of a split"):
+        section(tmp_path, {**data, "unlabeled": 3})
+
+
 def test_data_that_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="data set 'csv' cannot be loaded: .*missing.csv"):
         load_splits(section(tmp_path, {"path": "csv", "data_files": "missing.csv"}))
