@@ -26,9 +26,10 @@ import grasp_hf
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.cli import main
 from grasp_hf.comparison.methods import METHODS
-from grasp_hf.config.arguments import COMMANDS
+from grasp_hf.config.arguments import COMMANDS, EXIT_CODES
 from grasp_hf.config.recipe import Recipe
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, SourceNotFoundError
+from grasp_hf.record.entries import ALONE, BEST_SOURCE, PLACEBO, Reason
 from grasp_hf.record.saving import read_record
 from grasp_hf.record.text import format_size
 from grasp_hf.runs.costs import cost_lines
@@ -97,7 +98,7 @@ def help_of(*command: str) -> str:
 def test_the_help_of_each_command_shows_an_example(command: str) -> None:
     text = help_of(command)
     assert f"example:\n  grasp-hf {command} " in text
-    assert "exit codes: 0 success, 1 problem with models, data or settings, 2 wrong usage, 130 interrupted\n" in text
+    assert " ".join(EXIT_CODES.split()) in " ".join(text.split())
 
 
 def test_the_help_lists_the_commands() -> None:
@@ -627,19 +628,43 @@ def test_a_merge_with_its_control(
     recipe = write_recipe(world, sources=["fine-1"], data={**DATA, "data_dir": "own"}, method="average", **settings)
     assert main(["merge", recipe, "--output", str(world / "merged"), "--control"]) == 0
     printed = capsys.readouterr().out
-    control = json.loads((world / "merged" / "grasp_report.json").read_text())["run"]["control"]
+    controls = json.loads((world / "merged" / "grasp_report.json").read_text())["run"]["controls"]
+    assert [own["name"] for own in controls] == [ALONE, BEST_SOURCE, PLACEBO]
+    assert controls[1]["alone"]["loss"] != controls[0]["alone"]["loss"] != controls[2]["alone"]["loss"]
+    control = controls[0]
     assert control["validated_by"] == judges
     samples = len(LABELS) * (5 if splits else 6)
     assert control["change"]["samples"] == samples and control["change"]["loss"] != 0
     card = (world / "merged" / "README.md").read_text()
     for text in (" ".join(printed.split()), card):  # the terminal wraps long lines
-        assert f"from fine-tuning alone to the merge: loss {control['alone']['loss']:.3f} -> " in text
+        assert f"from fine-tuning alone to the merge, loss {control['alone']['loss']:.3f} -> " in text
         assert f"on {samples} samples of the {judges}" in text
         assert ("these samples also chose what was kept" in text) is (judges == "evaluation data")
 
     merged, data = GraspMerger.from_pretrained(str(world / "merged")), prepare(Recipe.from_yaml(recipe))[2]
     judged = data.test if splits else data.validation
     assert merged.evaluate(judged, data_collator=data.collator) == pytest.approx(control["merged"], rel=1e-4)
+
+
+@pytest.mark.parametrize("final_epochs", [0, 2])
+def test_a_strict_merge_exits_with_3_unless_the_sources_help(
+    final_epochs: int, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        "gate": True,
+        "initial_epochs": 0,
+        "finetune_epochs": 0,
+        "final_epochs": final_epochs,
+        "order": "given",
+    }
+    recipe = write_recipe(world, sources=["fine-1"], method="average", **settings)
+    code = main(["merge", recipe, "--output", str(world / "merged"), "--strict"])
+    if not final_epochs:
+        assert code == 1 and "--strict: nothing would compare the merge" in capsys.readouterr().err
+        return
+    record = read_record(world / "merged")
+    assert record and record.run.verdict in (Reason.HELPS, Reason.HARMS, Reason.NO_EFFECT)
+    assert code == (0 if record.run.verdict == Reason.HELPS else 3)
 
 
 def test_a_control_needs_samples_and_epochs(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -804,7 +829,7 @@ def test_the_score_on_the_test_data_is_recorded(world: Path, capsys: pytest.Capt
     assert line in capsys.readouterr().out and line in (world / "merged" / "README.md").read_text()
     rows = ModelCard.load(world / "merged" / "README.md").data.eval_results
     assert {row.metric_type: row.metric_value for row in rows} == pytest.approx(record.run.test, abs=1e-4)
-    assert {row.dataset_name for row in rows} == {"test data of the target task"}
+    assert {row.dataset_name for row in rows} == {"test data, which chose nothing"}
 
 
 def test_a_broken_picture_in_the_test_split_loses_no_merge(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

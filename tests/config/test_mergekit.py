@@ -16,7 +16,7 @@ from grasp_hf.errors import ConfigError
 from tests.support.models import NO_TUNING, perturbed, saved, saved_adapter, tiny_model
 
 MEAN = GraspConfig(method="average", **NO_TUNING, gate=False)
-BLEND = GraspConfig(method="blend")
+WEIGHTED = GraspConfig(method="weighted")
 DATA = "data: {path: org/labelled}\n"
 
 LINEAR = """
@@ -102,17 +102,23 @@ def recipe_of(text: str, folder: Path, *overrides: str) -> Recipe:
         (LINEAR_OF_BASE.replace("  - model: org/base\n", ""), [], ["org/base", "org/a", "org/b"], None, MEAN),
         (LINEAR_OF_BASE.replace("org/b\n", "org/base\n"), [], ["org/base", "org/base", "org/a"], None, MEAN),
         (LINEAR_OF_ADAPTERS, [], ["org/lora-a", "org/lora-b@v2"], "org/base@v1", MEAN),
-        (TIES + DATA, [], ["org/a", "org/lora@v2"], "org/base", BLEND),
-        (TIES, ["data.path=org/labelled"], ["org/a", "org/lora@v2"], "org/base", BLEND),
+        (TIES + DATA, [], ["org/a", "org/lora@v2"], "org/base", WEIGHTED),
+        (TIES, ["data.path=org/labelled"], ["org/a", "org/lora@v2"], "org/base", WEIGHTED),
         (TIES, ["method=average"], ["org/a", "org/lora@v2"], "org/base", MEAN),
-        (TIES.replace("ties", "dare_ties") + DATA, [], ["org/a", "org/lora@v2"], "org/base", BLEND),
-        (SLERP + DATA, [], ["./local/b"], "org/a", BLEND),
+        (TIES.replace("ties", "dare_ties") + DATA, [], ["org/a", "org/lora@v2"], "org/base", WEIGHTED),
+        (SLERP + DATA, [], ["./local/b"], "org/a", WEIGHTED),
         (SLERP, ["method=average"], ["org/a", "./local/b"], None, MEAN),
         (SLERP.replace("- model: org/a\n  ", ""), ["method=average"], ["org/a", "./local/b"], None, MEAN),
-        (TASK_ARITHMETIC + DATA, [], ["org/lora@v2", "org/a"], "org/base@v1", BLEND),
+        (TASK_ARITHMETIC + DATA, [], ["org/lora@v2", "org/a"], "org/base@v1", WEIGHTED),
         (LINEAR.replace("1.0", "0.7"), ["method=average"], ["org/a", "org/b@v2"], None, MEAN),
-        (LINEAR.replace("1.0", "0.7") + DATA, ["method=blend"], ["org/a", "org/b@v2"], None, BLEND),
-        (LINEAR_OF_BASE + DATA, ["method=blend"], ["org/a", "org/b"], "org/base", BLEND),
+        (
+            LINEAR.replace("1.0", "0.7") + DATA,
+            ["method=blend"],
+            ["org/a", "org/b@v2"],
+            None,
+            GraspConfig(method="blend"),
+        ),
+        (LINEAR_OF_BASE + DATA, ["method=blend"], ["org/a", "org/b"], "org/base", GraspConfig(method="blend")),
         (LINEAR + DATA, ["preset=paper"], ["org/a", "org/b@v2"], None, GraspConfig.paper()),
     ],
 )
@@ -153,7 +159,7 @@ def test_the_keys_of_a_recipe_win(tmp_path: Path) -> None:
             TIES + DATA,
             [],
             [
-                "these keys are not used: merge_method: ties (method blend instead), parameters.normalize, "
+                "these keys are not used: merge_method: ties (method weighted instead), parameters.normalize, "
                 "parameters.int8_mask, models.parameters.density, models.parameters.weight, "
                 "dtype: float16, tokenizer_source: union"
             ],
