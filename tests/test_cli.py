@@ -216,7 +216,7 @@ def test_a_plan_fits_in_a_terminal() -> None:
     assert cells[1][1:] == ["mrm8488/distilroberta…s-sentiment-analysis", "full", "987.7 MB", "987.7 MB", "none"]
     assert max(map(len, lines)) <= 100
     assert [line.partition(":")[0] for line in lines[6:11]] == [
-        *("download", "  of it, to find the order", "disk at most", "memory", ""),
+        *("download", "  of it, to compare the sources", "disk at most", "memory", ""),
     ]
 
 
@@ -391,7 +391,7 @@ def test_the_download_of_a_plan_includes_that_for_the_order() -> None:
     for config in ({"order": "rank"}, {"order": "loss"}, {"order": "rank", "top": 2}):
         assert lines(**config)[:2] == [
             "download: 13.00 GB, 4 min at 50 MB/s",
-            "  of it, to find the order: 6.00 GB; the sources are then downloaded again",
+            "  of it, to compare the sources: 6.00 GB; they are then downloaded again",
         ]
     assert lines(order="loss", top=1)[0].startswith("download: 11.00 GB, ")
 

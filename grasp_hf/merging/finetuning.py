@@ -17,13 +17,13 @@ from ..record.entries import FinetuneReport, Reason, TeacherReport
 from ..teaching.folds import FoldModels, finetune_on_folds_, set_interpolated_
 from ..teaching.pool import FittedPool, fit_scale, probabilities
 from ..teaching.predictions import Member, Predictions, fit_teacher
-from ..teaching.student import TaughtSamples, taught_loss, with_targets
+from ..teaching.student import TaughtSamples, label_column, taught_loss, with_targets
 from ..tensors.placing import overwrite_
 from ..tensors.scratch import Scratch
 from ..tensors.units import movable_tensors
 from ..validation.changes import paired_change
 from ..validation.labels import Labels
-from ..validation.losses import Outputs, losses_of
+from ..validation.losses import LABEL_COLUMNS, Outputs, losses_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +59,8 @@ class Finetuning:
             self._train(samples.train, self.seed)
             self.labels.learned = True
             return FinetuneReport()
-        taught = predictions is not None and predictions.truth is not None and self.labels.unlabeled is not None
+        note = self._reason_not_to_teach(predictions)
+        taught = predictions is not None and len(predictions) > 0 and self.labels.unlabeled is not None and not note
         members = self._members_before(predictions) if taught and predictions is not None else []
         tensors, (start, mean) = movable_tensors(self.model), self.scratch.line
         overwrite_(start, tensors)
@@ -82,12 +83,26 @@ class Finetuning:
             fraction=found.fraction,
             losses={str(at): point.calibrated_loss for at, point in found.points.items()},
             validated_by=found.validated_by,
+            note=note,
             temperature=temperature,
             teacher=teacher,
             alone=None if without is None else without.losses.calibrated_loss,
             gain=None if without is None else paired_change(without.losses, found.losses).report(),
             without_sources=without_sources,
         )
+
+    def _reason_not_to_teach(self, predictions: Predictions | None) -> str:
+        """Return why the unlabelled inputs cannot teach the model; empty if they can, or if there are none."""
+        if self.labels.unlabeled is None or predictions is None or not len(predictions):
+            return ""
+        if predictions.truth is None:
+            kind = type(self.model).__name__
+            return (
+                f"not taught on unlabelled inputs: a {kind} does not predict one class, several labels or one number"
+            )
+        if label_column(self.labels.samples.train[0]) is None:
+            return f"not taught on unlabelled inputs: the labels are in none of the columns {', '.join(LABEL_COLUMNS)}"
+        return ""
 
     def _train(self, part: Any, seed: int) -> None:
         from ..models.finetune import finetune_  # imports datasets, which a merge without data does not need

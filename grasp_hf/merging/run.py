@@ -71,6 +71,7 @@ class Run:
         base_token: str | None,
         placebo: Placebo | None = None,
     ) -> None:
+        self._given = samples
         if model.can_generate() and samples.unlabeled is not None and samples.train is not None:
             samples = replace(samples, train=ConcatDataset([samples.train, samples.unlabeled]), unlabeled=None)
         self.model, self.config, self.samples = model, config, samples
@@ -200,9 +201,9 @@ class Run:
     def describe_data(self) -> dict[str, Any]:
         """Return the number of samples and a digest of each split, for the record; only the first call reads the data."""
         if self._description is None:
-            splits = {"train": self.samples.train, "eval": self.samples.validation}
-            if self.samples.unlabeled is not None:
-                splits["unlabeled"] = self.samples.unlabeled
+            splits = {"train": self._given.train, "eval": self._given.validation}
+            if self._given.unlabeled is not None:
+                splits["unlabeled"] = self._given.unlabeled
             self._description = {name: fingerprint(dataset) for name, dataset in splits.items()}
         return self._description
 

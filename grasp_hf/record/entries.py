@@ -178,6 +178,7 @@ class FinetuneReport:
             validate, each is evaluated in a model that did not train on it.
         validated_by: The samples of these losses; empty if nothing validated, so that all of the fine-tuning was kept.
         after: Loss (and accuracy) on the evaluation data at the end; empty without evaluation data.
+        note: Why unlabelled inputs taught nothing, if there were some; otherwise empty.
         temperature: Divides the logits of the result; it is in the weights of the head. `None` if it was not fitted.
         teacher: The teacher, if there were unlabelled inputs.
         alone: Loss of the same fine-tuning without any source; `None` if that was not tried.
@@ -190,6 +191,7 @@ class FinetuneReport:
     losses: dict[str, float] = field(default_factory=dict)
     validated_by: str = ""
     after: Evaluation = field(default_factory=dict)
+    note: str = ""
     temperature: float | None = None
     teacher: TeacherReport | None = None
     alone: float | None = None
@@ -217,7 +219,7 @@ class FinetuneReport:
             )
         if self.temperature is not None:
             first += f", temperature {self.temperature:.2f}"
-        taught = [self.teacher.sentence()] if self.teacher else []
+        taught = [self.teacher.sentence()] if self.teacher else [self.note] if self.note else []
         return [first, *taught]
 
     def against_alone(self) -> str | None:

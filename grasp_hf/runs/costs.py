@@ -22,7 +22,8 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     base, sources = rows[0], rows[1:]
     weights = 4 * (base.parameters or base.num_bytes // 4)  # bytes, because the target is float32
     largest = sorted((row.bytes_to_download for row in sources), reverse=True)
-    ordering = sum(largest) if config.order != "given" and len(sources) > 1 else 0
+    reads_twice = config.order != "given" or METHODS[config.method].weighs
+    ordering = sum(largest) if reads_twice and len(sources) > 1 else 0
     download = base.bytes_to_download + ordering + sum(largest[: config.top])
     disk = sum(largest[: 2 if config.prefetch else 1]) + base.bytes_to_download
     adapters = any(row.kind == "adapter" for row in sources)
@@ -31,7 +32,7 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     seconds = download / DOWNLOAD_RATE
     lines = [f"download: {format_size(download)}, {_duration(seconds)} at {DOWNLOAD_RATE / 1e6:.0f} MB/s"]
     if ordering:
-        lines.append(f"  of it, to find the order: {format_size(ordering)}; the sources are then downloaded again")
+        lines.append(f"  of it, to compare the sources: {format_size(ordering)}; they are then downloaded again")
     lines.append(f"disk at most: {format_size(disk)} of models, {format_size(temporary)} of temporary files")
     lines.append(f"memory: about {format_size(factor * weights)} and activations ({how})")
     return lines

@@ -72,9 +72,10 @@ class Predictions:
         self._truth = self._truth or outputs
         found = [outputs.logits] if unlabeled is None else [outputs.logits, unlabeled]
         self._directory.mkdir(exist_ok=True)
+        number = list(self._likelihoods).index(name)  # a source that comes twice has the same files
         self._files[name] = []
         for kind, logits in zip(("labelled", "unlabeled"), found, strict=False):
-            path = self._directory / f"{len(self._likelihoods)}-{kind}.npy"
+            path = self._directory / f"{number}-{kind}.npy"
             np.save(path, logits.numpy())
             self._files[name].append(path)
 

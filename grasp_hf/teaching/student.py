@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,11 @@ from ..models.batches import IGNORED, Batch, Collator, Link
 from ..validation.losses import LABEL_COLUMNS
 
 TARGETS = "teacher_targets"
+
+
+def label_column(sample: Mapping[str, Any]) -> str | None:
+    """Return the name of the column that holds the label of a sample; `None` if it has another name."""
+    return next((name for name in LABEL_COLUMNS if name in dict(sample)), None)
 
 
 class TaughtSamples(Dataset):
@@ -44,7 +49,7 @@ class TaughtSamples(Dataset):
             for row in range(size)
         ]
         example = dict(labelled[0])
-        self._column = next(name for name in LABEL_COLUMNS if name in example)
+        self._column = str(label_column(example))
         self._label = example[self._column]
 
     def __len__(self) -> int:

@@ -127,6 +127,7 @@ def test_where_a_teacher_makes_no_sense_the_plain_path_is_taken(tmp_path: Path) 
     merger = GraspMerger(model, GraspConfig(**CONFIG))
     report = merger.merge([source], train_dataset=train, unlabeled_dataset=rows, data_collator=padded)
     assert report.run.final is not None and report.run.final.teacher is None
+    assert "not taught on unlabelled inputs: a BertForQuestionAnswering does not" in str(report)
 
 
 def test_the_loss_of_a_target_is_the_mean_of_label_and_teacher() -> None:
