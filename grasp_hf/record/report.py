@@ -186,6 +186,11 @@ class MergeReport:
         """Return the decisions of the merge, a sentence each."""
         merged = sum(step.moved > 0 for step in self.steps)
         found = [f"{merged} of {len(self.steps)} sources merged"]
+        if self.continued_steps and self.run.config.get("method") == "weighted":
+            found.append(
+                f"the first {self.continued_steps} sources keep the weights that they had; their predictions were not kept, so "
+                "the later ones were weighed among themselves"
+            )
         averaged = [step.name for step in self.steps if step.was_averaged]
         if averaged:
             found.append(f"averaged, because learned coefficients were not clearly better: {', '.join(averaged)}")

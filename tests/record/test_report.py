@@ -96,6 +96,13 @@ def test_checkpoints_of_two_trainings_have_two_names() -> None:
     assert StepReport("checkpoint-5", None, "full").name == "checkpoint-5"
 
 
+@pytest.mark.parametrize(("method", "says"), [("weighted", True), ("average", False)])
+def test_a_merge_that_continues_another_says_that_earlier_predictions_are_gone(method: str, says: bool) -> None:
+    run = RunReport(config={"method": method})
+    report = MergeReport("org/base", steps=[step_of("org/a"), step_of("org/b")], run=run, continued_steps=1)
+    assert any("the first 1 sources keep the weights" in text for text in report.conclusions()) is says
+
+
 def test_a_table_has_no_columns_without_a_value() -> None:
     measured, unmeasured = step_of("org/a"), StepReport("org/b", "sha", "full")
     assert {"loss before", "change"} <= {*measured.row()}
