@@ -5,9 +5,11 @@ import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pytest
+
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.record.entries import ChangeReport, FinetuneReport, Reason, UnitReport, unit_reports
-from grasp_hf.record.report import MergeReport, StepReport
+from grasp_hf.record.report import MergeReport, RunReport, StepReport
 from grasp_hf.tensors.mixing import Mix
 from grasp_hf.validation.changes import Change
 from tests.support.models import perturbed, saved, tiny_data, tiny_model
