@@ -22,8 +22,13 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     base, sources = rows[0], rows[1:]
     weights = 4 * (base.parameters or base.num_bytes // 4)  # bytes, because the target is float32
     largest = sorted((row.bytes_to_download for row in sources), reverse=True)
-    reads_twice = config.order != "given" or METHODS[config.method].weighs
-    ordering = sum(largest) if reads_twice and len(sources) > 1 else 0
+    weighs = METHODS[config.method].weighs
+    ordering = sum(largest) if config.order != "given" or weighs else 0
+    if (
+        config.order == "rank" and weighs
+    ):  # first the estimated gains of all, then the predictions of those that are merged
+        ordering += sum(largest[: config.top])
+    ordering = ordering if len(sources) > 1 else 0
     download = base.bytes_to_download + ordering + sum(largest[: config.top])
     disk = sum(largest[: 2 if config.prefetch else 1]) + base.bytes_to_download
     adapters = any(row.kind == "adapter" for row in sources)
