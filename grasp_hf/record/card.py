@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -17,7 +17,7 @@ from ..config.methods import METHODS
 from ..hub.licenses import license_of, strictest
 from ..hub.reference import SourceRef
 from ..models.classes import task_of
-from .entries import EVALUATION_DATA, Evaluation
+from .entries import EVALUATION_DATA
 from .report import MergeReport
 from .text import markdown_table
 
@@ -44,13 +44,13 @@ TEXT = """---
 
 {{ count }} merged into one `{{ model_class }}`, one at a time, with grasp_hf.{{ guided }}
 
-## Usage
-
-{{ usage }}
-
 ## Result
 
 {{ outcome }}
+
+## Usage
+
+{{ usage }}
 
 ## Merge details
 
@@ -197,32 +197,21 @@ def licence_section(report: MergeReport, gated: Collection[str] = ()) -> str:
 
 def _evaluation_rows(report: MergeReport, task: str | None) -> list[EvalResult]:
     """Return loss and accuracy as rows of the metadata: those on the test data or, without any, on the evaluation data."""
-    run = report.run
-    last_step = report.steps[-1] if report.steps else None
-    scores: Evaluation = {}
-    kind, name_of_data = "held-out", f"evaluation data, which also chose what was kept{_count(run.data.get('eval'))}"
-    if run.test:
-        scores, kind, name_of_data = run.test, "test", "test data, which chose nothing"
-    elif run.final:
-        scores = run.final.after
-    elif last_step and last_step.validated_by == EVALUATION_DATA:
-        scores = last_step.after
+    scores, on_test, count = report.scores()
+    name_of_data = (
+        "test data, which chose nothing" if on_test else f"{EVALUATION_DATA}, which also chose what was kept"
+    )
+    number = f" ({count} samples)" if count else ""
     return [
         EvalResult(
             task_type=task or "other",
-            dataset_type=kind,
-            dataset_name=name_of_data,
+            dataset_type="test" if on_test else "validation",
+            dataset_name=f"{name_of_data}{number}",
             metric_type=name,
             metric_value=round(value, 4),
         )
         for name, value in scores.items()
     ]
-
-
-def _count(description: Any) -> str:
-    """Return the number of samples of a data set in brackets, from its description in the record; empty if unknown."""
-    samples = description.get("samples") if isinstance(description, dict) else None
-    return f" ({samples} samples)" if samples else ""
 
 
 def _link(name: str, sha: str | None) -> str:

@@ -30,6 +30,7 @@ class Reason(StrEnum):
     NONE = ""  # the gate decided nothing: it is off, nothing validates, or nothing moved
     NOT_FINITE = "loss NaN or infinite"
     BETTER_ALONE = "better without any source"
+    EARLIER_RULE = "by the rule of an earlier version"  # only in earlier records: undone, but the interval holds 0
 
 
 @dataclass
@@ -90,7 +91,11 @@ def unit_reports(
     ]
 
 
-@dataclass
+# The shortest of these that shows the verdict is printed; the last one shows every digit of a float.
+CHANGE_FORMATS = (".3f", ".4f", ".5f", ".6f", ".3e", ".17g")
+
+
+@dataclass(frozen=True)
 class ChangeReport:
     """How the mean loss changed on the validation samples: by a source, or from fine-tuning alone to the merge.
 
@@ -100,26 +105,25 @@ class ChangeReport:
         samples: Number of samples.
         samples_to_see: Number of samples that would tell a change of this size from none.
         calibrated: Whether the logits of both models were scaled to fit the samples best before their losses were compared.
+        verdict: The verdict that follows from the interval.
     """
 
     loss: float
     half_interval: float | None
     samples: int
     samples_to_see: int | None
-    calibrated: bool = True
+    calibrated: bool = False
+    verdict: Reason = field(init=False)
 
-    @property
-    def verdict(self) -> Reason:
-        """The verdict that follows from the interval."""
-        if self.half_interval is None or abs(self.loss) <= self.half_interval:
-            return Reason.NO_EFFECT
-        return Reason.HELPS if self.loss < 0 else Reason.HARMS
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "verdict", verdict_on(self.loss, self.half_interval))
 
     @property
     def doubt(self) -> str:
         """The number of samples that would tell this change from none; empty if the samples are enough."""
-        more = self.samples_to_see
-        return f"{more} samples would tell this change from none" if more and more > self.samples else ""
+        if self.verdict != Reason.NO_EFFECT or self.samples_to_see is None:
+            return ""
+        return f"{self.samples_to_see} samples would tell this change from none"
 
     def append_doubt(self, sentence: str) -> str:
         """Return `sentence` with the doubt after it, if there is one."""
@@ -131,7 +135,22 @@ class ChangeReport:
         return f"the sources {verb}"
 
     def __str__(self) -> str:
-        return f"{self.loss:+.3f} ± {'?' if self.half_interval is None else f'{self.half_interval:.3f}'}"
+        """Return the change and half of its interval, in as many digits as it takes to show the verdict."""
+        if self.half_interval is None:
+            return f"{self.loss:+.3f} ± ?"
+        loss = half = ""
+        for form in CHANGE_FORMATS:
+            loss, half = format(self.loss, f"+{form}"), format(self.half_interval, form)
+            if verdict_on(float(loss), float(half)) == self.verdict:
+                break
+        return f"{loss} ± {half}"
+
+
+def verdict_on(loss: float, half_interval: float | None) -> Reason:
+    """Return the verdict on a change of the loss; without an interval, as for a single sample, there is no effect."""
+    if half_interval is None or abs(loss) <= half_interval:
+        return Reason.NO_EFFECT
+    return Reason.HELPS if loss < 0 else Reason.HARMS
 
 
 @dataclass
@@ -182,7 +201,7 @@ class FinetuneReport:
         temperature: Divides the logits of the result; it is in the weights of the head. `None` if it was not fitted.
         teacher: The teacher, if there were unlabelled inputs.
         alone: Loss of the same fine-tuning without any source; `None` if that was not tried.
-        gain: Change from that loss to the loss of the merge, not calibrated. Below 0 the sources helped.
+        gain: Change from that loss to the loss of the merge. Below 0 the sources helped.
         without_sources: Whether the sources did not help, so that the model is the one without them. `fraction` and
             `losses` are those of the merge then.
     """
@@ -227,11 +246,12 @@ class FinetuneReport:
         if self.gain is None:
             return None
         there = format_number(self.losses[str(self.fraction)])
-        sentence = (
-            f"{self.gain.of_sources()}: from fine-tuning alone to the merge, loss {format_number(self.alone)} -> {there} ({self.gain}), on "
-            f"{self.gain.samples} samples of {self.validated_by}"
+        sentence = self.gain.append_doubt(
+            f"{self.gain.of_sources()}: from {ALONE} to the merge, loss {format_number(self.alone)} -> {there} "
+            f"({self.gain}), on {self.gain.samples} samples of {self.validated_by}"
         )
-        return self.gain.append_doubt(sentence)
+        undone = "; the sources were undone" if self.without_sources else ""
+        return f"{sentence}; these samples also chose what was kept{undone}"
 
 
 @dataclass
@@ -263,10 +283,10 @@ class ControlReport:
             verdict = {Reason.HELPS: "the merge is better", Reason.HARMS: "the merge is worse"}.get(
                 self.change.verdict, "no measurable difference"
             )
-        what = "calibrated loss" if self.change.calibrated else "loss"
+        what = "calibrated loss" if self.change.calibrated else "change of the loss"
         text = self.change.append_doubt(
-            f"{verdict}: from {self.name} to the merge, {values}, {what} {self.change}, on {self.change.samples} "
-            f"samples of the {self.validated_by}"
+            f"{verdict}: from {self.name} to the merge, {values}, {what} {self.change}, evaluated on "
+            f"{self.change.samples} samples of the {self.validated_by}"
         )
         if self.validated_by == EVALUATION_DATA:
             text += "; these samples also chose what was kept, so both losses are too low: add a split 'test'"

@@ -12,11 +12,11 @@ import yaml
 
 from ..errors import ConfigError
 from ..files import write_whole
-from .entries import ALONE, ChangeReport, ControlReport, Evaluation, FinetuneReport, Reason
-from .reading import read_finetuned, read_step, with_present_names
+from .entries import ALONE, BEST_SOURCE, EVALUATION_DATA, ControlReport, Evaluation, FinetuneReport, Reason
+from .reading import read_change, read_finetuned, read_step, with_present_names
 from .redaction import names_of_paths
 from .step import Row, StepReport
-from .text import format_number, markdown_table, shorten, wrap
+from .text import WIDTH, format_number, markdown_table, shorten, wrap
 
 
 @dataclass
@@ -57,7 +57,12 @@ class RunReport:
         values = dict(values)
         earlier = values.pop("control", None)  # records of version 0.1 have at most one
         controls = [
-            ControlReport(**{**with_present_names(control), "change": ChangeReport(**control["change"])})
+            ControlReport(
+                **{
+                    **with_present_names(control),
+                    "change": read_change(control["change"], calibrated="accuracy" in control["alone"]),
+                }
+            )
             for control in values.get("controls", [earlier] if earlier else [])
         ]
         return cls(**{**values, "final": read_finetuned(values.get("final")), "controls": controls})
@@ -169,18 +174,39 @@ class MergeReport:
         return _table_of([step.row() for step in self.steps])
 
     def outcome(self) -> list[str]:
-        """Return what all sources together are worth, and the scores on the test data, a sentence each."""
+        """Return what all sources together are worth, and the scores of the merge, a sentence each."""
         gain = self.run.final.against_alone() if self.run.final else None
         found = [control.sentence() for control in self.run.controls] + ([gain] if gain else [])
-        if not found and any(step.changed for step in self.steps):
+        compared = {control.name for control in self.run.controls} | ({ALONE} if gain else set())
+        missing = [name.rstrip(",") for name in (ALONE, BEST_SOURCE) if name not in compared]
+        if self.steps and not any(step.changed for step in self.steps):
+            found.append("no source is in the model")
+        elif self.steps and missing:
+            found.append(f"not compared with {' and '.join(missing)}: `grasp-hf merge --control` does that")
+        scores, on_test, count = self.scores()
+        if scores:
+            values = ", ".join(f"{name} {format_number(value)}" for name, value in scores.items())
+            number = f", {count} samples" if count else ""
             found.append(
-                "whether the sources are worth more than fine-tuning alone was not measured; `grasp-hf merge --control` "
-                "measures it"
+                f"test: {values}{number}, which chose nothing"
+                if on_test
+                else f"{EVALUATION_DATA}: {values}{number}, which also chose what was kept; test data would choose nothing"
             )
-        if self.run.test:
-            scores = ", ".join(f"{name} {format_number(value)}" for name, value in self.run.test.items())
-            found.append(f"test: {scores}")
         return found
+
+    def scores(self) -> tuple[Evaluation, bool, int | None]:
+        """Return the scores of the finished merge, whether they are on test data, and the number of samples.
+
+        Without test data they are on the evaluation data, which also chose what was kept; without those they are empty.
+        """
+        run, last = self.run, self.steps[-1] if self.steps else None
+        if run.test:
+            return run.test, True, _count(run.data.get("test"))
+        if run.final:
+            return run.final.after, False, _count(run.data.get("eval"))
+        if last and last.validated_by == EVALUATION_DATA:
+            return last.after, False, _count(run.data.get("eval"))
+        return {}, False, None
 
     def conclusions(self) -> list[str]:
         """Return the decisions of the merge, a sentence each."""
@@ -210,18 +236,24 @@ class MergeReport:
             found += [f"at the end: {first}", *rest]
         return found
 
+    def short_table(self) -> str:
+        """Return one line per source as a table that fits in a terminal; the names are shortened to the space left."""
+        rows = [step.short_row() for step in self.steps]
+        narrow = _table_of([{**row, "source": ""} for row in rows]).partition("\n")[0]
+        left = max(WIDTH - len(narrow) + len("source"), len("source"))
+        return _table_of([{**row, "source": shorten(str(row["source"]), left)} for row in rows])
+
     def __str__(self) -> str:
         loss = f", loss {format_number(self.start['loss'])}" if self.start else ""
         start = f"start: {shorten(self.base_name, 70)}{loss}"
-        table = _table_of([step.short_row() for step in self.steps])
         outcome, conclusions = (
             [wrap(text, "- ", "  ") for text in texts] for texts in (self.outcome(), self.conclusions())
         )
-        return "\n".join([start, *outcome, "", table, "", *conclusions])
+        return "\n".join([*outcome, *([""] if outcome else []), start, "", self.short_table(), "", *conclusions])
 
     def to_json(self, path: Path) -> None:
-        """Write everything to `path`."""
-        write_whole(path, json.dumps(asdict(self), indent=2) + "\n")
+        """Write everything to `path`; the first entry is the outcome in words."""
+        write_whole(path, json.dumps({"outcome": self.outcome(), **asdict(self)}, indent=2) + "\n")
 
     @classmethod
     def from_json(cls, path: Path) -> "MergeReport":
@@ -232,6 +264,7 @@ class MergeReport:
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+            values.pop("outcome", None)  # it follows from the rest
             steps = [read_step(step) for step in values.pop("steps")]
             # In a record of version 0.1, the fields of the run are fields of the whole record.
             run = values.pop("run", None) or {name: values.pop(name) for name in RUN_FIELDS if name in values}
@@ -246,6 +279,11 @@ def _table_of(rows: Sequence[Row]) -> str:
         return "no source merged"
     columns = [column for column in rows[0] if any(row[column] is not None for row in rows)]
     return markdown_table([{column: row[column] for column in columns} for row in rows])
+
+
+def _count(description: dict[str, Any] | None) -> int | None:
+    """Return the number of samples of a data set from its description in the record."""
+    return (description or {}).get("samples")
 
 
 def _pinned(name: str, sha: str | None) -> str:

@@ -22,7 +22,7 @@ class StepReport:
         license: The licence that its card declares.
         gated: Whether its files on the Hub are gated.
         accepted: `False` if the gate undid the source.
-        reason: Why the gate undid it, or did not.
+        reason: The verdict of the gate, or another reason why the source was undone.
         notes: How its head and its vocabulary were matched with the target's, if they differ.
         units: One entry per unit that could have moved.
         weight: Weight of the source in the mean of all sources; 1 unless sources were weighed.
@@ -124,8 +124,9 @@ class StepReport:
 
     @property
     def verdict(self) -> str:
-        """The decision and its reason, for a reader."""
-        return f"{self.decision} ({self.reason})" if self.reason else self.decision
+        """The decision, and its reason or the verdict on the source, for a reader."""
+        reason = self.reason or (self.change.verdict if self.change else "")
+        return f"{self.decision} ({reason})" if reason else self.decision
 
     def row(self) -> Row:
         """Return the line of the source in the table of the card."""
@@ -140,6 +141,7 @@ class StepReport:
             "coefficient": format_number(self.mean_coefficient),
             "target kept": format_number(self.mean_kept),
             "decision": self.decision,
+            "verdict": str(self.change.verdict) if self.change else None,
             "loss before": _format_known(self.before.get("loss")),
             "loss after": _format_known(self.after_transfer.get("loss")),
             "change": str(self.change) if self.change else None,
@@ -149,14 +151,13 @@ class StepReport:
         }
 
     def short_row(self) -> Row:
-        """Return the line of the source in the table for a terminal."""
-        losses = [format_number(evaluation.get("loss")) for evaluation in (self.before, self.after_transfer)]
+        """Return the line of the source in the table for a terminal; the table shortens its name."""
         return {
-            "source": shorten(self.name, 28),
+            "source": self.name,
             "decision": self.decision,
-            "coefficient": format_number(self.mean_coefficient),
-            "loss": " → ".join(losses) if self.before else None,
+            "verdict": str(self.change.verdict) if self.change else None,
             "change": str(self.change) if self.change else None,
+            "coefficient": format_number(self.mean_coefficient),
         }
 
     def summary_line(self, width: int = WIDTH) -> str:
@@ -181,7 +182,8 @@ class StepReport:
             found.append(self.change.append_doubt(f"validated on {self.change.samples} samples: {self.validated_by}"))
         if len(self.candidates) > 1:
             losses = ", ".join(f"{name} {format_number(loss)}" for name, loss in self.candidates.items())
-            text = f"calibrated losses of the candidates: {losses}"
+            calibrated = self.change.calibrated if self.change else "accuracy" in self.before
+            text = f"{'calibrated losses' if calibrated else 'losses'} of the candidates: {losses}"
             if self.chosen and self.candidates[self.chosen] > min(self.candidates.values()):
                 text += f"; {self.chosen} was chosen because the difference is within the noise"
             found.append(text)

@@ -17,6 +17,7 @@ from grasp_hf.record.card import (
     trained_on_test,
     usage,
 )
+from grasp_hf.record.entries import ChangeReport, ControlReport
 from grasp_hf.record.report import StepReport
 from tests.support.models import LABELS, saved, tiny_model
 from tests.support.reports import report_of, step
@@ -260,6 +261,30 @@ def test_a_card_mentions_no_losses_that_were_not_measured() -> None:
     losses = "`loss before` and `loss after`\nare mean losses on evaluation data of the target task"
     assert losses in measured and "mean losses" not in unmeasured and "`grasp_report.json`" in unmeasured
     assert "This merge declares no licence, because no card of its parents declares one." in unmeasured
+
+
+def test_a_comparison_on_test_data_is_no_training_on_them(tmp_path: Path) -> None:
+    change = ChangeReport(-0.3, 0.1, 90, 12)
+    controls = [ControlReport("test data", {"loss": 0.7}, {"loss": 0.4}, change)]
+    report = report_of(step(), controls=controls, test={"loss": 0.4}, recipe={"data": {"path": "org/animals"}})
+    text = model_card(tiny_model("vit"), report, "x").text
+    (tmp_path / "README.md").write_text(f"{text}\norg/animals")
+    assert "from fine-tuning alone to the merge" in text and trained_on_test(tmp_path, "org/animals") is None
+
+
+def test_the_scores_on_the_card_say_whether_their_samples_chose_something() -> None:
+    data = {"eval": {"samples": 24}, "test": {"samples": 90}}
+    chose = model_card(tiny_model("vit"), report_of(step(), data=data), "x")
+    (row,) = chose.data.to_dict()["model-index"][0]["results"]
+    name = "evaluation data, which also chose what was kept (24 samples)"
+    assert (row["dataset"], row["metrics"]) == ({"type": "validation", "name": name}, [{"type": "loss", "value": 0.6}])
+    assert "evaluation data: loss 0.600, 24 samples, which also chose what was kept" in chose.text
+    tested = model_card(tiny_model("vit"), report_of(step(), data=data, test={"loss": 0.7}), "x")
+    (row,) = tested.data.to_dict()["model-index"][0]["results"]
+    name = "test data, which chose nothing (90 samples)"
+    assert (row["dataset"], row["metrics"]) == ({"type": "test", "name": name}, [{"type": "loss", "value": 0.7}])
+    assert "- test: loss 0.700, 90 samples, which chose nothing" in tested.text
+    assert tested.text.index("- test: loss") < tested.text.index("## Usage")
 
 
 def test_a_class_that_transformers_does_not_have_must_be_imported() -> None:

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from grasp_hf import GraspConfig, GraspMerger
-from grasp_hf.record.entries import ChangeReport, FinetuneReport, Reason, UnitReport, unit_reports
+from grasp_hf.record.entries import (
+    ALONE,
+    BEST_SOURCE,
+    ChangeReport,
+    ControlReport,
+    FinetuneReport,
+    Reason,
+    UnitReport,
+    unit_reports,
+)
 from grasp_hf.record.report import MergeReport, RunReport, StepReport
 from grasp_hf.tensors.mixing import Mix
 from grasp_hf.validation.changes import Change
@@ -59,7 +68,9 @@ def test_a_report_names_the_sources_that_were_kept_in_doubt() -> None:
 def test_the_details_say_why_the_lowest_loss_is_not_chosen() -> None:
     losses = {"blend": 0.5, "average": 0.51}
     clear, noisy = (step_of(candidates=losses, chosen=chosen).details() for chosen in losses)
-    text = "calibrated losses of the candidates: blend 0.500, average 0.510"
+    text = "losses of the candidates: blend 0.500, average 0.510"
+    calibrated = ChangeReport(-0.1, 0.05, 64, 16, calibrated=True)
+    assert f"calibrated {text}" in step_of(candidates=losses, chosen="blend", change=calibrated).details()
     assert text in clear and f"{text}; average was chosen because the difference is within the noise" in noisy
 
 
@@ -133,10 +144,111 @@ def test_no_printed_line_is_wider_than_a_terminal() -> None:
     report.base, report.base_sha = f"/home/me/models/{name}", None
     units = [UnitReport(name, 10**9, -0.123, 0.123, "undefined"), UnitReport("head", 10, None, 0.0, "undone")]
     tables = [str(report), StepReport("org/a", "sha", "full", units=units).unit_table()]
+    doubtful = step_of(name, reason=Reason.NO_EFFECT, change=ChangeReport(-10.0449, 10.0451, 64, 1600))
+    doubtful.candidates, doubtful.chosen = {"blend": 0.5, "fisher": 0.52}, "fisher"
+    tables.append(str(report_of(long, doubtful)))
     printed = [*"\n".join(tables).splitlines(), long.summary_line(), long.summary_line(94)]
     assert max(map(len, printed)) <= 100 and len(long.summary_line(94)) <= 94
     assert long.summary_line().startswith("an-") and "…" in long.summary_line()
     assert name in report.table() and "label-29" in str(report), "the card and the sentences hold the full names"
+
+
+def test_the_outcome_leads_the_report_and_its_json(tmp_path: Path) -> None:
+    helps, unclear = ChangeReport(-0.3, 0.1, 90, 12), ChangeReport(-0.01, 0.05, 90, 2305)
+    scores = {"loss": 0.7, "accuracy": 0.8}, {"loss": 0.4, "accuracy": 0.9}
+    controls = [
+        ControlReport("test data", *scores, helps),
+        ControlReport("test data", *scores, unclear, BEST_SOURCE),
+    ]
+    data = {"test": {"samples": 90}}
+    source = step_of("org/a", reason=Reason.HELPS, change=helps)
+    report = report_of(source, controls=controls, test=scores[1], data=data)
+    assert report.outcome() == [
+        "the sources help: from fine-tuning alone to the merge, loss 0.700 -> 0.400, accuracy 0.800 -> 0.900, change of "
+        "the loss -0.300 ± 0.100, evaluated on 90 samples of the test data",
+        "no measurable difference: from the best source, fine-tuned, to the merge, loss 0.700 -> 0.400, accuracy 0.800 "
+        "-> 0.900, change of the loss -0.010 ± 0.050, evaluated on 90 samples of the test data; 2305 samples would "
+        "tell this change from none",
+        "test: loss 0.400, accuracy 0.900, 90 samples, which chose nothing",
+    ]
+    text = str(report)
+    places = [text.index(part) for part in ("the sources help", "- test: ", "start: ", "| source", "- 1 of 1 sources")]
+    assert places == sorted(places) and places[0] == len("- ")
+    assert [cell.strip() for cell in text.splitlines()[-3].strip("|").split("|")][1:4] == [
+        "merged",
+        "helps",
+        "-0.300 ± 0.100",
+    ]
+    report.to_json(tmp_path / "report.json")
+    values = json.loads((tmp_path / "report.json").read_text())
+    assert next(iter(values)) == "outcome" and values["outcome"] == report.outcome()
+    assert [own["change"]["verdict"] for own in values["run"]["controls"]] == ["helps", "no measurable effect"]
+    assert values["steps"][0]["change"]["verdict"] == "helps"
+    assert MergeReport.from_json(tmp_path / "report.json") == report
+
+
+def test_the_outcome_says_what_was_not_compared() -> None:
+    change = ChangeReport(-0.3, 0.1, 24, 12)
+    losses = {"0.0": 1.0, "1.0": 0.5}
+    final = FinetuneReport(1.0, losses, "labels", alone=0.8, gain=change)
+    with_gain, nothing, undone = report_of(step_of(), final=final), report_of(step_of()), report_of()
+    undone.steps = [step_of(accepted=False)]
+    how = "`grasp-hf merge --control` does that"
+    assert with_gain.outcome() == [
+        "the sources help: from fine-tuning alone to the merge, loss 0.800 -> 0.500 (-0.300 ± 0.100), on 24 samples of "
+        "labels; these samples also chose what was kept",
+        f"not compared with the best source, fine-tuned: {how}",
+    ]
+    assert nothing.outcome()[0] == f"not compared with fine-tuning alone and the best source, fine-tuned: {how}"
+    assert undone.outcome()[0] == "no source is in the model"
+    assert report_of().outcome() == []
+
+
+def test_without_test_data_the_scores_say_that_their_samples_chose() -> None:
+    report = report_of(step_of("org/a", losses=(1.0, 0.8, 0.6)), data={"eval": {"samples": 24}})
+    assert report.scores() == ({"loss": 0.6}, False, 24)
+    assert report.outcome()[-1] == (
+        "evaluation data: loss 0.600, 24 samples, which also chose what was kept; test data would choose nothing"
+    )
+    report.run.test, report.run.data["test"] = {"loss": 0.7}, {"samples": 90}
+    assert report.scores() == ({"loss": 0.7}, True, 90)
+    only_labels = report_of(step_of("org/a"))
+    only_labels.steps[0].validated_by = "labels"
+    assert only_labels.scores() == ({}, False, None)
+
+
+@pytest.mark.parametrize(
+    ("reason", "loss", "expected"),
+    [
+        ("raises the loss", 0.05, Reason.EARLIER_RULE),  # more than a standard error, but the interval holds 0
+        ("raises the loss", 0.2, Reason.HARMS),
+        ("worse than the start", 0.05, Reason.EARLIER_RULE),
+        ("within the noise", 0.01, Reason.NO_EFFECT),
+        ("lowers the loss", -0.2, Reason.HELPS),
+        ("better without any source", -0.2, Reason.BETTER_ALONE),
+    ],
+)
+@pytest.mark.parametrize("classes", [False, True])
+def test_reasons_of_earlier_versions_do_not_contradict_the_interval(
+    reason: str, loss: float, expected: Reason, classes: bool, tmp_path: Path
+) -> None:
+    source = step_of("org/a", accepted=loss < 0.02, change=ChangeReport(loss, 0.1, 64, 200))
+    source.before = {"loss": 1.0, **({"accuracy": 0.5} if classes else {})}
+    gain = ChangeReport(-0.1, 0.05, 9, 3)
+    values = asdict(report_of(source, final=FinetuneReport(1.0, {"0.0": 1.0, "1.0": 0.5}, alone=0.6, gain=gain)))
+    values["steps"][0]["reason"] = reason
+    old_change = asdict(gain)
+    control = {"validated_by": "test data", "alone": {"loss": 1.0}, "merged": {"loss": 0.9}, "change": old_change}
+    del values["run"]["controls"]
+    values["run"]["control"] = control
+    for change in (values["steps"][0]["change"], values["run"]["final"]["gain"], old_change):
+        del change["verdict"], change["calibrated"]  # earlier versions wrote neither
+    (tmp_path / "report.json").write_text(json.dumps(values))
+    report = MergeReport.from_json(tmp_path / "report.json")
+    (step,) = report.steps
+    assert step.reason is expected and step.change and step.change.calibrated is classes
+    assert report.run.final and report.run.final.gain == gain
+    assert [(own.name, own.change) for own in report.run.controls] == [(ALONE, gain)]
 
 
 def test_a_record_of_version_0_1_is_read(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The gate: how much of a source and of a fine-tuning is kept."""
 
 import math
+import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -61,6 +63,52 @@ def test_the_printed_interval_and_the_verdict_never_contradict_each_other(seed: 
     expected = 2.201 * torch.tensor(differences).double().std() / 12**0.5  # Student's t with 11 degrees of freedom
     assert printed.half_interval == pytest.approx(float(expected), rel=1e-3)
     assert printed.verdict == change.verdict == (HELPS if high < 0 else HARMS if low > 0 else NO_EFFECT)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-5, 1e-3, 1.0, 50.0])
+def test_the_interval_as_printed_shows_the_verdict(scale: float) -> None:
+    """A reader who knows only the printed text comes to the same verdict, also close to the border."""
+    draw = random.Random(0)
+    seen = set()
+    for _ in range(3000):
+        half = scale * draw.random()
+        loss = draw.choice((-1, 1)) * draw.choice((half, half * (1 + draw.gauss(0, 1e-4)), scale * draw.random()))
+        change = ChangeReport(loss, half, 10, None)
+        found = re.fullmatch(r"([-+]\S+) ± (\S+)", str(change))
+        assert found
+        shown, spread = float(found[1]), float(found[2])
+        verdict = HELPS if shown + spread < 0 else HARMS if shown - spread > 0 else NO_EFFECT
+        assert change.verdict == verdict, str(change)
+        seen.add(verdict)
+    assert seen == {HELPS, HARMS, NO_EFFECT}
+    assert str(ChangeReport(-0.0451, 0.0449, 10, None)) == "-0.0451 ± 0.0449"
+    assert str(ChangeReport(-0.0449, 0.0451, 10, None)) == "-0.045 ± 0.045"
+
+
+@pytest.mark.parametrize(
+    ("differences", "half", "verdict", "more"),
+    [
+        # Mean -2, standard deviation 1, so a standard error of 0.577; Student's t with 2 degrees of freedom is 4.303.
+        ([-1.0, -2.0, -3.0], 2.484, NO_EFFECT, 4),
+        # One sample more: a standard deviation of 0.816, a standard error of 0.408, and a t of 3.182.
+        ([-1.0, -2.0, -3.0, -2.0], 1.299, HELPS, None),
+        ([1.0, 2.0, 3.0, 2.0], 1.299, HARMS, None),
+        # Mean 0.25, standard deviation 1.5, standard error 0.75: 4 (1.96 * 0.75 / 0.25)^2 = 138.3 samples.
+        ([1.0, -2.0, 1.0, 1.0], 2.387, NO_EFFECT, 139),
+    ],
+)
+def test_a_verdict_by_hand(differences: list[float], half: float, verdict: Reason, more: int | None) -> None:
+    change = paired_change(losses_of([5.0] * len(differences)), losses_of([5.0 + d for d in differences])).report()
+    mean = sum(differences) / len(differences)
+    assert (change.verdict, str(change)) == (verdict, f"{mean:+.3f} ± {half:.3f}")
+    assert change.doubt == (f"{more} samples would tell this change from none" if more else "")
+
+
+def test_a_change_that_is_seen_leaves_no_doubt() -> None:
+    """With very many samples, the t of the interval is a little below the rounded 1.96 of the number of samples."""
+    change = Change(-1.95998e-3, 1e-3, 2_000_000).report()
+    assert change.samples_to_see and change.samples_to_see > change.samples
+    assert (change.verdict, change.doubt) == (HELPS, "")
 
 
 @pytest.mark.parametrize(
