@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from .merger import GraspMerger
     from .runs.deliver import Delivery
 
+NOT_COMPARED = (
+    "--strict: nothing would compare the merge with fine-tuning alone; add --control, which needs a split 'test' or "
+    "'validation'"
+)
+
 
 def run() -> None:
     """Run the command line and leave: the entry point of `grasp-hf`.
@@ -131,16 +136,19 @@ def _merge(options: argparse.Namespace) -> int:
     from .runs.deliver import merge_sources
 
     to = _delivery(options)
-    config = options.recipe.config
-    if options.strict and not (options.control or config.compares_alone):
-        raise ConfigError(
-            "--strict: nothing would compare the merge with fine-tuning alone; add --control, or set final_epochs and gate"
-        )
+    measures_itself = options.control or not options.strict  # --control checks what it needs
+    if not measures_itself and not options.recipe.config.compares_alone:
+        raise ConfigError(f"{NOT_COMPARED}; or set gate and final_epochs, and no other epochs")
     with to.checked():
         merger, sources, data = _prepare_merge(options.recipe, options)
+        if not measures_itself and merger.report.finetuned and data.validation is None:
+            raise ConfigError(f"{NOT_COMPARED}; or a split 'validation', because the model has learned the labels")
         merge_sources(merger, sources, data, to, control=options.control)
     verdict = merger.report.run.verdict
-    return NOT_HELPED if options.strict and verdict != Reason.HELPS else 0
+    if not options.strict or verdict == Reason.HELPS:
+        return 0
+    print(f"--strict: against fine-tuning alone: {verdict or 'no source is in the model'}", file=sys.stderr)
+    return NOT_HELPED
 
 
 def _append(options: argparse.Namespace) -> int:

@@ -30,6 +30,7 @@ from grasp_hf.config.arguments import COMMANDS, EXIT_CODES
 from grasp_hf.config.recipe import Recipe
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, SourceNotFoundError
 from grasp_hf.record.entries import ALONE, BEST_SOURCE, PLACEBO, Reason
+from grasp_hf.record.report import RunReport
 from grasp_hf.record.saving import read_record
 from grasp_hf.record.text import format_size
 from grasp_hf.runs.costs import cost_lines
@@ -477,7 +478,7 @@ def test_a_merge_in_a_new_process(world: Path) -> None:
     units = [[unit["decision"] for unit in step["units"]] for step in report["steps"][:2]]
     assert units == [["moved"] * 20, ["moved"] * 2]
     samples = {split: data["samples"] for split, data in report["run"]["data"].items()}
-    assert samples == {"train": 12, "eval": 6}
+    assert samples == {"train": 12, "eval": 6, "test": 3}
     with torch.no_grad():
         assert torch.isfinite(model(tiny_data("vit", 2)[:]["pixel_values"]).logits).all()
     assert list(model.config.id2label.values()) == ["bird", "cat", "dog"]
@@ -668,6 +669,32 @@ def test_a_strict_merge_exits_with_3_unless_the_sources_help(
     assert code == (0 if record.run.verdict == Reason.HELPS else 3)
 
 
+@pytest.mark.parametrize("verdict", [Reason.HELPS, Reason.HARMS, Reason.NO_EFFECT, Reason.NONE])
+def test_the_exit_code_of_a_strict_merge_is_its_verdict(
+    verdict: Reason, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunReport, "verdict", verdict)
+    tuned = {"gate": True, "initial_epochs": 0, "finetune_epochs": 0, "final_epochs": 1}
+    recipe = write_recipe(world, sources=["fine-1"], method="average", order="given", **tuned)
+    command = ["merge", recipe, "--output", str(world / "merged")]
+    assert main([*command, "--strict"]) == (0 if verdict == Reason.HELPS else 3)
+    said = f"--strict: against fine-tuning alone: {verdict or 'no source is in the model'}"
+    assert (said in capsys.readouterr().err) is (verdict != Reason.HELPS)
+    assert (world / "merged" / "model.safetensors").exists(), "the merge is saved all the same"
+    assert main(command) == 0
+
+
+def test_a_strict_merge_on_learned_labels_needs_other_samples(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {**DATA, "data_dir": str(write_images(world / "own", {"train": 4}))}
+    tuned = {"gate": True, "initial_epochs": 0, "finetune_epochs": 0, "final_epochs": 1}
+    settings = {"method": "average", "order": "given", "data": data, **tuned}
+    assert main(["merge", write_recipe(world, sources=["fine-1"], **settings), "--output", str(world / "one")]) == 0
+    again = write_recipe(world, sources=["fine-2"], base_model="one", **settings)
+    assert main(["merge", again, "--output", str(world / "two"), "--strict"]) == 1
+    assert "or a split 'validation', because the model has learned the labels" in capsys.readouterr().err
+    assert not (world / "two").exists()
+
+
 def test_a_control_needs_samples_and_epochs(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = {**DATA, "data_dir": str(write_images(world / "own", {"train": 4}))}
     recipe = write_recipe(world, sources=["fine-1"], data=data)
@@ -830,7 +857,9 @@ def test_the_score_on_the_test_data_is_recorded(world: Path, capsys: pytest.Capt
     assert line in capsys.readouterr().out and line in (world / "merged" / "README.md").read_text()
     rows = ModelCard.load(world / "merged" / "README.md").data.eval_results
     assert {row.metric_type: row.metric_value for row in rows} == pytest.approx(record.run.test, abs=1e-4)
-    assert {row.dataset_name for row in rows} == {"test data, which chose nothing"}
+    count = record.run.data["test"]["samples"]
+    assert {row.dataset_name for row in rows} == {f"test data, which chose nothing ({count} samples)"}
+    assert count == sum(1 for _ in (world / "images" / "test").glob("*/*"))
 
 
 def test_a_broken_picture_in_the_test_split_loses_no_merge(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

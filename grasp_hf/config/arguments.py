@@ -67,8 +67,8 @@ WITH_SETTINGS = ("rank", "merge", "compare")  # in their help
 SEVERAL_VALUES = ("seeds", "sizes", "methods")
 NOT_HELPED = 3
 EXIT_CODES = (
-    "exit codes: 0 success, 1 problem with models, data or settings, 2 wrong usage, 3 merge --strict without a gain, 130 "
-    "interrupted"
+    "exit codes: 0 success, 1 problem with models, data or settings, 2 wrong usage, 3 merge --strict where the sources "
+    "harm or have no measurable effect, 130 interrupted"
 )
 WIDEST = 100  # columns
 
@@ -178,7 +178,7 @@ def _add_own_arguments(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
     parsers["merge"].add_argument(
         "--strict",
         action="store_true",
-        help="exit with 3 unless the sources measurably help, against fine-tuning alone",
+        help="exit with 3 unless the sources measurably help, against fine-tuning alone; the merge is saved all the same",
     )
     parsers["append"].add_argument(
         "overrides", nargs="+", metavar="source | key=value", help="sources, and changes of settings"
