@@ -22,6 +22,7 @@ import transformers
 from accelerate import Accelerator
 
 from .config.grasp import GraspConfig
+from .data.digests import fingerprint
 from .data.samples import Samples
 from .errors import ConfigError, GraspError
 from .files import workspace
@@ -310,6 +311,8 @@ class GraspMerger:
         samples = Samples(train_dataset, eval_dataset, unlabeled_dataset, collator=data_collator)
         sources = sources if isinstance(sources, str) else [*sources]
         check_merge(self.model, self.config, self.report, sources, samples)
+        if test_dataset is not None:
+            check_dataset(test_dataset, "test_dataset")
         references, earlier = [str(source) for source in sources], len(self.report.steps)
         with self.open_run(samples) as run:
             self._start(run, len(references))
@@ -323,6 +326,7 @@ class GraspMerger:
                 self._finish(run, self.report.steps[earlier:])
         if test_dataset is not None:
             self.record_end(test=self.evaluate(test_dataset, data_collator=data_collator))
+            self.report.run.data["test"] = fingerprint(test_dataset)
         return self.report
 
     def _start(self, run: Run, sources: int) -> None:

@@ -30,6 +30,7 @@ from grasp_hf import GraspConfig, GraspMerger, merge_pretrained
 from grasp_hf.errors import ConfigError, DataError, GraspError, NonFiniteError, OutputExistsError
 from grasp_hf.tensors.units import movable_tensors
 from grasp_hf.validation.changes import Change
+from grasp_hf.validation.losses import SampleLosses
 from tests.support.hub.server import HubServer
 from tests.support.models import (
     KINDS,
@@ -710,3 +711,35 @@ def test_fine_tuning_finds_only_the_files_that_it_needs(
     assert training and "source" in files and {"rank": "gradients", "given": "source"}[config["order"]] in files
     assert all(not files & {"source", "gradients", "source-gradients"} for files in training), training
     assert not [*temporary.iterdir()]
+
+
+def test_test_data_are_evaluated_once_at_the_end_and_choose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = saved(tiny_model("vit"), tmp_path / "base")
+    source = saved(perturbed(tiny_model("vit"), seed=1), tmp_path / "source")
+    config = GraspConfig(num_batches=1, batch_size=8, final_epochs=1, order="given")
+    test = tiny_data("vit", 10, seed=9)
+    evaluated: list[Any] = []
+    judge = GraspMerger.judge
+
+    def judge_and_note(merger: GraspMerger, data: Any, **options: Any) -> SampleLosses:
+        evaluated.append(data)
+        return judge(merger, data, **options)
+
+    monkeypatch.setattr(GraspMerger, "judge", judge_and_note)
+    merger, twin = (GraspMerger.from_pretrained(base, config=config) for _ in range(2))
+    report = merger.merge([source], test_dataset=test, **data_for("vit"))
+    twin.merge([source], **data_for("vit"))
+    assert [id(data) for data in evaluated] == [id(test)]
+    for name, tensor in movable_tensors(twin.model).items():
+        assert torch.equal(tensor, movable_tensors(merger.model)[name]), name
+    assert report.run.test == merger.evaluate(test) and report.run.data["test"]["samples"] == 10
+    assert twin.report.run.test == {} and "test" not in twin.report.run.data
+    model = merge_pretrained(base, [source], config=config, test_dataset=test, **data_for("vit"))
+    assert len(evaluated) == 3 and evaluated[-1] is test
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), merger.model.parameters(), strict=True))
+    before = [parameter.clone() for parameter in twin.model.parameters()]
+    with pytest.raises(DataError, match="test_dataset is empty"):
+        twin.merge([source], test_dataset=test.select([]), **data_for("vit"))
+    assert all(torch.equal(a, b) for a, b in zip(before, twin.model.parameters(), strict=True))

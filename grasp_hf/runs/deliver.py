@@ -87,7 +87,7 @@ def merge_sources(
             samples, name = _control_samples(data)
             merged = merger.judge(samples, data_collator=data.collator)
             for title, losses in controls.items():
-                gain = paired_change(losses, merged).report()
+                gain = paired_change(losses, merged, calibrated=False).report()  # the models as users load them
                 evaluations = losses.evaluation(), merged.evaluation()
                 merger.record_end(control=ControlReport(name, *evaluations, gain, title))
         logger.info("\n%s\n", merger.report)
