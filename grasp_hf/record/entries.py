@@ -246,8 +246,9 @@ class FinetuneReport:
         if self.gain is None:
             return None
         there = format_number(self.losses[str(self.fraction)])
+        what = "calibrated loss" if self.gain.calibrated else "loss"
         sentence = self.gain.append_doubt(
-            f"{self.gain.of_sources()}: from {ALONE} to the merge, loss {format_number(self.alone)} -> {there} "
+            f"{self.gain.of_sources()}: from {ALONE} to the merge, {what} {format_number(self.alone)} -> {there} "
             f"({self.gain}), on {self.gain.samples} samples of {self.validated_by}"
         )
         undone = "; the sources were undone" if self.without_sources else ""

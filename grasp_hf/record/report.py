@@ -190,7 +190,7 @@ class MergeReport:
             found.append(
                 f"test: {values}{number}, which chose nothing"
                 if on_test
-                else f"{EVALUATION_DATA}: {values}{number}, which also chose what was kept; test data would choose nothing"
+                else f"{EVALUATION_DATA}: {values}{number}, which also chose what was kept; add test data for an unbiased score"
             )
         return found
 
@@ -220,13 +220,9 @@ class MergeReport:
         averaged = [step.name for step in self.steps if step.was_averaged]
         if averaged:
             found.append(f"averaged, because learned coefficients were not clearly better: {', '.join(averaged)}")
-        doubted = [
-            f"{step.name}: {step.change.doubt}" if step.change and step.change.doubt else step.name
-            for step in self.steps
-            if step.accepted and step.moved and step.reason == Reason.NO_EFFECT
-        ]
-        if doubted:
-            found.append(f"no measurable effect, so kept: {', '.join(doubted)}")
+        unclear = [step for step in self.steps if step.accepted and step.moved and step.reason == Reason.NO_EFFECT]
+        if unclear:
+            found.append(f"no measurable effect, so kept: {_names_with_doubts(unclear)}")
         rejected = [f"{step.name} ({step.reason})" for step in self.steps if not step.accepted]
         if rejected:
             found.append(f"rejected: {', '.join(rejected)}")
@@ -279,6 +275,18 @@ def _table_of(rows: Sequence[Row]) -> str:
         return "no source merged"
     columns = [column for column in rows[0] if any(row[column] is not None for row in rows)]
     return markdown_table([{column: row[column] for column in columns} for row in rows])
+
+
+def _names_with_doubts(steps: Sequence[StepReport]) -> str:
+    """Return the names of sources, each with the number of samples that would tell its effect; the first says so."""
+    texts, unit = [], " samples would tell"
+    for step in steps:
+        if step.change and step.change.doubt:
+            texts.append(f"{step.name} ({step.change.samples_to_see}{unit})")
+            unit = ""
+        else:
+            texts.append(step.name)
+    return ", ".join(texts)
 
 
 def _count(description: dict[str, Any] | None) -> int | None:

@@ -56,9 +56,11 @@ def test_a_report_names_the_sources_that_were_kept_in_doubt() -> None:
     doubtful = step_of("org/a", accepted=True, reason=Reason.NO_EFFECT, change=ChangeReport(-0.01, 0.05, 64, 1600))
     sure = step_of("org/b", accepted=True, reason=Reason.HELPS, change=ChangeReport(-0.1, 0.05, 64, 16))
     unmoved = step_of("org/c", {"query": 0.1}, accepted=True, reason=Reason.NO_EFFECT)
-    assert report_of(doubtful, sure, unmoved).conclusions() == [
-        "2 of 3 sources merged",
-        "no measurable effect, so kept: org/a: 1600 samples would tell this change from none",
+    single = step_of("org/d", accepted=True, reason=Reason.NO_EFFECT, change=ChangeReport(-0.01, None, 1, None))
+    other = step_of("org/e", accepted=True, reason=Reason.NO_EFFECT, change=ChangeReport(-0.01, 0.02, 64, 250))
+    assert report_of(single, doubtful, sure, unmoved, other).conclusions() == [
+        "4 of 5 sources merged",
+        "no measurable effect, so kept: org/d, org/a (1600 samples would tell), org/e (250)",
     ]
     units = [UnitReport("a", 30, 0.5, 0.25, "moved", 0.5), UnitReport("b", 10, 0.5, 0.25, "moved")]
     row = StepReport("org/a", "sha", "full", units=units).row()
@@ -208,7 +210,7 @@ def test_without_test_data_the_scores_say_that_their_samples_chose() -> None:
     report = report_of(step_of("org/a", losses=(1.0, 0.8, 0.6)), data={"eval": {"samples": 24}})
     assert report.scores() == ({"loss": 0.6}, False, 24)
     assert report.outcome()[-1] == (
-        "evaluation data: loss 0.600, 24 samples, which also chose what was kept; test data would choose nothing"
+        "evaluation data: loss 0.600, 24 samples, which also chose what was kept; add test data for an unbiased score"
     )
     report.run.test, report.run.data["test"] = {"loss": 0.7}, {"samples": 90}
     assert report.scores() == ({"loss": 0.7}, True, 90)

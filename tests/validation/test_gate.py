@@ -226,7 +226,7 @@ def test_sources_that_only_make_a_worse_start_are_undone(method: Any, evaluates:
     undone = "at the end: fine-tuned without the sources of this merge, which were undone"
     assert any(sentence.startswith(undone) for sentence in report.conclusions())
     assert report.outcome()[0].startswith(
-        f"{gain.of_sources()}: from fine-tuning alone to the merge, loss {report.run.final.alone:.3f} -> {merged:.3f} "
+        f"{gain.of_sources()}: from fine-tuning alone to the merge, calibrated loss {report.run.final.alone:.3f} -> {merged:.3f} "
         f"({gain}), on {gain.samples} samples of {report.run.final.validated_by}"
     )
     assert (step.decision, step.reason, step.moved) == ("rejected", ALONE, 0)
