@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..methods.fisher import LEAST_FISHER, fisher_
 from ..tensors.mixing import interpolate_
 from ..tensors.placing import overwrite_, placed
 from ..tensors.units import movable_tensors
+from .fisher import LEAST_FISHER, fisher_
 from .inputs import MethodInputs, finite_loss, float_tensors, open_checked_sources, stream_checked_sources
 
 logger = logging.getLogger(__name__)

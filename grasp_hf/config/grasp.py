@@ -58,8 +58,8 @@ class GraspConfig:
             The cosine must be strictly greater.
         num_batches: Batches of training data that measure each source.
             `copy` takes the mean cosine of the batches. `blend` takes one descent step on the coefficients per batch,
-            for each half of the labels, and adds up Fisher information over the batches. `weighted` computes one gradient
-            of the target for all sources, over no more batches than the labels fill. `average` uses none.
+            for each half of the labels. `weighted` computes one gradient of the target for all sources, over no more
+            batches than the labels fill. `average` uses none.
         accumulate_gradients: Whether `copy` takes one cosine of the summed gradients of all batches.
             The result is the cosine of a single large batch. The sum needs disk space for a second set of gradients.
         batch_size: Samples per batch, in measuring and in fine-tuning.
@@ -73,8 +73,8 @@ class GraspConfig:
             one model on each half of the labels, and keeps the point between the start and their mean that is best on
             held-out labels (or on the evaluation data); see `grasp_hf.teaching.folds`. Without the gate, all labels train
             one model, which is kept as it is. With `blend`, each half of the labels validates the coefficients learned from
-            the other half, and the plain mean is merged unless another candidate is better by more than a standard error:
-            the mean of the learned coefficients, or the mean weighted by Fisher information (arXiv:2111.09832).
+            the other half, and the plain mean is merged unless the mean of the learned coefficients is better by more than
+            a standard error.
         initial_epochs: Epochs of fine-tuning before the first source.
         finetune_epochs: Epochs of fine-tuning after each source.
         final_epochs: Epochs of fine-tuning after the last source.

@@ -83,8 +83,7 @@ METHODS = {
         card="Each unit is a mix of the merge so far and the next source. The two coefficients of each mix were learned "
         "on the target data, as [AdaMerging](https://arxiv.org/abs/2310.02575) learns them for all sources at once. If "
         "the learned coefficients were not clearly better on the data than the mean of all sources so far, the mean was "
-        "used instead: the plain mean or, if clearly better, the mean weighted by "
-        "[Fisher information](https://arxiv.org/abs/2111.09832).",
+        "used instead.",
         citation=GRASP + ADAMERGING,
         learns=True,
     ),

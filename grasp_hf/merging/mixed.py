@@ -50,7 +50,7 @@ class MixedModel:
         moving = {unit.name: unit for unit in self._units if mixes[unit.name].moves} | self._moved
         for values in self._source.shards:
             units = units_within([*moving.values()], values)
-            blend_(self._tensors, self._start, values, units, mixes, self._base, candidate.fractions)
+            blend_(self._tensors, self._start, values, units, mixes, self._base)
         self._now, self._moved = mixes, moving
 
     def undo(self, losses: SampleLosses | None = None) -> None:

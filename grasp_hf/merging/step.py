@@ -145,8 +145,6 @@ class Step:
             accepted, reason = change.verdict != Reason.HARMS, change.verdict
         if not accepted:
             mixed.undo(before)
-        elif candidate.when_merged:
-            candidate.when_merged()
         return Transfer(units, candidate, accepted=accepted, reason=reason, after=after, change=change, **record)
 
     def _first_finite(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..errors import DataError
 from ..models.batches import Batch
 from ..models.gradients import gradient_pass, preserved_state
 from ..tensors.mixing import Mix, blend_
@@ -19,12 +16,9 @@ from ..tensors.products import Scores, UnitProducts, cosine, mean_defined
 from ..tensors.scratch import Scratch
 from ..tensors.units import Unit, movable_tensors
 from .candidates import AVERAGE, Candidate, Inputs, Mixes
-from .fisher import RunningFisher, running_fisher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-logger = logging.getLogger(__name__)
 
 LARGEST = 2.0  # coefficient
 
@@ -168,7 +162,7 @@ def _name_mixes(units: Sequence[Unit], descent: CoefficientDescent) -> dict[str,
 
 
 def candidates(inputs: Inputs) -> dict[str, Candidate]:
-    """Return the learned coefficients and, if something validates them, the means that they are compared with.
+    """Return the learned coefficients and, if something validates them, the mean that they are compared with.
 
     If labels validate, each half of them teaches a fit, which the other half validates. The mean of the two fits is the
     candidate.
@@ -197,28 +191,4 @@ def candidates(inputs: Inputs) -> dict[str, Candidate]:
     learned = Candidate(mean, validated, scores)
     if not validated or not config.gate:
         return {"blend": learned}
-    found = {"blend": learned, AVERAGE: inputs.candidate(inputs.average_mixes(), scores)}
-    fisher = running_fisher(inputs.scratch)
-    weighted = _find_fisher_mixes(inputs, fisher)
-    if weighted is None:
-        return found
-    found["fisher"] = inputs.candidate(weighted, scores, fisher.fractions)
-    return {name: replace(candidate, when_merged=fisher.add) for name, candidate in found.items()}
-
-
-def _find_fisher_mixes(inputs: Inputs, fisher: RunningFisher) -> Mixes | None:
-    """Return the mixes of a mean weighted by Fisher information (arXiv:2111.09832).
-
-    This mean uses the inputs of the samples, but not their labels, so all labels may validate it. There is none (`None`)
-    if the plain mean takes the whole source, or if the labels are not classes.
-    """
-    if all(fraction == 1 for fraction in inputs.average.values()):
-        return None
-    batches = [*inputs.labels.batches(inputs.labels.samples.train, inputs.seed)]
-    try:
-        return fisher.measure(
-            inputs.model, inputs.source, inputs.scratch.start, inputs.units, inputs.average, batches, seed=inputs.seed
-        )
-    except DataError as error:
-        logger.debug("%s: no average by Fisher information: %s", inputs.name, error)
-        return None
+    return {"blend": learned, AVERAGE: inputs.candidate(inputs.average_mixes(), scores)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Mixes = Mapping[str, Mix]
-Fractions = Callable[[str], Iterable[Tensor] | None]
 
 AVERAGE = "average"  # the candidate that needs no proof
 
@@ -35,16 +34,11 @@ class Candidate:
         validated: The mixes evaluated on each of `Labels.validation_parts`. Learned coefficients come from the fit that did
             not see that part.
         scores: A score in [-1, 1] of each unit, for the report; `None` if it is undefined.
-        fractions: Returns, for the name of a tensor, how much of the source each of its elements takes, in [0, 1]; `None`
-            leaves the tensor to the mix of its unit.
-        when_merged: Called once when the source stays in the model.
     """
 
     mixes: Mixes
     validated: Sequence[Mixes]
     scores: Scores
-    fractions: Fractions | None = None
-    when_merged: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,9 +68,9 @@ class Inputs:
     scratch: Scratch
     seed: int
 
-    def candidate(self, mixes: Mixes, scores: Scores, fractions: Fractions | None = None) -> Candidate:
+    def candidate(self, mixes: Mixes, scores: Scores) -> Candidate:
         """Return a candidate that learned nothing from labels, so that every part validates the same mixes."""
-        return Candidate(mixes, [mixes] * len(self.labels.validation_parts), scores, fractions)
+        return Candidate(mixes, [mixes] * len(self.labels.validation_parts), scores)
 
     def average_mixes(self) -> dict[str, Mix]:
         """Return the mix of each unit in a mean of all sources so far."""

@@ -42,8 +42,7 @@ class UnitReport:
         elements: Number of elements of the unit's tensors.
         score: In [-1, 1]. With `copy` the cosine of the two models' gradients; with `blend` the cosine between the change
             that the source learned and the direction of descent. `None` if it is undefined: a gradient is missing or zero.
-        coefficient: How much of the source was to be merged: 0 is nothing, 1 is everything that it changed. For an average
-            by Fisher information it is the mean over the unit's elements.
+        coefficient: How much of the source was to be merged: 0 is nothing, 1 is everything that it changed.
         decision: `moved` units took something from the source. `rescaled` ones took nothing from it, only more or less of
             what was merged before. `kept` and `undefined` ones did not change. `undone` ones changed, and the gate
             undid the change.

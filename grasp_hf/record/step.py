@@ -31,7 +31,7 @@ class StepReport:
             on, or both; empty if there are none. Of `two halves of the labels`, each half validates the coefficients that
             the other half taught; the losses before the source and at the end of the step are on both halves.
         candidates: Calibrated loss of each candidate: that of the method and, if coefficients were learned, the
-            `average` and the average weighted by Fisher information (`fisher`).
+            `average`; in earlier records also an average weighted by Fisher information (`fisher`).
         chosen: The candidate that was chosen: the average, unless another is better by more than the standard error of
             their difference; then the one with the lowest loss.
         before: Loss (and accuracy) before the source.

@@ -46,11 +46,10 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
 def _temporary_copies(config: GraspConfig, adapters: bool) -> int:
     """Return the largest number of copies of the target in the temporary files of a merge with data."""
     kept = 1 + (config.learns or config.compares_alone)  # the target before the step, and before the merge
-    fisher = 2 if config.gate and config.learns else 0  # two files of Fisher information
     # The weights before a fine-tuning, a fold model, and the mean of the fold models, with and without the sources.
     folds = 3 + config.compares_alone if config.gate and _trains(config) else 0
     gradients = 1 + config.accumulate_gradients if METHODS[config.method].stores_gradients else 0
-    transfer = adapters + gradients + max(fisher, folds if config.finetunes_between else 0)
+    transfer = adapters + gradients + (folds if config.finetunes_between else 0)
     ranking = adapters + 1 + folds if config.order == "rank" else 0
     longest = max(config.initial_epochs, config.finetune_epochs, config.final_epochs)
     training = folds + min(2, math.ceil(longest)) if _trains(config) else 0  # the best epoch and the next one

@@ -1,7 +1,7 @@
 """The arithmetic of a merge: the mix of the target and a source in each tensor."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from .units import Unit
-
-PIECE = 2**20  # elements per view of `split_rows`
 
 
 class Mix(NamedTuple):
@@ -85,24 +83,6 @@ def mix_(tensor: Tensor, start: Tensor, end: Tensor, base: Tensor | None, mix: M
             tensor.data.copy_(mixed)
 
 
-def split_rows(tensor: Tensor) -> Sequence[Tensor]:
-    """Return views of a few rows of `tensor` each, so that no arithmetic needs a copy of all rows."""
-    tensor = torch.atleast_1d(tensor)
-    return tensor.split(max(1, PIECE * len(tensor) // max(1, tensor.numel())))
-
-
-@torch.no_grad()
-def interpolate_elements_(tensor: Tensor, start: Tensor, end: Tensor, fractions: Iterable[Tensor]) -> None:
-    """Change `tensor` in place to `start + fraction * (end - start)`, element by element.
-
-    `fractions` holds the fraction of each element, in pieces as `split_rows` makes them.
-    """
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    pieces = zip(*map(split_rows, (tensor.data, start, end)), fractions, strict=True)
-    for out, *operands in pieces:
-        out.copy_(torch.lerp(*(operand.to(tensor.device, dtype) for operand in operands)))
-
-
 def blend_(
     tensors: Mapping[str, Tensor],
     start: Mapping[str, Tensor],
@@ -110,7 +90,6 @@ def blend_(
     units: Sequence[Unit],
     mixes: Mapping[str, Mix],
     base: Mapping[str, Tensor] | None = None,
-    fractions: Callable[[str], Iterable[Tensor] | None] | None = None,
 ) -> None:
     """Change the tensors of `units` in place to mixes of the target and a source.
 
@@ -121,14 +100,8 @@ def blend_(
         units: The units to change.
         mixes: The mix by name of unit.
         base: The base's values; `None` if all mixes sum to 1.
-        fractions: Returns by name the fractions of a tensor's elements, as `interpolate_elements_` takes them; they
-            replace the mix of the unit. A tensor for which it returns `None` takes the mix.
     """
     for unit in units:
         for name in unit.tensors:
-            own = fractions(name) if fractions else None
-            if own is not None:
-                interpolate_elements_(tensors[name], start[name], source_values[name], own)
-            else:
-                origin = None if base is None else base[name]
-                mix_(tensors[name], start[name], source_values[name], origin, mixes[unit.name])
+            origin = None if base is None else base[name]
+            mix_(tensors[name], start[name], source_values[name], origin, mixes[unit.name])

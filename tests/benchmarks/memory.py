@@ -99,7 +99,7 @@ def published_step(folder: Path) -> None:
 
 
 def merger_of(target: PreTrainedModel, **settings: Any) -> GraspMerger:
-    """Return the merger of a target that is a source itself, so each step also weighs by Fisher information."""
+    """Return the merger of a target that counts as a source itself."""
     merger = GraspMerger(target, GraspConfig(batch_size=2, **settings))
     merger.report.starts_from_source = True
     return merger

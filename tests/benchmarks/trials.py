@@ -52,13 +52,12 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoProcessor, PreTrainedModel
 
 from grasp_hf.comparison.results import interval
-from grasp_hf.methods.fisher import RunningFisher
 from grasp_hf.record.text import markdown_table
-from grasp_hf.tensors.mixing import blend_
 from grasp_hf.tensors.units import Unit, movable_tensors, partition
 from grasp_hf.validation.losses import SCALES
 from tests.benchmarks.compare import write_record
 from tests.benchmarks.packages import cache_folder
+from tests.benchmarks.running_fisher import RunningFisher
 from tests.benchmarks.sources import KINDS, Kind, source_folder
 from tests.benchmarks.training import collator_for
 
@@ -271,7 +270,7 @@ def merge_by_means(
             start = {key: tensor.detach().clone() for key, tensor in tensors.items()}
             shares = {unit.name: share for unit in units}
             mixes = running.measure(lab.net, source, start, units, shares, batches, seed=0)
-            blend_(tensors, start, source, units, mixes, fractions=running.fractions)
+            running.put_(tensors, start, source, units, mixes)
             candidates["fisher"] = lab.state()
         found = {way: lab.losses(candidate, labels, SCALES) for way, candidate in candidates.items()}
         way = min(found, key=lambda way: float(found[way].mean()))

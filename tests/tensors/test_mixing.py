@@ -8,7 +8,7 @@ import torch
 from grasp_hf.errors import DiskFullError
 from grasp_hf.methods.blend import CoefficientDescent
 from grasp_hf.tensors.mapped import MappedTensors
-from grasp_hf.tensors.mixing import PIECE, Mix, interpolate_, interpolate_elements_, mix_, split_rows
+from grasp_hf.tensors.mixing import Mix, interpolate_, mix_
 from grasp_hf.tensors.placing import overwrite_, placed
 from grasp_hf.tensors.products import CPU_PIECE, cosine, inner_products, mean_defined
 
@@ -146,32 +146,3 @@ def test_coefficients_go_down_by_their_rate_and_stay_in_bounds() -> None:
     before = descent.values[0][1]
     descent.step([[0.0, 1.0], [0.0, 0.0]])
     assert descent.values[0][1] == before, "no steps remain"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_each_element_has_its_own_fraction(dtype: torch.dtype) -> None:
-    start, end = torch.tensor([1.0, 2.0, 4.0, 8.0]).to(dtype), torch.tensor([3.0, 2.0, -4.0, 0.0]).to(dtype)
-    tensor = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
-    storage = tensor.data_ptr()
-    interpolate_elements_(tensor, start, end, [torch.tensor([0.0, 0.3, 0.5, 1.0])])
-    assert tensor.tolist() == [1.0, 2.0, 0.0, 0.0] and tensor.data_ptr() == storage
-
-
-@pytest.mark.parametrize(
-    ("shape", "number"),
-    [((), 1), ((0,), 1), ((0, 3), 1), ((7,), 1), ((PIECE + 1,), 2), ((5, PIECE // 2), 3), ((1, 2 * PIECE), 1)],
-)
-def test_rows_are_split_into_pieces(shape: tuple[int, ...], number: int) -> None:
-    start, end, share = (torch.rand(shape) for _ in range(3))
-    tensor = torch.nn.Parameter(torch.zeros(shape))
-    assert len(split_rows(share)) == number
-    interpolate_elements_(tensor, start, end, split_rows(share))
-    assert torch.equal(tensor.detach(), torch.lerp(start, end, share))
-
-
-def test_rows_of_a_transposed_tensor_are_views_of_it() -> None:
-    start, end, share = (torch.rand(5, PIECE // 2).T for _ in range(3))
-    tensor = torch.nn.Parameter(torch.zeros(5, PIECE // 2).T)
-    assert len(split_rows(share)) == 3
-    interpolate_elements_(tensor, start, end, split_rows(share))
-    assert torch.equal(tensor.detach(), torch.lerp(start, end, share))
