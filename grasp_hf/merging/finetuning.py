@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..config.grasp import GraspConfig
 from ..models.logits import scale_logits_
-from ..record.entries import FinetuneReport, Reason, TeacherReport
+from ..record.entries import FinetuneReport, TeacherReport
 from ..teaching.folds import FoldModels, finetune_on_folds_, set_interpolated_
 from ..teaching.pool import FittedPool, fit_scale, probabilities
 from ..teaching.predictions import Member, Predictions, fit_teacher
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MODEL_BEFORE, MODEL_AFTER = "the merge before fine-tuning", "the merge after fine-tuning"
-STUDENT_PASSES = 2  # over the labels, and as many over unlabelled inputs, for each epoch
 
 
 @dataclass
@@ -155,7 +153,7 @@ class Finetuning:
         return Member(name, labelled.double().numpy(), None if unlabeled is None else unlabeled.double().numpy())
 
     def _teach(self, found: FoldModels, members: list[Member], predictions: Predictions) -> TeacherReport:
-        """Fit a teacher and train the model on its predictions, unless the model is as good as the teacher."""
+        """Fit a teacher and train the model on its predictions, unless it predicts held-out labels worse than the model."""
         truth = predictions.truth
         assert truth is not None
         held_out = found.held_out(self.labels.validation_indices)
@@ -163,28 +161,21 @@ class Finetuning:
             members = [*members, self._member(MODEL_AFTER, held_out)]
         fitted = fit_teacher(members, truth, self.config.seed)
         unlabeled = [member.unlabeled for member in members if member.unlabeled is not None]
-        used = not self._teacher_harms(fitted, found, truth)
+        loss = losses_of(replace(truth, logits=torch.from_numpy(fitted.held_out).float())).calibrated_loss
+        before = None if held_out is None else losses_of(replace(truth, logits=held_out)).calibrated_loss
+        used = before is None or loss <= before
         if used:
             soft = torch.from_numpy(probabilities(fitted.pool.logits(unlabeled), truth.link)).float()
             self._train_student(fitted, truth, soft)
         return TeacherReport(
             worth=_named([member.name for member in members], fitted.pool.coefficients.tolist()),
-            loss=fitted.loss,
-            loss_before=found.losses.calibrated_loss if found.order is not None else None,
+            loss=loss,
+            loss_before=before,
             ridge=fitted.ridge,
             labels=int(truth.samples.max()) + 1,
             unlabeled=len(self.labels.unlabeled),
             used=used,
         )
-
-    def _teacher_harms(self, fitted: FittedPool, found: FoldModels, truth: Outputs) -> bool:
-        """Whether the held-out predictions of the teacher are worse than those of the model, beyond chance."""
-        logits = found.held_out(self.labels.validation_indices)
-        if logits is None:
-            return False
-        model = losses_of(replace(truth, logits=logits))
-        teacher = losses_of(replace(truth, logits=torch.from_numpy(fitted.held_out).float()))
-        return paired_change(model, teacher).verdict == Reason.HARMS
 
     def _train_student(self, fitted: FittedPool, truth: Outputs, soft: Tensor) -> None:
         """Change the model: train it on the mean of labels and teacher, and on the teacher alone where there is no label."""
@@ -195,10 +186,10 @@ class Finetuning:
         taught = ((truth.targets + held_out) / 2).split(truth.samples.bincount().tolist())
         data = TaughtSamples(labels.some_labels, taught, labels.unlabeled, _split_like(labels, soft))
         passes = self.config.training_arguments.get("num_train_epochs", self.epochs)
-        reads = 2 * STUDENT_PASSES * passes * len(labels.some_labels)
+        reads = 2 * passes * len(labels.some_labels)  # half of them unlabelled inputs
         arguments = {**self.config.training_arguments, "num_train_epochs": reads / len(data)}
         if (steps := arguments.get("max_steps", 0)) > 0:
-            arguments["max_steps"] = math.ceil(2 * STUDENT_PASSES * steps)
+            arguments["max_steps"] = 2 * steps
         finetune_(
             self.model,
             data,

@@ -159,12 +159,12 @@ class TeacherReport:
     Attributes:
         worth: Coefficient of each source in the pool, and of the merge before and after its fine-tuning, by name. All
             predictions are scaled to the same size, so that the coefficients can be compared.
-        loss: Loss of the pool on labels, each held out from the fit that predicts it.
+        loss: Calibrated loss of the pool on labels, each held out from the fit that predicts it.
         loss_before: Loss of the model on the same labels before it was taught, held out too; `None` if it is not known.
         ridge: Strength of the pull towards equal coefficients, chosen by cross-validation.
         labels: Number of labelled samples.
         unlabeled: Number of unlabelled inputs.
-        used: Whether the model was taught. A teacher that is worse than the model, beyond chance, teaches nothing.
+        used: Whether the model was taught. A teacher that predicts held-out labels worse than the model teaches nothing.
     """
 
     worth: dict[str, float]

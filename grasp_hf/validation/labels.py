@@ -29,7 +29,6 @@ from .losses import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MOST_UNLABELED_PER_EPOCH = 2  # for each label; a student reads as many as that in each epoch
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +148,7 @@ class Labels:
         inputs = self.samples.unlabeled
         if inputs is None or self.samples.train is None or self.model.can_generate():
             return None
-        most = math.ceil(MOST_UNLABELED_PER_EPOCH * len(self.samples.train) * max(1.0, self.config.final_epochs))
+        most = math.ceil(len(self.samples.train) * max(1.0, self.config.final_epochs))
         chosen = random.Random(self.config.seed).sample(range(len(inputs)), min(len(inputs), most))
         return Subset(inputs, sorted(chosen))
 
