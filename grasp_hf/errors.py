@@ -77,6 +77,10 @@ class OutputExistsError(GraspError, FileExistsError):
     """The output folder contains files that this package did not write."""
 
 
+class StateError(GraspError, RuntimeError):
+    """The state of an interrupted merge belongs to another merge, is damaged, or is in use by another process."""
+
+
 class PushError(GraspError, ConnectionError):
     """The merged model could not be pushed to the Hub. It is still in memory, or in its output folder."""
 

@@ -1,8 +1,11 @@
 """Files that are written whole or not at all, temporary directories with a lock, and blocks safe from interrupts."""
 
+import ctypes
+import errno
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -12,16 +15,61 @@ from types import FrameType
 
 from filelock import FileLock, Timeout
 
+# Constants of the system calls that exchange two folders.
+AT_FDCWD, RENAME_EXCHANGE, RENAME_SWAP = -100, 2, 2
+
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path`. The file keeps its old content until the new one is complete."""
+    """Write `text` to `path`. The file keeps its old content until the new one is complete, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
+        flush(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Write a file, or the entries of a folder, from the memory of the system to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """Flush a folder with everything in it."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            flush(path)
+    flush(folder)
+    flush(folder.parent)
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Exchange two folders of one file system in one atomic step.
+
+    Raises:
+        OSError: The system or the file system cannot do that.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "darwin":
+        call, arguments = getattr(libc, "renamex_np", None), (os.fsencode(first), os.fsencode(second), RENAME_SWAP)
+    else:
+        call = getattr(libc, "renameat2", None)
+        arguments = (AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE)
+    if call is None:
+        raise OSError(errno.ENOSYS, "the system cannot exchange folders")
+    if call(*arguments):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 @contextmanager

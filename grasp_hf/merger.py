@@ -29,10 +29,11 @@ from .files import workspace
 from .hub.download import locate
 from .hub.pull import Puller, ShardedSource
 from .hub.push import Destination, push_merge
-from .hub.reference import Source, SourceRef
+from .hub.reference import Source, SourceRef, local_files
 from .merging.checks import check_config, check_finetuning, check_merge, check_units
 from .merging.ranking import RankedSource, rank_by_gain, rank_for_merge
 from .merging.run import Run, collator_for
+from .merging.state import RunState
 from .models.batches import Collator, check_dataset
 from .models.gradients import preserved_state
 from .models.processors import load_processing_class
@@ -46,6 +47,7 @@ from .record.text import WIDTH, wrap
 from .sources.placebo import Placebo
 from .tensors.mapped import MappedTensors
 from .tensors.placing import overwrite_
+from .tensors.stored import sum_of
 from .tensors.units import Unit, movable_tensors
 from .validation.losses import SampleLosses, evaluation_losses
 
@@ -62,6 +64,7 @@ REFUSED_ARGUMENTS = {
     "force_download": "a file whose checksum is wrong is downloaded again anyway",
     "ignore_mismatched_sizes": "a head of another size is drawn anew anyway, and anything else is an error",
 }
+FINISHED = -1  # in place of the number of merged sources
 PACKAGES = ("grasp_hf", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
 
@@ -286,6 +289,7 @@ class GraspMerger:
         test_dataset: Any = None,
         data_collator: Collator | None = None,
         token: str | None = None,
+        resume_from: str | Path | RunState | None = None,
     ) -> MergeReport:
         """Merge `sources` one at a time, and fine-tune as the configuration says: before, after each, at the end.
 
@@ -304,9 +308,13 @@ class GraspMerger:
             test_dataset: Samples that choose nothing. The result is evaluated on them once, at the end.
             data_collator: Makes batches from samples; if left out, the one that `transformers.Trainer` would take.
             token: Hub token; if left out, the one that you are logged in with.
+            resume_from: Folder that keeps the state of the merge after every source and every training; created if it is
+                missing. A merge that was interrupted or killed goes on from there when it is called again on the same base
+                model, and ends with the same weights, bit for bit. Delete the folder when the result is saved.
 
         Raises:
             GraspError: A source cannot be merged; the message names its number and reference.
+            StateError: `resume_from` holds the state of another merge, is damaged, or is in use.
         """
         samples = Samples(train_dataset, eval_dataset, unlabeled_dataset, collator=data_collator)
         sources = sources if isinstance(sources, str) else [*sources]
@@ -314,24 +322,80 @@ class GraspMerger:
         if test_dataset is not None:
             check_dataset(test_dataset, "test_dataset")
         references, earlier = [str(source) for source in sources], len(self.report.steps)
-        with self.open_run(samples) as run:
-            self._start(run, len(references))
-            references = self._ordered(run, references, token)
-            commits = {row["reference"]: row["sha"] for row in self.report.run.ranking if row["sha"]}
-            with run.puller(token, commits=commits) as puller:
-                for number, source in enumerate(references, start=1):
-                    step = self._merge_numbered(run, puller, number, source, references)
-                    self._log_step(f"{number}/{len(references)} ", step)
-            if references:
-                self._finish(run, self.report.steps[earlier:])
+        with self._open_state(resume_from) as state, self.open_run(samples, state=state) as run:
+            if state is not None:
+                state.check(self._identity(run, references))
+            done = self._resume(run, earlier, len(references))
+            if done is None:
+                self._start(run, len(references))
+                if self.config.trains(self.config.initial_epochs):
+                    run.save({"report": asdict(self.report)})
+            if done != FINISHED:
+                references = self._ordered(run, references, token)
+                self._merge_all(run, references, done or 0, token)
+                if references:
+                    self._finish(run, self.report.steps[earlier:])
+                run.save({"report": asdict(self.report)}, done=True)
         if test_dataset is not None:
             self.record_end(test=self.evaluate(test_dataset, data_collator=data_collator))
             self.report.run.data["test"] = fingerprint(test_dataset)
         return self.report
 
+    def _merge_all(self, run: Run, references: Sequence[str], done: int, token: str | None) -> None:
+        """Merge the sources after the first `done`."""
+        commits = {row["reference"]: row["sha"] for row in self.report.run.ranking if row["sha"]}
+        with run.puller(token, commits=commits) as puller:
+            for number, source in enumerate(references[done:], start=done + 1):
+                step = self._merge_numbered(run, puller, number, source, references)
+                run.save({"report": asdict(self.report)})
+                self._log_step(f"{number}/{len(references)} ", step)
+
+    @contextmanager
+    def _open_state(self, resume_from: str | Path | RunState | None) -> Iterator[RunState | None]:
+        """Yield the state of a merge; a state that the caller has opened stays open."""
+        if resume_from is None or isinstance(resume_from, RunState):
+            yield resume_from
+        else:
+            with RunState.open(Path(resume_from).expanduser()) as state:
+                yield state
+
+    def _identity(self, run: Run, references: Sequence[str]) -> dict[str, Any]:
+        """Return everything that decides the result of a merge, to tell whether a state belongs to it."""
+        return {
+            "base": {"reference": self.report.base_reference, "weights": sum_of(movable_tensors(self.model))},
+            "earlier sources": len(self.report.steps),
+            "sources": {reference: local_files(SourceRef.parse(reference)) for reference in references},
+            "order of sources": list(references),
+            "config": asdict(self.config),
+            "data": run.full_digests(),
+            "versions": self.report.run.versions,
+            "device": Accelerator().device.type,
+            "threads": torch.get_num_threads(),
+            "processes": Accelerator().num_processes,
+        }
+
+    def _resume(self, run: Run, earlier: int, sources: int) -> int | None:
+        """Restore the model and the report from the state, and return the number of sources merged so far.
+
+        Returns:
+            The number; `FINISHED` if the merge was finished, `None` if it has not begun.
+        """
+        values = run.restore()
+        if values is None:
+            return None
+        self.report = MergeReport.from_dict(values["report"])
+        self._started = True
+        done = len(self.report.steps) - earlier
+        if values["done"]:
+            logger.info("the merge was finished before; nothing is merged again")
+            return FINISHED
+        where = f"after source {done} of {sources}" if done else "before the first source"
+        logger.info("going on %s, from the state in '%s'", where, run.state.folder if run.state else "")
+        return done
+
     def _start(self, run: Run, sources: int) -> None:
         """Check the fine-tuning, fine-tune before the first source of a merge, and record the loss that it starts from."""
-        with run.step() as step:
+        with run.step(resumable=True) as step:
             check_finetuning(step, self.config.total_epochs(sources))
             if not self._started:
                 step.finetune(self.config.initial_epochs, self.config.seed)
@@ -368,7 +432,7 @@ class GraspMerger:
         if not config.final_epochs or run.samples.train is None:
             return
         merged = [step for step in steps if step.changed]
-        with run.step() as step:
+        with run.step(resumable=True) as step:
             alone = run.scratch.base if config.compares_alone and merged else None
             final = step.finetune(config.final_epochs, config.seed, alone=alone, predictions=run.predictions)
             if final and run.samples.validation is not None:
@@ -557,7 +621,7 @@ class GraspMerger:
         return self.judge(dataset, data_collator=data_collator).evaluation()
 
     @contextmanager
-    def open_run(self, samples: Samples) -> Iterator[Run]:
+    def open_run(self, samples: Samples, *, state: RunState | None = None) -> Iterator[Run]:
         """Open a run of the present model on `samples`, for the verbs of this class and for the methods of a comparison."""
         with Run.open(
             self.model,
@@ -568,6 +632,7 @@ class GraspMerger:
             base_of=self._base_of,
             base_token=self._token,
             placebo=self._placebo,
+            state=state,
         ) as run:
             yield run
 

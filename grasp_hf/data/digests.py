@@ -25,6 +25,32 @@ def fingerprint(dataset: Any) -> dict[str, Any] | None:
     return {"samples": count, "digest": digest(sample_hashes(some), some)}
 
 
+def full_digest(dataset: Any) -> str:
+    """Return one hash of all samples in their order, with their labels; pictures are hashed as files."""
+    found = hashlib.sha256()
+    if hasattr(dataset, "with_format"):
+        dataset = dataset.with_format(None)
+    for index in range(len(dataset)):
+        _update(found, dataset[index])
+    return f"{len(dataset)} samples, {found.hexdigest()[:16]}"
+
+
+def _update(found: Any, value: Any) -> None:
+    """Add a sample, or a part of one, to a hash."""
+    if is_picture(value):
+        found.update(picture_bytes(value))
+    elif isinstance(value, Mapping):
+        for name in sorted(value):
+            found.update(str(name).encode())
+            _update(found, value[name])
+    elif hasattr(value, "numpy"):
+        found.update(value.detach().cpu().contiguous().numpy().tobytes())
+    elif hasattr(value, "tobytes"):
+        found.update(value.tobytes())
+    else:
+        found.update(repr(value).encode())
+
+
 def digest(hashes: set[str], dataset: Any) -> str:
     """Return one hash of the `sample_hashes` of `dataset` and of its labels in order."""
     labels = [

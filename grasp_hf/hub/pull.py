@@ -77,6 +77,8 @@ class Puller:
             fails. With it, a source in several shards becomes a `ShardedSource` if that needs less disk space. Without
             it, every source is downloaded whole.
         commits: Commits of references that were looked up before; a branch may have moved since then.
+        keep_in: Folder for the downloads, in place of one under `HF_HOME`. After an error or an interrupt, and if the
+            process is killed, the files that have arrived stay there, and the next download of the same commit uses them.
     """
 
     def __init__(
@@ -87,9 +89,12 @@ class Puller:
         trusted: Collection[str] = (),
         undo_bytes: int | None = None,
         commits: Mapping[str, str] | None = None,
+        keep_in: Path | None = None,
     ) -> None:
         self._token, self._prefetch, self._trusted = token, prefetch, trusted
         self._undo_bytes, self._commits = undo_bytes, commits or {}
+        self._keep_in = keep_in
+        self._used: set[Path] = set()  # folders in `keep_in` that hold a source now
         self._exits = ExitStack()
         self._directory: Path | None = None
         self._count = 0
@@ -139,12 +144,15 @@ class Puller:
             source = replace(source, arriving=self._iterate_shards(source, block_ended, start_following))
         else:
             start_following()
+        failed = True
         try:
             yield source
+            failed = False
         finally:
             block_ended.set()
-            if own is not None:
+            if own is not None and not (failed and self._keep_in):
                 shutil.rmtree(own, ignore_errors=True)
+                self._used.discard(own)
 
     def _iterate_shards(
         self, source: ShardedSource, block_ended: threading.Event, start_following: Callable[[], None]
@@ -206,7 +214,7 @@ class Puller:
             return source, None
         listing = replace(listing, ref=ref)
         with hub_errors(ref):
-            own = self._new_folder()
+            own = self._new_folder(listing)
         sharded = self._needs_less_disk_in_shards(listing)
         with self._remove_on_failure(own, self._stop):
             weights = listing.weights[:1] if sharded else None
@@ -226,20 +234,31 @@ class Puller:
 
     @contextmanager
     def _remove_on_failure(self, own: Path, stop: threading.Event) -> Iterator[None]:
-        """Remove `own`, the folder that the block downloads to, if the block fails or ends after `stop` was set."""
+        """Remove `own`, the folder that the block downloads to, if the block fails or ends after `stop` was set.
+
+        Downloads that are to be kept stay.
+        """
         try:
             yield
             if stop.is_set():
                 raise Stopped
         except BaseException:
-            # If `__exit__` stopped waiting and removed the parent folder, the client may have created it again.
-            shutil.rmtree(own.parent if self._stop.is_set() else own, ignore_errors=True)
+            if self._keep_in is None:
+                # If `__exit__` stopped waiting and removed the parent folder, the client may have created it again.
+                shutil.rmtree(own.parent if self._stop.is_set() else own, ignore_errors=True)
             raise
 
-    def _new_folder(self) -> Path:
-        """Create a folder for one source and return it."""
+    def _new_folder(self, listing: Listing) -> Path:
+        """Return a folder for one source; it is empty, or holds what arrived of the same commit before."""
         if self._stop.is_set():
             raise Stopped
+        if self._keep_in is not None:
+            name, number = f"{listing.repo_id.replace('/', '--')}-{listing.sha}", 1
+            while (folder := self._keep_in / (name if number == 1 else f"{name}-{number}")) in self._used:
+                number += 1
+            folder.mkdir(parents=True, exist_ok=True)
+            self._used.add(folder)
+            return folder
         if self._directory is None:
             self._directory = self._exits.enter_context(workspace(Path(constants.HF_HOME, "grasp_hf"), "run-"))
         self._count += 1

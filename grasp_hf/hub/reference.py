@@ -203,6 +203,14 @@ class Source:
         return {name for name in found if name in FLOATING}
 
 
+def local_files(ref: SourceRef) -> dict[str, list[int]] | None:
+    """Return size in bytes and time of the last change (in nanoseconds) of each file of a folder; `None` for the Hub."""
+    if not ref.is_local:
+        return None
+    found = {path.name: path.stat() for path in sorted(Path(ref.name).glob("*")) if path.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
 def main_weights(files: Collection[str]) -> str | None:
     """Return the name of the single weight file in `files`, or of the index of several; `None` if there is none."""
     expected = ADAPTER_WEIGHTS if "adapter_config.json" in files else FULL_WEIGHTS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config.grasp import GraspConfig
+from ..models.batches import Collator
 from ..models.logits import scale_logits_
 from ..record.entries import FinetuneReport, TeacherReport
 from ..teaching.folds import FoldModels, finetune_on_folds_, set_interpolated_
@@ -23,9 +24,12 @@ from ..tensors.units import movable_tensors
 from ..validation.changes import paired_change
 from ..validation.labels import Labels
 from ..validation.losses import LABEL_COLUMNS, Outputs, losses_of
+from .state import TRAINING, RunState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ..models.finetune import Checkpoints
 
 MODEL_BEFORE, MODEL_AFTER = "the merge before fine-tuning", "the merge after fine-tuning"
 
@@ -41,6 +45,7 @@ class Finetuning:
         scratch: The temporary files.
         epochs: Passes over the training samples.
         seed: Seeds the training.
+        state: Keeps the result of each training; `None` keeps none.
     """
 
     model: PreTrainedModel
@@ -49,6 +54,8 @@ class Finetuning:
     scratch: Scratch
     epochs: float
     seed: int
+    state: RunState | None = None
+    trainings: int = 0
 
     def run(self, alone: Mapping[str, Tensor] | None, predictions: Predictions | None) -> FinetuneReport:
         """Fine-tune the model; arguments and result as for `Step.finetune`."""
@@ -103,19 +110,35 @@ class Finetuning:
         return ""
 
     def _train(self, part: Any, seed: int) -> None:
+        samples = self.labels.samples
+        config = self.config.for_part(len(part) / len(samples.train))
+        self._finetune(part, self.labels.collator, config, seed)
+
+    def _finetune(
+        self, data: Any, collator: Collator, config: GraspConfig, seed: int, loss: Callable[..., Tensor] | None = None
+    ) -> None:
+        """Change the model: train it, or restore the result of this training from the state."""
         from ..models.finetune import finetune_  # imports datasets, which a merge without data does not need
 
-        samples = self.labels.samples
-        finetune_(
-            self.model,
-            part,
-            samples.validation,
-            self.labels.collator,
-            self.config.for_part(len(part) / len(samples.train)),
-            epochs=self.epochs,
-            seed=seed,
-            directory=self.scratch.directory,
-        )
+        def train(checkpoints: Checkpoints | None = None) -> None:
+            finetune_(
+                self.model,
+                data,
+                self.labels.samples.validation,
+                collator,
+                config,
+                epochs=self.epochs,
+                seed=seed,
+                directory=self.scratch.directory,
+                loss=loss,
+                checkpoints=checkpoints,
+            )
+
+        if self.state is None:
+            train()
+        else:
+            self.trainings += 1
+            self.state.train(f"{TRAINING} {self.trainings}", movable_tensors(self.model), train)
 
     def _train_folds(self, start: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> FoldModels:
         samples = self.labels.samples
@@ -179,8 +202,6 @@ class Finetuning:
 
     def _train_student(self, fitted: FittedPool, truth: Outputs, soft: Tensor) -> None:
         """Change the model: train it on the mean of labels and teacher, and on the teacher alone where there is no label."""
-        from ..models.finetune import finetune_  # imports datasets, which a merge without data does not need
-
         labels = self.labels
         held_out = torch.from_numpy(probabilities(fitted.held_out, truth.link)).float()
         taught = ((truth.targets + held_out) / 2).split(truth.samples.bincount().tolist())
@@ -190,17 +211,8 @@ class Finetuning:
         arguments = {**self.config.training_arguments, "num_train_epochs": reads / len(data)}
         if (steps := arguments.get("max_steps", 0)) > 0:
             arguments["max_steps"] = 2 * steps
-        finetune_(
-            self.model,
-            data,
-            labels.samples.validation,
-            with_targets(labels.collator),
-            replace(self.config, training_arguments=arguments),
-            epochs=self.epochs,
-            seed=self.seed,
-            directory=self.scratch.directory,
-            loss=taught_loss(truth.link),
-        )
+        config = replace(self.config, training_arguments=arguments)
+        self._finetune(data, with_targets(labels.collator), config, self.seed, taught_loss(truth.link))
 
 
 def _named(references: Sequence[str], values: Sequence[float]) -> dict[str, float]:

@@ -111,7 +111,7 @@ def rank_by_gain(run: Run, references: Sequence[str], *, finetuned: bool, token:
         buffer = run.scratch.gradients
         model.eval()
         names, _ = mean_gradient(model, run.labels.batches(run.samples.train, config.seed), buffer)
-        gradient = {name: buffer[name] for name in names}
+        gradient = {name: buffer[name] for name in buffer if name in names}  # one order, so that sums repeat
         units = partition(model, config.unit)
         tensors = movable_tensors(model.cpu())
 
@@ -120,7 +120,7 @@ def rank_by_gain(run: Run, references: Sequence[str], *, finetuned: bool, token:
             return rank_source(source, loaded, gradient, tensors, units)
 
         with run.puller(token, whole=True) as puller:
-            rows = [*_read_each(references, puller, read)]
+            rows = [*_read_each(run, "gain", references, puller, read)]
     return sorted(rows, key=lambda row: -math.inf if row.gain is None else row.gain, reverse=True)
 
 
@@ -142,7 +142,7 @@ def rank_by_loss(run: Run, references: Sequence[str], *, token: str | None) -> l
             loss = judged.calibrated_loss
             return RankedSource(str(source.ref), source.sha, source.kind, source.num_bytes, loss=loss)
 
-        rows = [*_read_each(references, puller, read)]
+        rows = [*_read_each(run, "loss", references, puller, read)]
     return sorted(rows, key=lambda row: math.inf if row.loss is None else row.loss)
 
 
@@ -181,11 +181,17 @@ def _require_readable(rows: list[RankedSource]) -> list[RankedSource]:
 
 
 def _read_each(
-    references: Sequence[str], puller: Puller, read: Callable[[Source], RankedSource]
+    run: Run, measure: str, references: Sequence[str], puller: Puller, read: Callable[[Source], RankedSource]
 ) -> Iterator[RankedSource]:
-    """Yield a row for each source, while the next source is downloaded; an error becomes the problem of its row."""
+    """Yield a row for each source, while the next source is downloaded; an error becomes the problem of its row.
+
+    A source that the state of the run knows from an earlier process is not read again.
+    """
     bar = tqdm(references, desc="ranking", unit="source", leave=False, disable=None)
     for number, reference in enumerate(bar, start=1):
+        if (known := _restored(run, measure, reference)) is not None:
+            yield known
+            continue
         began = time.perf_counter()
         try:
             with puller.pull(reference, *references[number : number + 1]) as source:
@@ -193,7 +199,23 @@ def _read_each(
         except GraspError as error:
             row = RankedSource(reference, problem=str(error), error=type(error))
         row.seconds = time.perf_counter() - began
+        if run.state is not None and row.problem is None:
+            tensors, link = run.predictions.saved(reference) if measure == "loss" else (None, None)
+            values = {**asdict(row), "error": None, "link": link}
+            run.state.save(f"{measure} {reference}", values, tensors)
         yield row
+
+
+def _restored(run: Run, measure: str, reference: str) -> RankedSource | None:
+    """Return the row of a source that an earlier process of the merge has read; restore its predictions."""
+    name = f"{measure} {reference}"
+    if run.state is None or name not in run.state:
+        return None
+    values = dict(run.state.values(name))
+    link = values.pop("link")
+    if measure == "loss":
+        run.predictions.restore(reference, dict(run.state.tensors(name)), link)
+    return RankedSource(**{**values, "units": [UnitGain(**unit) for unit in values["units"]]})
 
 
 def rank_source(

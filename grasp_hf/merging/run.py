@@ -16,11 +16,12 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ..config.grasp import GraspConfig
 from ..config.methods import METHODS
-from ..data.digests import fingerprint
+from ..data.digests import fingerprint, full_digest
 from ..data.samples import Samples
 from ..files import interrupts_held, workspace
 from ..hub.pull import Puller
 from ..hub.reference import Source
+from ..methods.weighted import GRADIENT
 from ..models.batches import Collator, check_dataset, keep_model_columns
 from ..models.gradients import checkpointing, preserved_state
 from ..sources.load import LoadedSource, load_source
@@ -30,11 +31,16 @@ from ..tensors.placing import overwrite_
 from ..tensors.scratch import Scratch
 from ..tensors.units import movable_tensors
 from ..validation.labels import Labels
+from ..validation.losses import repeatable
 from .checks import check_loss
+from .state import DOWNLOADS, TRAINING, RunState
 from .step import Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+MERGE = "merge"  # the entry of the state that holds the model
 
 
 class Run:
@@ -50,6 +56,7 @@ class Run:
         base_of: Returns, for a source that is an adapter, the base model that the adapter must belong to.
         base_token: Hub token that the base was loaded with.
         placebo: Replaces every source by a placebo, for a control.
+        state: The state of the merge on disk; `None` keeps none.
 
     Attributes:
         labels: The labelled samples, with the losses of the model on them.
@@ -70,7 +77,9 @@ class Run:
         base_of: Callable[[Source], Source | None],
         base_token: str | None,
         placebo: Placebo | None = None,
+        state: RunState | None = None,
     ) -> None:
+        self.state = state
         self._given = samples
         if model.can_generate() and samples.unlabeled is not None and samples.train is not None:
             samples = replace(samples, train=ConcatDataset([samples.train, samples.unlabeled]), unlabeled=None)
@@ -85,6 +94,7 @@ class Run:
         self.predictions = Predictions(directory / "predictions")
         self.weights: dict[str, float] = {}
         self._has_finite_loss = False
+        self._saved_gradient: Any = None
         self._description: dict[str, Any] | None = None
 
     @property
@@ -105,12 +115,47 @@ class Run:
         with workspace(Path(tempfile.gettempdir()), "grasp_hf-") as directory:
             yield cls(model, config, samples, directory, **options)
 
+    def save(self, values: Mapping[str, Any], *, done: bool = False) -> None:
+        """Save the model and `values` as the last entry of the state, if there is one.
+
+        Args:
+            values: Values of JSON, which `restore` returns.
+            done: Whether the merge is done, so that no other entry is needed.
+        """
+        if self.state is None:
+            return
+        gradient = self.scratch.kept.get(GRADIENT)
+        if gradient is None:
+            drop = [GRADIENT]
+        else:
+            drop = []
+            if gradient is not self._saved_gradient:
+                self.state.save(GRADIENT, gradient, {name: self.scratch.gradients[name] for name in gradient})
+                self._saved_gradient = gradient
+        values = {**values, "learned": self.labels.learned, "done": done}
+        drop += [name for name in self.state.names() if name != MERGE and (done or name.startswith(TRAINING))]
+        self.state.save(MERGE, values, movable_tensors(self.model), drop=drop)
+
+    def restore(self) -> Any:
+        """Change the model to the one that was saved last, and return the values; `None` if the state has no model."""
+        if self.state is None or MERGE not in self.state:
+            return None
+        values = self.state.values(MERGE)
+        self.state.restore_(MERGE, movable_tensors(self.model))
+        self.labels.learned = values["learned"]
+        self.labels.changed()
+        if GRADIENT in self.state:
+            self._saved_gradient = self.scratch.kept[GRADIENT] = self.state.values(GRADIENT)
+            self.state.restore_(GRADIENT, self.scratch.gradients)
+        return values
+
     @contextmanager
-    def step(self, *, sharded: bool = False) -> Iterator[Step]:
+    def step(self, *, sharded: bool = False, resumable: bool = False) -> Iterator[Step]:
         """Check the data, move the model to the accelerator, and restore its weights if the block raises an error.
 
         Args:
             sharded: Whether the source comes in shards, so that a step can fail after weights have moved.
+            resumable: Whether the state keeps the result of each training in the block.
 
         Raises:
             DataError: The data does not fit the model.
@@ -122,7 +167,8 @@ class Run:
         asked = self.config.training_arguments
         checkpoints = bool(asked.get("gradient_checkpointing") or asked.get("activation_checkpointing"))
         can_fail = sharded or any(dataset is not None for dataset in samples.values())
-        step = Step(self.model, self.config, self.labels, self.scratch, can_fail=can_fail)
+        state = self.state if resumable else None
+        step = Step(self.model, self.config, self.labels, self.scratch, can_fail=can_fail, state=state)
         with preserved_state(self.model), checkpointing(self.model, checkpoints):
             self.model.to(Accelerator().device)
             if not can_fail:
@@ -173,7 +219,14 @@ class Run:
             # With data, every step keeps a copy of the weights, so that a source that fails can be undone.
             undo_bytes = 0 if has_data else sum(tensor.nbytes for tensor in movable_tensors(self.model).values())
         prefetch, trusted = self.config.prefetch, self.config.trust_remote_code
-        return Puller(token=token, prefetch=prefetch, trusted=trusted, undo_bytes=undo_bytes, commits=commits)
+        return Puller(
+            token=token,
+            prefetch=prefetch,
+            trusted=trusted,
+            undo_bytes=undo_bytes,
+            commits=commits,
+            keep_in=None if self.state is None else self.state.folder / DOWNLOADS,
+        )
 
     def load(self, located: Source, *, scratch: Scratch | None = None, check_finite: bool = True) -> LoadedSource:
         """Read the tensors of a source by the names and shapes of the model.
@@ -197,6 +250,12 @@ class Run:
         if self._placebo:
             return self._placebo.replace(loaded, str(located.ref), self.model, directory)
         return loaded
+
+    def full_digests(self) -> dict[str, Any]:
+        """Return a digest of all samples of each data set, to tell whether a state belongs to this data."""
+        given = {"train": self._given.train, "eval": self._given.validation, "unlabeled": self._given.unlabeled}
+        with repeatable():
+            return {name: full_digest(dataset) for name, dataset in given.items() if dataset is not None}
 
     def describe_data(self) -> dict[str, Any]:
         """Return the number of samples and a digest of each split, for the record; only the first call reads the data."""

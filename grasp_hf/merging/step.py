@@ -26,6 +26,7 @@ from ..validation.labels import Labels
 from ..validation.losses import SampleLosses, concatenate
 from .finetuning import Finetuning
 from .mixed import MixedModel
+from .state import RunState
 from .transfer import Transfer
 
 if TYPE_CHECKING:
@@ -41,12 +42,21 @@ class Step:
         labels: The labelled samples, with the losses of the model on them.
         scratch: The temporary files. Where the step `can_fail`, `scratch.start` holds the target before the step.
         can_fail: Whether the step can fail after weights have moved, so that a copy of them is kept.
+        state: Keeps the result of each training of a fine-tuning, so that a later process does not repeat it.
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: GraspConfig, labels: Labels, scratch: Scratch, *, can_fail: bool
+        self,
+        model: PreTrainedModel,
+        config: GraspConfig,
+        labels: Labels,
+        scratch: Scratch,
+        *,
+        can_fail: bool,
+        state: RunState | None = None,
     ) -> None:
         self.model, self.config, self.labels, self.scratch, self.can_fail = model, config, labels, scratch, can_fail
+        self._state = state
 
     def with_config(self, config: GraspConfig) -> Step:
         """Return this step with another configuration and labels of its own, which do not share `learned` with this step."""
@@ -217,7 +227,7 @@ class Step:
             return None
         self.labels.changed()
         self.scratch.make_room()
-        finetuning = Finetuning(self.model, self.config, self.labels, self.scratch, epochs, seed)
+        finetuning = Finetuning(self.model, self.config, self.labels, self.scratch, epochs, seed, self._state)
         return finetuning.run(alone, predictions)
 
 

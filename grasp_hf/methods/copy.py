@@ -105,8 +105,8 @@ def summed_cosines(
         in_target, _ = mean_gradient(target, batches, scratch.gradients)
         with placed(movable_tensors(target), source_values, scratch.start):
             in_source, _ = mean_gradient(target, batches, scratch.source_gradients)
-        for name in in_target & in_source:
-            if name in products:
+        for name in scratch.gradients:  # one order, so that sums repeat
+            if name in in_target & in_source and name in products:
                 products.add(name, scratch.source_gradients[name], scratch.gradients[name])
     return {name: cosine(*sums) if sums else None for name, sums in products.sums().items()}
 

@@ -35,7 +35,8 @@ def find_alignment(inputs: Inputs) -> Scores:
         with preserved_state(inputs.model):
             inputs.model.eval()
             batches = islice(labels.batches(labels.samples.train, inputs.seed), count)
-            kept[GRADIENT], _ = mean_gradient(inputs.model, batches, inputs.scratch.gradients)
+            names, _ = mean_gradient(inputs.model, batches, inputs.scratch.gradients)
+        kept[GRADIENT] = [name for name in inputs.scratch.gradients if name in names]  # one order, so that sums repeat
     products = UnitProducts(inputs.units)
     for name in kept[GRADIENT]:
         if name in products:

@@ -5,7 +5,8 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,31 @@ from .classes import quiet_transformers
 from .gradients import preserved_randomness, preserved_state
 from .trainer_patches import (
     EpochStatistics,
+    KeepCheckpoints,
     TrainingProgress,
     WholeEvaluationTrainer,
+    keep_resumable_,
     only_weights_changed,
     trainer_refusals,
 )
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Checkpoints that a training can go on from, with the optimizer, the schedule and the random state.
+
+    Attributes:
+        folder: Folder of the checkpoints.
+        last: The checkpoint to go on from; `None` begins anew.
+        keep: Called with the folder of each checkpoint as soon as it is complete.
+        seconds: Without evaluation data, the end of an epoch keeps a checkpoint if the last one is older than this. With
+            evaluation data, every epoch keeps one.
+    """
+
+    folder: Path
+    last: Path | None
+    keep: Callable[[Path], None]
+    seconds: float
 
 
 def finetune_(
@@ -50,6 +71,7 @@ def finetune_(
     seed: int,
     directory: Path,
     loss: Callable[..., Tensor] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> None:
     """Change `model` in place by fine-tuning it; with evaluation data, keep the weights of the best epoch.
 
@@ -63,6 +85,7 @@ def finetune_(
         seed: Seeds shuffling and dropout.
         directory: Folder for the weights of the best epoch during the training.
         loss: The `compute_loss_func` of the Trainer; `None` stands for the loss of the model.
+        checkpoints: Checkpoints to keep and to go on from; `None` keeps none.
 
     Raises:
         ConfigError: The Trainer refuses `training_arguments`.
@@ -71,10 +94,11 @@ def finetune_(
     if not config.trains(epochs):
         return
     with _prepared_trainer(
-        model, train_dataset, eval_dataset, collator, config, epochs, seed, directory, loss
+        model, train_dataset, eval_dataset, collator, config, epochs, seed, directory, loss, checkpoints
     ) as trainer:
+        last = checkpoints and checkpoints.last
         try:
-            result = trainer.train()
+            result = trainer.train(resume_from_checkpoint=str(last) if last else None)
         except ImportError as error:  # for example the package of an optimizer
             raise ConfigError(f"training_arguments: {error}") from error
     if not math.isfinite(result.training_loss):
@@ -121,10 +145,12 @@ def _prepared_trainer(
     seed: int,
     directory: Path,
     loss: Callable[..., Tensor] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Iterator[Trainer]:
-    """Yield a Trainer for `model`; after the block, merge its LoRA adapter and remove its checkpoints."""
+    """Yield a Trainer for `model`; after the block, merge its LoRA adapter and remove its temporary checkpoints."""
+    temporary = tempfile.TemporaryDirectory(prefix="training-", dir=directory, ignore_cleanup_errors=True)
     with (
-        tempfile.TemporaryDirectory(prefix="training-", dir=directory, ignore_cleanup_errors=True) as folder,
+        nullcontext(str(checkpoints.folder)) if checkpoints else temporary as folder,
         preserved_randomness(),
         only_weights_changed(model),
         quiet_transformers(),
@@ -140,10 +166,14 @@ def _prepared_trainer(
             evaluates=eval_dataset is not None,
             normalizes_batches=normalizes_batches(model),
         )
+        if checkpoints:
+            keep_resumable_(arguments, evaluates=eval_dataset is not None)
         with trainer_refusals():
             trainer = _build_trainer(
                 trained, train_dataset, eval_dataset, collator, arguments, paper=config.published, loss=loss
             )
+        if checkpoints:
+            trainer.add_callback(KeepCheckpoints(checkpoints.keep, checkpoints.seconds, checkpoints.last))
         yield trainer
 
 

@@ -1,13 +1,16 @@
 """Our changes to the behaviour of `transformers.Trainer`, and the reasons for them."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from ..errors import ConfigError, GraspError
 from ..internals import forget_original_forward_, forward_hooks, restore_forward_hooks_
@@ -62,22 +65,74 @@ class WholeEvaluationTrainer(Trainer):
             self.args.dataloader_drop_last = drops
 
 
-class EpochStatistics(TrainerCallback):
-    """Restores the buffers of the best epoch, such as BatchNorm statistics; an adapter's checkpoint lacks them."""
+BUFFERS = "buffers.pt"
 
-    def __init__(self) -> None:
-        self._saved: dict[int, list[Tensor]] = {}
+
+class EpochStatistics(TrainerCallback):
+    """Keeps the buffers, such as BatchNorm statistics, beside each checkpoint; the checkpoint of an adapter lacks them."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the buffers of this checkpoint and of the best one so far."""
-        self._saved = {step: values for step, values in self._saved.items() if step == state.best_global_step}
-        self._saved[state.global_step] = [buffer.clone() for buffer in kwargs["model"].buffers()]
+        """Save the buffers of this checkpoint."""
+        torch.save(
+            [buffer.cpu() for buffer in kwargs["model"].buffers()], _checkpoint(args, state.global_step) / BUFFERS
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the buffers of the best epoch."""
-        if args.load_best_model_at_end and state.best_global_step in self._saved:
-            for buffer, value in zip(kwargs["model"].buffers(), self._saved[state.best_global_step], strict=True):
-                buffer.copy_(value)
+        if args.load_best_model_at_end and state.best_global_step:
+            restore_buffers_(kwargs["model"], _checkpoint(args, state.best_global_step))
+
+
+class KeepCheckpoints(TrainerCallback):
+    """Asks for a checkpoint at the end of an epoch, and reports each one that is complete.
+
+    Args:
+        keep: Called with the folder of each checkpoint.
+        seconds: Least time between two checkpoints of a training that has no other reason for one.
+        resumed: The checkpoint that the training goes on from.
+    """
+
+    def __init__(self, keep: Callable[[Path], None], seconds: float, resumed: Path | None) -> None:
+        self._keep, self._seconds, self._resumed = keep, seconds, resumed
+        self._last = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore the buffers of the checkpoint."""
+        if self._resumed is not None:
+            restore_buffers_(kwargs["model"], self._resumed)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a checkpoint if the last one is too old."""
+        if time.monotonic() - self._last >= self._seconds and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report the checkpoint."""
+        self._keep(_checkpoint(args, state.global_step))
+        self._last = time.monotonic()
+
+
+def keep_resumable_(arguments: TrainingArguments, *, evaluates: bool) -> None:
+    """Change `arguments` so that checkpoints hold all that a training needs to go on.
+
+    With evaluation data every epoch keeps one, because the Trainer knows the best epoch only by its checkpoints.
+    """
+    arguments.save_only_model = False
+    arguments.save_total_limit = 3  # the best, the last and, until the next one is complete, the one before
+    if evaluates and arguments.save_strategy == SaveStrategy.BEST:
+        arguments.save_strategy = SaveStrategy.EPOCH
+
+
+def restore_buffers_(model: Any, checkpoint: Path) -> None:
+    """Change the buffers of `model` to those that `EpochStatistics` saved beside a checkpoint, if it did."""
+    path = checkpoint / BUFFERS
+    if path.exists():
+        for buffer, value in zip(model.buffers(), torch.load(path, weights_only=True), strict=True):
+            buffer.copy_(value)
+
+
+def _checkpoint(args: Any, step: int) -> Path:
+    return Path(args.output_dir, f"checkpoint-{step}")
 
 
 class TrainingProgress(TrainerCallback):

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -252,6 +252,16 @@ class MergeReport:
         write_whole(path, json.dumps({"outcome": self.outcome(), **asdict(self)}, indent=2) + "\n")
 
     @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "MergeReport":
+        """Return the record from the dictionary that `dataclasses.asdict` made, or from that of an earlier version."""
+        values = dict(values)
+        values.pop("outcome", None)  # it follows from the rest
+        steps = [read_step(step) for step in values.pop("steps")]
+        # In a record of version 0.1, the fields of the run are fields of the whole record.
+        run = values.pop("run", None) or {name: values.pop(name) for name in RUN_FIELDS if name in values}
+        return cls(**values, steps=steps, run=RunReport.from_dict(run))
+
+    @classmethod
     def from_json(cls, path: Path) -> "MergeReport":
         """Return the record from a file that `to_json` wrote.
 
@@ -259,12 +269,7 @@ class MergeReport:
             ConfigError: The file holds something else.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            values.pop("outcome", None)  # it follows from the rest
-            steps = [read_step(step) for step in values.pop("steps")]
-            # In a record of version 0.1, the fields of the run are fields of the whole record.
-            run = values.pop("run", None) or {name: values.pop(name) for name in RUN_FIELDS if name in values}
-            return cls(**values, steps=steps, run=RunReport.from_dict(run))
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"'{path.name}' is not the record of a merge by grasp_hf {error}") from error
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..models.batches import Link
 from ..validation.losses import Outputs, SampleLosses
 from .pool import Array, FittedPool, fit_pool, mixture_weights
+
+KINDS = ("labelled", "unlabeled")
 
 
 @dataclass(frozen=True)
@@ -67,17 +71,35 @@ class Predictions:
         if own is None:
             own = losses.losses
         self._likelihoods[name] = -own.numpy().astype(np.float32)
-        if outputs is None:
-            return
+        if outputs is not None:
+            self._write(name, outputs, unlabeled)
+
+    def _write(self, name: str, outputs: Outputs, unlabeled: Tensor | None) -> None:
         self._truth = self._truth or outputs
         found = [outputs.logits] if unlabeled is None else [outputs.logits, unlabeled]
         self._directory.mkdir(exist_ok=True)
         number = list(self._likelihoods).index(name)  # a source that comes twice has the same files
         self._files[name] = []
-        for kind, logits in zip(("labelled", "unlabeled"), found, strict=False):
+        for kind, logits in zip(KINDS, found, strict=False):
             path = self._directory / f"{number}-{kind}.npy"
             np.save(path, logits.numpy())
             self._files[name].append(path)
+
+    def saved(self, name: str) -> tuple[dict[str, Tensor], Link | None]:
+        """Return what is known of a model, as tensors with their link; `restore` takes it."""
+        found = {"likelihoods": torch.from_numpy(self._likelihoods[name])}
+        if name not in self._files or self._truth is None:
+            return found, None
+        logits = [torch.from_numpy(np.load(path)) for path in self._files[name]]
+        found |= dict(zip(KINDS, logits, strict=False))
+        return {**found, "targets": self._truth.targets, "samples": self._truth.samples}, self._truth.link
+
+    def restore(self, name: str, tensors: Mapping[str, Tensor], link: Link | None) -> None:
+        """Take what `saved` returned in an earlier process."""
+        self._likelihoods[name] = tensors["likelihoods"].numpy()
+        if link is not None:
+            outputs = Outputs(tensors["labelled"], tensors["targets"], tensors["samples"], link)
+            self._write(name, outputs, tensors.get("unlabeled"))
 
     def keep(self, names: Sequence[str]) -> None:
         """Forget the predictions of all other models."""
