@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -17,6 +17,22 @@ from filelock import FileLock, Timeout
 
 # Constants of the system calls that exchange two folders.
 AT_FDCWD, RENAME_EXCHANGE, RENAME_SWAP = -100, 2, 2
+LFS_ADVICE = "a git-LFS pointer, not the file itself; run `git lfs pull` in its repository"
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """Whether a file with this content stands for a large file that git has not fetched."""
+    return content.startswith(b"version https://git-lfs.github.com/spec/")
+
+
+def lfs_pointers(folder: Path, names: Iterable[str]) -> list[str]:
+    """Return those of `names`, files in `folder`, that are git-LFS pointers; a missing file is none."""
+    found = []
+    for name in names:
+        if (folder / name).is_file():
+            with open(folder / name, "rb") as file:
+                found += [name] if is_lfs_pointer(file.read(64)) else []
+    return found
 
 
 def write_whole(path: Path, text: str) -> None:

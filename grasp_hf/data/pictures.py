@@ -4,9 +4,12 @@ import io
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-from ..errors import DataError
+from ..errors import DataError, first_line
+from ..files import LFS_ADVICE, is_lfs_pointer
+
+DEEP = ("I", "F")  # Pillow's modes of pictures with 16 or 32 bits per pixel begin with these letters
 
 
 def is_picture(value: Any) -> bool:
@@ -25,24 +28,26 @@ def picture_bytes(value: Any) -> bytes:
 
 
 def load_picture(value: Any) -> Image.Image:
-    """Return a picture in RGB; of 16 bits per pixel, the upper 8 are kept.
+    """Return a picture as a pipeline of transformers sees it: in RGB, and upright as its EXIF orientation says.
 
     `value` is a decoded picture, or a dictionary with the bytes or the path of its file.
 
     Raises:
-        DataError: The picture cannot be read, or the range of its pixels is unknown.
+        DataError: The picture cannot be read, is larger than Pillow allows, or has more than 8 bits per pixel. Pipelines cut
+            such pixels off at 255, so the merged model would see another picture than the one it was trained on.
     """
     name = (value.get("path") if isinstance(value, dict) else getattr(value, "filename", None)) or "of a data set"
     try:
         image = value
         if isinstance(value, dict):
             image = Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
-        if image.mode.startswith("I;16"):
-            image = image.point(lambda level: level / 256, "L")
-        if image.mode in ("I", "F"):
+        if image.mode.startswith(DEEP):
             raise ValueError(
-                f"its pixels are of type {image.mode}, whose range is unknown; save the picture with 8 bits per pixel"
+                f"its pixels are of type {image.mode}, which pipelines cut off at 255; save the picture with 8 bits per "
+                "pixel"
             )
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow calls a broken PNG a SyntaxError
-        raise DataError(f"the picture '{name}' cannot be read: {error}") from error
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # a damaged file makes Pillow raise errors of many types
+        pointer = isinstance(value, dict) and is_lfs_pointer(picture_bytes(value))
+        reason = f"it is {LFS_ADVICE}" if pointer else first_line(error)
+        raise DataError(f"the picture '{name}' cannot be read: {reason}") from error

@@ -91,14 +91,14 @@ class Listing:
         return sorted(Path(path).name for path in self.select(["*"]))
 
     @property
-    def exports(self) -> list[str]:
-        """Relative paths of the files in subfolders, which may be exports for other frameworks."""
+    def below(self) -> list[str]:
+        """Relative paths of the files in subfolders, which may be other models, or exports for other frameworks."""
         below = (path.removeprefix(self.folder) for path in self.files if path.startswith(self.folder))
         return sorted(path for path in below if "/" in path)
 
     def inspect(self) -> Source:
         """Return the source of this commit, before anything is downloaded; see `Source.inspect` for errors."""
-        return Source.inspect(self.ref, Path(), self.sha, files=self.names, exports=self.exports)
+        return Source.inspect(self.ref, Path(), self.sha, files=self.names, below=self.below)
 
     @property
     def configuration(self) -> list[str]:

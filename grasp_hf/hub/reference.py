@@ -1,15 +1,17 @@
 """References to sources, and the kind of a source: a full model or an adapter."""
 
 import json
+import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import IncompatibleSourceError, SourceNotFoundError
+from ..errors import IncompatibleSourceError, SourceNotFoundError, first_few
+from ..files import LFS_ADVICE, lfs_pointers
 
 UNREADABLE = (ValueError, RuntimeError, OSError, EOFError, UnpicklingError, SafetensorError)
 INDEX = ".index.json"
@@ -64,6 +66,12 @@ class SourceRef:
         repository, _, subfolder = rest.partition("/")
         return cls(f"{org}/{repository}" if repository else name, revision or None, subfolder or None)
 
+    def below(self, folder: str) -> "SourceRef":
+        """Return the reference to a folder inside this one."""
+        if self.is_local:
+            return replace(self, name=str(Path(self.name, folder)))
+        return replace(self, subfolder=f"{self.subfolder}/{folder}" if self.subfolder else folder)
+
     @property
     def is_local(self) -> bool:
         """Whether the name is a folder on this machine."""
@@ -105,7 +113,7 @@ class Source:
         folder: Path,
         sha: str | None = None,
         files: Sequence[str] | None = None,
-        exports: Sequence[str] = (),
+        below: Sequence[str] = (),
     ) -> "Source":
         """Return the source in `folder`, after a check that the needed files exist.
 
@@ -114,33 +122,33 @@ class Source:
             folder: Folder with the files.
             sha: Commit of the files on the Hub.
             files: Names of the files before they are downloaded; those in `folder` if left out.
-            exports: Names of files in folders below. They are not used, but an error names their format.
+            below: Paths of files in folders below, relative to `folder`. They are not used, but an error names the folders
+                that hold a model, or the format of an export.
 
         Raises:
-            SourceNotFoundError: The configuration or the weights are missing.
+            SourceNotFoundError: The configuration or the weights are missing, or are git-LFS pointers.
         """
+        on_disk = files is None
         if files is None:
             files = sorted(path.name for path in folder.iterdir() if path.is_file())
-            exports = [path.name for path in folder.glob("*/*")]
         kind: Literal["full", "adapter"] = "adapter" if "adapter_config.json" in files else "full"
-        everything = [*files, *exports]
-        gguf = any(name.endswith(".gguf") for name in everything)
-        advice = ""
-        if gguf:
-            advice = "; a GGUF file has quantized weights: name the float model that it was made from"
-        elif any(name.endswith((".onnx", ".h5", ".msgpack")) for name in everything):
-            advice = "; an export for another framework cannot be merged: name the PyTorch model that it was made from"
+        problem = None
         if kind == "full" and "config.json" not in files:
-            raise SourceNotFoundError(
-                f"'{ref}' holds no config.json and no adapter_config.json, so it is neither a model nor an adapter; "
-                f"found: {', '.join(files) or 'no files'}{advice}"
-            )
-        if main_weights(files) is None:
+            problem = "holds no config.json and no adapter_config.json, so it is neither a model nor an adapter"
+        elif main_weights(files) is None:
             expected = ADAPTER_WEIGHTS if kind == "adapter" else FULL_WEIGHTS
-            raise SourceNotFoundError(
-                f"'{ref}' holds no weights: expected one of {', '.join(expected)}; found: {', '.join(files)}{advice}"
-            )
-        return cls(ref, folder, sha, kind)
+            problem = f"holds no weights: expected one of {', '.join(expected)}"
+        if problem:
+            if on_disk:
+                below = [
+                    path.relative_to(folder).as_posix() for deep in ("*/*", "*/*/*") for path in folder.glob(deep)
+                ]
+            advice = _advice(ref, files, below)
+            raise SourceNotFoundError(f"'{ref}' {problem}; found: {', '.join(files) or 'no files'}{advice}")
+        source = cls(ref, folder, sha, kind)
+        if on_disk:
+            _refuse_pointers(source)
+        return source
 
     @property
     def weight_names(self) -> list[str]:
@@ -209,6 +217,40 @@ def local_files(ref: SourceRef) -> dict[str, list[int]] | None:
         return None
     found = {path.name: path.stat() for path in sorted(Path(ref.name).glob("*")) if path.is_file()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
+def _refuse_pointers(source: Source) -> None:
+    """Raise `SourceNotFoundError` if the configuration or a weight file of a folder is a git-LFS pointer."""
+    main = main_weights([path.name for path in source.folder.iterdir()])
+    small = ["config.json", "adapter_config.json", *([main] if main else [])]
+    if pointers := lfs_pointers(source.folder, small) or lfs_pointers(source.folder, source.weight_names):
+        raise SourceNotFoundError(f"{first_few(pointers)}: got {LFS_ADVICE}", subject=source.ref)
+
+
+def _advice(ref: SourceRef, files: Sequence[str], below: Sequence[str]) -> str:
+    """Return what to name instead of a folder that holds no model; empty if its files do not tell."""
+    everything = [*files, *below]
+    if models := _model_folders(below):
+        return f"; a model or adapter is in {first_few(models)}: name the one to use, such as '{ref.below(models[0])}'"
+    if any(name.endswith(".gguf") for name in everything):
+        return "; a GGUF file has quantized weights: name the float model that it was made from"
+    if any(name.endswith((".onnx", ".h5", ".msgpack")) for name in everything):
+        return "; an export for another framework cannot be merged: name the PyTorch model that it was made from"
+    return ""
+
+
+def _model_folders(paths: Collection[str]) -> list[str]:
+    """Return the folders that hold a configuration with its weights, such as `checkpoint-500`; later ones come first."""
+    folders: dict[str, list[str]] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        folders.setdefault(folder, []).append(name)
+    found = [
+        folder
+        for folder, names in folders.items()
+        if not {"config.json", "adapter_config.json"}.isdisjoint(names) and main_weights(names)
+    ]
+    return sorted(found, key=lambda folder: [int(n) for n in re.findall(r"\d+", folder)], reverse=True)
 
 
 def main_weights(files: Collection[str]) -> str | None:

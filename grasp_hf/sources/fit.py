@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..errors import first_few
+from ..errors import IncompatibleSourceError, first_few
 from ..hub.reference import Source
 from ..internals import tied_names
-from ..models.processors import load_processing_class
+from ..models.processors import read_processing_class
 from ..models.target import is_computed
 from ..tensors.units import head_tensors, movable_tensors
 from .rows import RowMatch, RowMatches, match_head, match_tokens, token_tensors, vocabulary
@@ -102,7 +102,11 @@ def match_vocabularies(
         return RowMatches(
             notes=["vocabulary: tokens matched by their numbers, because the target's tokenizer is unknown"]
         )
-    return match_tokens(target, expected, tensors, vocabulary(load_processing_class(source)))
+    try:
+        got = vocabulary(read_processing_class(source))
+    except IncompatibleSourceError as error:
+        return RowMatches(problems=error.problems_of(str(source.ref)))
+    return match_tokens(target, expected, tensors, got)
 
 
 def architecture_problems(config: PretrainedConfig, target: PreTrainedModel) -> list[str]:

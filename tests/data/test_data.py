@@ -3,16 +3,13 @@
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from PIL import Image
 from transformers import AutoTokenizer, PreTrainedModel
 
 from grasp_hf import GraspConfig, Recipe
 from grasp_hf.data.digests import fingerprint
-from grasp_hf.data.pictures import load_picture
 from grasp_hf.data.section import DataSection
 from grasp_hf.data.splits import (
     Content,
@@ -293,16 +290,6 @@ def test_a_saved_data_set_gets_no_files_beside_it(tmp_path: Path) -> None:
 def test_a_file_format_needs_the_location_of_its_files(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"data.data_dir or data.data_files: missing.*'{kind}'"):
         section(tmp_path, {"path": kind})
-
-
-def test_pictures_of_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
-    levels = np.array([[0, 255], [256 * 100, 65535]], dtype=np.uint16)
-    Image.fromarray(levels).save(tmp_path / "grey.png")
-    kept = load_picture({"path": str(tmp_path / "grey.png"), "bytes": None})
-    assert kept.mode == "RGB" and np.asarray(kept)[..., 0].tolist() == [[0, 0], [100, 255]]
-    Image.fromarray(levels / np.float32(65535)).save(tmp_path / "float.tiff")
-    with pytest.raises(DataError, match="float.tiff' cannot be read: its pixels are of type F"):
-        load_picture({"path": str(tmp_path / "float.tiff"), "bytes": None})
 
 
 @pytest.mark.parametrize("left", [0, 30])

@@ -130,6 +130,54 @@ def test_no_weights(config: str, expected: str, tmp_path: Path) -> None:
         inspect(tmp_path)
 
 
+def test_the_folders_of_a_training_run_are_named(vit: str, tmp_path: Path) -> None:
+    """A folder of the Trainer may hold a configuration, but its weights are in `checkpoint-*`."""
+    for step in (500, 1000, 90):
+        copied(vit, tmp_path / "run" / f"checkpoint-{step}")
+    message = "a model or adapter is in checkpoint-1000, checkpoint-500, checkpoint-90: name the one to use, such as"
+    for file in ("trainer_state.json", "config.json"):
+        (tmp_path / "run" / file).write_text("{}")
+        with pytest.raises(SourceNotFoundError, match=rf"run' holds no .*{message} '.*run/checkpoint-1000'$"):
+            inspect(tmp_path / "run")
+    inspect(tmp_path / "run" / "checkpoint-1000")
+
+
+def test_the_folders_of_named_adapters_are_named(tmp_path: Path) -> None:
+    model = tiny_model("vit")
+    saved_adapter(model, "org/base", tmp_path / "both" / "french", target_modules=["q_proj"])
+    (tmp_path / "both" / "logs").mkdir()
+    (tmp_path / "both" / "logs" / "config.json").write_text("{}")
+    with pytest.raises(SourceNotFoundError, match="a model or adapter is in french: name the one .*both/french'$"):
+        inspect(tmp_path / "both")
+
+
+def test_the_folders_of_a_repository_are_named() -> None:
+    files = ["README.md"]
+    below = ["checkpoint-2/adapter_config.json", "checkpoint-2/adapter_model.safetensors", "onnx/model.onnx"]
+    with pytest.raises(
+        SourceNotFoundError, match="is in checkpoint-2: name the one to use, such as 'org/a/checkpoint-2"
+    ):
+        Source.inspect(SourceRef("org/a"), Path(), "sha", files=files, below=below)
+    ref = SourceRef("org/a", "v1", "runs")
+    with pytest.raises(SourceNotFoundError, match="such as 'org/a/runs/checkpoint-2@v1'"):
+        Source.inspect(ref, Path(), "sha", files=files, below=below)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 17\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"]
+)
+def test_a_pointer_of_git_lfs_is_no_file(name: str, tmp_path: Path) -> None:
+    tiny_model("vit").save_pretrained(tmp_path, max_shard_size="4KB" if "-" in name or "index" in name else "1GB")
+    found = sorted(tmp_path.glob(name.replace("00002", "*")))[0]
+    found.write_text(POINTER)
+    message = f"^'{tmp_path}': {found.name}: got a git-LFS pointer, not the file itself; run `git lfs pull`"
+    with pytest.raises(SourceNotFoundError, match=message):
+        inspect(tmp_path)
+
+
 def test_a_truncated_file(vit: str, tmp_path: Path) -> None:
     folder = copied(vit, tmp_path / "cut")
     content = (folder / "model.safetensors").read_bytes()
