@@ -5,9 +5,9 @@ from typing import Any
 
 import transformers
 
-from ..errors import DataError, first_line
+from ..errors import DataError, IncompatibleSourceError
 from ..hub.listing import TOKENIZERS
-from ..hub.reference import Source
+from ..hub.reference import Source, reading
 from .classes import quiet_transformers
 
 logger = logging.getLogger(__name__)
@@ -20,17 +20,18 @@ def load_processing_class(source: Source) -> Any:
     # Without these files, transformers makes up a tokenizer that knows no word.
     if not any(path for pattern in PROCESSING_FILES for path in source.folder.glob(pattern)):
         return None
-    problem: Exception | None = None
+    reason = ""
     # A speech processor needs more files than its tokenizer.
     for auto in (transformers.AutoProcessor, transformers.AutoTokenizer):
         try:
-            with quiet_transformers():
+            with (
+                reading(source.ref, "its tokenizer or processor cannot be loaded and is not used"),
+                quiet_transformers(),
+            ):
                 return auto.from_pretrained(source.folder, trust_remote_code=False)
-        except (ValueError, OSError, KeyError, ImportError) as error:
-            problem = error
-    if problem:
-        reason = first_line(problem)
-        logger.warning("%s: its tokenizer or processor cannot be loaded and is not used: %s", source.ref, reason)
+        except IncompatibleSourceError as error:
+            reason = str(error)
+    logger.warning("%s", reason)
     return None
 
 

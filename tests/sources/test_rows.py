@@ -294,7 +294,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path, caplog: pyte
         path.write_text("{")
     merger = GraspMerger.from_pretrained(str(base))
     assert merger.processing_class is None
-    assert f"{base}: its tokenizer or processor cannot be loaded and is not used: " in caplog.text
+    assert f"'{base}': its tokenizer or processor cannot be loaded and is not used: " in caplog.text
 
 
 def test_the_tokens_of_a_speech_model_are_matched_by_their_strings(tmp_path: Path) -> None:
