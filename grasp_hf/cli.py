@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .config.arguments import NOT_HELPED, parse
 from .config.recipe import Recipe
-from .errors import ConfigError, GraspError
+from .errors import ConfigError, GraspError, printable
 
 if TYPE_CHECKING:
     from .data.samples import Samples
@@ -74,6 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _PrintableFormatter(logging.Formatter):
+    """Removes what a terminal must not show; a message may quote a stranger's file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 @contextmanager
 def _lines_on_stdout(level: int) -> Iterator[None]:
     """Print what the package logs: lines such as that of each source on stdout, warnings on stderr."""
@@ -83,6 +90,7 @@ def _lines_on_stdout(level: int) -> Iterator[None]:
     warnings.setLevel(logging.WARNING)
     logger.setLevel(level)
     for handler in (lines, warnings):
+        handler.setFormatter(_PrintableFormatter())
         logger.addHandler(handler)
     try:
         yield
@@ -99,7 +107,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     _check_json(options.json)
     rows = plan(options.recipe)
-    print(plan_table(rows, options.recipe, verbose=options.verbose))
+    print(printable(plan_table(rows, options.recipe, verbose=options.verbose)))
     _write_json(options.json, map(asdict, rows))
     return int(bool(problem_list(rows)))
 
@@ -111,7 +119,7 @@ def _rank(options: argparse.Namespace) -> int:
     _check_json(options.json)
     merger, sources, data = prepare(options.recipe)
     rows = merger.rank(sources, **data.keywords())
-    print(ranking_table(rows))
+    print(printable(ranking_table(rows)))
     _write_json(options.json, ({**row.summary(), "units": [asdict(unit) for unit in row.units]} for row in rows))
     return int(any(row.problem for row in rows))
 

@@ -1,7 +1,52 @@
-"""The errors of this package. Each is a `GraspError`; an error for a mistake of the user is also a `ValueError`."""
+"""The errors of this package. Each is a `GraspError`; an error for a mistake of the user is also a `ValueError`.
 
+Their messages quote files and answers of strangers. They show no control character and no secret.
+"""
+
+import re
+import sys
 from collections.abc import Sequence
 from typing import Self
+
+LONGEST_NAME = 200  # characters
+LONGEST = 2_000  # characters of a problem; a stranger's file may name a tensor in megabytes
+# Control characters, those that change the direction of writing, line separators and halves of characters.
+CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+SECRETS = (
+    (re.compile(r"(\w://)[^/\s@'\"]+@"), r"\1"),  # name and password in an address
+    (re.compile(r"([?&][^=&\s]*(?:auth|cred|key|pass|secret|sig|token)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE), r"\1…"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{30,}"), "hf_…"),
+)
+
+
+def redact(text: str) -> str:
+    """Return `text` without the passwords, tokens and signatures in it."""
+    for pattern, replacement in SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def printable(text: str) -> str:
+    """Return `text` as a terminal may show it: control characters are written as escapes, and secrets are removed."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), redact(text.replace("\t", " ")))
+
+
+def one_line(text: object, limit: int = LONGEST) -> str:
+    """Return the text of a stranger in one line of at most about `limit` characters that a terminal may show."""
+    line = printable(" ".join(str(text)[: 10 * limit].split()))
+    return line if len(line) <= limit else f"{line[:limit]} …"
+
+
+def _redact_causes_(error: BaseException | None) -> None:
+    """Change `error`, its causes and contexts: remove the secrets from their messages, which a traceback shows."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        try:
+            error.args = tuple(redact(value) if isinstance(value, str) else value for value in error.args)
+        except (AttributeError, TypeError):
+            pass
+        error = error.__cause__ or error.__context__
 
 
 class GraspError(Exception):
@@ -23,11 +68,14 @@ class GraspError(Exception):
     """
 
     def __init__(self, message: str = "", *, subject: object = None, problems: Sequence[str] = ()) -> None:
+        _redact_causes_(sys.exception())
+        problems = [printable(problem)[:LONGEST] for problem in problems]
+        message = printable(message)[: 10 * LONGEST]
         text = f"{message}:\n- " + "\n- ".join(problems) if problems else message
-        super().__init__(text if subject is None else f"'{subject}': {text}")
+        super().__init__(text if subject is None else f"'{one_line(subject)}': {text}")
         self.subject = None if subject is None else str(subject)
         self._without_subject = text
-        self._listed = list(problems)
+        self._listed = problems
 
     @property
     def problems(self) -> list[str]:
@@ -93,12 +141,18 @@ class SourceNotFoundError(GraspError, FileNotFoundError):
     """The model, the revision or the weights of a reference do not exist, or the token has no access to them."""
 
 
+def describe(error: BaseException, limit: int = 500) -> str:
+    """Return the class of an error and its message in one line of at most about `limit` characters."""
+    text = one_line(error, limit)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of the message of an error, or the name of its class if there is no message."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return one_line(str(error).strip().split("\n")[0]) or type(error).__name__
 
 
 def first_few(names: Sequence[str], limit: int = 5) -> str:
-    """Return the first `limit` names and the number of the others, as one text."""
-    text = ", ".join(names[:limit])
+    """Return the first `limit` names and the number of the others, as one text; long names are cut."""
+    text = ", ".join(one_line(name, LONGEST_NAME) for name in names[:limit])
     return f"{text} and {len(names) - limit} more" if len(names) > limit else text

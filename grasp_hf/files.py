@@ -35,6 +35,23 @@ def lfs_pointers(folder: Path, names: Iterable[str]) -> list[str]:
     return found
 
 
+def exists(path: Path) -> bool:
+    """Whether there is a file or a folder at `path`; no name is an error, however long it is."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def find_folder(text: str) -> Path | None:
+    """Return the folder that `text` names, where `~` is the home of a user; `None` if there is no such folder."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # a long name, an unknown user, a zero byte
+        return None
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write `text` to `path`. The file keeps its old content until the new one is complete, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -3,6 +3,7 @@
 import copy
 import errno
 import pickle
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,10 @@ from grasp_hf.errors import (
     PushError,
     SourceNotFoundError,
     StaleMergeError,
+    first_few,
+    first_line,
+    one_line,
+    printable,
 )
 
 
@@ -127,3 +132,61 @@ def test_errors_of_the_system(cls: type[GraspError], builtin: type[OSError]) -> 
     error = caught.value
     assert isinstance(error, cls) and error.args == (str(error),)
     assert isinstance(error, OSError) and error.errno is None and error.filename is None
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mb\x07", "a\\x1b[31mb\\x07"),
+        ("a\tb\x00", "a b\\x00"),
+        ("evil\u202etxt.exe\u2066", "evil\\u202etxt.exe\\u2066"),
+        ("line\u2028separator \x85", "line\\u2028separator \\x85"),
+        ("half \ud800", "half \\ud800"),
+        ("grün, 绿, \U0001f7e2", "grün, 绿, \U0001f7e2"),
+        ("two\nlines", "two\nlines"),
+    ],
+)
+def test_no_message_holds_a_character_that_changes_the_terminal(text: str, shown: str) -> None:
+    assert str(GraspError(text)) == printable(text) == shown
+    error = GraspError("problems", subject=text, problems=[text])
+    assert error.problems == [shown] and text not in str(error) or text == shown
+
+
+def test_the_text_of_a_stranger_is_one_short_line() -> None:
+    assert one_line("a\n\n# heading\x1b[0m") == "a # heading\\x1b[0m"
+    assert one_line("a" * 10_000_000, 100) == "a" * 100 + " …"
+    assert first_few(["a\nb", "c" * 5_000]) == "a b, " + "c" * 200 + " …"
+    assert len(str(GraspError("problems", subject="a" * 10**6, problems=["b" * 10**6]))) < 5_000
+
+
+SECRET = "".join(["s", "3", "cret"])
+ADDRESSES = [
+    f"http://user:{SECRET}@host/models",
+    f"HTTPS://{SECRET}@host",
+    f"https://host/file?X-Amz-Signature={SECRET}&size=1",
+    f"https://host/file?size=1&token={SECRET}",
+    f"token hf_{SECRET * 6}",
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_no_message_and_no_traceback_shows_a_secret(address: str) -> None:
+    with pytest.raises(PushError) as caught:
+        try:
+            try:
+                raise OSError(f"'{address}' is wrong")
+            except OSError as error:
+                raise ValueError(f"no answer from {address}") from error
+        except ValueError as error:
+            assert SECRET not in first_line(error)
+            raise PushError(f"could not be pushed: {error}", problems=[address]) from error
+    text = "".join(traceback.format_exception(caught.value))
+    assert "could not be pushed" in text and "no answer" in text and "is wrong" in text
+    assert SECRET not in text
+
+
+@pytest.mark.parametrize(
+    "text", ["user@host", "org/name@v1", "https://host/a?size=1&page=2", "org/hf_model_for_tokens"]
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert printable(text) == text

@@ -7,6 +7,7 @@ from ..config.recipe import Recipe
 from ..data.digests import digest, sample_hashes
 from ..data.samples import Samples
 from ..errors import DataError, first_few
+from ..files import exists
 from ..hub.download import look_up
 from ..hub.reference import Source
 from ..internals import file_formats
@@ -94,7 +95,7 @@ def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], 
 def hub_dataset(recipe: Recipe) -> str | None:
     """Return the Hub id of the recipe's data set, as model cards name it; `None` for files and folders."""
     path = recipe.data.get("path")
-    if not isinstance(path, str) or path in file_formats() or Path(recipe.locate(path)).exists():
+    if not isinstance(path, str) or path in file_formats() or exists(Path(recipe.locate(path))):
         return None
     return path
 

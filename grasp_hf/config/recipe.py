@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from ..errors import ConfigError
+from ..files import exists
 from . import mergekit
 from .checks import value_problems
 from .grasp import GraspConfig
@@ -148,7 +149,7 @@ class Recipe:
     def locate(self, reference: str) -> str:
         """Return the full path of `reference` if the recipe's folder contains it, otherwise `reference` unchanged."""
         inside = self.folder / reference
-        return str(inside.resolve()) if inside.exists() else reference
+        return str(inside.resolve()) if exists(inside) else reference
 
     def locate_pattern(self, reference: str) -> str:
         """Return the full path of a pattern such as `*.csv` that matches files; otherwise the same as `locate`."""

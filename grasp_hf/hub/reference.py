@@ -2,18 +2,26 @@
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Literal
+from typing import Concatenate, Literal, ParamSpec, TypeVar
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from ..errors import IncompatibleSourceError, SourceNotFoundError, first_few
-from ..files import LFS_ADVICE, lfs_pointers
+from ..errors import (
+    LONGEST_NAME,
+    GraspError,
+    IncompatibleSourceError,
+    SourceNotFoundError,
+    describe,
+    first_few,
+    one_line,
+)
+from ..files import LFS_ADVICE, find_folder, lfs_pointers
 
-UNREADABLE = (ValueError, RuntimeError, OSError, EOFError, UnpicklingError, SafetensorError)
 INDEX = ".index.json"
 FULL_WEIGHTS = (  # transformers looks for them in this order
     "model.safetensors",
@@ -24,6 +32,47 @@ FULL_WEIGHTS = (  # transformers looks for them in this order
 FLOATING = ("F64", "F32", "F16", "BF16")
 QUANTIZED = {"U8", "I8", "I4", "F8_E4M3", "F8_E5M2", "F4"}
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+S = TypeVar("S", bound="Source")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def reading(ref: object, problem: str) -> Iterator[None]:
+    """Turn whatever goes wrong in the block, where a stranger's file is read, into one error that names the source.
+
+    The libraries that read the files document no errors, and a damaged file raises errors of any class. The code in
+    Rust of safetensors and tokenizers even raises one that is no `Exception`.
+
+    Args:
+        ref: Reference of the source.
+        problem: Begins the message, such as `"its config.json cannot be used"`.
+
+    Raises:
+        IncompatibleSourceError: The block raised an error. Errors of this package stay as they are.
+    """
+    try:
+        yield
+    except (GraspError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise IncompatibleSourceError(f"{problem}: {describe(error)}", subject=ref) from error
+
+
+def reads(problem: str) -> Callable[[Callable[Concatenate[S, P], R]], Callable[Concatenate[S, P], R]]:
+    """Decorate a function whose first argument is the source that it reads; see `reading`."""
+
+    def decorate(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+        @wraps(function)
+        def wrapped(source: S, *args: P.args, **kwargs: P.kwargs) -> R:
+            with reading(source.ref, problem):
+                return function(source, *args, **kwargs)
+
+        return wrapped
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -50,16 +99,17 @@ class SourceRef:
         Raises:
             SourceNotFoundError: `text` is neither an existing folder nor a valid Hub id.
         """
-        if text and Path(text).expanduser().is_dir():
-            return cls(str(Path(text).expanduser()))
+        if text and (folder := find_folder(text)):
+            return cls(str(folder))
         name, _, revision = text.partition("@")
-        if name and Path(name).expanduser().is_dir():
+        if name and find_folder(name):
             raise SourceNotFoundError(
                 f"'{name}' is a folder, which has no revisions; leave out '@{revision}'", subject=text
             )
-        if not name or name.startswith((".", "/", "~")) or "//" in name or name.endswith("/") or text.endswith("@"):
+        no_id = name.startswith((".", "/", "~")) or "//" in name or name.endswith("/") or not text.isprintable()
+        if not name or no_id or text.endswith("@"):
             raise SourceNotFoundError(
-                f"'{text}' is neither an existing folder nor a Hub id; expected 'org/name', 'org/name@revision' or a "
+                f"'{one_line(text, LONGEST_NAME)}' is neither an existing folder nor a Hub id; expected 'org/name', 'org/name@revision' or a "
                 "folder that holds config.json or adapter_config.json"
             )
         org, _, rest = name.partition("/")
@@ -75,7 +125,7 @@ class SourceRef:
     @property
     def is_local(self) -> bool:
         """Whether the name is a folder on this machine."""
-        return Path(self.name).is_dir()
+        return find_folder(self.name) is not None
 
     def is_among(self, names: Collection[str]) -> bool:
         """Whether `names` contains this reference, with or without its revision."""
@@ -130,7 +180,8 @@ class Source:
         """
         on_disk = files is None
         if files is None:
-            files = sorted(path.name for path in folder.iterdir() if path.is_file())
+            with reading(ref, "its folder cannot be read"):
+                files = sorted(path.name for path in folder.iterdir() if path.is_file())
         kind: Literal["full", "adapter"] = "adapter" if "adapter_config.json" in files else "full"
         problem = None
         if kind == "full" and "config.json" not in files:
@@ -186,13 +237,8 @@ class Source:
         for path in self.weight_files:
             if path.suffix != ".safetensors":
                 continue
-            try:
-                with safe_open(path, "pt") as file:
-                    found |= {file.get_slice(name).get_dtype() for name in file.keys()}
-            except (SafetensorError, OSError) as error:
-                raise IncompatibleSourceError(
-                    f"{path.name} cannot be read as safetensors: {error}", subject=self.ref
-                ) from error
+            with reading(self.ref, f"{path.name} cannot be read as safetensors"), safe_open(path, "pt") as file:
+                found |= {file.get_slice(name).get_dtype() for name in file.keys()}
         return found
 
     def float_dtypes(self) -> set[str]:
@@ -267,13 +313,12 @@ def shards_of(index: Path, ref: SourceRef) -> list[str]:
     Raises:
         IncompatibleSourceError: The file is not an index, or lists files outside its folder.
     """
-    try:
+    with reading(ref, f"{index.name} cannot be read as an index of weight files"):
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{index.name} cannot be read as an index of weight files ({type(error).__name__}: {error})"
-        raise IncompatibleSourceError(f"{problem}; save the model again", subject=ref) from error
-    if outside := [name for name in names if Path(name).name != name]:
+        outside = [name for name in names if Path(name).name != name or len(name) > 255 or not name.isprintable()]
+    if outside:
         raise IncompatibleSourceError(
-            f"{index.name} lists '{outside[0]}', expected only files in its own folder", subject=ref
+            f"{index.name} lists '{first_few(outside, 1)}', expected only files in its own folder",
+            subject=ref,
         )
     return names

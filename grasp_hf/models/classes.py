@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging as transformers_logging
 
 from ..errors import IncompatibleSourceError
-from ..hub.reference import Source
+from ..hub.reference import Source, reading
 from ..internals import class_names, class_of, has_own_code, own_class, task_classes
 
 if TYPE_CHECKING:
@@ -46,14 +45,15 @@ def load_config(source: Source) -> PretrainedConfig:
     if source.kind == "adapter" and not (source.folder / "config.json").is_file():
         raise IncompatibleSourceError(f"'{source.ref}' is an adapter; expected a full model")
     try:
-        config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trusted)
-    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
+        with reading(source.ref, "its config.json cannot be used"):
+            config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trusted)
+    except IncompatibleSourceError as error:
         if not source.trusted and "auto_map" in _raw_config(source):
             raise IncompatibleSourceError(
                 f"'{source.ref}' needs Python code of its own; read the code, and allow it to run with "
                 f"trust_remote_code: ['{source.ref}']"
             ) from error
-        raise IncompatibleSourceError(f"its config.json cannot be used: {error}", subject=source.ref) from error
+        raise
     if getattr(config, "quantization_config", None):
         raise IncompatibleSourceError(
             "its weights are quantized, expected float weights; name the float model that it was made from, or "

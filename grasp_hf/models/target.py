@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import IncompatibleSourceError, first_few
-from ..hub.reference import UNREADABLE, Source
+from ..hub.reference import Source, reading, reads
 from ..internals import computed_patterns, initialize_, tied_names
 from ..tensors.units import head_tensors, movable_tensors
 from .classes import load_config, model_class, quiet_transformers
@@ -26,6 +26,7 @@ TRAINED_LATER = re.compile(r"(^|\.)(pooler\..+|mask_token|masked_spec_embed|num_
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+@reads("a merge cannot start from it")
 def load_target(
     source: Source,
     *,
@@ -131,12 +132,10 @@ def load_pretrained(
     source: Source, cls: type[PreTrainedModel], **kwargs: Any
 ) -> tuple[PreTrainedModel, dict[str, str]]:
     """Load the files of `source` as a `cls`; also return the tensors that are random, as `fresh_tensors` does."""
-    try:
+    with reading(source.ref, f"it cannot be loaded as a {cls.__name__}"):
         loaded: Any = cls.from_pretrained(
             source.folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-    except UNREADABLE as error:
-        raise IncompatibleSourceError(f"'{source.ref}' cannot be loaded as a {cls.__name__}: {error}") from error
     model, info = loaded
     tied = set(tied_names(model))
     fresh = dict.fromkeys(info["missing_keys"], "")

@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from ..config.methods import METHODS
+from ..files import exists
 from ..hub.licenses import license_of, strictest
 from ..hub.reference import SourceRef
 from ..models.classes import task_of
@@ -149,7 +150,7 @@ def parent_licenses(report: MergeReport) -> dict[str, str | None]:
 def dataset_ids(report: MergeReport) -> list[str]:
     """Return the Hub id of the recipe's data set; an empty list if the data is a folder, or the name of a file format."""
     path = (report.run.recipe.get("data") or {}).get("path")
-    if not isinstance(path, str) or path.count("/") != 1 or Path(path).exists():
+    if not isinstance(path, str) or path.count("/") != 1 or exists(Path(path)):
         return []
     try:
         validate_repo_id(path)

@@ -2,9 +2,9 @@
 
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 
 from ..errors import GraspError, IncompatibleSourceError, SourceNotFoundError
+from ..files import find_folder
 from ..hub.download import locate
 from ..hub.reference import Source
 from .report import MergeReport, RunReport
@@ -56,7 +56,7 @@ class EarlierMerge:
             reference = self._record.base_reference
             try:
                 # A reference without a commit is a folder. The Hub may have another model of that name.
-                if "@" not in reference and not Path(reference).is_dir():
+                if "@" not in reference and not find_folder(reference):
                     raise SourceNotFoundError(f"it was the folder '{reference}', which does not exist here")
                 self._base = locate(reference, token=self._token)
             except GraspError as error:

@@ -12,6 +12,7 @@ import yaml
 from ..config.recipe import Recipe, override_
 from ..data.digests import fingerprint
 from ..errors import ConfigError
+from ..files import find_folder
 from ..hub.download import locate
 from ..hub.reference import Source
 from ..internals import saved_state
@@ -99,7 +100,7 @@ def reproduce(merged: str, overrides: Sequence[str] = (), *, token: str | None =
     values, record, located = _read_merge(merged, token)
     recipe = _recorded_recipe(merged, values, overrides)
     named = [*([recipe.base_model] if recipe.base_model else []), *recipe.sources]
-    if missing := [name for name in named if "@" not in name and not Path(name).is_dir()]:
+    if missing := [name for name in named if "@" not in name and not find_folder(name)]:
         raise ConfigError(
             f"'{merged}' cannot be reproduced: these folders of its recipe do not exist here: {', '.join(missing)}"
         )

@@ -17,7 +17,7 @@ from ..errors import ConfigError, GraspError
 from ..hub.download import cached_bytes, look_up
 from ..hub.licenses import strictest
 from ..hub.listing import Listing
-from ..hub.reference import Source
+from ..hub.reference import Source, reading
 from ..models.classes import is_headless, load_config, model_class
 from ..models.processors import load_processing_class, required_processing_class
 from ..models.target import fresh_problems, fresh_tensors
@@ -80,12 +80,13 @@ def plan(recipe: Recipe, *, token: str | None = None) -> list[PlannedSource]:
         if one is None:
             continue
         try:
-            if planned.role == "base":
-                target = _plan_base(planned, one, recipe, token)
-            elif one.source.kind == "adapter":
-                _plan_adapter(planned, one.source, target)
-            else:
-                _plan_full(planned, one, target)
+            with reading(planned.reference, "it cannot be planned"):
+                if planned.role == "base":
+                    target = _plan_base(planned, one, recipe, token)
+                elif one.source.kind == "adapter":
+                    _plan_adapter(planned, one.source, target)
+                else:
+                    _plan_full(planned, one, target)
         except GraspError as error:
             planned.problems += error.problems_of(planned.reference)
     return rows
@@ -94,13 +95,14 @@ def plan(recipe: Recipe, *, token: str | None = None) -> list[PlannedSource]:
 def _find(planned: PlannedSource, token: str | None, trusted: Collection[str]) -> _Found | None:
     """Look up a reference on the Hub or in its folder, and record the facts in `planned`; `None` if that fails."""
     try:
-        source, listing = look_up(planned.reference, token=token, trusted=trusted)
-        planned.kind, planned.sha = source.kind, source.sha
-        planned.num_bytes = listing.num_bytes if listing else source.num_bytes
-        planned.cached_bytes = cached_bytes(listing) if listing else planned.num_bytes
-        planned.license = listing.license if listing else declared_license(source.folder)
-        planned.gated = listing.gated if listing else False
-        headers = header_tensors(source, listing, token=token)
+        with reading(planned.reference, "it cannot be planned"):
+            source, listing = look_up(planned.reference, token=token, trusted=trusted)
+            planned.kind, planned.sha = source.kind, source.sha
+            planned.num_bytes = listing.num_bytes if listing else source.num_bytes
+            planned.cached_bytes = cached_bytes(listing) if listing else planned.num_bytes
+            planned.license = listing.license if listing else declared_license(source.folder)
+            planned.gated = listing.gated if listing else False
+            headers = header_tensors(source, listing, token=token)
         if headers is not None:
             planned.dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in headers.values()})
             planned.parameters = sum(tensor.numel() for tensor in headers.values())

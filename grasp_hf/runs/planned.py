@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import first_few
+from ..files import find_folder
 from ..record.text import format_size, shorten
 
 NAME_WIDTH = 42  # characters; with it the table fits in 100 columns
@@ -65,7 +66,7 @@ class PlannedSource:
 
     def row(self) -> dict[str, str | None]:
         """Return its row of the plan's table; a dash stands for an unknown value."""
-        name = Path(self.reference).name if Path(self.reference).is_dir() else self.reference
+        name = Path(self.reference).name if find_folder(self.reference) else self.reference
         return {
             "": self.role,
             "model": shorten(name, NAME_WIDTH),

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import IncompatibleSourceError
+from ..files import find_folder
 from ..hub.download import commit_of
-from ..hub.reference import Source, SourceRef
+from ..hub.reference import Source, SourceRef, reads
 from ..internals import (
     adapter_weights_in_runtime_names,
     lora_rank,
@@ -50,17 +50,14 @@ class AppliedAdapter:
     ranks: dict[str, int]
 
 
+@reads("its adapter_config.json cannot be used")
 def load_adapter_config(source: Source) -> PeftConfig:
     """Return the configuration of an adapter.
 
     Raises:
         IncompatibleSourceError: The configuration cannot be read, or PEFT does not know the type of the adapter.
     """
-    try:
-        return PeftConfig.from_pretrained(str(source.folder))
-    except (ValueError, KeyError, TypeError, OSError, JSONDecodeError) as error:
-        message = f"its adapter_config.json cannot be used: {type(error).__name__}: {error}"
-        raise IncompatibleSourceError(message, subject=source.ref) from error
+    return PeftConfig.from_pretrained(str(source.folder))
 
 
 def adapter_problems(
@@ -121,8 +118,8 @@ def _can_merge(kind: PeftType) -> bool:
 
 def _names_folder(name: str, adapter: Source, base: Source) -> bool:
     """Whether `name` is the folder of `base`, relative to the working directory or to the adapter's folder."""
-    paths = (Path(name), adapter.folder / name)
-    return bool(name) and any(path.is_dir() and path.samefile(base.folder) for path in paths)
+    folders = filter(None, map(find_folder, (name, str(adapter.folder / name))))
+    return bool(name) and any(folder.samefile(base.folder) for folder in folders)
 
 
 def _names_commit(name: str, revision: str, base: Source, token: str | None) -> bool:

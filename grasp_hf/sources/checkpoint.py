@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import IncompatibleSourceError, first_few
-from ..hub.reference import Source
+from ..hub.reference import Source, reads
 from ..internals import collect_, convert, in_loading_order, runtime_name, tied_names, weight_conversions
 from ..tensors.mapped import MappedTensors
 from ..tensors.units import movable_tensors
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, WeightConverter
 
 
+@reads("its weights cannot be read")
 def file_tensors(source: Source) -> dict[str, Tensor]:
     """Return the tensors in the files of `source` by their names there; they are mapped, and nothing is read yet.
 
     Raises:
-        SafetensorError, OSError, RuntimeError, UnpicklingError: A file cannot be read.
+        IncompatibleSourceError: A file cannot be read, or holds something else than tensors with names.
     """
     tensors: dict[str, Tensor] = {}
     for path in source.weight_files:
@@ -35,7 +36,15 @@ def file_tensors(source: Source) -> dict[str, Tensor]:
             with safe_open(path, "pt") as weights:
                 tensors |= {name: weights.get_tensor(name) for name in weights.keys()}
         else:
-            tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            if not isinstance(loaded, Mapping):
+                raise TypeError(f"{path.name} holds {type(loaded).__name__}, expected tensors by their names")
+            for key, value in loaded.items():
+                if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+                    raise TypeError(
+                        f"{path.name} holds {type(value).__name__} as {key!r}, expected dense tensors by name"
+                    )
+            tensors |= loaded
     return tensors
 
 

@@ -1,18 +1,15 @@
 """The names, shapes and dtypes of weights, read from the headers of their files; no weight is read."""
 
-import json
 from collections.abc import Iterable
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import IncompatibleSourceError
 from ..hub.client import hub_errors, retry
 from ..hub.listing import Listing
-from ..hub.reference import Source
+from ..hub.reference import Source, reading, reads
 
 DTYPES = {
     "F64": torch.float64,
@@ -26,6 +23,7 @@ DTYPES = {
 }  # any other dtype is read as bytes, because only the shape matters
 
 
+@reads("the headers of its weight files cannot be used")
 def header_tensors(
     source: Source, listing: Listing | None = None, *, token: str | None = None
 ) -> dict[str, Tensor] | None:
@@ -51,22 +49,16 @@ def header_tensors(
 
 def _read_remote_header(listing: Listing, name: str, token: str | None) -> Iterable[tuple[str, str, list[int]]]:
     api = HfApi(token=token)
-    try:
-        with hub_errors(listing.ref, token):
-            header = retry(
-                lambda: api.parse_safetensors_file_metadata(listing.repo_id, name, revision=listing.sha),
-                f"reading the header of {name} of '{listing.ref}'",
-            )
-    except (SafetensorsParsingError, NotASafetensorsRepoError, json.JSONDecodeError) as error:
-        raise IncompatibleSourceError(f"{name} cannot be read as safetensors: {error}", subject=listing.ref) from error
-    return [(key, tensor.dtype, tensor.shape) for key, tensor in header.tensors.items()]
+    with reading(listing.ref, f"{name} cannot be read as safetensors"), hub_errors(listing.ref, token):
+        header = retry(
+            lambda: api.parse_safetensors_file_metadata(listing.repo_id, name, revision=listing.sha),
+            f"reading the header of {name} of '{listing.ref}'",
+        )
+        return [(key, tensor.dtype, tensor.shape) for key, tensor in header.tensors.items()]
 
 
 def _read_local_header(source: Source, name: str) -> Iterable[tuple[str, str, list[int]]]:
-    try:
-        with safe_open(name, "pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}
-            return [(key, part.get_dtype(), part.get_shape()) for key, part in slices.items()]
-    except (SafetensorError, OSError) as error:
-        path = name.rpartition("/")[2]
-        raise IncompatibleSourceError(f"{path} cannot be read as safetensors: {error}", subject=source.ref) from error
+    problem = f"{name.rpartition('/')[2]} cannot be read as safetensors"
+    with reading(source.ref, problem), safe_open(name, "pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}
+        return [(key, part.get_dtype(), part.get_shape()) for key, part in slices.items()]

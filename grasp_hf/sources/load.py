@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import IncompatibleSourceError, NonFiniteError
+from ..errors import GraspError, IncompatibleSourceError, NonFiniteError, describe
 from ..hub.pull import ShardedSource
-from ..hub.reference import UNREADABLE, Source
+from ..hub.reference import Source, reading, reads
 from ..internals import tied_names
 from ..models.classes import load_config, quiet_transformers
 from ..models.target import checkpoint_dtype, load_pretrained
@@ -53,6 +53,7 @@ class LoadedSource:
         self.shards = self.shards or [self.tensors]
 
 
+@reads("it cannot be read")
 def load_source(
     source: Source,
     target: PreTrainedModel,
@@ -130,11 +131,8 @@ def _read_shards(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the tensors of each shard that are in `like`; `names` maps names in files to runtime names."""
     for path in source.shards():
-        try:
-            with safe_open(path, "pt") as weights:
-                values = {names[key]: weights.get_tensor(key) for key in weights.keys() if names[key] in like}
-        except UNREADABLE as error:
-            raise IncompatibleSourceError(f"{path.name} cannot be read: {error}", subject=source.ref) from error
+        with reading(source.ref, f"{path.name} cannot be read"), safe_open(path, "pt") as weights:
+            values = {names[key]: weights.get_tensor(key) for key in weights.keys() if names[key] in like}
         _check_finite(source, values)
         yield values
         values.clear()  # a removed file occupies the disk until nothing maps it
@@ -168,11 +166,8 @@ def _read_full(
     if config.model_type != target.config.model_type:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=architecture)
     source.float_dtypes()
-    try:
-        raw = file_tensors(source) if headers is None else headers
-        tensors, problems = runtime_tensors(raw, target, directory)
-    except UNREADABLE as error:
-        raise IncompatibleSourceError(f"'{source.ref}' cannot be read: {error}") from error
+    raw = file_tensors(source) if headers is None else headers
+    tensors, problems = runtime_tensors(raw, target, directory)
     return SourceFiles(tensors, set(tensors), label_names(config), problems + architecture)
 
 
@@ -205,12 +200,13 @@ def _read_adapter(
             kwargs = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
         model, fresh = load_pretrained(base, type(target), dtype=checkpoint_dtype(base), **kwargs)
         applied = apply_adapter_(model, source, directory)
-    except IncompatibleSourceError:
+    except GraspError:
         raise
     except NotImplementedError as error:
         raise IncompatibleSourceError(type_problem(config), subject=source.ref) from error
-    except UNREADABLE as error:
-        raise IncompatibleSourceError(f"'{source.ref}' cannot be applied to '{base.ref}': {error}") from error
+    except Exception as error:
+        problem = f"'{source.ref}' cannot be applied to '{base.ref}': {describe(error)}"
+        raise IncompatibleSourceError(problem) from error
 
     def inside(name: str, modules: set[str]) -> bool:
         return any(name.startswith(f"{module}.") for module in modules)
