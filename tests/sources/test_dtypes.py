@@ -37,7 +37,8 @@ def made(config: Any, folder: Path, base_dtype: torch.dtype, adapter_dtype: torc
     """Write a base, and an adapter that changes it by about a thousandth, as a real one does."""
     torch.manual_seed(0)
     base, adapter = str(folder / "base"), str(folder / "adapter")
-    LlamaForCausalLM(LlamaConfig(**SIZES)).to(base_dtype).save_pretrained(base)
+    model: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.to(base_dtype).save_pretrained(base)
     adapted = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32), config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
