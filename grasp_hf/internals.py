@@ -72,14 +72,6 @@ def normalizes_batches(model: nn.Module) -> bool:
 # transformers: models and their configurations
 
 
-def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """Return the main name of each tied weight: `{"lm_head.weight": "transformer.wte.weight"}`.
-
-    transformers documents no list of tied weights, and `named_parameters()` does not say which name is the main one.
-    """
-    return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
-
-
 def computed_patterns(model: PreTrainedModel) -> list[str]:
     """Return regular expressions for the names of tensors that the model computes, so that a checkpoint may lack them.
 

@@ -37,7 +37,7 @@ from .merging.state import RunState
 from .models.batches import Collator, check_dataset
 from .models.gradients import preserved_state
 from .models.processors import load_processing_class
-from .models.target import load_target
+from .models.target import load_target, untie_
 from .record.card import declared_license
 from .record.earlier import EarlierMerge
 from .record.entries import ControlReport, Evaluation, Reason
@@ -156,6 +156,8 @@ class GraspMerger:
         check_config(config)
         self.model = model
         self.config = config or GraspConfig()
+        if self.config.untie:
+            untie_(model)
         self.processing_class = processing_class
         self.base = base
         versions = {name: version(name) for name in PACKAGES}

@@ -98,12 +98,6 @@ def test_no_other_normalisation_is_taken_for_a_batch_norm() -> None:
 # transformers
 
 
-def test_tied_names() -> None:
-    expected = {"lm_head.weight": "transformer.wte.weight"}
-    assert internals.tied_names(tiny_model("gpt2")) == expected, gone("get_expanded_tied_weights_keys")
-    assert internals.tied_names(tiny_model("vit")) == {}, gone("get_expanded_tied_weights_keys")
-
-
 def test_computed_tensors_are_neither_saved_nor_missed(tmp_path: Path) -> None:
     class Computing(BertForSequenceClassification):
         _keys_to_ignore_on_load_missing = [r"classifier\.b.*"]
@@ -519,7 +513,6 @@ WRAPPED = {
     "SUPPORTED_TASKS",
     "active_peft_config",
     "add_tensor",
-    "get_expanded_tied_weights_keys",
     "model_accepts_loss_kwargs",
     "tuner_layer_cls",
     "unload_and_optionally_merge_module",
@@ -616,7 +609,6 @@ def test_private_upstream_names_are_used_in_one_file() -> None:
         "model._weight_conversions = []",
         "vars(model).pop('_weight_conversions')",
         "getattr(model, '_weight_conversions', None)",
-        "model.get_expanded_tied_weights_keys(all_submodels=True)",
         "pipelines.SUPPORTED_TASKS",
     ],
 )

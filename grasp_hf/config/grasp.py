@@ -95,6 +95,9 @@ class GraspConfig:
         accepted_bases: Further base models whose adapters may be merged.
             The names are `org/name` or `org/name@revision`. You declare that these models have the same weights as the
             model that the target started from.
+        untie: Whether tied weights, such as those of an embedding and an output layer, become two parameters.
+            A source may then change one of them alone. The saved model is larger, and its config says that the weights
+            are not tied.
         trust_remote_code: References whose own Python code may run.
             The code defines their configuration and model classes. Read it first.
         seed: Seeds the shuffling of the batches, fine-tuning, and the weights of a new head.
@@ -125,6 +128,7 @@ class GraspConfig:
     top: int | None = None
     prefetch: bool = True
     accepted_bases: list[str] = field(default_factory=list)
+    untie: bool = False
     trust_remote_code: list[str] = field(default_factory=list)
     seed: int = 42
     published: bool = False

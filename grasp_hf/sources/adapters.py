@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, load_peft_weights
 from safetensors.torch import save_file
-from torch import Tensor
+from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from ..errors import IncompatibleSourceError
@@ -142,8 +142,11 @@ def count_saved_classes(adapter: Source, class_tensors: Collection[str]) -> int 
 def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> AppliedAdapter:
     """Change `base` in place by merging an adapter into its weights.
 
-    The result is that of PEFT's `merge_and_unload()`. The changed weights are written to a file in `directory`, module
-    by module: private memory holds the weights of one module, not of the model.
+    The weights that the adapter changes are copied into a file in `directory`, in float32 or wider, and merged there:
+    they are not rounded to the dtype of a half-precision base, and private memory holds one module, not the model.
+
+    A tied weight that the adapter changes becomes two parameters, because an adapter of an output layer acts on that
+    layer alone.
 
     Raises:
         IncompatibleSourceError: The adapter's file lacks weights, or holds weights that belong to no module or have
@@ -151,10 +154,13 @@ def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> A
         ValueError, RuntimeError, OSError: PEFT cannot read the adapter or apply it to this model.
     """
     folder = _use_runtime_names(base, adapter, directory)
-    adapted = PeftModel.from_pretrained(base, str(folder))
+    weights = load_peft_weights(str(folder), device="cpu")
+    mark = f".{parameter_prefix(PeftType(load_adapter_config(adapter).peft_type))}"
+    buffer = _copy_into_file_(base, _changed_modules(base, weights, mark), directory / "adapted")
+    adapted = PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
     # To save embedding layers, PEFT would ask the Hub about the base model.
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    weights = adapter_weights_in_runtime_names(adapted, load_peft_weights(str(folder), device="cpu"))
+    weights = adapter_weights_in_runtime_names(adapted, weights)
     # An adapter of an embedding or output layer is saved with the base model's weights of that layer.
     expected, found = ({key for key in keys if ".base_layer." not in key} for keys in (state, weights))
     if found != expected:
@@ -165,17 +171,58 @@ def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> A
             f"with {first}"
         )
     for key in sorted(expected):
-        if weights[key].shape != state[key].shape:
+        got, wanted = weights[key], state[key]
+        if got.shape != wanted.shape:
             raise IncompatibleSourceError(
-                f"'{adapter.ref}' does not fit this model: {key}: got shape {tuple(weights[key].shape)}, expected "
-                f"{tuple(state[key].shape)}"
+                f"'{adapter.ref}' does not fit this model: {key}: got shape {tuple(got.shape)}, expected "
+                f"{tuple(wanted.shape)}"
+            )
+        if got.is_floating_point() != wanted.is_floating_point():
+            raise IncompatibleSourceError(
+                f"'{adapter.ref}' does not fit this model: {key}: got {got.dtype}, expected {wanted.dtype}"
             )
     touched, whole = _touched_modules(adapted, expected)
     ranks = _ranks(adapted)
-    _merge_into_file(adapted, directory / "adapted")
+    _merge_layers_(adapted, buffer)
     model = adapted.merge_and_unload()
     by_name = {name: ranks[id(p)] for name, p in model.named_parameters() if id(p) in ranks}
     return AppliedAdapter(model, touched, whole, by_name)
+
+
+def _changed_modules(base: PreTrainedModel, weights: Collection[str], mark: str) -> set[str]:
+    """Return the names of the modules of `base` that the file of an adapter names.
+
+    Args:
+        base: The base model.
+        weights: Names of the adapter's weights.
+        mark: Start of the part of such a name that follows the module's name, such as `.lora_`.
+    """
+    modules = {name for name, _ in base.named_modules()}
+    renamings, converters = weight_conversions(base)
+    names = set()
+    for key in weights:
+        name = f"{key.removeprefix(PREFIX).partition(mark)[0]}.weight" if mark in key else key.removeprefix(PREFIX)
+        names.add(_module_of(runtime_name(name, renamings, converters)[0], modules))  # experts may be fused
+    return names - {""}
+
+
+def _copy_into_file_(base: PreTrainedModel, modules: Collection[str], path: Path) -> MappedTensors:
+    """Change `base` so that the weights of `modules` lie in a file at `path`, in float32 or wider, and are not tied."""
+    inside = tuple(f"{module}." for module in modules)
+    every = {
+        name: parameter
+        for prefix, module in base.named_modules()
+        for name, parameter in module.named_parameters(prefix, recurse=False)
+    }
+    changed = {id(parameter) for name, parameter in every.items() if name.startswith(inside)}
+    own = {name: parameter for name, parameter in every.items() if id(parameter) in changed}
+    wide = {name: p.to("meta", torch.promote_types(p.dtype, torch.float32)) for name, p in own.items()}
+    buffer = MappedTensors(path, wide)
+    buffer.copy_(own)
+    for name, parameter in own.items():
+        module, _, key = name.rpartition(".")
+        setattr(base.get_submodule(module), key, Parameter(buffer[name], requires_grad=parameter.requires_grad))
+    return buffer
 
 
 def _ranks(adapted: PeftModel) -> dict[int, int]:
@@ -189,28 +236,19 @@ def _ranks(adapted: PeftModel) -> dict[int, int]:
 
 
 @torch.no_grad()
-def _merge_into_file(adapted: PeftModel, path: Path) -> None:
-    """Let PEFT merge the adapted layers sequentially, and write each result to a file at `path`."""
+def _merge_layers_(adapted: PeftModel, buffer: MappedTensors) -> None:
+    """Let PEFT merge the adapted layers sequentially, and copy each result into `buffer`."""
     modules = dict(adapted.get_base_model().named_modules())
     # `merge_and_unload()` merges the modules that unload themselves, such as embeddings with single trained tokens.
     unloading = tuple(f"{name}." for name, m in modules.items() if unloads_itself(m))
-    layers = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, BaseTunerLayer) and not f"{name}.".startswith(unloading)
-    }
-
-    def parameters(name: str) -> dict[str, Tensor]:
-        return {f"{name}.{key}": p for key, p in layers[name].get_base_layer().named_parameters()}
-
-    buffer = MappedTensors(path, {key: p for name in layers for key, p in parameters(name).items()})
-    for name, layer in layers.items():
-        for key, parameter in parameters(name).items():
-            parameter.data = buffer[key].copy_(parameter.data)
-        layer.merge()
-        for key, parameter in parameters(name).items():
-            if parameter.data_ptr() != buffer[key].data_ptr():  # some layers replace their weight
-                parameter.data = buffer[key].copy_(parameter.data)
+    for name, module in modules.items():
+        if not isinstance(module, BaseTunerLayer) or f"{name}.".startswith(unloading):
+            continue
+        module.merge()
+        for key, parameter in module.get_base_layer().named_parameters():
+            place = buffer.get(f"{name}.{key}")
+            if place is not None and parameter.data_ptr() != place.data_ptr():  # some layers replace their weight
+                parameter.data = place.copy_(parameter.data)
 
 
 def _touched_modules(adapted: PeftModel, keys: set[str]) -> tuple[set[str], set[str]]:

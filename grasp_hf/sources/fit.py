@@ -6,14 +6,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..errors import IncompatibleSourceError, first_few
 from ..hub.reference import Source
-from ..internals import tied_names
 from ..models.processors import read_processing_class
-from ..models.target import is_computed
-from ..tensors.units import head_tensors, movable_tensors
+from ..models.target import FLOATING, is_computed
+from ..tensors.units import head_tensors, movable_tensors, tied_names
 from .rows import RowMatch, RowMatches, match_head, match_tokens, token_tensors, vocabulary
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ WITHOUT_SHAPE = (
     "rope_theta",
     "rope_parameters",
 )
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
 @dataclass
@@ -122,16 +124,18 @@ def architecture_problems(config: PretrainedConfig, target: PreTrainedModel) -> 
 
 
 def tie_problems(target: PreTrainedModel, source: PreTrainedModel) -> list[str]:
-    """Return a problem that lists the weights that are tied in only one of two models; empty if there are none."""
+    """Return a problem that lists the weights that are tied in the target and not in the source; empty if there are none."""
     ties, others = (tied_names(model) for model in (target, source))
-    pairs = sorted(f"{a} = {b}" for a, b in set(ties.items()) ^ set(others.items()))
-    return [f"weights are tied in one model but not in the other: {first_few(pairs)}"] if pairs else []
+    pairs = sorted(f"{a} = {b}" for a, b in set(ties.items()) - set(others.items()))
+    if not pairs:
+        return []
+    return [f"weights are tied in the target but not in the source: {first_few(pairs)}; untie them with untie: true"]
 
 
 def tensor_problems(
     target: Mapping[str, Tensor], source: Mapping[str, Tensor], ignored: Collection[str] = ()
 ) -> list[str]:
-    """List the names and shapes that keep the tensors of a source from replacing the target's.
+    """List the names, shapes and dtypes that keep the tensors of a source from replacing the target's.
 
     `ignored` are names of target tensors that need no counterpart of the same shape.
     """
@@ -147,4 +151,21 @@ def tensor_problems(
         for name, tensor in target.items()
         if name in source and name not in ignored and source[name].shape != tensor.shape
     ]
+    problems += [
+        f"{name}: got weights of dtype {_dtype_name(source[name])}, expected {_dtype_name(tensor)}"
+        for name, tensor in target.items()
+        if name in source and not _is_kind_of(source[name], tensor)
+    ]
     return problems
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    """Return the dtype of a tensor, without its module; a layout other than the usual one is named too."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return name if tensor.layout == torch.strided else f"{name} ({str(tensor.layout).removeprefix('torch.')})"
+
+
+def _is_kind_of(source: Tensor, target: Tensor) -> bool:
+    """Whether the values of a source can replace the target's: real numbers, or integers and booleans."""
+    kind = FLOATING.values() if target.is_floating_point() else INTEGERS
+    return source.layout == torch.strided and source.dtype in kind

@@ -14,12 +14,11 @@ from torch import Tensor
 from ..errors import GraspError, IncompatibleSourceError, NonFiniteError, describe
 from ..hub.pull import ShardedSource
 from ..hub.reference import Source, reading, reads
-from ..internals import tied_names
 from ..models.classes import load_config, quiet_transformers
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
-from ..tensors.units import head_tensors, movable_tensors
-from .checkpoint import file_tensors, runtime_tensors
+from ..tensors.units import head_tensors, movable_tensors, tied_names
+from .checkpoint import drop_tied_, file_tensors, fill_tied_, runtime_tensors
 from .fit import Fit, SourceFiles, architecture_problems, fit_source
 from .headers import header_tensors
 from .rows import class_tensors, label_names
@@ -116,7 +115,7 @@ def _load_in_shards(source: ShardedSource, target: PreTrainedModel, processing_c
     with quiet_transformers():
         files = _read_full(source, target, Path(), headers)
     runtime_names = {id(tensor): name for name, tensor in files.tensors.items()}
-    one_to_one = set(runtime_names) == set(map(id, headers.values()))
+    one_to_one = set(runtime_names) == set(map(id, headers.values())) and len(files.tensors) == len(headers)
     if not one_to_one or any(tensor.dtype == torch.uint8 for tensor in headers.values()):
         return None
     names = {key: runtime_names[id(tensor)] for key, tensor in headers.items()}
@@ -168,6 +167,11 @@ def _read_full(
     source.float_dtypes()
     raw = file_tensors(source) if headers is None else headers
     tensors, problems = runtime_tensors(raw, target, directory)
+    expected = movable_tensors(target)
+    if not expected.keys() <= tensors.keys():
+        with torch.device("meta"):
+            model = type(target)(config)
+        fill_tied_(tensors, model, expected)
     return SourceFiles(tensors, set(tensors), label_names(config), problems + architecture)
 
 
@@ -217,10 +221,12 @@ def _read_adapter(
         for name, tensor in movable_tensors(applied.model).items()
         if name not in fresh or inside(name, applied.whole)
     }
-    ties = tied_names(target)
+    fill_tied_(own, applied.model, movable_tensors(target))
     touched = {name for name in own if inside(name, applied.touched)}
-    touched |= {name for alias, name in ties.items() if inside(alias, applied.touched)}
-    return SourceFiles(own, touched, labels, ranks=applied.ranks)
+    for pair in [*tied_names(applied.model).items(), *tied_names(target).items()]:
+        touched |= set(pair if touched.intersection(pair) else ())
+    problems = drop_tied_(own, target)
+    return SourceFiles(own, touched & own.keys(), labels, problems, ranks=applied.ranks)
 
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:
