@@ -40,10 +40,8 @@ def file_tensors(source: Source) -> dict[str, Tensor]:
             if not isinstance(loaded, Mapping):
                 raise TypeError(f"{path.name} holds {type(loaded).__name__}, expected tensors by their names")
             for key, value in loaded.items():
-                if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
-                    raise TypeError(
-                        f"{path.name} holds {type(value).__name__} as {key!r}, expected dense tensors by name"
-                    )
+                if not isinstance(key, str) or not isinstance(value, Tensor):
+                    raise TypeError(f"{path.name} holds {type(value).__name__} as {key!r}, expected tensors by name")
             tensors |= loaded
     return tensors
 
