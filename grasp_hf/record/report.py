@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError
+from ..errors import ConfigError, describe
 from ..files import write_whole
+from .checks import check_record
 from .entries import ALONE, BEST_SOURCE, EVALUATION_DATA, ControlReport, Evaluation, FinetuneReport, Reason
 from .reading import read_change, read_finetuned, read_step, with_present_names
 from .redaction import names_of_paths
@@ -269,9 +270,13 @@ class MergeReport:
             ConfigError: The file holds something else.
         """
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"'{path.name}' is not the record of a merge by grasp_hf {error}") from error
+            record = cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            check_record(record)
+        except ConfigError as error:
+            raise error.reworded(f"'{path.name}' is not the record of a merge by grasp_hf: {error}") from error
+        except Exception as error:  # a stranger may have written the file
+            raise ConfigError(f"'{path.name}' is not the record of a merge by grasp_hf: {describe(error)}") from error
+        return record
 
 
 def _table_of(rows: Sequence[Row]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..errors import ConfigError, OutputExistsError
+from ..errors import ConfigError, OutputExistsError, describe
 from ..files import write_whole
 from ..internals import saved_state
 from ..models.classes import quiet_transformers
@@ -22,6 +23,8 @@ from .report import MergeReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 REPORT_FILE = "grasp_report.json"
 CONFIG_FILE = "grasp_config.yaml"
@@ -101,28 +104,37 @@ def save_record(
         model_id: The repository that the usage snippet of the card loads; the name of the folder if left out.
         weights: Whether to write the weights too.
     """
-    # Configuration and card are made first, so that an error in them leaves the record of an earlier merge in place.
+    # It is made first, so that an error in it leaves the record of an earlier merge in place.
     configuration = report.configuration()
     directory.mkdir(parents=True, exist_ok=True)
-    if not (directory / REPORT_FILE).exists():
-        write_whole(directory / REPORT_FILE, UNFINISHED)
-    figures = save_figures(report.without_paths(), directory)
-    card = model_card(
-        model,
-        report.without_paths(),
-        model_id or directory.resolve().name,
-        figures,
-        with_pipeline=processing_class is not None,
-        gated=report.gated,
-    )
     write_whole(directory / REPORT_FILE, UNFINISHED)
     (directory / CONFIG_FILE).write_text(configuration, encoding="utf-8")
-    card.save(directory / "README.md")
     with quiet_transformers():
         model.save_pretrained(directory, state_dict=None if weights else {})
     if processing_class is not None:
         processing_class.save_pretrained(directory)
+    _save_card(directory, model, report, model_id, with_pipeline=processing_class is not None)
     report.to_json(directory / REPORT_FILE)
+
+
+def _save_card(
+    directory: Path, model: PreTrainedModel, report: MergeReport, model_id: str | None, *, with_pipeline: bool
+) -> None:
+    """Write the card and its figures; an error is only a warning, because the weights are worth hours."""
+    path, shown = directory / "README.md", report.without_paths()
+    path.unlink(missing_ok=True)  # that of an earlier merge
+    try:
+        figures = save_figures(shown, directory)
+        name = model_id or directory.resolve().name
+        model_card(model, shown, name, figures, with_pipeline=with_pipeline, gated=report.gated).save(path)
+    except OSError:  # a full disk: the record could not be written either
+        raise
+    except Exception as error:
+        logger.warning(
+            "the model is saved, but its card could not be made: %s; write %s by hand, and report this error",
+            describe(error),
+            path.name,
+        )
 
 
 def saved_shards(directory: Path, model: PreTrainedModel, max_shard_size: int | str) -> Iterator[Path]:

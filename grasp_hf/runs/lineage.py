@@ -25,6 +25,14 @@ from .prepare import prepare
 
 logger = logging.getLogger(__name__)
 
+# Settings of a record whose values may be texts.
+RECORDED_TEXTS = {
+    "training_arguments": {
+        *("optim", "lr_scheduler_type", "metric_for_best_model"),
+        *("eval_strategy", "save_strategy", "logging_strategy"),
+    },
+    "lora": {"target_modules", "modules_to_save", "exclude_modules", "bias", "task_type", "init_lora_weights"},
+}
 LOGGED = ("data", "training_arguments", "accepted_bases")  # keys of a record that a user should check
 
 
@@ -168,12 +176,40 @@ def _read_merge(merged: str, token: str | None) -> tuple[dict[str, Any], MergeRe
     return values, record, located
 
 
+def _refused_settings(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Return the training arguments and arguments of LoRA in a record that only the user may give, as `key=value`.
+
+    Numbers are harmless, and so are the texts and names of modules that choose among what is installed.
+    """
+
+    def harmless(section: str, key: str, value: Any) -> bool:
+        items = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if all(item is None or isinstance(item, bool | int | float) for item in items):
+            return True
+        return key in RECORDED_TEXTS[section] and all(isinstance(item, str) for item in items)
+
+    given = {text.partition("=")[0] for text in overrides}
+    sections = {name: found for name in RECORDED_TEXTS if isinstance(found := values.get(name), dict)}
+    return [
+        f"{section}.{key}={value!r}"
+        for section, found in sections.items()
+        for key, value in found.items()
+        if not harmless(section, str(key), value) and not {section, f"{section}.{key}"} & given
+    ]
+
+
 def _recorded_recipe(merged: str, values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
     """Return the recipe of a record, changed by the user's `overrides`, and log the keys that a user should check.
 
     The `trust_remote_code` of the record is dropped, because only the user may allow code to run.
     """
     recorded = values.pop("trust_remote_code", None)
+    if refused := _refused_settings(values, overrides):
+        raise ConfigError(
+            f"the record of '{merged}' has settings that may read files, load code or reach other machines, so they are "
+            "used only if you give them yourself, as key=value, or key=null to go on without",
+            problems=refused,
+        )
     for text in overrides:
         override_(values, text)
     recipe = Recipe.from_dict(values, folder=Path.cwd(), name=f"the record of '{merged}'")
