@@ -212,7 +212,7 @@ def _read_adapter(
     except IncompatibleSourceError:
         raise
     except NotImplementedError as error:
-        raise IncompatibleSourceError(type_problem(config), subject=source.ref) from error
+        raise IncompatibleSourceError(f"{type_problem(config)}: {error}", subject=source.ref) from error
     except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be applied to '{base.ref}': {error}") from error
 
@@ -230,7 +230,7 @@ def _read_adapter(
     for pair in [*tied_names(applied.model).items(), *tied_names(target).items()]:
         touched |= set(pair if touched.intersection(pair) else ())
     problems = drop_tied_(own, target)
-    return SourceFiles(own, touched & own.keys(), labels, problems, ranks=applied.ranks)
+    return SourceFiles(own, touched & own.keys(), labels, problems, applied.ranks, applied.notes)
 
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:
