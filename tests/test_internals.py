@@ -393,6 +393,21 @@ def test_a_layer_of_plain_lora_has_a_rank(dora: bool, rank: int | None) -> None:
     assert internals.lora_rank(adapted) is None
 
 
+def test_layers_of_fused_experts_are_known() -> None:
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj", "experts.gate_up_proj"]
+    )
+    layers = internals.expert_layers(get_peft_model(tiny_model("mixtral"), config))
+    shapes = {"base_layer": (2, 64, 16), "experts": (2, 16, 32)}
+    prefix = "base_model.model.model.layers.0.mlp.experts"
+    assert {key: layer.shape for key, layer in layers.items() if key.startswith(prefix)} == {
+        f"{prefix}.base_layer": shapes["base_layer"],
+        prefix: shapes["experts"],
+    }
+    assert all(layer.reads_second and not layer.is_transposed for layer in layers.values())
+    assert not internals.expert_layers(get_peft_model(tiny_model("bert"), LoraConfig(target_modules=["query"])))
+
+
 def test_ranks_follow_the_same_patterns_in_peft() -> None:
     patterns = {r"layer\.1\..*query": 3}
     config = LoraConfig(r=2, target_modules=["query"], rank_pattern=patterns)

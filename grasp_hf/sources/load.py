@@ -207,7 +207,7 @@ def _read_adapter(
     except GraspError:
         raise
     except NotImplementedError as error:
-        raise IncompatibleSourceError(type_problem(config), subject=source.ref) from error
+        raise IncompatibleSourceError(f"{type_problem(config)}: {error}", subject=source.ref) from error
     except Exception as error:
         problem = f"'{source.ref}' cannot be applied to '{base.ref}': {describe(error)}"
         raise IncompatibleSourceError(problem) from error
@@ -226,7 +226,7 @@ def _read_adapter(
     for pair in [*tied_names(applied.model).items(), *tied_names(target).items()]:
         touched |= set(pair if touched.intersection(pair) else ())
     problems = drop_tied_(own, target)
-    return SourceFiles(own, touched & own.keys(), labels, problems, ranks=applied.ranks)
+    return SourceFiles(own, touched & own.keys(), labels, problems, applied.ranks, applied.notes)
 
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:
