@@ -35,6 +35,7 @@ from .merging.ranking import RankedSource, rank_by_gain, rank_for_merge
 from .merging.run import Run, collator_for
 from .models.batches import Collator, check_dataset
 from .models.gradients import preserved_state
+from .models.padding import unify_padding_
 from .models.processors import load_processing_class
 from .models.target import load_target
 from .record.card import declared_license
@@ -231,7 +232,9 @@ class GraspMerger:
         model = load_target(
             base, task=task, dtype=dtype, seed=seed, new_head=new_head, needs_head=needs_head, **model_kwargs
         )
-        merger = cls(model, config, processing_class=load_processing_class(base), base=base)
+        processing_class = load_processing_class(base)
+        unify_padding_(model, processing_class)
+        merger = cls(model, config, processing_class=processing_class, base=base)
         merger._token = token
         if not new_head and (record := read_record(base.folder)):
             merger._continued = EarlierMerge(record, base, token)
