@@ -591,7 +591,7 @@ class GraspMerger:
             OutputExistsError: The folder holds something that is not a merge.
         """
         check_output(Path(save_directory))
-        save_merge(Path(save_directory), self.model, self.processing_class, self._record)
+        save_merge(Path(save_directory), self.model, self.processing_class, self._record, base=self.base)
 
     def push_to_hub(
         self,
@@ -627,7 +627,7 @@ class GraspMerger:
 
         def write(folder: Path, full_repo_id: str) -> Iterator[Path]:
             record = self._record.without_paths()
-            save_record(folder, self.model, self.processing_class, record, model_id=full_repo_id)
+            save_record(folder, self.model, self.processing_class, record, base=self.base, model_id=full_repo_id)
             small = sorted(path for path in folder.rglob("*") if path.is_file())
             return chain(small, saved_shards(folder, self.model, max_shard_size))
 
