@@ -36,6 +36,7 @@ from .merging.run import Run, collator_for
 from .merging.state import RunState
 from .models.batches import Collator, check_dataset
 from .models.gradients import preserved_state
+from .models.padding import unify_padding_
 from .models.processors import load_processing_class
 from .models.target import load_target, untie_
 from .record.card import declared_license
@@ -236,7 +237,9 @@ class GraspMerger:
         model = load_target(
             base, task=task, dtype=dtype, seed=seed, new_head=new_head, needs_head=needs_head, **model_kwargs
         )
-        merger = cls(model, config, processing_class=load_processing_class(base), base=base)
+        processing_class = load_processing_class(base)
+        unify_padding_(model, processing_class)
+        merger = cls(model, config, processing_class=processing_class, base=base)
         merger._token = token
         if not new_head and (record := read_record(base.folder)):
             merger._continued = EarlierMerge(record, base, token)
@@ -655,7 +658,7 @@ class GraspMerger:
             OutputExistsError: The folder holds something that is not a merge.
         """
         check_output(Path(save_directory))
-        save_merge(Path(save_directory), self.model, self.processing_class, self._record)
+        save_merge(Path(save_directory), self.model, self.processing_class, self._record, base=self.base)
 
     def push_to_hub(
         self,
@@ -691,7 +694,7 @@ class GraspMerger:
 
         def write(folder: Path, full_repo_id: str) -> Iterator[Path]:
             record = self._record.without_paths()
-            save_record(folder, self.model, self.processing_class, record, model_id=full_repo_id)
+            save_record(folder, self.model, self.processing_class, record, base=self.base, model_id=full_repo_id)
             small = sorted(path for path in folder.rglob("*") if path.is_file())
             return chain(small, saved_shards(folder, self.model, max_shard_size))
 

@@ -2,11 +2,11 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import DatasetDict, Image
 from transformers import (
-    DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
     PreTrainedModel,
     default_data_collator,
@@ -14,7 +14,7 @@ from transformers import (
 
 from ..errors import ConfigError, DataError
 from ..hub.reference import Source
-from ..models.batches import Collator
+from ..models.batches import IGNORED, Batch, Collator
 from ..models.classes import task_of
 from .pictures import load_picture
 from .section import DataSection
@@ -47,17 +47,21 @@ def tokenize_texts(
     Args:
         splits: Splits with a column of texts and, for a classifier, a column `labels`.
         section: Names the column of texts and the largest number of tokens per sample.
-        tokenizer: The model's tokenizer; it gets a padding token if it has none.
+        tokenizer: The model's tokenizer.
         generates: Whether the model is a language model. Its labels are the tokens themselves, and texts of fewer than
-            two tokens are left out, because they hold no token to predict.
+            two tokens are left out, because they hold no token to predict. Another model needs one token: pipelines refuse
+            an empty text too.
         positions: The largest number of tokens that the model takes; `None` for no limit.
 
     Raises:
-        DataError: A split for a language model has no text of at least two tokens.
+        DataError: The tokenizer has no padding token, it adds more tokens than `max_length`, or a split has no text of
+            enough tokens.
     """
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-
+        raise DataError(
+            "the tokenizer has neither a padding token nor a token for the end of a text, so no batch can be made; set "
+            "pad_token in its tokenizer_config.json"
+        )
     max_length = min(section.max_length, tokenizer.model_max_length, positions or section.max_length)
 
     def tokenize(samples: dict[str, list]) -> dict[str, Any]:
@@ -77,17 +81,31 @@ def tokenize_texts(
                 len(split),
                 max_length,
             )
-        if generates and (short := [row for row, length in enumerate(lengths) if length < 2]):
-            if len(short) == len(split):
-                raise DataError(f"split '{name}' has no text of two tokens or more; expected tokens to predict")
-            logger.warning("split '%s': %d texts of fewer than two tokens are left out", name, len(short))
-            tokens = tokens.select([row for row, length in enumerate(lengths) if length > 1])
+        needed, words = (2, "two tokens") if generates else (1, "one token")
+        if short := sum(length < needed for length in lengths):
+            if short == len(split):
+                raise DataError(f"split '{name}' has no text of {words} or more; expected texts")
+            logger.warning("split '%s': %d texts of fewer than %s are left out", name, short, words)
+            tokens = tokens.select([row for row, length in enumerate(lengths) if length >= needed])
         tokenized[name] = tokens
     splits = tokenized
-    collator = (
-        DataCollatorForLanguageModeling(tokenizer, mlm=False) if generates else DataCollatorWithPadding(tokenizer)
-    )
-    return splits, collator
+    return splits, LanguageModelCollator(tokenizer) if generates else DataCollatorWithPadding(tokenizer)
+
+
+@dataclass
+class LanguageModelCollator:
+    """Makes batches whose labels are the tokens themselves, without the padding.
+
+    Padding is on the right, where no token of a text sees it. The collator of transformers would leave every token out of
+    the labels that is like the padding, and often that token is the end of a text.
+    """
+
+    tokenizer: Any
+
+    def __call__(self, samples: list[dict[str, Any]]) -> Batch:
+        """Return the batch of `samples`."""
+        batch = dict(self.tokenizer.pad(samples, padding_side="right", return_tensors="pt"))
+        return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)}
 
 
 PREPARED = ("image-classification", "text-classification", "text-generation")

@@ -7,11 +7,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ..internals import cache_folder_name
+from .companions import TOKENIZERS, files_below
 from .reference import INDEX, Source, SourceRef, main_weights
 
-TOKENIZERS = ("*.model", "*.spm", "*.tiktoken", "bpe.codes")  # files of tokenizers with other suffixes
 CONFIG_FILES = ("*.json", "*.txt", *TOKENIZERS, "*.jinja", "README.md", "grasp_config.yaml")
-CHAT_TEMPLATES = "additional_chat_templates"
 NOT_NEEDED = ("trainer_state.json", "*results.json")
 
 
@@ -102,9 +101,11 @@ class Listing:
 
     @property
     def configuration(self) -> list[str]:
-        """Paths of the configuration files; chat templates after the first one are in a folder of their own."""
-        templates = [path for path in self.files if path.startswith(f"{self.folder}{CHAT_TEMPLATES}/")]
-        return templates + self.select([*CONFIG_FILES, "*.py"] if self.trusted else CONFIG_FILES)
+        """Paths of the configuration files; further chat templates and some modules are in folders of their own."""
+        own = [path.removeprefix(self.folder) for path in self.files if path.startswith(self.folder)]
+        return [self.folder + path for path in files_below(own)] + self.select(
+            [*CONFIG_FILES, "*.py"] if self.trusted else CONFIG_FILES
+        )
 
     @property
     def main_weights(self) -> str | None:

@@ -15,6 +15,7 @@ from ..data.samples import Samples
 from ..errors import ConfigError, DataError, NonFiniteLossError, first_line
 from ..models.batches import batch_loss, labelled_terms
 from ..models.gradients import preserved_state
+from ..models.padding import check_padding
 from ..record.report import MergeReport
 from ..tensors.placing import overwrite_
 from ..tensors.units import movable_tensors, partition
@@ -111,7 +112,7 @@ def check_loss(labels: Labels, dataset: Any, name: str) -> None:
         name: Name of the data set, for the message.
 
     Raises:
-        DataError: No batch can be made of the samples, or the model cannot take it.
+        DataError: No batch can be made of the samples, the model cannot take it, or padding changes its predictions.
         NonFiniteLossError: The loss is NaN or infinite.
     """
     model = labels.model
@@ -133,6 +134,7 @@ def check_loss(labels: Labels, dataset: Any, name: str) -> None:
         with torch.no_grad(), preserved_state(model):
             model.eval()
             batch_loss(model, batch)
+            check_padding(model, batch)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     except NonFiniteLossError:

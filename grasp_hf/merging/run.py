@@ -19,6 +19,7 @@ from ..config.methods import METHODS
 from ..data.digests import fingerprint, full_digest
 from ..data.samples import Samples
 from ..files import interrupts_held, workspace
+from ..hub.companions import compare_modules
 from ..hub.pull import Puller
 from ..hub.reference import Source
 from ..methods.weighted import GRADIENT
@@ -247,6 +248,8 @@ class Run:
             check_finite=check_finite,
             token=self._base_token,
         )
+        if located.kind == "full":
+            loaded.notes += compare_modules(located, self._base_of(located))
         if self._placebo:
             return self._placebo.replace(loaded, str(located.ref), self.model, directory)
         return loaded

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, IncompatibleSourceError
 from ..files import LFS_ADVICE, lfs_pointers
-from ..hub.listing import TOKENIZERS
+from ..hub.companions import TOKENIZERS
 from ..hub.reference import Source
 from .classes import quiet_transformers
 
@@ -39,6 +39,8 @@ def read_processing_class(source: Source) -> Any:
             with quiet_transformers():
                 found = auto.from_pretrained(source.folder, trust_remote_code=source.trusted)
             _require_words(found)
+            if not source.trusted:  # the code of a stranger does not come along, so nothing may name it
+                getattr(found, "init_kwargs", {}).pop("auto_map", None)
             return found
         except Exception as error:  # tokenizers raises a bare Exception, transformers errors of many types
             problems.append(error)

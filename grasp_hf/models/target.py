@@ -69,6 +69,8 @@ def load_target(
     if fresh:
         logger.warning("%s: these weights are new and must be trained: %s", source.ref, ", ".join(sorted(fresh)))
     model.name_or_path = model.config.name_or_path = source.ref.name
+    if not source.trusted:  # the code of a stranger does not come along, so nothing may name it
+        vars(model.config).pop("auto_map", None)
     return model
 
 

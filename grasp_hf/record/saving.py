@@ -15,8 +15,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..errors import ConfigError, OutputExistsError, describe
 from ..files import write_whole
+from ..hub.companions import PROCESSOR_FILES, TOKENIZER_FILES, copy_companions
+from ..hub.reference import Source
 from ..internals import saved_state
 from ..models.classes import quiet_transformers
+from ..models.padding import tokenizer_of
 from .card import model_card
 from .figures import save_figures
 from .report import MergeReport
@@ -74,13 +77,14 @@ def save_merge(
     processing_class: Any,
     report: MergeReport,
     *,
+    base: Source | None = None,
     model_id: str | None = None,
 ) -> None:
     """Write the model, its tokenizer or processor, the card, the configuration and finally the record to `directory`.
 
     Until all are written, `read_record` raises an error.
     """
-    save_record(directory, model, processing_class, report, model_id=model_id, weights=True)
+    save_record(directory, model, processing_class, report, base=base, model_id=model_id, weights=True)
     for path in directory.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes files that only their owner can read
 
@@ -91,6 +95,7 @@ def save_record(
     processing_class: Any,
     report: MergeReport,
     *,
+    base: Source | None = None,
     model_id: str | None = None,
     weights: bool = False,
 ) -> None:
@@ -101,6 +106,7 @@ def save_record(
         model: The merged model.
         processing_class: Its tokenizer or processor; `None` if there is none.
         report: The record of the merge.
+        base: The model that the merge started from. Files that belong to it, such as chat templates, are copied.
         model_id: The repository that the usage snippet of the card loads; the name of the folder if left out.
         weights: Whether to write the weights too.
     """
@@ -109,6 +115,12 @@ def save_record(
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / REPORT_FILE, UNFINISHED)
     (directory / CONFIG_FILE).write_text(configuration, encoding="utf-8")
+    if base is not None:
+        from transformers import ProcessorMixin  # imports code of models, which only a merge needs
+
+        tokenizer = TOKENIZER_FILES if tokenizer_of(processing_class) else ()
+        processor = PROCESSOR_FILES if isinstance(processing_class, ProcessorMixin) else ()
+        copy_companions(base, directory, saved=tokenizer + processor)
     with quiet_transformers():
         model.save_pretrained(directory, state_dict=None if weights else {})
     if processing_class is not None:

@@ -11,6 +11,7 @@ from ..errors import first_few
 from ..hub.download import locate
 from ..merger import GraspMerger
 from ..models.classes import load_config, model_class, task_of
+from ..models.padding import max_tokens
 from ..models.processors import required_processing_class
 from ..record.redaction import without_secrets
 from ..sources.rows import label_names
@@ -49,7 +50,7 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     config = load_config(base)
     cls = model_class(config, recipe.task, str(base.ref))
     check_prepared(cls, base)
-    processor = required_processing_class(base)
+    required_processing_class(base)
     splits, model_kwargs = labelled_splits(recipe, config, cls)
     names, known = list(model_kwargs.get("id2label", {}).values()), label_names(config)
     new_head = bool(names) and names != known
@@ -60,23 +61,21 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
             first_few(known),
             first_few(names),
         )
+    merger = GraspMerger.from_pretrained(
+        start, config=recipe.config, task=recipe.task, token=token, new_head=new_head, **model_kwargs
+    )
+    processor = merger.processing_class
     if cls.main_input_name == "pixel_values":
         splits, collator = prepare_images(splits, section.image, processor)
     else:
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         splits, collator = tokenize_texts(
-            splits, section, processor, generates=cls.can_generate(), positions=positions
+            splits, section, processor, generates=cls.can_generate(), positions=max_tokens(merger.model)
         )
-        if config.pad_token_id is None:
-            model_kwargs["pad_token_id"] = processor.pad_token_id
     if shared := shared_samples({name: split for name, split in splits.items() if name != UNLABELED}):
         logger.warning(
             "%s; the reported losses will be too low. Remove the duplicates",
             "; ".join(shared),
         )
-    merger = GraspMerger.from_pretrained(
-        start, config=recipe.config, task=recipe.task, token=token, new_head=new_head, **model_kwargs
-    )
     merger.describe_run(
         starts_from_source=recipe.base_model is None,
         recipe={"task": task_of(cls), "data": without_secrets(section.given())},
