@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .merger import GraspMerger
     from .runs.deliver import Delivery
 
+INTERRUPTED = 130  # exit code
 NOT_COMPARED = (
     "--strict: nothing would compare the merge with fine-tuning alone; add --control, which needs a split 'test' or "
     "'validation'"
@@ -39,12 +41,20 @@ def run() -> None:
 
     A scheduler or a container stops a job with SIGTERM: what was merged until then is saved, as after Ctrl-C.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     code = main()
     gc.freeze()  # otherwise Python's last collection walks all objects of torch and transformers, for a second
     sys.exit(code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Interrupt the command. A second signal ends the process at once: the state on the disk is complete at any moment."""
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, lambda *_: os._exit(INTERRUPTED))
+    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 class _PrintableFormatter(logging.Formatter):
@@ -147,11 +157,11 @@ def _merge(options: argparse.Namespace) -> int:
     measures_itself = options.control or not options.strict  # --control checks what it needs
     if not measures_itself and not options.recipe.config.compares_alone:
         raise ConfigError(f"{NOT_COMPARED}; or set gate and final_epochs, and no other epochs")
-    with to.checked():
+    with to.checked() as state:
         merger, sources, data = _prepare_merge(options.recipe, options)
         if not measures_itself and merger.report.finetuned and data.validation is None:
             raise ConfigError(f"{NOT_COMPARED}; or a split 'validation', because the model has learned the labels")
-        merge_sources(merger, sources, data, to, control=options.control)
+        merge_sources(merger, sources, data, to, state, control=options.control)
     verdict = merger.report.run.verdict
     if not options.strict or verdict == Reason.HELPS:
         return 0
@@ -166,19 +176,20 @@ def _append(options: argparse.Namespace) -> int:
     if not options.sources or not (options.output or options.push_to_hub):
         raise ConfigError("append: expected at least one source, and --output or --push-to-hub")
     to = _delivery(options)
-    with to.checked():
+    with to.checked() as state:
         recipe = append_recipe(options.merged, options.sources, options.overrides)
         merger, sources, data = _prepare_merge(recipe, options)
         if not merger.report.continues:
             raise ConfigError(f"the data has other labels than '{options.merged}'; start a new merge from it")
-        merge_sources(merger, sources, data, to)
+        merge_sources(merger, sources, data, to, state)
     return 0
 
 
 def _delivery(options: argparse.Namespace) -> Delivery:
     from .runs.deliver import Delivery
 
-    return Delivery(getattr(options, "output", None), options.push_to_hub, options.private, options.create_pr)
+    output, fresh = getattr(options, "output", None), getattr(options, "fresh", False)
+    return Delivery(output, options.push_to_hub, options.private, options.create_pr, fresh)
 
 
 def _prepare_merge(recipe: Recipe, options: argparse.Namespace) -> tuple[GraspMerger, list[str], Samples]:

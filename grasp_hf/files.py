@@ -105,6 +105,48 @@ def exchange(first: Path, second: Path) -> None:
         raise OSError(number, os.strerror(number))
 
 
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put `new` in the place of `folder`, in one step where the system can exchange folders; `new` is then the old one.
+
+    Both are in one file system.
+
+    Raises:
+        OSError: Nothing was changed, because `folder` cannot be renamed: it is a mount point, or its parent is read-only.
+    """
+    if not folder.exists():
+        new.rename(folder)
+    else:
+        try:
+            exchange(new, folder)
+        except OSError:  # a file system that cannot exchange: for a moment there is no `folder`
+            aside = new.with_name(f"{new.name}.aside")
+            folder.rename(aside)
+            try:
+                new.rename(folder)
+            except OSError:
+                aside.rename(folder)
+                raise
+            aside.rename(new)
+    flush(folder.parent)
+
+
+def link_or_copy(path: Path, to: Path) -> None:
+    """Make a file or a folder appear at `to` too: by links where the file system has them, otherwise as a copy."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    if path.is_symlink():
+        to.symlink_to(os.readlink(path))
+    elif path.is_dir():
+        shutil.copytree(path, to, symlinks=True, copy_function=link)
+    else:
+        link(str(path), str(to))
+
+
 @contextmanager
 def interrupts_held() -> Iterator[None]:
     """Delay Ctrl-C and SIGTERM until the block has ended."""

@@ -22,7 +22,7 @@ import transformers
 from accelerate import Accelerator
 
 from .config.grasp import GraspConfig
-from .data.digests import fingerprint
+from .data.digests import fingerprint, full_digest
 from .data.samples import Samples
 from .errors import ConfigError, GraspError
 from .files import workspace
@@ -50,7 +50,7 @@ from .tensors.mapped import MappedTensors
 from .tensors.placing import overwrite_
 from .tensors.stored import sum_of
 from .tensors.units import Unit, movable_tensors
-from .validation.losses import SampleLosses, evaluation_losses
+from .validation.losses import SampleLosses, evaluation_losses, repeatable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -295,6 +295,7 @@ class GraspMerger:
         data_collator: Collator | None = None,
         token: str | None = None,
         resume_from: str | Path | RunState | None = None,
+        stop_after: int | None = None,
     ) -> MergeReport:
         """Merge `sources` one at a time, and fine-tune as the configuration says: before, after each, at the end.
 
@@ -316,6 +317,8 @@ class GraspMerger:
             resume_from: Folder that keeps the state of the merge after every source and every training; created if it is
                 missing. A merge that was interrupted or killed goes on from there when it is called again on the same base
                 model, and ends with the same weights, bit for bit. Delete the folder when the result is saved.
+            stop_after: Number of sources to stop after, as an interrupt would: nothing is fine-tuned at the end, and the record
+                says that the merge is incomplete. `reproduce` needs this for a merge that was interrupted.
 
         Raises:
             GraspError: A source cannot be merged; the message names its number and reference.
@@ -329,7 +332,7 @@ class GraspMerger:
         references, earlier = [str(source) for source in sources], len(self.report.steps)
         with self._open_state(resume_from) as state, self.open_run(samples, state=state) as run:
             if state is not None:
-                state.check(self._identity(run, references))
+                self.check_state(state, references, samples)
             done = self._resume(run, earlier, len(references))
             if done is None:
                 self._start(run, len(references))
@@ -337,14 +340,26 @@ class GraspMerger:
                     run.save({"report": asdict(self.report)})
             if done != FINISHED:
                 references = self._ordered(run, references, token)
-                self._merge_all(run, references, done or 0, token)
+                self.report.run.planned, self.report.run.complete = list(references), False
+                self._merge_all(run, references[:stop_after], done or 0, token)
+                if stop_after is not None:
+                    return self.report
                 if references:
                     self._finish(run, self.report.steps[earlier:])
+                self.report.run.complete = True
                 run.save({"report": asdict(self.report)}, done=True)
         if test_dataset is not None:
             self.record_end(test=self.evaluate(test_dataset, data_collator=data_collator))
             self.report.run.data["test"] = fingerprint(test_dataset)
         return self.report
+
+    def check_state(self, state: RunState, sources: Sequence[str], samples: Samples) -> None:
+        """Check that a state belongs to the merge of `sources` into the present model; a new state gets to know it.
+
+        Raises:
+            StateError: It belongs to another merge. The error lists the differences.
+        """
+        state.check(self._identity(sources, samples))
 
     def _merge_all(self, run: Run, references: Sequence[str], done: int, token: str | None) -> None:
         """Merge the sources after the first `done`."""
@@ -364,15 +379,18 @@ class GraspMerger:
             with RunState.open(Path(resume_from).expanduser()) as state:
                 yield state
 
-    def _identity(self, run: Run, references: Sequence[str]) -> dict[str, Any]:
+    def _identity(self, references: Sequence[str], samples: Samples) -> dict[str, Any]:
         """Return everything that decides the result of a merge, to tell whether a state belongs to it."""
+        given = {"train": samples.train, "eval": samples.validation, "unlabeled": samples.unlabeled}
+        with repeatable():
+            digests = {name: full_digest(dataset) for name, dataset in given.items() if dataset is not None}
         return {
             "base": {"reference": self.report.base_reference, "weights": sum_of(movable_tensors(self.model))},
             "earlier sources": len(self.report.steps),
             "sources": {reference: local_files(SourceRef.parse(reference)) for reference in references},
             "order of sources": list(references),
             "config": asdict(self.config),
-            "data": run.full_digests(),
+            "data": digests,
             "versions": self.report.run.versions,
             "device": Accelerator().device.type,
             "threads": torch.get_num_threads(),

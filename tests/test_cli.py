@@ -775,7 +775,7 @@ def test_an_override_without_a_value_is_wrong_usage(world: Path, capsys: pytest.
     assert "expected key=value, got: gate" in capsys.readouterr().err
 
 
-def test_a_merge_that_was_not_fully_saved_is_refused(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_merge_that_cannot_be_saved_leaves_the_earlier_one(world: Path) -> None:
     """Otherwise the record of one merge could describe the weights of another."""
     merger = GraspMerger.from_pretrained(str(world / "base"), config=GraspConfig(**{**NO_TUNING, "method": "average"}))
     merger.merge([str(world / "fine-1")])
@@ -783,21 +783,39 @@ def test_a_merge_that_was_not_fully_saved_is_refused(world: Path, capsys: pytest
     merger.merge([str(world / "fine-2")])
     limit = (world / "merged" / "model.safetensors").stat().st_size // 2
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for folder in ("merged", "new"):
+    for folder, steps in {"merged": 1, "new": None}.items():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         try:
             with pytest.raises((OSError, SafetensorError), match="File too large"):
                 merger.save_pretrained(world / folder)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        assert main(["push", str(world / folder), "org/never"]) == 1
-        said = {"merged": f"the merge in '{world / folder}' was not saved completely", "new": "holds no weights"}
-        assert said[folder] in capsys.readouterr().err
+        record = read_record(world / folder)
+        assert (record and len(record.steps)) == steps and not [*world.glob(".grasp_hf-saving-*")]
         merger.save_pretrained(world / folder)
         again = GraspMerger.from_pretrained(str(world / folder))
         assert len(again.report.steps) == 2
         ours, theirs = movable_tensors(again.model), movable_tensors(merger.model)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_merge_that_was_not_fully_saved_in_place_is_refused(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The working directory cannot be exchanged, so that its files are written one by one."""
+    merger = GraspMerger.from_pretrained(str(world / "base"), config=GraspConfig(**{**NO_TUNING, "method": "average"}))
+    merger.merge([str(world / "fine-1")])
+    merger.save_pretrained(world / "merged")
+    monkeypatch.chdir(world / "merged")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (Path("model.safetensors").stat().st_size // 2, before[1]))
+    try:
+        with pytest.raises((OSError, SafetensorError), match="File too large"):
+            merger.save_pretrained(".")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert main(["push", str(world / "merged"), "org/never"]) == 1
+    assert f"the merge in '{world / 'merged'}' was not saved completely" in capsys.readouterr().err
 
 
 def test_a_merge_in_the_folder_where_it_is_saved(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -809,44 +827,69 @@ def test_a_merge_in_the_folder_where_it_is_saved(world: Path, monkeypatch: pytes
     assert "\n# here\n" in Path("README.md").read_text()
 
 
-def merging(world: Path, **settings: Any) -> subprocess.Popen[str]:
-    """Start a merge of one source in a new process, which Ctrl-C interrupts even if this one ignores it."""
-    recipe = write_recipe(world, sources=["fine-1"], **settings)
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from grasp_hf.cli import run; run()"
-    )
-    command = [sys.executable, "-c", code, "merge", recipe, "--output", "merged"]
+def merging(world: Path, *options: str, max_steps: int = -1, **settings: Any) -> subprocess.Popen[str]:
+    """Start a merge of one source in a new process."""
+    training = {"use_cpu": True, "max_steps": max_steps}
+    recipe = write_recipe(world, sources=["fine-1"], training_arguments=training, **settings)
+    code = "from grasp_hf.cli import run; run()"
+    command = [sys.executable, "-c", code, "merge", recipe, "--output", "merged", *options]
     return subprocess.Popen(command, cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def assert_saved(process: subprocess.Popen[str], world: Path) -> str:
-    """Check that an interrupted merge saved all of its files, and return its output."""
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 130 and errors.endswith("interrupted\n"), errors
-    record = read_record(world / "merged")
-    assert record and len(record.steps) == 1 and (world / "merged" / "progress.png").exists()
-    AutoModelForImageClassification.from_pretrained(world / "merged")
-    return printed
-
-
-def test_a_stopped_job_saves_what_was_merged(world: Path) -> None:
-    """Schedulers and containers stop a job by SIGTERM."""
-    with merging(world, final_epochs=10_000) as process:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_job_goes_on_when_it_is_started_again(number: signal.Signals, world: Path) -> None:
+    """Schedulers and containers stop a job by SIGTERM; a lack of memory or a lost machine is like SIGKILL."""
+    with merging(world, final_epochs=2, max_steps=4000) as process:
         assert process.stdout and any(line.startswith("1/1 fine-1: ") for line in process.stdout)
-        process.send_signal(signal.SIGTERM)
-        assert "saved the merge so far, 1 of 1 sources: merged" in assert_saved(process, world)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_waits_until_the_result_is_saved(number: signal.Signals, world: Path) -> None:
-    with merging(world) as process:
-        while not (
-            world / "merged" / "grasp_report.json"
-        ).exists():  # it is written first, and marks the merge as unfinished
-            assert process.poll() is None
-            time.sleep(0.005)
         process.send_signal(number)
-        assert_saved(process, world)
+        printed, errors = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 130 and errors.endswith("interrupted\n"), errors
+        kept = f"what was done is kept in '{world / 'merged.partial'}': the same command goes on after 1 of 1 sources"
+        assert kept in printed
+    assert not (world / "merged").exists(), "the output is the whole merge or nothing"
+    with merging(world, final_epochs=2, max_steps=40) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "holds the state of another merge" in errors
+    assert "- config.training_arguments.max_steps: the state has 4000, this merge 40" in errors
+    with merging(world, "--fresh", final_epochs=2, max_steps=4) as process:
+        process.communicate(timeout=120)
+    assert process.returncode == 0 and not (world / "merged.partial").exists()
+    AutoModelForImageClassification.from_pretrained(world / "merged")
+
+
+def test_a_second_merge_into_a_folder_is_told_of_the_first(world: Path) -> None:
+    with merging(world, final_epochs=2, max_steps=100_000) as process:
+        assert process.stdout and any(line.startswith("1/1 fine-1: ") for line in process.stdout)
+        with merging(world) as second:
+            _, errors = second.communicate(timeout=60)
+        assert second.returncode == 1
+        assert f"another process is merging with the state in '{world / 'merged.partial'}'" in errors
+        process.kill()
+
+
+def test_an_earlier_merge_survives_a_kill_while_the_next_is_saved(world: Path) -> None:
+    """At any moment the folder holds one merge, with the record and the weights of each other."""
+    assert main(["merge", write_recipe(world, sources=["fine-1"]), "--output", str(world / "merged")]) == 0
+    before = {path.name: path.read_bytes() for path in (world / "merged").iterdir()}
+    (world / "merged" / "notes.txt").write_text("mine")
+    with merging(world, final_epochs=2) as process:
+        while not [*world.glob(".grasp_hf-saving-*/merge/model.safetensors")]:
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+        process.communicate(timeout=60)
+    after = {path.name: path.read_bytes() for path in (world / "merged").iterdir() if path.name != "notes.txt"}
+    assert after == before or after["model.safetensors"] != before["model.safetensors"]
+    record = read_record(world / "merged")
+    assert record and record.run.complete
+    with merging(world, final_epochs=2) as process:
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and ("the merge was finished before" in printed or after != before)
+    assert (world / "merged" / "notes.txt").read_text() == "mine", "files of others stay"
+    assert not [*world.glob(".grasp_hf-saving-*")]
 
 
 def test_the_score_on_the_test_data_is_recorded(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

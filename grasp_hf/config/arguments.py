@@ -159,6 +159,12 @@ def _parser(version: str) -> argparse.ArgumentParser:
             "--output", required=name == "merge", type=Path, metavar="FOLDER", help="folder for the merged model"
         )
         parsers[name].add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the merge to this repository")
+    for name in ("merge", "append"):
+        parsers[name].add_argument(
+            "--fresh",
+            action="store_true",
+            help="discard the state of an interrupted merge, and begin anew; without it, the same command goes on",
+        )
     for name in ("merge", "append", "push"):
         parsers[name].add_argument("--private", action="store_true", help="make the repository private if it is new")
         parsers[name].add_argument(

@@ -16,7 +16,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ..config.grasp import GraspConfig
 from ..config.methods import METHODS
-from ..data.digests import fingerprint, full_digest
+from ..data.digests import fingerprint
 from ..data.samples import Samples
 from ..files import interrupts_held, workspace
 from ..hub.companions import compare_modules
@@ -32,9 +32,8 @@ from ..tensors.placing import overwrite_
 from ..tensors.scratch import Scratch
 from ..tensors.units import movable_tensors
 from ..validation.labels import Labels
-from ..validation.losses import repeatable
 from .checks import check_loss
-from .state import DOWNLOADS, TRAINING, RunState
+from .state import CONTROLS, DOWNLOADS, TRAINING, RunState
 from .step import Step
 
 if TYPE_CHECKING:
@@ -134,7 +133,8 @@ class Run:
                 self.state.save(GRADIENT, gradient, {name: self.scratch.gradients[name] for name in gradient})
                 self._saved_gradient = gradient
         values = {**values, "learned": self.labels.learned, "done": done}
-        drop += [name for name in self.state.names() if name != MERGE and (done or name.startswith(TRAINING))]
+        kept = (MERGE, CONTROLS)
+        drop += [name for name in self.state.names() if name not in kept and (done or name.startswith(TRAINING))]
         self.state.save(MERGE, values, movable_tensors(self.model), drop=drop)
 
     def restore(self) -> Any:
@@ -253,12 +253,6 @@ class Run:
         if self._placebo:
             return self._placebo.replace(loaded, str(located.ref), self.model, directory)
         return loaded
-
-    def full_digests(self) -> dict[str, Any]:
-        """Return a digest of all samples of each data set, to tell whether a state belongs to this data."""
-        given = {"train": self._given.train, "eval": self._given.validation, "unlabeled": self._given.unlabeled}
-        with repeatable():
-            return {name: full_digest(dataset) for name, dataset in given.items() if dataset is not None}
 
     def describe_data(self) -> dict[str, Any]:
         """Return the number of samples and a digest of each split, for the record; only the first call reads the data."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 LOCK, HEAD, IDENTITY, DOWNLOADS, TRAINING = "lock", "HEAD.json", "run.json", "downloads", "training"
-CHECKPOINT = "checkpoint"
+CHECKPOINT, CONTROLS = "checkpoint", "controls"
 CHECKPOINT_SECONDS = (
     60.0  # a training without evaluation data keeps a checkpoint at the first end of an epoch after these
 )

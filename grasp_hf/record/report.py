@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError, describe
+from ..errors import ConfigError, describe, first_few
 from ..files import write_whole
 from .checks import check_record
 from .entries import ALONE, BEST_SOURCE, EVALUATION_DATA, ControlReport, Evaluation, FinetuneReport, Reason
@@ -33,6 +33,8 @@ class RunReport:
         final: The fine-tuning after the last source; `None` if there was none.
         controls: The gain over each control; empty if none was asked for.
         test: Loss (and accuracy) on the test data; empty without test data.
+        planned: All sources that the run was to merge, in order; empty for a run source by source.
+        complete: Whether the run came to its end.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -43,6 +45,8 @@ class RunReport:
     final: FinetuneReport | None = None
     controls: list[ControlReport] = field(default_factory=list)
     test: Evaluation = field(default_factory=dict)
+    planned: list[str] = field(default_factory=list)
+    complete: bool = True
 
     def next(self, config: dict[str, Any], versions: dict[str, str]) -> "RunReport":
         """Return the report of a new run with the recipe and data of this one; later calls may replace them."""
@@ -148,8 +152,28 @@ class MergeReport:
             for row in self.run.ranking
         ]
         config, recipe = names_of_paths(self.run.config), names_of_paths(self.run.recipe)
-        run = replace(self.run, config=config, recipe=recipe, ranking=ranking)
+        planned = [StepReport(name, self._sha(name), "").name for name in self.run.planned]
+        run = replace(self.run, config=config, recipe=recipe, ranking=ranking, planned=planned)
         return replace(self, base=self.base_name, continues=continues, steps=steps, run=run)
+
+    @property
+    def missing(self) -> list[str]:
+        """The sources that an interrupted run did not come to."""
+        return [] if self.run.complete else self.run.planned[len(self.steps) - self.continued_steps :]
+
+    def incompleteness(self) -> str:
+        """Return what an interrupted run lacks; empty for a complete one."""
+        if self.run.complete:
+            return ""
+        done, planned = len(self.steps) - self.continued_steps, len(self.run.planned)
+        if self.missing:
+            names = [StepReport(name, self._sha(name), "").name for name in self.missing]
+            return f"incomplete: {done} of {planned} sources were merged; missing: {first_few(names)}"
+        return f"incomplete: all {planned} sources were merged, but the end of the merge is missing"
+
+    def _sha(self, source: str) -> str | None:
+        """Return the commit of a source, if the ranking knows it."""
+        return next((row.get("sha") for row in self.run.ranking if row.get("reference") == source), None)
 
     def configuration(self) -> str:
         """Return the last run as a recipe in YAML, every Hub reference pinned to its commit, with a record of the run.
@@ -158,6 +182,7 @@ class MergeReport:
         """
         start = {"base_model": self.continues or self.base_reference}
         sources = [_pinned(step.source, step.sha) for step in self.steps[self.continued_steps :]]
+        sources += [_pinned(name, self._sha(name)) for name in self.missing]
         if self.starts_from_source and not self.continues:
             start, sources = {}, [self.base_reference, *sources]
         values = {
@@ -180,7 +205,9 @@ class MergeReport:
         found = [control.sentence() for control in self.run.controls] + ([gain] if gain else [])
         compared = {control.name for control in self.run.controls} | ({ALONE} if gain else set())
         missing = [name.rstrip(",") for name in (ALONE, BEST_SOURCE) if name not in compared]
-        if self.steps and not any(step.changed for step in self.steps):
+        if text := self.incompleteness():
+            found.insert(0, text)
+        elif self.steps and not any(step.changed for step in self.steps):
             found.append("no source is in the model")
         elif self.steps and missing:
             found.append(f"not compared with {' and '.join(missing)}: `grasp-hf merge --control` does that")
@@ -248,15 +275,22 @@ class MergeReport:
         )
         return "\n".join([*outcome, *([""] if outcome else []), start, "", self.short_table(), "", *conclusions])
 
-    def to_json(self, path: Path) -> None:
-        """Write everything to `path`; the first entry is the outcome in words."""
-        write_whole(path, json.dumps({"outcome": self.outcome(), **asdict(self)}, indent=2) + "\n")
+    def to_json(self, path: Path, *, files: Sequence[str] = ()) -> None:
+        """Write everything to `path`; the first entry is the outcome in words.
+
+        Args:
+            path: The file.
+            files: Names of all files and folders of the merge, which a later merge into the same folder may remove.
+        """
+        values = {"outcome": self.outcome(), **asdict(self), **({"files": list(files)} if files else {})}
+        write_whole(path, json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MergeReport":
         """Return the record from the dictionary that `dataclasses.asdict` made, or from that of an earlier version."""
         values = dict(values)
-        values.pop("outcome", None)  # it follows from the rest
+        for name in ("outcome", "files"):  # the outcome follows from the rest
+            values.pop(name, None)
         steps = [read_step(step) for step in values.pop("steps")]
         # In a record of version 0.1, the fields of the run are fields of the whole record.
         run = values.pop("run", None) or {name: values.pop(name) for name in RUN_FIELDS if name in values}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..errors import ConfigError, OutputExistsError, describe
-from ..files import write_whole
+from ..files import flush_tree, link_or_copy, replace_folder, workspace, write_whole
 from ..hub.companions import PROCESSOR_FILES, TOKENIZER_FILES, copy_companions
 from ..hub.reference import Source
 from ..internals import saved_state
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 REPORT_FILE = "grasp_report.json"
 CONFIG_FILE = "grasp_config.yaml"
+PARTIAL = ".partial"  # the state of a merge, in an output folder beside which nothing can be written
+SAVING = ".grasp_hf-saving-"  # begins the names of folders beside the output, while it is written
 # This text replaces the record until all files are written, because the weights may still be those of another merge.
 UNFINISHED = '{"unfinished": "this merge was not saved to its end"}\n'
 
@@ -52,14 +55,16 @@ def read_record(folder: Path) -> MergeReport | None:
 
 
 def check_output(directory: Path) -> None:
-    """Create `directory` if it is missing, and check that a merge can be saved in it.
+    """Check that a merge can be saved in `directory`, which is not created.
 
     Raises:
         OutputExistsError: The directory holds something that is not an earlier merge, or it cannot be written.
     """
+    directory = directory.expanduser()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        holds_other_files = any(directory.iterdir()) and not (directory / REPORT_FILE).exists()
+        holds_files = directory.exists() and any(path.name != PARTIAL for path in directory.iterdir())
+        holds_other_files = holds_files and not (directory / REPORT_FILE).exists()
+        nearest = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     except OSError as error:
         raise OutputExistsError(f"'{directory}' cannot be written: {error.strerror}; name another folder") from error
     if holds_other_files:
@@ -67,7 +72,9 @@ def check_output(directory: Path) -> None:
             f"'{directory}' already holds something that is not a merge; expected a new or empty folder, or an earlier "
             f"merge with its {REPORT_FILE}"
         )
-    if not os.access(directory, os.W_OK):
+    if not nearest.is_dir():
+        raise OutputExistsError(f"'{directory}' cannot be written: '{nearest}' is a file; name another folder")
+    if not os.access(nearest, os.W_OK):
         raise OutputExistsError(f"'{directory}' cannot be written: no permission; name another folder")
 
 
@@ -80,13 +87,54 @@ def save_merge(
     base: Source | None = None,
     model_id: str | None = None,
 ) -> None:
-    """Write the model, its tokenizer or processor, the card, the configuration and finally the record to `directory`.
+    """Write the model, its tokenizer or processor, the card, the configuration and the record to `directory`.
 
-    Until all are written, `read_record` raises an error.
+    They are written beside it, flushed to the disk, and put in its place in one step. So a kill or a power cut leaves the
+    earlier merge or the new one. Files in it that the earlier merge did not write stay.
+
+    Where the folder cannot be exchanged (a mount point, the working directory, a read-only parent), it is written in place,
+    and `read_record` raises an error until all is written.
     """
-    save_record(directory, model, processing_class, report, base=base, model_id=model_id, weights=True)
-    for path in directory.glob("*.safetensors"):
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
+    place = directory.expanduser().resolve()
+    options: dict[str, Any] = {"base": base, "model_id": model_id or place.name, "weights": True}
+    if not _is_replaceable(place):
+        save_record(place, model, processing_class, report, **options)
+        return
+    with workspace(place.parent, SAVING) as beside:
+        new = beside / "merge"
+        save_record(new, model, processing_class, report, **options)
+        if place.exists():
+            for path in _files_of_others(place):
+                if not (new / path.name).exists():
+                    link_or_copy(path, new / path.name)
+            shutil.copymode(place, new)
+        flush_tree(new)
+        try:
+            replace_folder(new, place)
+        except OSError:
+            save_record(place, model, processing_class, report, **options)
+
+
+def _is_replaceable(place: Path) -> bool:
+    """Whether a folder can be exchanged: a mount point, a read-only parent and the working directory prevent it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return (
+        os.access(place.parent, os.W_OK | os.X_OK)
+        and not (place.exists() and place.is_mount())
+        and place not in (Path.cwd(), *Path.cwd().parents)
+    )
+
+
+def _files_of_others(directory: Path) -> list[Path]:
+    """Return the files and folders that the merge in `directory` did not write.
+
+    A record of an earlier version does not list its files. Then these are all files but the weights.
+    """
+    try:
+        written = set(json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        written = {path.name for path in directory.glob("*.safetensors*")}
+    return [path for path in directory.iterdir() if path.name not in written]
 
 
 def save_record(
@@ -126,7 +174,9 @@ def save_record(
     if processing_class is not None:
         processing_class.save_pretrained(directory)
     _save_card(directory, model, report, model_id, with_pipeline=processing_class is not None)
-    report.to_json(directory / REPORT_FILE)
+    for path in directory.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
+    report.to_json(directory / REPORT_FILE, files=sorted(path.name for path in directory.iterdir()))
 
 
 def _save_card(

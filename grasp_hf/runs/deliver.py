@@ -1,7 +1,8 @@
 """Runs a merge, and saves and pushes the result; after any error the merged model is kept."""
 
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -15,8 +16,9 @@ from ..errors import ConfigError, GraspError, OutputExistsError, PushError, Stal
 from ..files import interrupts_held
 from ..hub.push import check_repo_id
 from ..merger import GraspMerger
+from ..merging.state import CONTROLS, RunState
 from ..record.entries import ALONE, BEST_SOURCE, PLACEBO, ControlReport
-from ..record.saving import check_output
+from ..record.saving import PARTIAL, check_output
 from ..validation.changes import paired_change
 from ..validation.losses import SampleLosses
 
@@ -32,45 +34,58 @@ class Delivery:
         repo_id: Repository on the Hub; `None` does not push it.
         private: Whether a new repository is private.
         create_pr: Whether to open a pull request instead of changing the branch.
+        fresh: Whether to discard the state of an interrupted merge, and begin anew.
     """
 
     output: Path | None = None
     repo_id: str | None = None
     private: bool = False
     create_pr: bool = False
+    fresh: bool = False
+
+    @property
+    def state_folder(self) -> Path:
+        """Folder for the state of the merge: beside the output or, where nothing can be written there, in it."""
+        if self.output is None:
+            return Path(f"{(self.repo_id or '').rpartition('/')[2]}.partial").absolute()
+        output = self.output.expanduser().resolve()
+        nearest = next(path for path in output.parents if path.exists())
+        mounted = output.exists() and output.is_mount()
+        if os.access(nearest, os.W_OK) and not mounted:
+            return output.with_name(f"{output.name}.partial")
+        return output / PARTIAL
 
     @contextmanager
-    def checked(self) -> Iterator[None]:
-        """Check folder and repository name before the block, and remove a new folder that stays empty after it.
+    def checked(self) -> Iterator[RunState]:
+        """Check folder and repository name, and yield the state of the merge, locked for this process.
 
         Raises:
             OutputExistsError: The folder holds something that is not a merge, or cannot be written.
             PushError: The Hub allows no repository of this name.
+            StateError: Another process merges into the folder, or the state is damaged.
         """
         if self.repo_id:
             check_repo_id(self.repo_id)
-        is_new = self.output is not None and not self.output.exists()
         if self.output:
             check_output(self.output)
-        try:
-            yield
-        finally:
-            if self.output and is_new and not any(self.output.iterdir()):
-                self.output.rmdir()
+        with RunState.open(self.state_folder, fresh=self.fresh) as state:
+            yield state
 
 
 def merge_sources(
-    merger: GraspMerger, sources: Sequence[str], data: Samples, to: Delivery, *, control: bool = False
+    merger: GraspMerger, sources: Sequence[str], data: Samples, to: Delivery, state: RunState, *, control: bool = False
 ) -> None:
     """Merge `sources`, evaluate the result on the test split, and save and push it to its destination.
 
-    If the merge stops early, the result of the sources merged so far is saved.
+    If the merge stops early, its state stays, so that the same merge goes on there. After an error, the result of the
+    sources merged so far is saved too, unless the output holds an earlier merge.
 
     Args:
         merger: The target; changed in place.
         sources: References of the sources.
         data: The samples; without a test split the result is not evaluated.
         to: The destination.
+        state: The state of the merge, from `to.checked()`.
         control: Whether to also fine-tune the start without any source, fine-tune the best source alone, and merge placebo
             sources, and to record how much better the merge is.
 
@@ -80,9 +95,11 @@ def merge_sources(
         PushError: The merged model could not be pushed.
     """
     before = len(merger.report.steps)
-    controls = _run_controls(merger, sources, data) if control else {}
+    replaces = to.output is not None and to.output.exists() and any(to.output.iterdir())
+    merger.check_state(state, sources, data)
     try:
-        merger.merge(sources, test_dataset=data.test, **data.keywords())
+        controls = _run_controls(merger, sources, data, state) if control else {}
+        merger.merge(sources, test_dataset=data.test, resume_from=state, **data.keywords())
         if controls:
             samples, name = _control_samples(data)
             merged = merger.judge(samples, data_collator=data.collator)
@@ -91,16 +108,28 @@ def merge_sources(
                 evaluations = losses.evaluation(), merged.evaluation()
                 merger.record_end(control=ControlReport(name, *evaluations, gain, title))
         logger.info("\n%s\n", merger.report)
-    except BaseException:
-        done = len(merger.report.steps) - before
-        if done and (kept := _save(merger, to)):
-            logger.info("saved the merge so far, %d of %d sources: %s", done, len(sources), kept)
+    except BaseException as error:
+        done, planned = len(merger.report.steps) - before, merger.report.run.planned or sources
+        if done and isinstance(error, Exception) and not replaces and (kept := _save(merger, to)):
+            logger.info("saved the merge so far, %d of %d sources: %s", done, len(planned), kept)
+        if state.names():
+            logger.info(
+                "what was done is kept in '%s': the same command goes on after %d of %d sources",
+                state.folder,
+                done,
+                len(planned),
+            )
         raise
     kept = _save(merger, to) if to.output else None
     if kept:
         logger.info("saved: %s", kept)
-    if to.repo_id:
-        push(merger, to, kept)
+    try:
+        if to.repo_id:
+            push(merger, to, kept)
+    except PushError:  # its message names the folder, from which `push` goes on
+        state.complete()
+        raise
+    state.complete()
     if kept != to.output:
         where = f"it is in '{kept}'" if kept else "it could not be saved"
         raise OutputExistsError(f"the merged model is not in '{to.output}'; {where}, see the errors above")
@@ -164,24 +193,61 @@ def _control_samples(data: Samples) -> tuple[Any, str]:
     return (data.test, "test data") if data.test is not None else (data.validation, "evaluation data")
 
 
-def _run_controls(merger: GraspMerger, sources: Sequence[str], data: Samples) -> dict[str, SampleLosses]:
-    """Return the losses of each control on the samples of `_control_samples`; the model comes back unchanged."""
+def _run_controls(
+    merger: GraspMerger, sources: Sequence[str], data: Samples, state: RunState
+) -> dict[str, SampleLosses]:
+    """Return the losses of each control on the samples of `_control_samples`; the model comes back unchanged.
+
+    The state keeps them, so that an interrupted merge does not repeat them.
+    """
     samples, _ = _control_samples(data)
     if samples is None or data.train is None:
         raise ConfigError(
             "--control: expected data with the splits 'train' and 'test' (or 'validation'), on which it compares; add "
             "the missing split"
         )
-    config = merger.config
+    config, found = merger.config, read_losses(state)
     if not config.total_epochs(len(sources)):
         raise ConfigError("--control: expected epochs of fine-tuning, got none; set final_epochs")
-    logger.info("control: %s", ALONE)
-    found = {ALONE: merger.finetuned_alone(len(sources), samples, **data.keywords())}
+
+    def run(title: str, measure: Callable[[], SampleLosses]) -> None:
+        if title not in found:
+            logger.info("control: %s", title.rstrip(","))
+            found[title] = measure()
+            save_losses(state, found)
+
+    keywords = data.keywords()
+    run(ALONE, lambda: merger.finetuned_alone(len(sources), samples, **keywords))
     if config.published:
         return found  # its first source is the start, and it weighs no source
-    logger.info("control: %s", BEST_SOURCE.rstrip(","))
     best = replace(config, method="average", order="loss", top=1)
-    found[BEST_SOURCE] = merger.control_merge(sources, samples, best, **data.keywords())
-    logger.info("control: %s", PLACEBO)
-    found[PLACEBO] = merger.control_merge(sources, samples, config, placebo=True, **data.keywords())
+    run(BEST_SOURCE, lambda: merger.control_merge(sources, samples, best, **keywords))
+    run(PLACEBO, lambda: merger.control_merge(sources, samples, config, placebo=True, **keywords))
     return found
+
+
+def save_losses(state: RunState, found: Mapping[str, SampleLosses]) -> None:
+    """Save the losses of controls in the state."""
+    parts = {"losses", "terms", "calibrated", "correct"}
+    tensors = {
+        f"{title} {part}": value
+        for title, losses in found.items()
+        for part, value in vars(losses).items()
+        if part in parts and value is not None
+    }
+    state.save(CONTROLS, [*found], tensors)
+
+
+def read_losses(state: RunState) -> dict[str, SampleLosses]:
+    """Return the losses of the controls in the state."""
+    titles = state.values(CONTROLS) or []
+    tensors = dict(state.tensors(CONTROLS)) if titles else {}
+    return {
+        title: SampleLosses(
+            tensors[f"{title} losses"],
+            tensors[f"{title} terms"],
+            tensors[f"{title} calibrated"],
+            tensors.get(f"{title} correct"),
+        )
+        for title in titles
+    }

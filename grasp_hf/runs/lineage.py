@@ -55,6 +55,8 @@ def append_recipe(
         ConfigError: `merged` is not such a merge, or an override is wrong.
     """
     values, record, _ = _read_merge(merged, token)
+    if text := record.incompleteness():
+        logger.warning("the merge in '%s' is %s; the new sources are merged into it as it is", merged, text)
     values |= {"base_model": merged, "sources": list(sources)}
     # The saved recipe has the order that was found, for `reproduce`; the record has the rule that found it.
     values |= {key: record.run.config[key] for key in ("order", "top") if key in record.run.config}
@@ -137,7 +139,9 @@ def reproduce(merged: str, overrides: Sequence[str] = (), *, token: str | None =
                 f"'{merged}' cannot be reproduced: the {split} data is not the recorded data: got {changed}, expected "
                 f"{recorded}; name the recorded data with data.path=... or data.data_dir=..."
             )
-    merger.merge(sources, token=token, **data.keywords())
+    # Of a merge that was interrupted, as many sources are merged as its record has, and nothing is done at the end.
+    stop_after = None if record.run.complete else len(record.steps) - record.continued_steps
+    merger.merge(sources, token=token, stop_after=stop_after, **data.keywords())
     earlier = file_tensors(located)
     return Replay(merger.report, _differences(merger.model, earlier), len(earlier))
 
