@@ -20,6 +20,7 @@ from ..errors import (
     one_line,
 )
 from ..files import find_folder
+from .limits import check_folder
 
 INDEX = ".index.json"
 FULL_WEIGHTS = (  # transformers looks for them in this order
@@ -174,6 +175,7 @@ class Source:
             with reading(ref, "its folder cannot be read"):
                 files = sorted(path.name for path in folder.iterdir() if path.is_file())
                 exports = [path.name for path in folder.glob("*/*")]
+                check_folder(ref, folder)
         kind: Literal["full", "adapter"] = "adapter" if "adapter_config.json" in files else "full"
         everything = [*files, *exports]
         gguf = any(name.endswith(".gguf") for name in everything)

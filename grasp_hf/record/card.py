@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from ..config.methods import METHODS
+from ..config.yaml_loader import load_yaml
 from ..errors import one_line
 from ..files import exists
 from ..hub.licenses import clean_license, license_of, strictest
@@ -27,6 +28,9 @@ from .text import code, code_block, escape_markdown, markdown_table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LARGEST_CARD = 500_000  # characters that are searched
+LARGEST_LICENSE = 2_000
+LONGEST_SENTENCE = 500  # characters; the search below takes time that grows with the cube of them
 SENTENCE_END = re.compile(r"(?<=[.;!?])\s+")
 TRAINED_ON_TEST = re.compile(
     r"\b(train|(fine-?)?tun)(ed|ing)\b.*?(\b(on|with|using|from)\b|\bdata:)"
@@ -106,22 +110,42 @@ def hub_ids(report: MergeReport) -> list[str]:
 
 
 def declared_license(folder: Path) -> str | None:
-    """Return the licence that the card in `folder` declares; `None` if there is no card, or no licence in it."""
-    card = folder / "README.md"
-    try:
-        return license_of(ModelCard.load(card, ignore_metadata_errors=True).data) if card.is_file() else None
-    except (ValueError, OSError, YAMLError):
+    """Return the licence that the card in `folder` declares; `None` if there is no card, or no licence in it.
+
+    Of the metadata only the licence is parsed: those of many cards hold thousands of results.
+    """
+    lines = iter(_read_card(folder).lstrip("\ufeff").splitlines())
+    if next(lines, "").strip() != "---":
         return None
+    found: list[str] = []
+    for line in lines:
+        if line.strip() == "---" or (found and not line.startswith((" ", "-", "#")) and line.strip()):
+            break
+        if found or line.startswith(("license:", "'license':", '"license":')):
+            found.append(line)
+    try:
+        metadata = load_yaml("\n".join(found)[:LARGEST_LICENSE])
+        return license_of(metadata) if isinstance(metadata, dict) else None
+    except YAMLError:
+        return None
+
+
+def _read_card(folder: Path, limit: int | None = None) -> str:
+    """Return the first `limit` characters of the card in `folder`; empty if there is no card."""
+    try:
+        with open(folder / "README.md", encoding="utf-8", errors="replace") as file:
+            return file.read(limit)
+    except OSError:
+        return ""
 
 
 def trained_on_test(folder: Path, dataset: str) -> str | None:
     """Return the line of the card in `folder` that reports a training on the test split of `dataset`; `None` without one."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    text = _read_card(folder, LARGEST_CARD)
     if not re.search(rf"(?<![\w-]){re.escape(dataset)}(?![\w-])", text):
         return None
     for line in text.splitlines():
-        for sentence in SENTENCE_END.split(line):
+        for sentence in (text[:LONGEST_SENTENCE] for text in SENTENCE_END.split(line)):
             if TRAINED_ON_TEST.search(sentence) and not NOT_TRAINED_ON_TEST.search(sentence):
                 return line.strip()
     return None
