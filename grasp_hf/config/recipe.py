@@ -13,6 +13,7 @@ from ..files import exists
 from . import mergekit
 from .checks import value_problems
 from .grasp import GraspConfig
+from .yaml_loader import LARGEST_TEXT, load_yaml
 
 
 def override_(values: dict[str, Any], text: str) -> None:
@@ -24,7 +25,7 @@ def override_(values: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     *sections, last = key.split(".")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = load_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"override '{text}': its value is not valid YAML: {error}") from error
     section: Any = values
@@ -39,14 +40,10 @@ def override_(values: dict[str, Any], text: str) -> None:
     section[last] = parsed
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that occurs twice; YAML would keep only the last value."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"the key '{twice[0]}' occurs twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+def _read(path: Path) -> str:
+    """Return the text of a file in UTF-8; of a file that is much too large for YAML only the beginning."""
+    with open(path, encoding="utf-8") as file:
+        return file.read(LARGEST_TEXT + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +86,7 @@ class Recipe:
         """
         path = Path(path)
         try:
-            values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+            values = load_yaml(_read(path))
         except OSError as error:
             raise ConfigError(f"recipe '{path}' cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:

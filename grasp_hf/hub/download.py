@@ -17,6 +17,7 @@ from ..errors import DownloadError, SourceNotFoundError
 from ..files import workspace, write_whole
 from .client import TIMEOUT, Corrupt, Stopped, hub_errors, retry, stoppable_progress, time_limit
 from .licenses import license_of
+from .limits import check_folder, check_sizes
 from .listing import CONFIG_FILES, NOT_NEEDED, Listing, RemoteFile
 from .reference import ADAPTER_WEIGHTS, FULL_WEIGHTS, INDEX, Source, SourceRef, shards_of
 
@@ -61,6 +62,7 @@ def resolve_model(ref: SourceRef, *, token: str | None = None, trusted: Collecti
     if listing is None:
         return None
     listing.inspect()
+    check_sizes(listing.ref, {path: listing.files[path].size for path in listing.configuration})
     main = listing.main_weights
     if main is None or not main.endswith(INDEX):
         return listing
@@ -289,6 +291,7 @@ def look_up(
     for path in listing.configuration:
         folder = fetch(listing, path, token=token).parent
     _record_revision(listing)
+    check_folder(ref, folder)
     return Source(ref, folder, listing.sha, source.kind, listing.gated, listing.trusted), listing
 
 

@@ -10,6 +10,8 @@ from enum import IntEnum
 from itertools import combinations
 from typing import Any, Literal
 
+from ..errors import one_line
+
 OTHER = "other"  # the id of the Hub for a licence that is not in its list
 UNCLEAR = (OTHER, "unknown", "cc")  # `cc` is a family of licences, from public domain to no derivatives
 
@@ -121,8 +123,13 @@ def license_of(metadata: Any) -> str | None:
     """Return the licence in the metadata of a model card, several licences as one text; `None` if there is none."""
     found = metadata.get("license")
     if isinstance(found, list):
-        return ", ".join(map(str, found))
-    return None if found is None else str(found)
+        found = ", ".join(map(str, found[:10]))
+    return None if found is None else clean_license(str(found))
+
+
+def clean_license(text: str) -> str:
+    """Return a licence as a stranger wrote it in one short line, without the backticks that would end code in Markdown."""
+    return one_line(text, 100).replace("`", "'")
 
 
 def strictest(licenses: Mapping[str, str | None]) -> tuple[str | None, list[str]]:

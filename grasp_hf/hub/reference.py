@@ -21,6 +21,7 @@ from ..errors import (
     one_line,
 )
 from ..files import LFS_ADVICE, find_folder, lfs_pointers
+from .limits import check_folder
 
 INDEX = ".index.json"
 FULL_WEIGHTS = (  # transformers looks for them in this order
@@ -182,6 +183,7 @@ class Source:
         if files is None:
             with reading(ref, "its folder cannot be read"):
                 files = sorted(path.name for path in folder.iterdir() if path.is_file())
+                check_folder(ref, folder)
         kind: Literal["full", "adapter"] = "adapter" if "adapter_config.json" in files else "full"
         problem = None
         if kind == "full" and "config.json" not in files:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -14,17 +15,22 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from ..config.methods import METHODS
+from ..config.yaml_loader import load_yaml
+from ..errors import one_line
 from ..files import exists
-from ..hub.licenses import license_of, strictest
+from ..hub.licenses import clean_license, license_of, strictest
 from ..hub.reference import SourceRef
 from ..models.classes import task_of
 from .entries import EVALUATION_DATA
 from .report import MergeReport
-from .text import markdown_table
+from .text import code, code_block, escape_markdown, markdown_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LARGEST_CARD = 500_000  # characters that are searched
+LARGEST_LICENSE = 2_000
+LONGEST_SENTENCE = 500  # characters; the search below takes time that grows with the cube of them
 SENTENCE_END = re.compile(r"(?<=[.;!?])\s+")
 TRAINED_ON_TEST = re.compile(
     r"\b(train|(fine-?)?tun)(ed|ing)\b.*?(\b(on|with|using|from)\b|\bdata:)"
@@ -76,9 +82,7 @@ unit.{{ losses }}
 
 ### Configuration
 
-```yaml
-{{ configuration }}```
-{{ citation }}"""
+{{ configuration }}{{ citation }}"""
 WEIGHED = """ The predictions of
 the sources on labelled data of the target task decided how much of each was merged."""
 GUIDED = """ Gradients on labelled
@@ -106,22 +110,42 @@ def hub_ids(report: MergeReport) -> list[str]:
 
 
 def declared_license(folder: Path) -> str | None:
-    """Return the licence that the card in `folder` declares; `None` if there is no card, or no licence in it."""
-    card = folder / "README.md"
-    try:
-        return license_of(ModelCard.load(card, ignore_metadata_errors=True).data) if card.is_file() else None
-    except (ValueError, OSError, YAMLError):
+    """Return the licence that the card in `folder` declares; `None` if there is no card, or no licence in it.
+
+    Of the metadata only the licence is parsed: those of many cards hold thousands of results.
+    """
+    lines = iter(_read_card(folder).lstrip("\ufeff").splitlines())
+    if next(lines, "").strip() != "---":
         return None
+    found: list[str] = []
+    for line in lines:
+        if line.strip() == "---" or (found and not line.startswith((" ", "-", "#")) and line.strip()):
+            break
+        if found or line.startswith(("license:", "'license':", '"license":')):
+            found.append(line)
+    try:
+        metadata = load_yaml("\n".join(found)[:LARGEST_LICENSE])
+        return license_of(metadata) if isinstance(metadata, dict) else None
+    except YAMLError:
+        return None
+
+
+def _read_card(folder: Path, limit: int | None = None) -> str:
+    """Return the first `limit` characters of the card in `folder`; empty if there is no card."""
+    try:
+        with open(folder / "README.md", encoding="utf-8", errors="replace") as file:
+            return file.read(limit)
+    except OSError:
+        return ""
 
 
 def trained_on_test(folder: Path, dataset: str) -> str | None:
     """Return the line of the card in `folder` that reports a training on the test split of `dataset`; `None` without one."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    text = _read_card(folder, LARGEST_CARD)
     if not re.search(rf"(?<![\w-]){re.escape(dataset)}(?![\w-])", text):
         return None
     for line in text.splitlines():
-        for sentence in SENTENCE_END.split(line):
+        for sentence in (text[:LONGEST_SENTENCE] for text in SENTENCE_END.split(line)):
             if TRAINED_ON_TEST.search(sentence) and not NOT_TRAINED_ON_TEST.search(sentence):
                 return line.strip()
     return None
@@ -140,10 +164,10 @@ def parent_licenses(report: MergeReport) -> dict[str, str | None]:
             continue
         seen.add((name, sha, license))
         number = 2
-        unique = name
+        name = unique = one_line(name).replace("`", "'")  # warnings show it as code
         while unique in licenses:
             unique, number = f"{name} ({number})", number + 1
-        licenses[unique] = license
+        licenses[unique] = None if license is None else clean_license(license)
     return licenses
 
 
@@ -184,12 +208,15 @@ def licence_section(report: MergeReport, gated: Collection[str] = ()) -> str:
     """Return the licence that the merge declares, the licence of every parent, and warnings about conflicts and gates."""
     licenses = parent_licenses(report)
     declared, warnings = strictest(licenses)
-    warnings += [f"`{name}` is gated: the conditions for its files may also apply to the merge" for name in gated]
+    warnings += [f"{code(name)} is gated: the conditions for its files may also apply to the merge" for name in gated]
     if declared:
         choice = f"This merge declares `{declared}`, chosen from the licences that the cards of its parents declare."
     else:
         choice = "This merge declares no licence, because no card of its parents declares one."
-    rows = [{"model": name, "licence": license or None} for name, license in licenses.items()]
+    rows = [
+        {"model": escape_markdown(name), "licence": escape_markdown(license) if license else None}
+        for name, license in licenses.items()
+    ]
     sections = [f"{choice} This is no legal advice.", markdown_table(rows)]
     if warnings:
         sections.append("\n".join(f"- {text}" for text in warnings))
@@ -217,7 +244,9 @@ def _evaluation_rows(report: MergeReport, task: str | None) -> list[EvalResult]:
 
 def _link(name: str, sha: str | None) -> str:
     """Return the name of a model in Markdown, as a link if the model is on the Hub."""
-    return f"[{name}](https://huggingface.co/{SourceRef.parse(name).name})" if sha else f"`{name}`"
+    if not sha:
+        return code(name)
+    return f"[{escape_markdown(name)}](https://huggingface.co/{quote(SourceRef.parse(name).name)})"
 
 
 def _list_included(report: MergeReport) -> str:
@@ -280,9 +309,9 @@ def model_card(
         table=report.table(),
         losses=LOSSES.format(samples=samples) if samples else "",
         outcome="\n".join(f"- {text}" for text in report.outcome()) or "Nothing was measured.",
-        conclusions="\n".join(f"- {text}" for text in report.conclusions()),
+        conclusions="\n".join(f"- {escape_markdown(text)}" for text in report.conclusions()),
         figures=f"\n{images}\n" if images else "",
         licence=licence_section(report, gated),
-        configuration=report.configuration(),
+        configuration=code_block(report.configuration(), "yaml"),
         citation=method.citation,
     )

@@ -1,6 +1,7 @@
 """The checks of a record: a stranger may have written the file, so every value is checked like input."""
 
 import math
+import re
 import types
 import typing
 from collections.abc import Hashable, Iterator
@@ -10,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from ..config.methods import METHODS
 from ..errors import ConfigError, one_line
+
+LONGEST_TEXT = 20_000  # characters
 
 
 def check_record(record: Any) -> None:
@@ -67,6 +70,8 @@ def _value_problems(value: Any, hint: Any, path: str) -> Iterator[str]:
     elif hint is int:  # every integer of a record counts something
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             yield _wrong(path, value, "an integer of 0 or more")
+    elif hint is str and isinstance(value, str) and len(value) > LONGEST_TEXT:
+        yield f"{path}: got {len(value)} characters, expected at most {LONGEST_TEXT}"
     elif not isinstance(value, hint):
         yield _wrong(path, value, {str: "a text", bool: "true or false"}.get(hint, hint.__name__))
 
@@ -91,6 +96,21 @@ def _contradictions(record: Any) -> Iterator[str]:
     for name, split in run.data.items():
         if split is not None and (not isinstance(split, dict) or not isinstance(split.get("samples", 0), int)):
             yield _wrong(f"run.data.{one_line(name, 100)}", split, "a number of samples and a digest")
+    # The card shows these words as they are, in sentences of this package.
+    said = {
+        **{f"run.controls[{k}].name": control.name for k, control in enumerate(run.controls)},
+        **{f"run.controls[{k}].validated_by": control.validated_by for k, control in enumerate(run.controls)},
+        **{f"steps[{k}].validated_by": step.validated_by for k, step in enumerate(record.steps)},
+        **({"run.final.validated_by": run.final.validated_by} if run.final else {}),
+    }
+    for path, text in said.items():
+        if not re.fullmatch(r"[A-Za-z0-9 ,.()-]{0,200}", text):
+            yield _wrong(path, text, "words of this package")
+    measured = [record.start, run.test, *([run.final.after] if run.final else [])]
+    measured += [values for step in record.steps for values in (step.before, step.after_transfer, step.after)]
+    measured += [values for control in run.controls for values in (control.alone, control.merged)]
+    for name in sorted({name for values in measured for name in values} - {"loss", "accuracy"}):
+        yield _wrong("a measurement", name, "loss or accuracy")
     for number, row in enumerate(run.ranking):
         if not isinstance(row.get("reference"), str):
             yield _wrong(f"run.ranking[{number}].reference", row.get("reference"), "a text")

@@ -5,6 +5,7 @@ import math
 import re
 import textwrap
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,8 +153,9 @@ def _find_columns(steps: Sequence[StepReport]) -> dict[str, str]:
     longest = max(steps, key=lambda step: len(step.units))
     names = list(dict.fromkeys(unit.name for step in [longest, *steps] for unit in step.units))
     heads = [name.partition(".")[0] for name in names]
-    common = max(set(heads), key=lambda head: (heads.count(head), head))
-    prefix = f"{common}." if heads.count(common) > len(names) / 2 else ""
+    counts = Counter(heads)
+    common = max(counts, key=lambda head: (counts[head], head))
+    prefix = f"{common}." if counts[common] > len(names) / 2 else ""
     bare = {name: name.removeprefix(prefix) for name in names}
     if len(names) <= MOST_COLUMNS:
         return bare

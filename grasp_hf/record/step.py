@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .entries import ChangeReport, Evaluation, FinetuneReport, Reason, UnitReport
-from .text import WIDTH, format_number, markdown_table, shorten
+from .text import WIDTH, escape_markdown, format_number, markdown_table, shorten
 
 Row = dict[str, str | None]  # column -> text; `None` if the report holds no value
 
@@ -133,7 +133,7 @@ class StepReport:
         scores = [unit.score for unit in self.units if unit.score is not None]
         accuracies = [evaluation.get("accuracy") for evaluation in (self.before, self.after_transfer)]
         return {
-            "source": self.name,
+            "source": escape_markdown(self.name),
             "kind": self.kind,
             "score": _format_known(sum(scores) / len(scores) if scores else None),
             "moved": f"{self.moved}/{len(self.units)}",

@@ -1,7 +1,10 @@
 """Tables and numbers as text."""
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
+
+from ..errors import one_line
 
 WIDTH = 100  # columns of a line in a terminal
 NO_VALUE = "–"
@@ -18,6 +21,26 @@ def markdown_table(rows: Sequence[Mapping[str, str | None]]) -> str:
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([texts[0], rule, *texts[1:]])
+
+
+def escape_markdown(text: str) -> str:
+    """Return the text of a stranger in one line that Markdown shows as it is: without links, images, HTML or headings.
+
+    The line may stand in a table: `markdown_table` escapes its bars.
+    """
+    escaped = re.sub(r"([\\`*\[\]<>#~])", r"\\\1", one_line(text))
+    return escaped.replace("://", ":\\//").replace("www.", "www\\.")  # a bare address would become a link
+
+
+def code(text: str) -> str:
+    """Return the text of a stranger as code in a line of Markdown; backticks, which would end it, become quotes."""
+    return "`" + one_line(text).replace("`", "'") + "`"
+
+
+def code_block(text: str, language: str) -> str:
+    """Return lines of text as a block of code in Markdown, in a fence that no line of the text can close."""
+    fence = "`" * max(3, *(len(found) + 1 for found in re.findall("`+", text) or [""]))
+    return f"{fence}{language}\n{text}{fence}\n"
 
 
 def _cell(text: str | None) -> str:

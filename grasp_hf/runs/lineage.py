@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from ..config.recipe import Recipe, override_
+from ..config.yaml_loader import load_yaml
 from ..data.digests import fingerprint
 from ..errors import ConfigError
 from ..files import find_folder
@@ -169,7 +170,7 @@ def _read_merge(merged: str, token: str | None) -> tuple[dict[str, Any], MergeRe
             f"'{merged}' is not a merge by grasp_hf: expected a {CONFIG_FILE} and a record in it; name another model"
         )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"its {CONFIG_FILE} cannot be read: {error}", subject=merged) from error
     if not isinstance(values, dict):

@@ -29,6 +29,7 @@ from ..sources.checkpoint import fill_tied_, runtime_tensors
 from ..sources.fit import SourceFiles, architecture_problems, fit_source, tie_problems
 from ..sources.headers import header_tensors
 from ..sources.load import adapter_labels, saves_head
+from ..sources.patterns import pattern_problems
 from ..sources.rows import label_names, match_head
 from ..tensors.units import head_tensors, movable_tensors, partition
 from .costs import cost_lines
@@ -262,6 +263,7 @@ def _plan_adapter(planned: PlannedSource, adapter: Source, target: _Target | Non
     planned.problems += adapter_problems(
         config, adapter, target.adapters_base, target.accepted_bases, token=target.token
     )
+    planned.problems += pattern_problems(config, [name for name, _ in target.model.named_modules()])
     if target.has_labels and saves_head(config, target.model):
         labels = adapter_labels(adapter, target.adapters_base)
         model = _without_weights(target, load_config(target.adapters_base))

@@ -21,6 +21,7 @@ from ..tensors.units import head_tensors, movable_tensors, tied_names
 from .checkpoint import drop_tied_, file_tensors, fill_tied_, runtime_tensors
 from .fit import Fit, SourceFiles, architecture_problems, fit_source
 from .headers import header_tensors
+from .patterns import pattern_problems
 from .rows import class_tensors, label_names
 
 if TYPE_CHECKING:
@@ -187,7 +188,8 @@ def _read_adapter(
     from .adapters import adapter_problems, apply_adapter_, count_saved_classes, load_adapter_config, type_problem
 
     config = load_adapter_config(source)
-    if problems := adapter_problems(config, source, base, accepted_bases, token=token):
+    problems = adapter_problems(config, source, base, accepted_bases, token=token)
+    if problems := problems or pattern_problems(config, [name for name, _ in target.named_modules()]):
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=problems)
     assert base is not None  # an unknown base is one of the problems
     kwargs: dict[str, Any] = {}

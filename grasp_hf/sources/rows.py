@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,8 @@ def match_labels(target: Sequence[str], source: Sequence[str]) -> RowMatch:
     """Match classes by name; a name of two classes matches nothing."""
 
     def unique_rows(names: Sequence[str]) -> dict[str, int]:
-        return {name: row for row, name in enumerate(names) if list(names).count(name) == 1}
+        counts = Counter(names)
+        return {name: row for row, name in enumerate(names) if counts[name] == 1}
 
     if list(target) == list(source):
         return RowMatch(range(len(target)), range(len(source)), (len(target), len(source)))

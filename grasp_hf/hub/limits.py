@@ -1,0 +1,103 @@
+"""Limits on the files of a source, checked before a library reads them.
+
+A small file of a stranger may cost minutes or gigabytes: a library allocates the numbers that the file names, or takes
+time that grows with the square of its size. The limits are several times what the largest published models need.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..errors import IncompatibleSourceError, describe
+
+MB = 1_000_000
+# Largest size in bytes of a file, by pattern of its name; the first pattern that matches counts.
+SIZES = {
+    "tokenizer.json": 100 * MB,
+    "vocab*": 100 * MB,
+    "*.model": 100 * MB,
+    "*.spm": 100 * MB,
+    "*.tiktoken": 100 * MB,
+    "*.txt": 100 * MB,
+    "*": 25 * MB,
+}
+WEIGHTS = ("*.safetensors", "*.bin")
+LARGEST_COUNTS = {  # largest number in a field of a config, by the word in the name of the field
+    "label": 250_000,
+    "layer": 10_000,
+    "block": 10_000,
+    "stage": 10_000,
+    "depth": 10_000,
+    "expert": 10_000,
+}
+NO_COUNT = re.compile("size|dim|token|capacity|length|rank|factor|coef|width|norm|drop|scale|prob|id$")
+DEEPEST = 100  # levels of lists and objects
+
+
+def check_sizes(ref: object, sizes: Mapping[str, int]) -> None:
+    """Raise `IncompatibleSourceError` if a file of a source is too large; `sizes` are in bytes, by path."""
+    for path, size in sizes.items():
+        name = path.rpartition("/")[2]
+        limit = next(limit for pattern, limit in SIZES.items() if fnmatch(name, pattern))
+        if size > limit and not any(fnmatch(name, pattern) for pattern in WEIGHTS):
+            raise IncompatibleSourceError(
+                f"{name} has {size / MB:,.0f} MB, expected at most {limit / MB:,.0f} MB", subject=ref
+            )
+
+
+def check_folder(ref: object, folder: Path) -> None:
+    """Raise `IncompatibleSourceError` if the configuration files in a folder are too large, or name too large numbers.
+
+    A config that is no JSON object is refused too.
+    """
+    patterns = [*SIZES, "*.json", "*.md", "*.yaml", "*.jinja"]
+    names = {path for pattern in patterns if pattern != "*" for path in folder.glob(pattern) if path.is_file()}
+    check_sizes(ref, {path.name: path.stat().st_size for path in sorted(names)})
+    for name in ("config.json", "adapter_config.json"):
+        if (folder / name).is_file():
+            values = read_object(folder / name, ref)
+            for problem in _count_problems(values):
+                raise IncompatibleSourceError(f"{name} holds {problem}", subject=ref)
+
+
+def read_object(path: Path, ref: object) -> dict[str, Any]:
+    """Return the content of a JSON file that must hold an object.
+
+    Raises:
+        IncompatibleSourceError: The file cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise IncompatibleSourceError(f"{path.name} cannot be used: {describe(error)}", subject=ref) from error
+    if not isinstance(values, dict):
+        kind = {list: "a list", str: "a text", type(None): "null"}.get(type(values), "a number")
+        raise IncompatibleSourceError(f"{path.name} holds {kind}, expected an object with keys", subject=ref)
+    return values
+
+
+def _count_problems(values: Any, key: str = "", depth: int = 0) -> Iterator[str]:
+    """Yield a problem for each number of labels, layers or experts that is too large, at any depth."""
+    if depth > DEEPEST:
+        yield f"more than {DEEPEST} levels"
+        return
+    limit = next((limit for word, limit in LARGEST_COUNTS.items() if word in key), None)
+    if limit is not None and NO_COUNT.search(key):
+        limit = None
+    if isinstance(values, dict):
+        if limit is not None and len(values) > limit:
+            yield f"{len(values):,} entries in {key}, expected at most {limit:,}"
+        for name, item in values.items():
+            # The keys and values of a table of labels are names and class ids.
+            inner = key if name.isdigit() else name
+            yield from _count_problems(item, "" if "label2id" in key else inner, depth + 1)
+    elif isinstance(values, list):
+        if limit is not None and len(values) > limit:
+            yield f"{len(values):,} entries in {key}, expected at most {limit:,}"
+        for item in values:
+            yield from _count_problems(item, key, depth + 1)
+    elif isinstance(values, int | float) and limit is not None and values > limit:
+        yield f"{key}: {values:,}, expected at most {limit:,}"
