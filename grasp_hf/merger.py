@@ -128,7 +128,7 @@ class GraspMerger:
         model: The target; changed in place. Frozen parameters are measured and merged like the others; they only stay out
             of fine-tuning.
         config: How to merge; the defaults if left out.
-        processing_class: Tokenizer or image processor, saved with the model.
+        processing_class: Tokenizer or image processor, saved with the model. Model and tokenizer get the same padding token.
         base: The files that the model was loaded from, so that its adapters can be merged; `from_pretrained` sets it.
 
     Attributes:
@@ -155,6 +155,7 @@ class GraspMerger:
                 "device of each step"
             )
         check_config(config)
+        unify_padding_(model, processing_class)
         self.model = model
         self.config = config or GraspConfig()
         if self.config.untie:
@@ -237,9 +238,7 @@ class GraspMerger:
         model = load_target(
             base, task=task, dtype=dtype, seed=seed, new_head=new_head, needs_head=needs_head, **model_kwargs
         )
-        processing_class = load_processing_class(base)
-        unify_padding_(model, processing_class)
-        merger = cls(model, config, processing_class=processing_class, base=base)
+        merger = cls(model, config, processing_class=load_processing_class(base), base=base)
         merger._token = token
         if not new_head and (record := read_record(base.folder)):
             merger._continued = EarlierMerge(record, base, token)

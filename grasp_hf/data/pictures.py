@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
@@ -27,10 +27,12 @@ def picture_bytes(value: Any) -> bytes:
         return repr(value).encode()
 
 
-def load_picture(value: Any) -> Image.Image:
+def load_picture(value: Any, mode: Literal["RGB", "L"] = "RGB") -> Image.Image:
     """Return a picture as a pipeline of transformers sees it: in RGB, and upright as its EXIF orientation says.
 
-    `value` is a decoded picture, or a dictionary with the bytes or the path of its file.
+    Args:
+        value: A decoded picture, or a dictionary with the bytes or the path of its file.
+        mode: `L` for a model of one channel, which no pipeline runs.
 
     Raises:
         DataError: The picture cannot be read, is larger than Pillow allows, or has more than 8 bits per pixel. Pipelines cut
@@ -46,7 +48,7 @@ def load_picture(value: Any) -> Image.Image:
                 f"its pixels are of type {image.mode}, which pipelines cut off at 255; save the picture with 8 bits per "
                 "pixel"
             )
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return ImageOps.exif_transpose(image).convert(mode)
     except Exception as error:  # a damaged file makes Pillow raise errors of many types
         pointer = isinstance(value, dict) and is_lfs_pointer(picture_bytes(value))
         reason = f"it is {LFS_ADVICE}" if pointer else first_line(error)

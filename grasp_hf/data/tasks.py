@@ -22,11 +22,22 @@ from .section import DataSection
 logger = logging.getLogger(__name__)
 
 
-def prepare_images(splits: DatasetDict, column: str, processor: Callable) -> tuple[DatasetDict, Collator]:
-    """Return splits of `pixel_values` and labels, and their collator; an image is processed when it is read."""
+def prepare_images(
+    splits: DatasetDict, column: str, processor: Callable, *, channels: int = 3
+) -> tuple[DatasetDict, Collator]:
+    """Return splits of `pixel_values` and labels, and their collator; an image is processed when it is read.
+
+    Raises:
+        DataError: The model takes neither colours nor shades of grey, but another number of `channels`.
+    """
+    if channels not in (1, 3):
+        raise DataError(
+            f"the model takes images of {channels} channels, and a recipe can prepare 1 or 3; prepare the data yourself and "
+            "pass it to GraspMerger.merge"
+        )
 
     def transform(samples: dict[str, list]) -> dict[str, Any]:
-        images = [load_picture(value) for value in samples[column]]
+        images = [load_picture(value, "L" if channels == 1 else "RGB") for value in samples[column]]
         pixels = {"pixel_values": list(processor(images, return_tensors="pt")["pixel_values"])}
         return pixels | {name: samples[name] for name in ("labels",) if name in samples}
 

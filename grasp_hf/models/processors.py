@@ -46,13 +46,13 @@ def read_processing_class(source: Source) -> Any:
             problems.append(error)
     tokenizer = _names(source, TOKENIZER_FILES)
     problem = problems[1] if tokenizer else problems[0]
+    reason = " ".join(str(problem).split())[:200].rstrip(".")
     if find_spec("sentencepiece") is None and _names(source, SENTENCEPIECE):
-        advice = "; if it needs sentencepiece, install it: pip install 'grasp_hf[sentencepiece]'"
+        reason = f"it may need sentencepiece: pip install 'grasp_hf[sentencepiece]' ({reason})"
     else:
-        advice = f" (transformers {transformers.__version__}); it may be damaged, or need a newer version"
+        reason += f" (transformers {transformers.__version__}); it may be damaged, or need a newer version"
     raise IncompatibleSourceError(
-        f"its {'tokenizer' if tokenizer else 'processor'} ({', '.join(tokenizer or names)}) cannot be read: "
-        f"{' '.join(str(problem).split())[:200]}{advice}",
+        f"its {'tokenizer' if tokenizer else 'processor'} ({', '.join(tokenizer or names)}) cannot be read: {reason}",
         subject=source.ref,
     ) from problem
 

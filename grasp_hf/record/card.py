@@ -21,6 +21,7 @@ from ..files import exists
 from ..hub.licenses import clean_license, license_of, strictest
 from ..hub.reference import SourceRef
 from ..models.classes import task_of
+from ..models.padding import max_tokens
 from .entries import EVALUATION_DATA
 from .report import MergeReport
 from .text import code, code_block, escape_markdown, markdown_table
@@ -183,8 +184,15 @@ def dataset_ids(report: MergeReport) -> list[str]:
     return [path]
 
 
-def usage(model: PreTrainedModel, model_id: str, *, with_pipeline: bool = True) -> str:
-    """Return Markdown with Python that loads the model; for a task in `PIPELINES`, a call of a pipeline comes first."""
+def usage(model: PreTrainedModel, model_id: str, *, with_pipeline: bool = True, max_length: int | None = None) -> str:
+    """Return Markdown with Python that loads the model; for a task in `PIPELINES`, a call of a pipeline comes first.
+
+    Args:
+        model: The merged model.
+        model_id: The repository or folder that the code loads.
+        with_pipeline: Whether a pipeline finds a tokenizer or processor there. It always feeds pictures of three channels.
+        max_length: Number of tokens at which the texts of the merge were cut, so that the pipeline cuts them there too.
+    """
     task, class_name, trust = task_of(type(model)), type(model).__name__, ""
     if not hasattr(transformers, class_name):  # the repository holds the code of the class
         auto_map = getattr(model.config, "auto_map", None) or {}
@@ -197,9 +205,10 @@ def usage(model: PreTrainedModel, model_id: str, *, with_pipeline: bool = True) 
         class_name, trust = auto_class, ", trust_remote_code=True"
     load = f'from transformers import {class_name}\n\nmodel = {class_name}.from_pretrained("{model_id}"{trust})'
     blocks = [f"```python\n{load}\n```"]
-    if with_pipeline and task in PIPELINES:
+    if with_pipeline and task in PIPELINES and getattr(model.config, "num_channels", 3) == 3:
         imports, example = PIPELINES[task]
-        run = f'{imports}from transformers import pipeline\n\nrun = pipeline("{task}", model="{model_id}"{trust})'
+        cut = f", truncation=True, max_length={max_length}" if max_length and task == "text-classification" else ""
+        run = f'{imports}from transformers import pipeline\n\nrun = pipeline("{task}", model="{model_id}"{trust}{cut})'
         blocks = [f"```python\n{run}\nprint(run({example}))\n```", "As a model for further work:", *blocks]
     return "\n\n".join(blocks)
 
@@ -272,6 +281,12 @@ def _metadata(model: PreTrainedModel, report: MergeReport, model_id: str) -> Mod
     )
 
 
+def _max_length(model: PreTrainedModel, report: MergeReport) -> int | None:
+    """Return the number of tokens at which the texts of a recipe were cut; `None` without texts."""
+    length = (report.run.recipe.get("data") or {}).get("max_length")
+    return min(length, max_tokens(model) or length) if isinstance(length, int) else None
+
+
 def model_card(
     model: PreTrainedModel,
     report: MergeReport,
@@ -301,7 +316,7 @@ def model_card(
         title=Path(model_id).name,
         count=f"{sum(step.moved > 0 for step in report.steps)} of {len(report.steps)} sources",
         model_class=type(model).__name__,
-        usage=usage(model, model_id, with_pipeline=with_pipeline),
+        usage=usage(model, model_id, with_pipeline=with_pipeline, max_length=_max_length(model, report)),
         method=f"`{method_name}`. {method.card}",
         guided=(WEIGHED if method.weighs else GUIDED) if method.needs_data else "",
         base=_link(report.base_name, report.base_sha),

@@ -66,7 +66,8 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
     )
     processor = merger.processing_class
     if cls.main_input_name == "pixel_values":
-        splits, collator = prepare_images(splits, section.image, processor)
+        channels = getattr(config, "num_channels", 3)
+        splits, collator = prepare_images(splits, section.image, processor, channels=channels)
     else:
         splits, collator = tokenize_texts(
             splits, section, processor, generates=cls.can_generate(), positions=max_tokens(merger.model)

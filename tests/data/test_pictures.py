@@ -10,13 +10,15 @@ import torch
 from datasets import Dataset, DatasetDict
 from datasets import Image as Feature
 from PIL import Image
-from transformers import AutoImageProcessor, pipeline
+from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessorPil, pipeline
 from transformers.image_utils import load_image
 
+from grasp_hf import GraspConfig, Recipe
 from grasp_hf.data.pictures import load_picture
 from grasp_hf.data.tasks import prepare_images
 from grasp_hf.errors import DataError
-from tests.support.models import saved, tiny_model
+from grasp_hf.runs.prepare import prepare
+from tests.support.models import LABELS, NO_TUNING, saved, tiny_model, write_images
 
 NOISE = np.random.default_rng(0).integers(256, size=(16, 8, 4)).astype(np.uint8)
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB")
@@ -71,6 +73,39 @@ def test_the_merged_model_sees_in_a_pipeline_what_it_was_trained_on(tmp_path: Pa
             score["score"] for name in model.config.id2label.values() for score in scores if score["label"] == name
         ]
         assert torch.allclose(torch.tensor(found), row, atol=1e-6)
+
+
+def test_a_model_of_one_channel_sees_shades_of_grey(tmp_path: Path) -> None:
+    """No pipeline runs such a model, so its card shows none."""
+    size: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    labels: dict[str, Any] = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
+    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_channels=1, **size, **labels))
+    model.save_pretrained(tmp_path / "base")
+    grey = ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
+    grey.save_pretrained(tmp_path / "base")
+    write_images(tmp_path / "images", {"train": 1})
+    data = {"path": "imagefolder", "data_dir": "images"}
+    config = GraspConfig(method="average", **NO_TUNING)
+    merger, _, samples = prepare(Recipe(sources=["base"], data=data, config=config, folder=tmp_path))
+    merger.merge([str(tmp_path / "base")], **samples.keywords())
+    picture = Image.open(tmp_path / "images" / "train" / LABELS[0] / "0.png").convert("L")
+    assert torch.equal(samples.train[0]["pixel_values"], grey(picture, return_tensors="pt")["pixel_values"][0])
+    merger.save_pretrained(tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "pipeline(" not in card and "ViTForImageClassification.from_pretrained" in card
+
+
+def test_a_model_of_another_number_of_channels_is_refused() -> None:
+    splits = DatasetDict(train=Dataset.from_dict({"image": ["x.png"]}).cast_column("image", Feature()))
+    with pytest.raises(
+        DataError, match="takes images of 4 channels, and a recipe can prepare 1 or 3; prepare the data"
+    ):
+        prepare_images(splits, "image", ViTImageProcessorPil(), channels=4)
 
 
 @pytest.mark.parametrize(("dtype", "mode"), [(np.uint16, "I;16"), (np.int32, "I"), (np.float32, "F")])

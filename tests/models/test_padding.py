@@ -229,6 +229,33 @@ def test_padding_that_changes_predictions_is_refused(kind: str, auto: Any, side:
     check_padding(model, batch_of(TEXTS[:1], used))
 
 
+def test_the_card_shows_a_pipeline_that_cuts_long_texts_where_the_merge_cut_them(tmp_path: Path) -> None:
+    model_of("roberta").save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    texts = ["red green " * 20, "small", "large blue " * 3]
+    Dataset.from_dict({"text": texts, "label": [0, 1, 0]}).to_csv(tmp_path / "train.csv")
+    for length in (128, 6):
+        data = {"path": "csv", "data_files": "train.csv", "max_length": length}
+        config = GraspConfig(method="average", **NO_TUNING)
+        recipe = Recipe(sources=["base"], data=data, config=config, task="text-classification", folder=tmp_path)
+        merger, _, samples = prepare(recipe)
+        merger.save_pretrained(tmp_path / "merged")
+        card = (tmp_path / "merged" / "README.md").read_text()
+        call = f'pipeline("text-classification", model="merged", truncation=True, max_length={min(length, 14)})'
+        assert call in card
+        assert samples.collator is not None
+        batch = samples.collator([{"input_ids": row["input_ids"]} for row in samples.train])
+        with torch.no_grad():
+            seen = merger.model.eval()(**batch).logits
+        options: dict[str, Any] = {"truncation": True, "max_length": min(length, 14)}
+        run: Any = pipeline(
+            "text-classification", str(tmp_path / "merged"), top_k=None, function_to_apply="none", **options
+        )
+        for scores, expected in zip(run(texts, batch_size=2), seen, strict=True):
+            found = {score["label"]: score["score"] for score in scores}
+            assert torch.allclose(torch.tensor([found["neg"], found["pos"]]), expected, atol=1e-5)
+
+
 def test_a_merge_begins_with_the_check(tmp_path: Path) -> None:
     model_of("gpt2").save_pretrained(tmp_path)
     used = tokenizer(padding_side="left")

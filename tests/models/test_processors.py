@@ -4,13 +4,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
+from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.errors import DataError, IncompatibleSourceError
 from grasp_hf.hub.reference import Source, SourceRef
 from grasp_hf.models.processors import load_processing_class, read_processing_class, required_processing_class
-from tests.support.models import saved, tiny_model
+from tests.support.models import NO_TUNING, saved, tiny_model
 
 
 def source_in(folder: Path | str) -> Source:
@@ -67,7 +71,9 @@ def test_a_tokenizer_that_needs_sentencepiece(tmp_path: Path, monkeypatch: pytes
     tiny_model("mixtral").save_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
     monkeypatch.setattr("grasp_hf.models.processors.find_spec", lambda name: None)
-    with pytest.raises(IncompatibleSourceError, match=r"install it: pip install 'grasp_hf\[sentencepiece\]'"):
+    with pytest.raises(
+        IncompatibleSourceError, match=r"may need sentencepiece: pip install 'grasp_hf\[sentencepiece\]'"
+    ):
         read_processing_class(source_in(tmp_path))
 
 
@@ -88,3 +94,32 @@ def test_a_source_with_an_unreadable_tokenizer_is_a_row_of_the_plan_and_an_error
         printed = run.stdout + run.stderr
         assert run.returncode == 1 and "Traceback" not in printed
         assert "newer" in printed and "its tokenizer (tokenizer.json, tokenizer_config.json) cannot be read" in printed
+
+
+def test_a_model_whose_tokenizer_is_a_sentencepiece_file_alone(tmp_path: Path) -> None:
+    """Its tokens are matched by their strings, and the merged model keeps them."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    for seed, name in enumerate(("base", "fine")):
+        (tmp_path / name).mkdir()
+        (tmp_path / "texts.txt").write_text("red green blue small large birds and cats and dogs\n" * 50)
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(tmp_path / "texts.txt"),
+            model_prefix=str(tmp_path / name / "spiece"),
+            vocab_size=22,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+        (tmp_path / name / "spiece.vocab").unlink()
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
+        torch.manual_seed(seed)
+        size: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        T5ForConditionalGeneration(T5Config(vocab_size=122, **size)).save_pretrained(tmp_path / name)
+    merger = GraspMerger.from_pretrained(str(tmp_path / "base"), config=GraspConfig(method="average", **NO_TUNING))
+    assert merger.merge([str(tmp_path / "fine")]).steps[0].notes == []
+    merger.save_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    expected = sentencepiece.SentencePieceProcessor(str(tmp_path / "base" / "spiece.model")).encode("red cats")
+    assert tokenizer("red cats")["input_ids"] == [*expected, 1]
