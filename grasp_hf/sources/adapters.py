@@ -28,6 +28,7 @@ from ..hub.reference import Source, SourceRef, reads
 from ..internals import (
     adapter_weights_in_runtime_names,
     expert_layers,
+    forget_adapter_,
     lora_rank,
     matching_pattern,
     merging_layer,
@@ -182,8 +183,14 @@ def _is_settled(warning: warnings.WarningMessage) -> bool:
 def _apply_(base: PreTrainedModel, adapter: Source, directory: Path) -> AppliedAdapter:
     config, weights = _in_runtime_names(base, for_inference(load_adapter_config(adapter)), adapter)
     mark = f".{parameter_prefix(config.peft_type)}"
-    buffer = _copy_into_file_(base, _changed_modules(base, weights, mark), directory / "adapted")
+    changed = _changed_modules(base, weights, mark)
+    buffer = dict(_copy_into_file_(base, changed, directory / "adapted"))
     adapted = adapted_model(base, config, weights, adapter)
+    if others := _layers(adapted, outside=changed):  # the files of some types name no module
+        base = adapted.unload()
+        forget_adapter_(base)
+        buffer |= _copy_into_file_(base, others, directory / "adapted-others")
+        adapted = adapted_model(base, config, weights, adapter)
     held = {key for key in adapter_weights_in_runtime_names(adapted, weights) if ".base_layer." not in key}
     touched, whole = _touched_modules(adapted, held)
     ranks = _ranks(adapted)
@@ -270,6 +277,13 @@ def _copy_into_file_(base: PreTrainedModel, modules: Collection[str], path: Path
     return buffer
 
 
+def _layers(adapted: PeftModel, *, outside: Collection[str]) -> set[str]:
+    """Return the names of the adapted layers that do not lie in the modules `outside`."""
+    inside = tuple(f"{module}." for module in outside)
+    modules = adapted.get_base_model().named_modules()
+    return {n for n, module in modules if isinstance(module, BaseTunerLayer) and not f"{n}.".startswith(inside)}
+
+
 def _ranks(adapted: PeftModel) -> dict[int, int]:
     """Return the rank of the change of each weight that plain LoRA adapts, by the `id` of the parameter.
 
@@ -281,7 +295,7 @@ def _ranks(adapted: PeftModel) -> dict[int, int]:
 
 
 @torch.no_grad()
-def _merge_layers_(adapted: PeftModel, buffer: MappedTensors) -> None:
+def _merge_layers_(adapted: PeftModel, buffer: Mapping[str, Tensor]) -> None:
     """Let PEFT merge the adapted layers sequentially, and copy each result into `buffer`."""
     modules = dict(adapted.get_base_model().named_modules())
     # `merge_and_unload()` merges the modules that unload themselves, such as embeddings with single trained tokens.
