@@ -24,7 +24,12 @@ from .prepare import prepare
 
 logger = logging.getLogger(__name__)
 
-LOGGED = ("data", "training_arguments", "accepted_bases")  # keys of a record that a user should check
+LOGGED = (
+    "data",
+    "training_arguments",
+    "accepted_bases",
+    "source_options",
+)  # keys of a record that a user should check
 
 
 def append_recipe(
@@ -46,7 +51,7 @@ def append_recipe(
         ConfigError: `merged` is not such a merge, or an override is wrong.
     """
     values, record, _ = _read_merge(merged, token)
-    values |= {"base_model": merged, "sources": list(sources)}
+    values |= {"base_model": merged, "sources": list(sources), "source_options": {}}
     # The saved recipe has the order that was found, for `reproduce`; the record has the rule that found it.
     values |= {key: record.run.config[key] for key in ("order", "top") if key in record.run.config}
     recipe = _recorded_recipe(merged, values, overrides)
