@@ -95,7 +95,8 @@ class GraspConfig:
             The disk then holds at most two sources at a time, otherwise only one.
         accepted_bases: Further base models whose adapters may be merged.
             The names are `org/name` or `org/name@revision`. You declare that these models have the same weights as the
-            model that the target started from.
+            model that the target started from. The word `quantized` stands for all models that were quantized from it,
+            as their cards say.
         source_options: What you say about single sources, as sections by reference.
             The keys are `labels` (the names of its classes by class id, instead of those in its files), `same_tokenizer:
             true` (its tokens have the numbers that they have in the target, so its own tokenizer is not read) and
