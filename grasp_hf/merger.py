@@ -22,6 +22,7 @@ import transformers
 from accelerate import Accelerator
 
 from .config.grasp import GraspConfig
+from .config.sources import require_entries
 from .data.digests import fingerprint, full_digest
 from .data.samples import Samples
 from .errors import ConfigError, GraspError
@@ -35,6 +36,7 @@ from .merging.ranking import RankedSource, rank_by_gain, rank_for_merge
 from .merging.run import Run, collator_for
 from .merging.state import RunState
 from .models.batches import Collator, check_dataset
+from .models.classes import load_config
 from .models.gradients import preserved_state
 from .models.padding import unify_padding_
 from .models.processors import load_processing_class
@@ -71,7 +73,7 @@ PACKAGES = ("grasp_hf", "torch", "transformers", "peft", "accelerate", "datasets
 
 def merge_pretrained(
     base_model: str | None,
-    sources: Sequence[str],
+    sources: Sequence[str | Mapping[str, Any]],
     *,
     train_dataset: Any = None,
     eval_dataset: Any = None,
@@ -85,7 +87,8 @@ def merge_pretrained(
 
     Args:
         base_model: Hub id (`org/name`, `org/name@revision`) or folder; `None` starts from the first source.
-        sources: References of full models and of PEFT adapters of the base model; `config.order` sets their order.
+        sources: References of full models and of PEFT adapters of the base model; `config.order` sets their order. An
+            entry may be a section with the keys of a recipe, such as `{"id": "org/a", "labels": ["negative", "positive"]}`.
         train_dataset: Labelled samples of the target task, as for `transformers.Trainer`.
         eval_dataset: Held-out samples. They validate each source and choose the best epoch.
         unlabeled_dataset: Inputs without labels. The predictions of the sources on them teach the merged model. A language
@@ -105,7 +108,9 @@ def merge_pretrained(
     if base_model is None:
         if not sources:
             raise ConfigError("there is nothing to merge: expected a base model or at least one source")
-        base_model, sources = sources[0], sources[1:]
+        (base_model, *sources), options = require_entries(sources)
+        config = config or GraspConfig()
+        config = replace(config, source_options={**config.source_options, **options})
     merger = GraspMerger.from_pretrained(base_model, config=config, **from_pretrained_kwargs)
     merger.describe_run(starts_from_source=starts_from_source)
     token = from_pretrained_kwargs.get("token")
@@ -234,6 +239,10 @@ class GraspMerger:
             ref = replace(ref, revision=ref.revision or revision, subfolder=ref.subfolder or subfolder)
         base = locate(ref, token=token, trusted=(config or GraspConfig()).trust_remote_code)
         seed = (config or GraspConfig()).seed
+        labels = (config or GraspConfig()).options_of(str(ref)).labels
+        if labels and "id2label" not in model_kwargs:
+            named = load_config(base, labels)
+            model_kwargs |= {"id2label": named.id2label, "label2id": named.label2id}
         needs_head = not (config or GraspConfig()).needs_data
         model = load_target(
             base, task=task, dtype=dtype, seed=seed, new_head=new_head, needs_head=needs_head, **model_kwargs
@@ -285,7 +294,7 @@ class GraspMerger:
 
     def merge(
         self,
-        sources: Iterable[str],
+        sources: Iterable[str | Mapping[str, Any]],
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -303,7 +312,8 @@ class GraspMerger:
         those of fine-tuning.
 
         Args:
-            sources: References of full models and PEFT adapters.
+            sources: References of full models and PEFT adapters, or sections with the keys of a recipe, such as
+                `{"id": "org/a", "labels": ["negative", "positive"]}`.
             train_dataset: Labelled samples of the target task, as for `transformers.Trainer`. Only an average in the given
                 order and without fine-tuning needs none.
             eval_dataset: Held-out samples. They validate each source and each fine-tuning. The labels validate a source too,
@@ -324,11 +334,11 @@ class GraspMerger:
             StateError: `resume_from` holds the state of another merge, is damaged, or is in use.
         """
         samples = Samples(train_dataset, eval_dataset, unlabeled_dataset, collator=data_collator)
-        sources = sources if isinstance(sources, str) else [*sources]
+        sources = sources if isinstance(sources, str | Mapping) else [*sources]
         check_merge(self.model, self.config, self.report, sources, samples)
         if test_dataset is not None:
             check_dataset(test_dataset, "test_dataset")
-        references, earlier = [str(source) for source in sources], len(self.report.steps)
+        references, earlier = self._references(sources), len(self.report.steps)
         with self._open_state(resume_from) as state, self.open_run(samples, state=state) as run:
             if state is not None:
                 self.check_state(state, references, samples)
@@ -415,6 +425,14 @@ class GraspMerger:
         logger.info("going on %s, from the state in '%s'", where, run.state.folder if run.state else "")
         return done
 
+    def _references(self, sources: Iterable[str | Mapping[str, Any]]) -> list[str]:
+        """Return the references of `sources`, and add what their sections say to the configuration."""
+        references, options = require_entries(sources)
+        if options:
+            self.config = replace(self.config, source_options={**self.config.source_options, **options})
+            self.report.run.config = asdict(self.config)
+        return [str(reference) for reference in references]
+
     def _start(self, run: Run, sources: int) -> None:
         """Check the fine-tuning, fine-tune before the first source of a merge, and record the loss that it starts from."""
         with run.step(resumable=True) as step:
@@ -482,7 +500,7 @@ class GraspMerger:
 
     def merge_source(
         self,
-        source: str,
+        source: str | Mapping[str, Any],
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -498,8 +516,9 @@ class GraspMerger:
         Raises:
             GraspError: The source or the data cannot be merged, or a number is not finite; the model is as before the call.
         """
+        (reference,) = self._references([source])
         with self.open_run(Samples(train_dataset, eval_dataset, unlabeled_dataset, collator=data_collator)) as run:
-            with run.puller(token) as puller, puller.pull(str(source)) as located:
+            with run.puller(token) as puller, puller.pull(reference) as located:
                 return self._merge_located(run, located)
 
     def _merge_located(self, run: Run, located: Source) -> StepReport:
@@ -542,7 +561,7 @@ class GraspMerger:
 
     def rank(
         self,
-        sources: Sequence[str],
+        sources: Sequence[str | Mapping[str, Any]],
         *,
         train_dataset: Any,
         eval_dataset: Any = None,
@@ -570,7 +589,7 @@ class GraspMerger:
         Returns:
             One entry per source, the largest gain first.
         """
-        references = [str(source) for source in sources]
+        references = self._references(sources)
         with self.open_run(Samples(train_dataset, eval_dataset, unlabeled_dataset, collator=data_collator)) as run:
             return rank_by_gain(run, references, finetuned=self.report.finetuned, token=token)
 

@@ -76,13 +76,14 @@ def check_fairness(recipe: Recipe, merger: GraspMerger, sources: Sequence[str], 
     dataset = hub_dataset(recipe)
     for source in sources:
         located, _ = look_up(source, trusted=recipe.config.trust_remote_code)
-        labels, expected = labels_of(located, merger), label_names(merger.model.config)
+        named = recipe.config.options_of(str(located.ref)).labels
+        labels, expected = named or labels_of(located, merger), label_names(merger.model.config)
         if labels is not None and set(labels) != set(expected):
             raise DataError(
                 f"source '{source}' has other labels than the data: got {first_few(labels, 12)}, expected "
-                f"{first_few(expected, 12)}; write the names of the data to `id2label` in its config.json, or leave "
-                "the source out: a merge can use the tensors that fit, but a score on labels that a model never saw "
-                "says nothing"
+                f"{first_few(expected, 12)}; name its classes as the data does, with the key `labels` of its entry in "
+                "`sources`, or leave the source out: a merge can use the tensors that fit, but a score on labels that "
+                "a model never saw says nothing"
             )
         if dataset and (sentence := trained_on_test(located.folder, dataset)):
             raise DataError(

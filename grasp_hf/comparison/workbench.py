@@ -24,7 +24,16 @@ from ..tensors.units import movable_tensors
 from ..validation.losses import MOST_VALIDATION_LABELS, SampleLosses
 from .inputs import MethodInputs, wide_like
 
-COMMON = ("batch_size", "lora", "training_arguments", "seed", "accepted_bases", "trust_remote_code", "prefetch")
+COMMON = (
+    "batch_size",
+    "lora",
+    "training_arguments",
+    "seed",
+    "accepted_bases",
+    "source_options",
+    "trust_remote_code",
+    "prefetch",
+)
 
 
 class Workbench:

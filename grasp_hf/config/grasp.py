@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import ConfigError
 from .checks import lora_problems, plain_value, training_argument_problems, value_problems
 from .methods import METHODS
+from .sources import SourceOptions, option_problems
 
 PAPER = {
     "method": "copy",
@@ -94,10 +95,16 @@ class GraspConfig:
             The disk then holds at most two sources at a time, otherwise only one.
         accepted_bases: Further base models whose adapters may be merged.
             The names are `org/name` or `org/name@revision`. You declare that these models have the same weights as the
-            model that the target started from.
+            model that the target started from. The word `quantized` stands for all models that were quantized from it,
+            as their cards say.
         untie: Whether tied weights, such as those of an embedding and an output layer, become two parameters.
             A source may then change one of them alone. The saved model is larger, and its config says that the weights
             are not tied.
+        source_options: What you say about single sources, as sections by reference.
+            The keys are `labels` (the names of its classes by class id, instead of those in its files), `same_tokenizer:
+            true` (its tokens have the numbers that they have in the target, so its own tokenizer is not read) and
+            `accept` (settings of its config whose difference from the target's you accept, such as
+            `text_config.rope_parameters`). In a recipe, the entries of `sources` can hold these keys.
         trust_remote_code: References whose own Python code may run.
             The code defines their configuration and model classes. Read it first.
         seed: Seeds the shuffling of the batches, fine-tuning, and the weights of a new head.
@@ -129,6 +136,7 @@ class GraspConfig:
     prefetch: bool = True
     accepted_bases: list[str] = field(default_factory=list)
     untie: bool = False
+    source_options: dict[str, Any] = field(default_factory=dict)
     trust_remote_code: list[str] = field(default_factory=list)
     seed: int = 42
     published: bool = False
@@ -145,6 +153,7 @@ class GraspConfig:
             problems += training_argument_problems(self.training_arguments)
         if isinstance(self.lora, dict):
             problems += lora_problems(self.lora)
+        problems += option_problems(self.source_options)
         problems += [problem for name in ("training_arguments", "lora") if (problem := self._check_writable(name))]
         if problems:
             raise ConfigError("the configuration has problems", problems=problems)
@@ -187,6 +196,10 @@ class GraspConfig:
             ),
         ]
         return [f"{name}: got {getattr(self, name)!r}, {expected}" for name, expected, fits in checks if not fits]
+
+    def options_of(self, reference: str) -> SourceOptions:
+        """Return what the user says about a source, by its reference with a revision or without."""
+        return SourceOptions.of(reference, self.source_options)
 
     @property
     def needs_data(self) -> bool:

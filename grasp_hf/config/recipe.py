@@ -13,6 +13,7 @@ from ..files import exists
 from . import mergekit
 from .checks import value_problems
 from .grasp import GraspConfig
+from .sources import split_entries
 from .yaml_loader import LARGEST_TEXT, load_yaml
 
 
@@ -52,7 +53,8 @@ class Recipe:
 
     Attributes:
         sources: Models and adapters to merge: `org/name`, `org/name@revision` or folders.
-            `order` in the settings decides their order.
+            `order` in the settings decides their order. In the file, an entry may be a section with the key `id`, the keys
+            `revision` and `subfolder`, and those of `source_options`.
         base_model: Model that the target starts from; the first source if left out.
         task: Name of a pipeline such as `image-classification`.
             If left out, the task is read from the config of the base model.
@@ -119,10 +121,15 @@ class Recipe:
         """
         values = mergekit.translate(values, name=name)
         values = {key: value for key, value in values.items() if value is not None or key not in SECTIONS}
+        problems: list[str] = []
+        if isinstance(values.get("sources"), list):
+            values["sources"], options, problems = split_entries(values["sources"])
+            given = values.get("source_options", {})
+            values |= {"source_options": {**given, **options}} if options and isinstance(given, dict) else {}
         own = {f.name for f in dataclasses.fields(cls)} - {"config", "folder"}
         recipe_values = {key: value for key, value in values.items() if key in own}
         settings = {key: value for key, value in values.items() if key not in own}
-        problems = value_problems(cls, recipe_values)
+        problems += value_problems(cls, recipe_values)
         config_problems = value_problems(GraspConfig, settings, also_known=own)
         problems += config_problems
         if not values.get("sources"):
@@ -141,7 +148,9 @@ class Recipe:
             raise ConfigError(f"{name} has problems", problems=problems)
         recipe = cls(**recipe_values, config=config, folder=folder)
         trusted = [recipe.locate(reference) for reference in config.trust_remote_code]
-        return dataclasses.replace(recipe, config=dataclasses.replace(config, trust_remote_code=trusted))
+        options = {recipe.locate(reference): keys for reference, keys in config.source_options.items()}
+        config = dataclasses.replace(config, trust_remote_code=trusted, source_options=options)
+        return dataclasses.replace(recipe, config=config)
 
     def locate(self, reference: str) -> str:
         """Return the full path of `reference` if the recipe's folder contains it, otherwise `reference` unchanged."""

@@ -45,8 +45,19 @@ def resolve(ref: SourceRef, *, token: str | None = None, trusted: Collection[str
         files[file.rfilename] = RemoteFile(file.size or 0, sha256, file.blob_id or "")
     if info.id != ref.name and "/" in ref.name:
         logger.warning("'%s' was renamed on the Hub: it is now '%s'", ref.name, info.id)
-    licence = license_of(info.card_data) if info.card_data else None
-    return Listing(ref, info.id, str(info.sha), files, licence, bool(info.gated), ref.is_among(trusted))
+    card: Any = info.card_data or {}
+    parents = card.get("base_model") or []
+    base_models = [parents] if isinstance(parents, str) else parents if isinstance(parents, list) else []
+    return Listing(
+        ref,
+        info.id,
+        str(info.sha),
+        files,
+        license_of(card),
+        tuple(name for name in base_models if isinstance(name, str)),
+        bool(info.gated),
+        ref.is_among(trusted),
+    )
 
 
 def resolve_model(ref: SourceRef, *, token: str | None = None, trusted: Collection[str] = ()) -> Listing | None:

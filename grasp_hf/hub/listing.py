@@ -49,6 +49,7 @@ class Listing:
         sha: Hash of the commit.
         files: Files of the commit, by path.
         license: Licence on the model card.
+        base_models: Models that the card names as those that this one was made from.
         gated: Whether the Hub asks users to accept conditions before a download.
         trusted: Whether the user trusts its Python files, which are then downloaded too.
         shards: Names of the weight files, if an index lists them.
@@ -59,6 +60,7 @@ class Listing:
     sha: str
     files: dict[str, RemoteFile]
     license: str | None = None
+    base_models: tuple[str, ...] = ()
     gated: bool = False
     trusted: bool = False
     shards: tuple[str, ...] = ()

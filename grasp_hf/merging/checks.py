@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,17 +38,18 @@ def check_config(config: Any) -> None:
 
 def check_sources(sources: Any) -> None:
     """Raise `ConfigError` unless `sources` is a list of references."""
-    if isinstance(sources, str):
+    if isinstance(sources, str | Mapping):
         raise ConfigError(f"sources: got '{sources}', expected a list of references")
     for source in sources:
-        if not isinstance(source, str | Path):
+        if not isinstance(source, str | Path | Mapping):
             raise ConfigError(
-                f"sources: got a {type(source).__name__}, expected references: Hub ids, or folders of saved models"
+                f"sources: got a {type(source).__name__}, expected references (Hub ids, or folders of saved models), or "
+                "sections such as {'id': 'org/name', 'labels': ['negative', 'positive']}"
             )
 
 
 def check_merge(
-    model: PreTrainedModel, config: GraspConfig, report: MergeReport, sources: Sequence[Any], samples: Samples
+    model: PreTrainedModel, config: GraspConfig, report: MergeReport, sources: Any, samples: Samples
 ) -> None:
     """Raise an error if a merge makes no sense, and warn if the result will be worse than it seems.
 

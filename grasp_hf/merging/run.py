@@ -245,6 +245,7 @@ class Run:
             directory=directory,
             processing_class=self._processing_class,
             accepted_bases=self.config.accepted_bases,
+            options=self.config.options_of(str(located.ref)),
             check_finite=check_finite,
             token=self._base_token,
         )

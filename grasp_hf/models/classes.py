@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import transformers
 from transformers.utils import logging as transformers_logging
 
-from ..errors import IncompatibleSourceError
+from ..errors import IncompatibleSourceError, first_few
 from ..hub.reference import Source, reading
 from ..internals import class_names, class_of, has_own_code, own_class, task_classes
 
@@ -35,12 +35,16 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_config(source: Source) -> PretrainedConfig:
+def load_config(source: Source, labels: Sequence[str] | None = None) -> PretrainedConfig:
     """Return the model configuration of a full source.
+
+    Args:
+        source: The source.
+        labels: Names of its classes by class id, instead of those in its config.json.
 
     Raises:
         IncompatibleSourceError: The source is an adapter, its config.json cannot be read, transformers does not have
-            its architecture, or its weights are quantized.
+            its architecture, its weights are quantized, or `labels` are too few or too many.
     """
     if source.kind == "adapter" and not (source.folder / "config.json").is_file():
         raise IncompatibleSourceError(f"'{source.ref}' is an adapter; expected a full model")
@@ -60,7 +64,20 @@ def load_config(source: Source) -> PretrainedConfig:
             "dequantize it and save it first",
             subject=source.ref,
         )
+    if labels is not None:
+        if len(labels) != config.num_labels and not is_headless(config):
+            raise wrong_number_of_labels(source, labels, config.num_labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: number for number, name in enumerate(labels)}
     return config
+
+
+def wrong_number_of_labels(source: Source, labels: Sequence[str], classes: int) -> IncompatibleSourceError:
+    """Return the error for `labels` that are too few or too many for a head with `classes` classes."""
+    return IncompatibleSourceError(
+        f"labels: got {len(labels)} names ({first_few(labels)}), expected {classes}, one for each class of its head",
+        subject=source.ref,
+    )
 
 
 def _raw_config(source: Source) -> str:

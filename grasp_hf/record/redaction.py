@@ -33,7 +33,7 @@ def _redact_url(url: str) -> str:
 def names_of_paths(value: Any) -> Any:
     """Return `value` with the last part of every absolute path in it, at any depth, instead of the path."""
     if isinstance(value, dict):
-        return {key: names_of_paths(item) for key, item in value.items()}
+        return {names_of_paths(key): names_of_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [names_of_paths(item) for item in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

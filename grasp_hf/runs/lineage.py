@@ -34,7 +34,8 @@ RECORDED_TEXTS = {
     },
     "lora": {"target_modules", "modules_to_save", "exclude_modules", "bias", "task_type", "init_lora_weights"},
 }
-LOGGED = ("data", "training_arguments", "accepted_bases")  # keys of a record that a user should check
+# Keys of a record that a user should check.
+LOGGED = ("data", "training_arguments", "accepted_bases", "source_options")
 
 
 def append_recipe(
@@ -58,7 +59,7 @@ def append_recipe(
     values, record, _ = _read_merge(merged, token)
     if text := record.incompleteness():
         logger.warning("the merge in '%s' is %s; the new sources are merged into it as it is", merged, text)
-    values |= {"base_model": merged, "sources": list(sources)}
+    values |= {"base_model": merged, "sources": list(sources), "source_options": {}}
     # The saved recipe has the order that was found, for `reproduce`; the record has the rule that found it.
     values |= {key: record.run.config[key] for key in ("order", "top") if key in record.run.config}
     recipe = _recorded_recipe(merged, values, overrides)

@@ -12,7 +12,9 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..config.grasp import GraspConfig
 from ..config.recipe import Recipe
+from ..config.sources import NO_OPTIONS
 from ..errors import ConfigError, GraspError
 from ..hub.download import cached_bytes, look_up
 from ..hub.licenses import strictest
@@ -25,8 +27,9 @@ from ..record.card import declared_license
 from ..record.saving import read_record
 from ..record.text import markdown_table
 from ..sources.adapters import adapter_problems, load_adapter_config
+from ..sources.architecture import architecture_problems
 from ..sources.checkpoint import fill_tied_, runtime_tensors
-from ..sources.fit import SourceFiles, architecture_problems, fit_source, tie_problems
+from ..sources.fit import SourceFiles, fit_source, tie_problems
 from ..sources.headers import header_tensors
 from ..sources.load import adapter_labels, saves_head
 from ..sources.patterns import pattern_problems
@@ -175,7 +178,7 @@ class _Target:
         model: The target on the meta device.
         has_labels: Whether its label names are those of the merge; not if the data cannot be read.
         processing_class: Tokenizer or image processor of the base; `None` if it has none.
-        accepted_bases: Setting of the recipe.
+        settings: Settings of the recipe.
         token: Hub token.
     """
 
@@ -183,7 +186,7 @@ class _Target:
     model: PreTrainedModel
     has_labels: bool
     processing_class: Any
-    accepted_bases: list[str]
+    settings: GraspConfig
     token: str | None = field(repr=False)
 
     @property
@@ -200,7 +203,7 @@ def _without_weights(target: _Target, config: PretrainedConfig) -> PreTrainedMod
 
 def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str | None) -> _Target:
     base = found.source
-    config = load_config(base)
+    config = load_config(base, recipe.config.options_of(str(base.ref)).labels)
     planned.architecture = config.model_type
     cls = model_class(config, recipe.task, str(base.ref))
     _describe(planned, config, generates=cls.can_generate())
@@ -214,7 +217,7 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
         untie_(model)
     planned.partition = partition_lines(model, recipe.config.unit)
     has_labels = not planned.data_problems
-    return _Target(base, model, has_labels, load_processing_class(base), recipe.config.accepted_bases, token)
+    return _Target(base, model, has_labels, load_processing_class(base), recipe.config, token)
 
 
 def _take_labels_(config: PretrainedConfig, recipe: Recipe, base: Source, cls: type[PreTrainedModel]) -> list[str]:
@@ -261,23 +264,25 @@ def _plan_adapter(planned: PlannedSource, adapter: Source, target: _Target | Non
     if target is None:
         return
     planned.problems += adapter_problems(
-        config, adapter, target.adapters_base, target.accepted_bases, token=target.token
+        config, adapter, target.adapters_base, target.settings.accepted_bases, token=target.token
     )
     planned.problems += pattern_problems(config, [name for name, _ in target.model.named_modules()])
     if target.has_labels and saves_head(config, target.model):
-        labels = adapter_labels(adapter, target.adapters_base)
+        options = target.settings.options_of(str(adapter.ref))
+        labels = options.labels or adapter_labels(adapter, target.adapters_base)
         model = _without_weights(target, load_config(target.adapters_base))
         planned.notes += match_head(target.model, movable_tensors(model), labels).notes
 
 
 def _plan_full(planned: PlannedSource, found: _Found, target: _Target | None) -> None:
     source = found.source
-    config = load_config(source)
+    options = target.settings.options_of(str(source.ref)) if target else NO_OPTIONS
+    config = load_config(source, options.labels)
     planned.architecture = config.model_type
     _describe(planned, config, generates=_generates(target.model.config if target else config))
     if target is None:
         return
-    planned.problems += architecture_problems(config, target.model)
+    planned.problems += architecture_problems(config, target.model, str(source.ref), options.accept)
     if planned.problems:
         return
     model = _without_weights(target, config)
@@ -290,6 +295,6 @@ def _plan_full(planned: PlannedSource, found: _Found, target: _Target | None) ->
         tensors, problems = runtime_tensors(found.headers, target.model, Path())
         fill_tied_(tensors, model, movable_tensors(target.model))
         read = SourceFiles(tensors, set(tensors), labels, problems)
-    fit = fit_source(source, read, target.model, target.processing_class)
+    fit = fit_source(source, read, target.model, target.processing_class, options)
     planned.problems += fit.problems + tie_problems(target.model, model)
     planned.notes += fit.notes

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ..errors import IncompatibleSourceError
 from ..files import find_folder
 from ..hub.download import commit_of
+from ..hub.parents import float_parent, is_same_repository
 from ..hub.reference import Source, SourceRef, reads
 from ..internals import (
     adapter_weights_in_runtime_names,
@@ -42,6 +43,7 @@ from .adapter_options import for_inference, option_problems, stored_options
 from .expert_packing import repack_experts
 
 PREFIX = "base_model.model."
+QUANTIZED = "quantized"  # in `accepted_bases`
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def adapter_problems(
         config: The adapter's configuration.
         adapter: The adapter's files.
         base: The base of the target; `None` if it is unknown.
-        accepted_bases: Names (`org/name` or `org/name@revision`) that the user declares to be the model `base`.
+        accepted_bases: Names (`org/name` or `org/name@revision`) that the user declares to be the model `base`; the word
+            `quantized` stands for all models that were quantized from `base`, as their cards say.
         token: Hub token, to look up the commit of a revision.
     """
     problems = []
@@ -103,10 +106,7 @@ def adapter_problems(
     elif {named, f"{named}@{config.revision}"} & set(accepted_bases):
         pass
     elif named != base.ref.name and not _names_folder(named, adapter, base):
-        problems.append(
-            f"it is an adapter of '{named}', expected an adapter of '{base.ref.name}'; if both are the same model, "
-            f"accept it by name: accepted_bases=['{named}']"
-        )
+        problems += _base_problems(named, base, accepted_bases, token)
     elif config.revision and base.sha and not _names_commit(named, config.revision, base, token):
         revised = f"{named}@{config.revision}"
         problems.append(
@@ -114,6 +114,24 @@ def adapter_problems(
             f"same model, accept it by name: accepted_bases=['{revised}']"
         )
     return problems
+
+
+def _base_problems(named: str, base: Source, accepted_bases: Collection[str], token: str | None) -> list[str]:
+    """Return the problem of an adapter of the model `named`, which is not `base`; the card of `named` may help."""
+    parent = float_parent(named, token=token)
+    if parent is not None and is_same_repository(parent, base.ref.name, token=token):
+        if QUANTIZED in accepted_bases:
+            return []
+        return [
+            f"it is an adapter of '{named}', which was quantized from '{base.ref.name}', as its card says; apply it to the "
+            f"float weights with accepted_bases=['{QUANTIZED}']"
+        ]
+    source = f", which was quantized from '{parent}', as its card says" if parent else ""
+    advice = f"start from '{parent}'; or, if" if parent else "if"
+    return [
+        f"it is an adapter of '{named}'{source}, expected an adapter of '{base.ref.name}'; {advice} both are the same "
+        f"model, accept it by name: accepted_bases=['{named}']"
+    ]
 
 
 def type_problem(config: PeftConfig) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..config.sources import NO_OPTIONS, SourceOptions
 from ..errors import IncompatibleSourceError, first_few
 from ..hub.reference import Source
 from ..models.processors import read_processing_class
@@ -17,19 +18,7 @@ from ..tensors.units import head_tensors, movable_tensors, tied_names
 from .rows import RowMatch, RowMatches, match_head, match_tokens, token_tensors, vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-# Settings that change what a model computes from the same weights; the shapes of the weights do not show them.
-WITHOUT_SHAPE = (
-    "num_hidden_layers",  # the layers of an ALBERT share their weights
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "activation_function",
-    "window_size",
-    "rope_theta",
-    "rope_parameters",
-)
+    from transformers import PreTrainedModel
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
@@ -58,7 +47,7 @@ class SourceFiles:
     Attributes:
         tensors: The source's own tensors by runtime name.
         candidates: Names of the tensors that may move.
-        labels: Label names by class id; `None` if the classes have no names.
+        labels: Label names by class id; `None` for a language model.
         problems: Problems that were found while reading.
         ranks: Rank of the difference to the base, for each tensor that a LoRA adapter changes.
         notes: Remarks for the report.
@@ -72,7 +61,13 @@ class SourceFiles:
     notes: list[str] = field(default_factory=list)
 
 
-def fit_source(source: Source, files: SourceFiles, target: PreTrainedModel, processing_class: Any) -> Fit:
+def fit_source(
+    source: Source,
+    files: SourceFiles,
+    target: PreTrainedModel,
+    processing_class: Any,
+    options: SourceOptions = NO_OPTIONS,
+) -> Fit:
     """Match head and vocabulary of a source with the target's, and list the problems that keep it from being merged.
 
     The tensors may be on the meta device.
@@ -80,7 +75,10 @@ def fit_source(source: Source, files: SourceFiles, target: PreTrainedModel, proc
     targets = movable_tensors(target)
     brings_head = source.kind == "full" or bool(files.candidates & head_tensors(target))
     head = match_head(target, files.tensors, files.labels, brings=brings_head)
-    tokens = match_vocabularies(source, files.tensors, target, processing_class)
+    if options.same_tokenizer:
+        tokens = RowMatches(notes=["vocabulary: tokens matched by their numbers, because the user says so"])
+    else:
+        tokens = match_vocabularies(source, files.tensors, target, processing_class)
     tensors = {name: tensor.detach() for name, tensor in files.tensors.items() if name not in head.left_out}
     matches = {name: match for name, match in (head.rows | tokens.rows).items() if name in tensors}
     missing = [name for name in targets if name not in tensors and name not in head.left_out]
@@ -110,19 +108,13 @@ def match_vocabularies(
         got = vocabulary(read_processing_class(source))
     except IncompatibleSourceError as error:
         return RowMatches(problems=error.problems_of(str(source.ref)))
+    if got is None:
+        problem = (
+            "it holds no tokenizer, so its tokens cannot be matched with the target's; add its tokenizer "
+            f"files, or say that both are the same: sources: [{{id: {source.ref}, same_tokenizer: true}}]"
+        )
+        return RowMatches(problems=[problem])
     return match_tokens(target, expected, tensors, got)
-
-
-def architecture_problems(config: PretrainedConfig, target: PreTrainedModel) -> list[str]:
-    """List the problems in a source's config that keep it from being merged into `target`."""
-    problems = []
-    if config.model_type != target.config.model_type:
-        return [f"different architecture: got {config.model_type}, expected {target.config.model_type}"]
-    for key in WITHOUT_SHAPE:
-        got, expected = getattr(config, key, None), getattr(target.config, key, None)
-        if got != expected:
-            problems.append(f"different {key}: got {got}, expected {expected}")
-    return problems
 
 
 def tie_problems(target: PreTrainedModel, source: PreTrainedModel) -> list[str]:

@@ -11,18 +11,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..config.sources import NO_OPTIONS, SourceOptions
 from ..errors import GraspError, IncompatibleSourceError, NonFiniteError, describe
 from ..hub.pull import ShardedSource
 from ..hub.reference import Source, reading, reads
-from ..models.classes import load_config, quiet_transformers
+from ..models.classes import load_config, quiet_transformers, wrong_number_of_labels
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
 from ..tensors.units import head_tensors, movable_tensors, tied_names
+from .architecture import architecture_problems
 from .checkpoint import drop_tied_, file_tensors, fill_tied_, runtime_tensors
-from .fit import Fit, SourceFiles, architecture_problems, fit_source
+from .fit import Fit, SourceFiles, fit_source
 from .headers import header_tensors
 from .patterns import pattern_problems
-from .rows import class_tensors, label_names
+from .rows import class_tensors, default_names, label_names
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -62,6 +64,7 @@ def load_source(
     directory: Path,
     processing_class: Any = None,
     accepted_bases: Collection[str] = (),
+    options: SourceOptions = NO_OPTIONS,
     check_finite: bool = True,
     token: str | None = None,
 ) -> LoadedSource:
@@ -74,6 +77,7 @@ def load_source(
         directory: Folder for the files of weights that an adapter changes, that are fused, or whose rows are matched.
         processing_class: The target's tokenizer; its tokens are matched with the source's by their strings.
         accepted_bases: Names of models that the user declares to be the same as `base`.
+        options: What the user says about the source.
         check_finite: Whether to read every weight once and check that it is finite.
         token: Hub token with which the base was loaded.
 
@@ -83,15 +87,15 @@ def load_source(
             the iteration over `shards` raises the error.
     """
     if isinstance(source, ShardedSource):
-        if loaded := _load_in_shards(source, target, processing_class):
+        if loaded := _load_in_shards(source, target, processing_class, options):
             return loaded
         source.gather()
     with quiet_transformers():
         if source.kind == "adapter":
-            files = _read_adapter(source, target, base, directory, accepted_bases, token)
+            files = _read_adapter(source, target, base, directory, accepted_bases, options, token)
         else:
-            files = _read_full(source, target, directory)
-    fit = _require_fit(source, files, target, processing_class)
+            files = _read_full(source, target, directory, options)
+    fit = _require_fit(source, files, target, processing_class, options)
     tensors = fit.tensors
     if check_finite:
         _check_finite(source, tensors)
@@ -105,7 +109,9 @@ def load_source(
     return LoadedSource(tensors, files.candidates & set(tensors), fit.notes, ranks=files.ranks)
 
 
-def _load_in_shards(source: ShardedSource, target: PreTrainedModel, processing_class: Any) -> LoadedSource | None:
+def _load_in_shards(
+    source: ShardedSource, target: PreTrainedModel, processing_class: Any, options: SourceOptions
+) -> LoadedSource | None:
     """Check from its headers that a source fits, and return a source whose shards are read one by one.
 
     Return `None` if one shard alone does not determine the target's tensors, because tensors are fused or rows are
@@ -114,13 +120,13 @@ def _load_in_shards(source: ShardedSource, target: PreTrainedModel, processing_c
     """
     headers = header_tensors(source, source.listing, token=source.token) or {}
     with quiet_transformers():
-        files = _read_full(source, target, Path(), headers)
+        files = _read_full(source, target, Path(), options, headers)
     runtime_names = {id(tensor): name for name, tensor in files.tensors.items()}
     one_to_one = set(runtime_names) == set(map(id, headers.values())) and len(files.tensors) == len(headers)
     if not one_to_one or any(tensor.dtype == torch.uint8 for tensor in headers.values()):
         return None
     names = {key: runtime_names[id(tensor)] for key, tensor in headers.items()}
-    fit = _require_fit(source, files, target, processing_class)
+    fit = _require_fit(source, files, target, processing_class, options)
     if fit.rows:
         return None
     return LoadedSource(fit.tensors, set(fit.tensors), fit.notes, _read_shards(source, names, fit.tensors))
@@ -138,8 +144,10 @@ def _read_shards(
         values.clear()  # a removed file occupies the disk until nothing maps it
 
 
-def _require_fit(source: Source, files: SourceFiles, target: PreTrainedModel, processing_class: Any) -> Fit:
-    fit = fit_source(source, files, target, processing_class)
+def _require_fit(
+    source: Source, files: SourceFiles, target: PreTrainedModel, processing_class: Any, options: SourceOptions
+) -> Fit:
+    fit = fit_source(source, files, target, processing_class, options)
     if fit.problems:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=fit.problems)
     return fit
@@ -159,10 +167,14 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _read_full(
-    source: Source, target: PreTrainedModel, directory: Path, headers: Mapping[str, Tensor] | None = None
+    source: Source,
+    target: PreTrainedModel,
+    directory: Path,
+    options: SourceOptions,
+    headers: Mapping[str, Tensor] | None = None,
 ) -> SourceFiles:
-    config = load_config(source)
-    architecture = architecture_problems(config, target)
+    config = load_config(source, options.labels)
+    architecture = architecture_problems(config, target, str(source.ref), options.accept)
     if config.model_type != target.config.model_type:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=architecture)
     source.float_dtypes()
@@ -182,6 +194,7 @@ def _read_adapter(
     base: Source | None,
     directory: Path,
     accepted_bases: Collection[str],
+    options: SourceOptions,
     token: str | None,
 ) -> SourceFiles:
     # Imported here, because peft takes seconds to import and a merge of full models does not need it.
@@ -196,14 +209,16 @@ def _read_adapter(
     labels: list[str] | None = None
     try:
         if not target.can_generate():
-            labels = adapter_labels(source, base)
+            labels = options.labels or adapter_labels(source, base)
             tensors = movable_tensors(target)
             head = {name: tensors[name] for name in head_tensors(target)}
             rows = class_tensors(head, len(label_names(target.config))) or ()
             classes = count_saved_classes(source, rows) or len(labels)
-            labels = labels if classes == len(labels) else None
-            names = labels or [f"LABEL_{index}" for index in range(classes)]
-            kwargs = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+            if classes != len(labels):
+                if options.labels:
+                    raise wrong_number_of_labels(source, labels, classes)
+                labels = default_names(classes)
+            kwargs = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
         model, fresh = load_pretrained(base, type(target), dtype=checkpoint_dtype(base), **kwargs)
         applied = apply_adapter_(model, source, directory)
     except GraspError:

@@ -82,6 +82,16 @@ def label_names(config: PretrainedConfig) -> list[str]:
     return [str(name) for _, name in sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))]
 
 
+def default_names(classes: int) -> list[str]:
+    """Return the names that transformers gives to classes without names."""
+    return [f"LABEL_{number}" for number in range(classes)]
+
+
+def are_numbers(names: Sequence[str]) -> bool:
+    """Whether label names say no more than the class ids, such as `LABEL_0`."""
+    return all(name in (f"LABEL_{number}", str(number)) for number, name in enumerate(names))
+
+
 def match_labels(target: Sequence[str], source: Sequence[str]) -> RowMatch:
     """Match classes by name; a name of two classes matches nothing."""
 
@@ -129,7 +139,7 @@ def token_tensors(model: PreTrainedModel) -> set[str]:
 def match_head(
     target: PreTrainedModel, source: Mapping[str, Tensor], labels: Sequence[str] | None, *, brings: bool = True
 ) -> RowMatches:
-    """Match the classes of two heads by their names.
+    """Match the classes of two heads by their names; by their numbers if neither head names its classes.
 
     Classes in another order are permuted. If only some names are shared, their rows are matched. If no name is shared,
     or the source has no head, the target keeps its head.
@@ -137,30 +147,37 @@ def match_head(
     Args:
         target: The target.
         source: The source's own tensors, with its own number of classes.
-        labels: The source's label names by class id; `None` if its classes have no names.
+        labels: The source's label names by class id; `None` for a language model.
         brings: Whether the source brings a head; an adapter may bring none.
     """
     if target.can_generate():  # a language model has no classes, although its config names two
         return RowMatches()
-    names, expected = head_tensors(target), label_names(target.config)
+    names, expected, labels = head_tensors(target), label_names(target.config), labels or ()
     if names - set(source):
         return RowMatches(left_out=names, notes=["head stays: the source has none"] if brings else [])
-    match = match_labels(expected, labels or ())
+    tensors = movable_tensors(target)
+    if names and not any(tensors[name].ndim and len(tensors[name]) == len(expected) for name in names):
+        return RowMatches()  # a head without classes, such as that of a masked language model
+    by_number = are_numbers(expected) and are_numbers(labels)
+    if by_number and len(labels) == len(expected):
+        # Other models have default names but no classes.
+        has_classes = len(expected) > 1 and "Classification" in type(target).__name__
+        why = "classes matched by their numbers, because they have no names"
+        return RowMatches(notes=[f"head: {why}"] if has_classes else [])
+    match = match_labels(expected, labels)
     if match.is_identity:
-        unnamed = len(expected) > 1 and expected == [f"LABEL_{number}" for number in range(len(expected))]
-        if unnamed and "Classification" in type(target).__name__:  # other models have default names but no classes
-            return RowMatches(notes=["head: classes matched by their numbers, because they have no names"])
         return RowMatches()
-    got = f"got {first_few(labels or ['classes without names'], 12)}, expected {first_few(expected, 12)}"
+    got = f"got {first_few(labels, 12)}, expected {first_few(expected, 12)}"
     if not names:
         obstacle = "the head cannot be distinguished from the rest of the model"
         return RowMatches(
             problems=[f"different label names: {got}; the classes cannot be matched, because {obstacle}"]
         )
-    tensors = movable_tensors(target)
-    rows = class_tensors({name: source[name] for name in names}, len(labels or ()))
-    if not match.target:
-        note = f"head stays: no label name is shared: {got}"
+    rows = class_tensors({name: source[name] for name in names}, len(labels))
+    if by_number:
+        note = f"head stays: its classes have no names, and their number differs: {got}"
+    elif not match.target:
+        note = f"head stays: no label name is shared: {got}; the key `labels` of its entry in `sources` can rename its own"
     elif rows is None or rows != class_tensors({name: tensors[name] for name in names}, len(expected)):
         note = f"head stays: its rows cannot be assigned to classes: {got}"
     elif any(source[name].shape[1:] != tensors[name].shape[1:] for name in rows):
@@ -173,7 +190,7 @@ def match_head(
 
 
 def match_tokens(
-    target: PreTrainedModel, expected: Mapping[str, int], source: Mapping[str, Tensor], got: Mapping[str, int] | None
+    target: PreTrainedModel, expected: Mapping[str, int], source: Mapping[str, Tensor], got: Mapping[str, int]
 ) -> RowMatches:
     """Match the rows of two vocabularies by the tokens' strings.
 
@@ -181,11 +198,8 @@ def match_tokens(
         target: The target.
         expected: The target's token ids by token.
         source: The source's own tensors.
-        got: The source's token ids by token; `None` if it has no tokenizer.
+        got: The source's token ids by token.
     """
-    if got is None:
-        problem = "it holds no tokenizer, so its tokens cannot be matched with the target's; add its tokenizer files"
-        return RowMatches(problems=[problem])
     tensors = movable_tensors(target)
     names = {name for name in token_tensors(target) if name in source}
     sizes = {(len(tensors[name]), len(source[name])) for name in names}

@@ -253,7 +253,7 @@ def test_rows_of_padding_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (None, "it holds no tokenizer, so its tokens cannot be matched"),
+        (None, "it holds no tokenizer, .* same_tokenizer: true"),
         (("rot", "blau"), "shares no token with the"),
         ("FutureModel", r"its tokenizer \(tokenizer.json, tokenizer_config.json\) cannot be read: .*newer version"),
     ],
