@@ -35,6 +35,7 @@ from .merging.ranking import RankedSource, rank_by_gain, rank_for_merge
 from .merging.run import Run, collator_for
 from .models.batches import Collator, check_dataset
 from .models.gradients import preserved_state
+from .models.mixture import Mixture, count_weights, mixture_of
 from .models.processors import load_processing_class
 from .models.target import load_target
 from .record.card import declared_license
@@ -153,6 +154,13 @@ class GraspMerger:
         check_config(config)
         self.model = model
         self.config = config or GraspConfig()
+        if self.config.adapts and mixture_of(model) is None:
+            Mixture(model)
+        if not self.config.adapts and mixture_of(model) is not None:
+            raise ConfigError(
+                "output: got 'model', but the model holds a mixture of adapters; expected 'adapter', or a model that was "
+                "loaded anew"
+            )
         self.processing_class = processing_class
         self.base = base
         versions = {name: version(name) for name in PACKAGES}
@@ -181,7 +189,7 @@ class GraspMerger:
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | None = None,
-        dtype: torch.dtype | Literal["auto"] = torch.float32,
+        dtype: torch.dtype | Literal["auto"] | None = None,
         new_head: bool = False,
         **model_kwargs: Any,
     ) -> GraspMerger:
@@ -197,8 +205,9 @@ class GraspMerger:
             revision: Branch, tag or commit, unless `model_id` names one.
             subfolder: Folder in the repository, unless `model_id` names one.
             token: Hub token; if left out, the one that you are logged in with.
-            dtype: Type of the target's weights; `"auto"` is the type of its files. Fine-tuning and a mean of many sources
-                need float32 to be exact. Sources are read in the type of their own files.
+            dtype: Type of the target's weights; `"auto"` is the type of its files. If left out, it is float32, which
+                fine-tuning and a mean of many sources need to be exact, or `"auto"` for a base of adapters, which stays as
+                it is. Sources are read in the type of their own files.
             new_head: Whether to draw the head anew although the files hold one that fits, because your labels mean
                 something else.
             model_kwargs: Keyword arguments of the model class, such as `num_labels` or `id2label`.
@@ -228,8 +237,16 @@ class GraspMerger:
         base = locate(ref, token=token, trusted=(config or GraspConfig()).trust_remote_code)
         seed = (config or GraspConfig()).seed
         needs_head = not (config or GraspConfig()).needs_data
+        adapts = (config or GraspConfig()).adapts
         model = load_target(
-            base, task=task, dtype=dtype, seed=seed, new_head=new_head, needs_head=needs_head, **model_kwargs
+            base,
+            task=task,
+            dtype=dtype or ("auto" if adapts else torch.float32),
+            seed=seed,
+            new_head=new_head,
+            needs_head=needs_head,
+            adapts=adapts,
+            **model_kwargs,
         )
         merger = cls(model, config, processing_class=load_processing_class(base), base=base)
         merger._token = token
@@ -429,7 +446,7 @@ class GraspMerger:
                 after = run.labels.losses()
                 report = transfer.report(
                     located,
-                    movable_tensors(self.model),
+                    count_weights(self.model),
                     finetuned,
                     weight=weight,
                     after=after.evaluation() if after else {},
@@ -484,6 +501,10 @@ class GraspMerger:
         Returns:
             One entry per source, the largest gain first.
         """
+        if self.config.adapts:
+            raise ConfigError(
+                "output='adapter': sources cannot be ranked by gain, which needs a gradient of whole weights"
+            )
         references = [str(source) for source in sources]
         with self.open_run(Samples(train_dataset, eval_dataset, unlabeled_dataset, collator=data_collator)) as run:
             return rank_by_gain(run, references, finetuned=self.report.finetuned, token=token)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..models.batches import Batch
 from ..models.gradients import gradient_pass, preserved_state
+from ..models.mixture import mixture_of
 from ..tensors.mixing import Mix, blend_
 from ..tensors.placing import overwrite_
 from ..tensors.products import Scores, UnitProducts, cosine, mean_defined
@@ -191,6 +192,8 @@ def candidates(inputs: Inputs) -> dict[str, Candidate]:
         )
     mean = {unit: Mix.mean([mixes[unit] for mixes, _ in fits]) for unit in inputs.average}
     scores = {unit: mean_defined([own[unit] for _, own in fits]) for unit in inputs.average}
+    if mixture_of(inputs.model) is not None:  # the norm of a gradient needs the gradient of whole weights
+        scores = dict.fromkeys(scores)
     validated: list[Mixes] = [mixes for mixes, _ in fits] if labels.labels_validate else []
     if labels.samples.validation is not None:
         validated.append(mean)
@@ -212,7 +215,7 @@ def _find_fisher_mixes(inputs: Inputs, fisher: RunningFisher) -> Mixes | None:
     This mean uses the inputs of the samples, but not their labels, so all labels may validate it. There is none (`None`)
     if the plain mean takes the whole source, or if the labels are not classes.
     """
-    if all(fraction == 1 for fraction in inputs.average.values()):
+    if mixture_of(inputs.model) is not None or all(fraction == 1 for fraction in inputs.average.values()):
         return None
     batches = [*inputs.labels.batches(inputs.labels.samples.train, inputs.seed)]
     try:

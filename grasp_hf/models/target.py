@@ -15,6 +15,7 @@ from ..hub.reference import UNREADABLE, Source
 from ..internals import computed_patterns, initialize_, tied_names
 from ..tensors.units import head_tensors, movable_tensors
 from .classes import load_config, model_class, quiet_transformers
+from .mixture import Mixture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,7 @@ def load_target(
     seed: int,
     new_head: bool = False,
     needs_head: bool = False,
+    adapts: bool = False,
     **model_kwargs: Any,
 ) -> PreTrainedModel:
     """Load the model that a merge starts from.
@@ -47,6 +49,7 @@ def load_target(
         seed: Seeds the weights that the files do not hold.
         new_head: Whether to replace the head in the files with a fresh one.
         needs_head: Whether a fresh head is an error, because no data will train it.
+        adapts: Whether to freeze the model and attach a mixture of adapters to it.
         **model_kwargs: Further arguments of `from_pretrained`.
 
     Raises:
@@ -66,6 +69,8 @@ def load_target(
     if fresh:
         logger.warning("%s: these weights are new and must be trained: %s", source.ref, ", ".join(sorted(fresh)))
     model.name_or_path = model.config.name_or_path = source.ref.name
+    if adapts:
+        Mixture(model, fresh)
     return model
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from ..errors import ConfigError
 from ..files import write_whole
+from ..hub.reference import SourceRef
 from .entries import ALONE, BEST_SOURCE, EVALUATION_DATA, ControlReport, Evaluation, FinetuneReport, Reason
 from .reading import read_change, read_finetuned, read_step, with_present_names
 from .redaction import names_of_paths
@@ -120,6 +121,11 @@ class MergeReport:
     def base_name(self) -> str:
         """The base for a reader: a Hub id as given, of a local folder its last part."""
         return self.base if self.base_sha else Path(self.base).name
+
+    @property
+    def base_id(self) -> str:
+        """The base without a revision: a Hub id, or a folder."""
+        return SourceRef.parse(self.base).name if self.base_sha else self.base
 
     @property
     def gated(self) -> list[str]:

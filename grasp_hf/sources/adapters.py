@@ -153,8 +153,28 @@ def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> A
             other shapes.
         ValueError, RuntimeError, OSError: PEFT cannot read the adapter or apply it to this model.
     """
-    folder = _use_runtime_names(base, adapter, directory)
+    folder = use_runtime_names(base, adapter, directory)
     adapted = PeftModel.from_pretrained(base, str(folder))
+    expected = {*checked_weights(adapted, folder, adapter)}
+    touched, whole = _touched_modules(adapted, expected)
+    ranks = _ranks(adapted)
+    _merge_into_file(adapted, directory / "adapted")
+    model = adapted.merge_and_unload()
+    by_name = {name: ranks[id(p)] for name, p in model.named_parameters() if id(p) in ranks}
+    return AppliedAdapter(model, touched, whole, by_name)
+
+
+def checked_weights(adapted: PeftModel, folder: Path, adapter: Source) -> dict[str, Tensor]:
+    """Return the weights in the file of an adapter by their names in memory, after a check that they fit.
+
+    Args:
+        adapted: The base model with the adapter.
+        folder: Folder of the adapter's file.
+        adapter: The adapter, for messages.
+
+    Raises:
+        IncompatibleSourceError: The file lacks weights, or holds weights that belong to no module or have other shapes.
+    """
     # To save embedding layers, PEFT would ask the Hub about the base model.
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     weights = adapter_weights_in_runtime_names(adapted, load_peft_weights(str(folder), device="cpu"))
@@ -173,12 +193,7 @@ def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> A
                 f"'{adapter.ref}' does not fit this model: {key}: got shape {tuple(weights[key].shape)}, expected "
                 f"{tuple(state[key].shape)}"
             )
-    touched, whole = _touched_modules(adapted, expected)
-    ranks = _ranks(adapted)
-    _merge_into_file(adapted, directory / "adapted")
-    model = adapted.merge_and_unload()
-    by_name = {name: ranks[id(p)] for name, p in model.named_parameters() if id(p) in ranks}
-    return AppliedAdapter(model, touched, whole, by_name)
+    return {key: weights[key] for key in sorted(expected)}
 
 
 def _ranks(adapted: PeftModel) -> dict[int, int]:
@@ -240,7 +255,7 @@ def _module_of(key: str, modules: Collection[str]) -> str:
     return name
 
 
-def _use_runtime_names(base: PreTrainedModel, adapter: Source, directory: Path) -> Path:
+def use_runtime_names(base: PreTrainedModel, adapter: Source, directory: Path) -> Path:
     """Return the adapter's folder, or a new folder in `directory` with the modules' names in memory.
 
     An adapter that was trained under transformers 4 uses the names of that version (`attention.attention.query` of a

@@ -16,6 +16,7 @@ from ..hub.pull import ShardedSource
 from ..hub.reference import UNREADABLE, Source
 from ..internals import tied_names
 from ..models.classes import load_config, quiet_transformers
+from ..models.mixture import mixture_of
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
 from ..tensors.units import head_tensors, movable_tensors
@@ -88,6 +89,11 @@ def load_source(
     with quiet_transformers():
         if source.kind == "adapter":
             files = _read_adapter(source, target, base, directory, accepted_bases, token)
+        elif mixture_of(target) is not None:
+            raise IncompatibleSourceError(
+                f"'{source.ref}' is a full model; expected a LoRA adapter with output='adapter'; use output='model', or "
+                "extract an adapter from it first"
+            )
         else:
             files = _read_full(source, target, directory)
     fit = _require_fit(source, files, target, processing_class)
@@ -191,6 +197,7 @@ def _read_adapter(
     if problems := adapter_problems(config, source, base, accepted_bases, token=token):
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=problems)
     assert base is not None  # an unknown base is one of the problems
+    mixture = mixture_of(target)
     kwargs: dict[str, Any] = {}
     labels: list[str] | None = None
     try:
@@ -203,6 +210,12 @@ def _read_adapter(
             labels = labels if classes == len(labels) else None
             names = labels or [f"LABEL_{index}" for index in range(classes)]
             kwargs = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        if mixture is not None:
+            from .factors import add_adapter_
+
+            base_config = load_config(base)
+            base_config.update(kwargs)
+            return add_adapter_(mixture, source, base_config, labels, directory)
         model, fresh = load_pretrained(base, type(target), dtype=checkpoint_dtype(base), **kwargs)
         applied = apply_adapter_(model, source, directory)
     except IncompatibleSourceError:

@@ -1,0 +1,127 @@
+"""LoRA adapters as low-rank blocks of a mixture: no weight of the base is read or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, PeftType, get_peft_model
+from torch import Tensor
+
+from ..errors import IncompatibleSourceError, NonFiniteError, first_few
+from ..hub.reference import UNREADABLE, Source
+from ..internals import lora_factors, lora_variant
+from ..models.classes import quiet_transformers
+from ..models.mixture import PLAIN_STARTS, Factors, Mixture, layer_shape, lora_layers
+from .adapters import PREFIX, checked_weights, load_adapter_config, use_runtime_names
+from .fit import SourceFiles
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ADVICE = "merge it with output='model'"
+FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+
+
+def add_adapter_(
+    mixture: Mixture, source: Source, base_config: PretrainedConfig, labels: list[str] | None, directory: Path
+) -> SourceFiles:
+    """Change `mixture` by adding an adapter as a block with the coefficient 0, and return it as a source.
+
+    Earlier blocks without a coefficient are removed first. PEFT decides which layers the adapter changes, and by which
+    factor: it adapts a model on the meta device.
+
+    Args:
+        mixture: The mixture of the target.
+        source: The adapter. Its base is that of the target.
+        base_config: The configuration of the base, with the classes of the adapter.
+        labels: Label names of the adapter by class id; `None` if its classes have no names.
+        directory: Folder for the files of an adapter whose weights are renamed.
+
+    Raises:
+        IncompatibleSourceError: The adapter is no plain LoRA adapter, or replaces whole modules below the head.
+        NonFiniteError: A weight is NaN or infinite.
+    """
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model = type(mixture.model)(base_config)
+        folder = use_runtime_names(model, source, directory)
+        config: Any = load_adapter_config(replace(source, folder=folder))
+        _check_type(config, source)
+        config.init_lora_weights = False  # the values are those of the file
+        adapted: Any = get_peft_model(model, config)
+        weights = checked_weights(adapted, folder, source)
+    except IncompatibleSourceError:
+        raise
+    except UNREADABLE as error:
+        raise IncompatibleSourceError(f"'{source.ref}' cannot be applied to its base: {error}") from error
+    for key, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise NonFiniteError(f"{key} holds NaN or infinite weights; expected finite ones", subject=source.ref)
+    blocks = dict(_take_blocks(adapted, weights, source))
+    whole = {key.removeprefix(PREFIX): value for key, value in weights.items()}
+    if below := [name for name in sorted(whole) if not mixture.is_whole(name)]:
+        raise IncompatibleSourceError(
+            f"'{source.ref}' changes weights below the head as a whole ({first_few(below)}); expected only low-rank "
+            f"changes with output='adapter'; {ADVICE}"
+        )
+    for name in [name for name in blocks if mixture.is_whole(f"{name}.weight")]:
+        whole |= _change_whole(mixture, name, blocks.pop(name), source)
+    slot = mixture.add(blocks, remove_unused=True)
+    candidates = {*(f"{name}.weight" for name in blocks), *whole}
+    own = {name: value for name, value in mixture.base.items() if name not in mixture.fresh} if whole else {}
+    return SourceFiles({**mixture.vectors(slot), **own, **whole}, candidates, labels)
+
+
+def _check_type(config: Any, source: Source) -> None:
+    kind = PeftType(config.peft_type)
+    if kind != PeftType.LORA:
+        raise IncompatibleSourceError(
+            f"'{source.ref}' is an adapter of type {kind.value}; expected LoRA with output='adapter', whose result is a "
+            f"LoRA adapter; {ADVICE}"
+        )
+    if config.init_lora_weights not in PLAIN_STARTS:
+        raise IncompatibleSourceError(
+            f"'{source.ref}' has init_lora_weights='{config.init_lora_weights}', which also changes the weights of its "
+            f"base; output='adapter' keeps them as they are; {ADVICE}, or convert it with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+    if config.layer_replication:
+        raise IncompatibleSourceError(f"'{source.ref}' replicates layers; expected the layers of its base")
+
+
+def _take_blocks(adapted: PeftModel, weights: dict[str, Tensor], source: Source) -> Iterator[tuple[str, Factors]]:
+    """Yield the difference of each layer, and remove its factors from `weights`."""
+    for name, layer in lora_layers(adapted):
+        problem, base = lora_variant(layer), layer.get_base_layer()
+        if problem:
+            raise IncompatibleSourceError(
+                f"'{source.ref}' changes {name} by {problem}, which is not a low-rank change of its weights; "
+                f"output='adapter' mixes plain LoRA only; {ADVICE}"
+            )
+        if layer_shape(base) is None:
+            raise IncompatibleSourceError(
+                f"'{source.ref}' adapts {name}, a {type(base).__name__}; output='adapter' mixes adapters of linear "
+                f"layers and embeddings only; {ADVICE}"
+            )
+        keys = next(keys for keys in FACTORS if f"{PREFIX}{name}.{keys[0]}" in weights)
+        a, b = (weights.pop(f"{PREFIX}{name}.{key}").float() for key in keys)
+        yield name, Factors(a, b * lora_factors(layer)[2])
+
+
+def _change_whole(mixture: Mixture, name: str, block: Factors, source: Source) -> Mapping[str, Tensor]:
+    """Return the weights of a layer in the head, after a low-rank change."""
+    key = f"{name}.weight"
+    layer, difference = mixture.model.get_submodule(name), block.b @ block.a
+    if not isinstance(layer, torch.nn.Linear):
+        difference = difference.T
+    base = mixture.base[key]
+    if key in mixture.fresh or base.shape != difference.shape:
+        raise IncompatibleSourceError(
+            f"'{source.ref}' makes a low-rank change of {key}, but the target has a new {key}; expected an adapter that "
+            "holds its head as a whole (modules_to_save)"
+        )
+    return {key: base.float() + difference}
