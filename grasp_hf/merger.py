@@ -25,7 +25,7 @@ from .config.grasp import GraspConfig
 from .data.digests import fingerprint
 from .data.samples import Samples
 from .errors import ConfigError, GraspError
-from .files import workspace
+from .files import interrupts_held, workspace
 from .hub.download import locate
 from .hub.pull import Puller, ShardedSource
 from .hub.push import Destination, push_merge
@@ -40,7 +40,7 @@ from .models.processors import load_processing_class
 from .models.target import load_target
 from .record.card import declared_license
 from .record.earlier import EarlierMerge
-from .record.entries import ControlReport, Evaluation, Reason
+from .record.entries import AdapterReport, ControlReport, Evaluation, Reason
 from .record.report import MergeReport, RunReport, StepReport
 from .record.saving import check_output, read_record, save_merge, save_record, saved_shards
 from .record.text import WIDTH, wrap
@@ -341,6 +341,8 @@ class GraspMerger:
                     self._log_step(f"{number}/{len(references)} ", step)
             if references:
                 self._finish(run, self.report.steps[earlier:])
+        if self.config.adapts and references:
+            self._finish_adapter(samples)
         if test_dataset is not None:
             self.record_end(test=self.evaluate(test_dataset, data_collator=data_collator))
             self.report.run.data["test"] = fingerprint(test_dataset)
@@ -401,6 +403,25 @@ class GraspMerger:
         gain = final.against_alone()
         for sentence in (f"at the end: {first}", *rest, *([gain] if gain else [])):
             logger.info(wrap(sentence, "", "    "))
+
+    def _finish_adapter(self, samples: Samples) -> None:
+        """Compress the adapter if a rank is set, and record its rank and the error."""
+        mixture, validation = mixture_of(self.model), samples.validation
+        assert mixture is not None
+        before, after, exact = {}, {}, mixture.rank
+        error, worst, worst_error = 0.0, "", 0.0
+        if self.config.rank is not None and self.config.rank < exact:
+            if validation is not None:
+                before = self.evaluate(validation, data_collator=samples.collator)
+            with interrupts_held():
+                error, worst, worst_error = mixture.compress_(self.config.rank)
+            if validation is not None:
+                after = self.evaluate(validation, data_collator=samples.collator)
+            if self.report.run.final and after:
+                self.report.run.final = replace(self.report.run.final, after=after)
+        found = AdapterReport(mixture.rank, exact, error, worst, worst_error, before, after)
+        self.report.run.adapter = found
+        logger.info(wrap(found.sentence(), "", "    "))
 
     @staticmethod
     def _log_step(number: str, step: StepReport) -> None:

@@ -8,8 +8,8 @@ coefficient is `<dL/dW, D_k>` by the chain rule.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -91,25 +91,6 @@ class LayerMixture(nn.Module):
         scales = self.coefficients.detach()[self.slots]
         used = scales != 0
         return Factors(self.a[used], self.b[:, used] * scales[used])
-
-
-@dataclass(frozen=True)
-class Compression:
-    """The result of a compression.
-
-    Attributes:
-        exact_rank: Largest rank of a layer before it.
-        rank: Largest rank of a layer after it.
-        error: Frobenius norm of the change over that of the difference to the base, over all layers.
-        worst: The layer with the largest relative error.
-        worst_error: Its relative error.
-    """
-
-    exact_rank: int
-    rank: int
-    error: float
-    worst: str = ""
-    worst_error: float = 0.0
 
 
 class Mixture:
@@ -206,31 +187,33 @@ class Mixture:
         found = {name: layer.factors() for name, layer in self.layers.items()}
         return {name: factors for name, factors in found.items() if len(factors.a)}
 
+    @property
+    def rank(self) -> int:
+        """The largest rank of a layer; 0 if the model is the base."""
+        return max((len(factors.a) for factors in self.factors().values()), default=0)
+
     @torch.no_grad()
-    def compress_(self, rank: int) -> Compression:
+    def compress_(self, rank: int) -> tuple[float, str, float]:
         """Replace the mixture by one block of at most `rank` in each layer.
 
-        The singular value decomposition is that of the whole difference, but is computed in the span of the stacked
-        factors (Core Space, arXiv:2509.17786): `D = b a` with `b = Q R`, `a^T = P S`, so that only `R S^T` is decomposed.
+        Returns:
+            The Frobenius norm of the change over that of the difference to the base, over all layers; the layer with the
+            largest relative error, and this error.
         """
         found, errors, norms = {}, {}, {}
-        whole = self.factors()
-        for name, factors in whole.items():
-            found[name], errors[name], norms[name] = compressed(factors, rank)
+        for name, factors in self.factors().items():
+            found[name], errors[name], norms[name] = compress(factors, rank)
         for layer in self.layers.values():
             layer.keep(())
             layer.coefficients.zero_()
         self._protected = set()
-        if not found:
-            return Compression(0, 0, 0.0)
         slot = self.add(found)
         for name in found:
             self.layers[name].coefficients[slot] = 1.0
-        total, lost = (sum(value**2 for value in values.values()) ** 0.5 for values in (norms, errors))
+        total, lost = (math.hypot(*values.values()) for values in (norms, errors))
         relative = {name: errors[name] / norms[name] if norms[name] else 0.0 for name in found}
-        worst = max(relative, key=lambda name: relative[name])
-        ranks = [max(len(each.a) for each in factors.values()) for factors in (whole, found)]
-        return Compression(ranks[0], ranks[1], lost / total if total else 0.0, worst, relative[worst])
+        worst = max(relative, key=lambda name: relative[name], default="")
+        return lost / total if total else 0.0, worst, relative.get(worst, 0.0)
 
 
 def mixture_of(model: nn.Module) -> Mixture | None:
@@ -239,8 +222,12 @@ def mixture_of(model: nn.Module) -> Mixture | None:
     return found
 
 
-def compressed(factors: Factors, rank: int) -> tuple[Factors, float, float]:
-    """Return the best approximation of at most `rank`, the Frobenius norm of its error, and that of the difference."""
+def compress(factors: Factors, rank: int) -> tuple[Factors, float, float]:
+    """Return the best approximation of a difference by `rank`, the Frobenius norm of its error, and that of the difference.
+
+    The singular value decomposition is that of the whole difference, but is computed in the span of its factors (Core Space,
+    arXiv:2509.17786): with `b = Q R` and `a^T = P S` the difference is `Q (R S^T) P^T`, and `R S^T` is small.
+    """
     a, b = factors.a.double(), factors.b.double()
     left, inner_left = torch.linalg.qr(b)
     right, inner_right = torch.linalg.qr(a.T)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -97,6 +98,53 @@ def test_a_merge_of_adapters_equals_the_merge_of_weights(
         for unit in theirs.units:
             decision, coefficient = found[unit.name]
             assert (decision, coefficient) == (unit.decision, pytest.approx(unit.coefficient, abs=1e-5))
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_the_card_names_the_base_and_its_code_loads_the_adapter(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapters = sources(kind, tmp_path)
+    config = {"method": "average", "output": "adapter", **NO_TUNING}
+    merger, _ = merged(base, adapters, config)
+    merger.save_pretrained(tmp_path / "merged")
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert card.data.library_name == "peft" and "lora" in card.data.tags
+    assert "merged into one LoRA adapter of rank" in card.text
+    code = card.text.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    torch.testing.assert_close(logits(scope["model"], kind), logits(merger.model, kind), **TOLERANCE)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 20])
+def test_an_adapter_is_compressed_to_the_best_one_of_its_rank(rank: int, tmp_path: Path) -> None:
+    base, adapters = sources("llama", tmp_path)
+    config = {"method": "average", "output": "adapter", **NO_TUNING}
+    exact = by_peft("llama", base, merged(base, adapters, config)[0], tmp_path / "exact")
+    merger, report = merged(base, adapters, {**config, "rank": rank}, eval_dataset=data_of("llama", 12))
+    found = by_peft("llama", base, merger, tmp_path / "compressed")
+    start = dict(model_of("llama").named_parameters())
+    lost, whole = 0.0, 0.0
+    for name, weights in exact.items():
+        values = torch.linalg.svdvals((weights - start[name]).double()) if weights.ndim == 2 else torch.zeros(1)
+        torch.testing.assert_close((found[name] - weights).norm(), values[rank:].norm().float(), atol=1e-5, rtol=0)
+        lost, whole = lost + float(values[rank:].square().sum()), whole + float(values.square().sum())
+    adapter = report.run.adapter
+    assert adapter is not None and adapter.exact_rank == 6 and adapter.rank == min(rank, 6)
+    assert adapter.error == pytest.approx((lost / whole) ** 0.5, abs=1e-6)
+    assert ("compressed from rank 6" in str(report)) == (rank < 6)
+    if rank < 6:
+        torch.testing.assert_close(adapter.after["loss"], merger.evaluate(data_of("llama", 12))["loss"])
+        assert adapter.before["loss"] != adapter.after["loss"]
+
+
+def by_peft(kind: str, base: str, merger: GraspMerger, folder: Path) -> dict[str, Tensor]:
+    """Return the weights of the base after PEFT merged a saved adapter into them."""
+    merger.save_pretrained(folder)
+    model = PeftModel.from_pretrained(type(merger.model).from_pretrained(base), str(folder)).merge_and_unload()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert", "gpt2", "llama"])
