@@ -53,7 +53,7 @@ def run() -> None:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Interrupt the command. A second signal ends the process at once: the state on the disk is complete at any moment."""
     for other in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(other, lambda *_: os._exit(INTERRUPTED))
+        signal.signal(other, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 

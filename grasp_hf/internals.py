@@ -62,6 +62,16 @@ def restore_forward_hooks_(module: nn.Module, hooks: Mapping[int, Callable]) -> 
     module._forward_hooks.update(hooks)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether `module` is the linear layer of GPT-2, whose weights have the shape `(inputs, outputs)`.
+
+    transformers documents no name for the class.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
 def normalizes_batches(model: nn.Module) -> bool:
     """Whether a layer of `model` is a BatchNorm of any number of dimensions; torch has no public class for all."""
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -371,6 +381,28 @@ def expert_layers(adapted: PeftModel) -> dict[str, ExpertLayer]:
             transposed = bool(getattr(module.get_base_layer(), "is_transposed", False))
             found[name] = ExpertLayer(tuple(module.get_param().shape), transposed, module._did_swap_in_out_features)
     return found
+
+
+def lora_factors(module: Any) -> tuple[Tensor, Tensor, float]:
+    """Return the two factors of the only adapter of a LoRA layer, and the number that scales their product.
+
+    `get_delta_weight` of the layer returns the product. An embedding has its factors in other attributes.
+    """
+    ((name, scaling),) = module.scaling.items()
+    if name in module.lora_A:
+        return module.lora_A[name].weight, module.lora_B[name].weight, float(scaling)
+    return module.lora_embedding_A[name], module.lora_embedding_B[name], float(scaling)
+
+
+def lora_variant(module: Any) -> str:
+    """Return why a layer of LoRA is not a plain one: the name of its variant, such as DoRA; empty if it is plain."""
+    from peft.tuners.lora import ParamWrapper
+
+    if isinstance(module, ParamWrapper):
+        return "adapters of single parameters"
+    if module.lora_variant:
+        return type(next(iter(module.lora_variant.values()))).__name__.removesuffix("Variant")
+    return "lora_bias" if any(module.lora_bias.values()) else ""
 
 
 def matching_pattern(patterns: Collection[str], name: str) -> str:

@@ -26,7 +26,7 @@ from .config.sources import require_entries
 from .data.digests import fingerprint, full_digest
 from .data.samples import Samples
 from .errors import ConfigError, GraspError
-from .files import workspace
+from .files import interrupts_held, workspace
 from .hub.download import locate
 from .hub.pull import Puller, ShardedSource
 from .hub.push import Destination, push_merge
@@ -38,12 +38,13 @@ from .merging.state import RunState
 from .models.batches import Collator, check_dataset
 from .models.classes import load_config
 from .models.gradients import preserved_state
+from .models.mixture import Mixture, count_weights, mixture_of
 from .models.padding import unify_padding_
 from .models.processors import load_processing_class
 from .models.target import load_target, untie_
 from .record.card import declared_license
 from .record.earlier import EarlierMerge
-from .record.entries import ControlReport, Evaluation, Reason
+from .record.entries import AdapterReport, ControlReport, Evaluation, Reason
 from .record.report import MergeReport, RunReport, StepReport
 from .record.saving import check_output, read_record, save_merge, save_record, saved_shards
 from .record.text import WIDTH, wrap
@@ -165,6 +166,13 @@ class GraspMerger:
         self.config = config or GraspConfig()
         if self.config.untie:
             untie_(model)
+        if self.config.adapts and mixture_of(model) is None:
+            Mixture(model)
+        if not self.config.adapts and mixture_of(model) is not None:
+            raise ConfigError(
+                "output: got 'model', but the model holds a mixture of adapters; expected 'adapter', or a model that was "
+                "loaded anew"
+            )
         self.processing_class = processing_class
         self.base = base
         versions = {name: version(name) for name in PACKAGES}
@@ -193,7 +201,7 @@ class GraspMerger:
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | None = None,
-        dtype: torch.dtype | Literal["auto"] = torch.float32,
+        dtype: torch.dtype | Literal["auto"] | None = None,
         new_head: bool = False,
         **model_kwargs: Any,
     ) -> GraspMerger:
@@ -209,8 +217,9 @@ class GraspMerger:
             revision: Branch, tag or commit, unless `model_id` names one.
             subfolder: Folder in the repository, unless `model_id` names one.
             token: Hub token; if left out, the one that you are logged in with.
-            dtype: Type of the target's weights; `"auto"` is the type of its files. Fine-tuning and a mean of many sources
-                need float32 to be exact. Sources are read in the type of their own files.
+            dtype: Type of the target's weights; `"auto"` is the type of its files. If left out, it is float32, which
+                fine-tuning and a mean of many sources need to be exact, or `"auto"` for a base of adapters, which stays as
+                it is. Sources are read in the type of their own files.
             new_head: Whether to draw the head anew although the files hold one that fits, because your labels mean
                 something else.
             model_kwargs: Keyword arguments of the model class, such as `num_labels` or `id2label`.
@@ -244,8 +253,16 @@ class GraspMerger:
             named = load_config(base, labels)
             model_kwargs |= {"id2label": named.id2label, "label2id": named.label2id}
         needs_head = not (config or GraspConfig()).needs_data
+        adapts = (config or GraspConfig()).adapts
         model = load_target(
-            base, task=task, dtype=dtype, seed=seed, new_head=new_head, needs_head=needs_head, **model_kwargs
+            base,
+            task=task,
+            dtype=dtype or ("auto" if adapts else torch.float32),
+            seed=seed,
+            new_head=new_head,
+            needs_head=needs_head,
+            adapts=adapts,
+            **model_kwargs,
         )
         merger = cls(model, config, processing_class=load_processing_class(base), base=base)
         merger._token = token
@@ -357,6 +374,8 @@ class GraspMerger:
                     self._finish(run, self.report.steps[earlier:])
                 self.report.run.complete = True
                 run.save({"report": asdict(self.report)}, done=True)
+        if self.config.adapts and references:
+            self._finish_adapter(samples)
         if test_dataset is not None:
             self.record_end(test=self.evaluate(test_dataset, data_collator=data_collator))
             self.report.run.data["test"] = fingerprint(test_dataset)
@@ -489,6 +508,25 @@ class GraspMerger:
         for sentence in (f"at the end: {first}", *rest, *([gain] if gain else [])):
             logger.info(wrap(sentence, "", "    "))
 
+    def _finish_adapter(self, samples: Samples) -> None:
+        """Compress the adapter if a rank is set, and record its rank and the error."""
+        mixture, validation = mixture_of(self.model), samples.validation
+        assert mixture is not None
+        before, after, exact = {}, {}, mixture.rank
+        error, worst, worst_error = 0.0, "", 0.0
+        if self.config.rank is not None and self.config.rank < exact:
+            if validation is not None:
+                before = self.evaluate(validation, data_collator=samples.collator)
+            with interrupts_held():
+                error, worst, worst_error = mixture.compress_(self.config.rank)
+            if validation is not None:
+                after = self.evaluate(validation, data_collator=samples.collator)
+            if self.report.run.final and after:
+                self.report.run.final = replace(self.report.run.final, after=after)
+        found = AdapterReport(mixture.rank, exact, error, worst, worst_error, before, after)
+        self.report.run.adapter = found
+        logger.info(wrap(found.sentence(), "", "    "))
+
     @staticmethod
     def _log_step(number: str, step: StepReport) -> None:
         """Log one line for a source, its notes below it and, at the debug level, its details."""
@@ -534,7 +572,7 @@ class GraspMerger:
                 after = run.labels.losses()
                 report = transfer.report(
                     located,
-                    movable_tensors(self.model),
+                    count_weights(self.model),
                     finetuned,
                     weight=weight,
                     after=after.evaluation() if after else {},
@@ -589,6 +627,10 @@ class GraspMerger:
         Returns:
             One entry per source, the largest gain first.
         """
+        if self.config.adapts:
+            raise ConfigError(
+                "output='adapter': sources cannot be ranked by gain, which needs a gradient of whole weights"
+            )
         references = self._references(sources)
         with self.open_run(Samples(train_dataset, eval_dataset, unlabeled_dataset, collator=data_collator)) as run:
             return rank_by_gain(run, references, finetuned=self.report.finetuned, token=token)

@@ -408,6 +408,40 @@ def test_layers_of_fused_experts_are_known() -> None:
     assert not internals.expert_layers(get_peft_model(tiny_model("bert"), LoraConfig(target_modules=["query"])))
 
 
+@pytest.mark.parametrize(("kind", "target"), [("gpt2", "c_fc"), ("bert", "query"), ("bert", "word_embeddings")])
+def test_the_factors_of_a_layer_of_lora(kind: str, target: str) -> None:
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=[target], init_lora_weights=False)
+    modules: Any = get_peft_model(tiny_model(kind), config).modules()
+    layers = [module for module in modules if hasattr(module, "get_delta_weight")]
+    assert layers
+    for layer in layers:
+        a, b, scaling = internals.lora_factors(layer)
+        change = (b @ a).T if target in ("c_fc", "word_embeddings") else b @ a
+        torch.testing.assert_close(change * scaling, layer.get_delta_weight("default"))
+
+
+@pytest.mark.parametrize(
+    ("config", "variant"),
+    [({}, ""), ({"use_dora": True}, "DoraLinear"), ({"lora_bias": True}, "lora_bias"), ({"use_rslora": True}, "")],
+)
+def test_variants_of_lora_have_names(config: dict[str, Any], variant: str) -> None:
+    modules: Any = get_peft_model(tiny_model("bert"), LoraConfig(target_modules=["query"], **config)).modules()
+    assert {internals.lora_variant(module) for module in modules if hasattr(module, "lora_variant")} == {variant}
+
+
+def test_an_adapter_of_single_parameters_is_no_plain_lora() -> None:
+    config = LoraConfig(target_modules=[], target_parameters=["experts.down_proj"])
+    modules: Any = get_peft_model(tiny_model("mixtral"), config).modules()
+    assert {internals.lora_variant(module) for module in modules if hasattr(module, "lora_variant")} == {
+        "adapters of single parameters"
+    }
+
+
+def test_layers_with_transposed_weights() -> None:
+    found = {name.rpartition(".")[2] for name, m in tiny_model("gpt2").named_modules() if internals.is_transposed(m)}
+    assert found == {"c_attn", "c_proj", "c_fc"}
+
+
 def test_ranks_follow_the_same_patterns_in_peft() -> None:
     patterns = {r"layer\.1\..*query": 3}
     config = LoraConfig(r=2, target_modules=["query"], rank_pattern=patterns)

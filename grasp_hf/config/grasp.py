@@ -81,9 +81,17 @@ class GraspConfig:
         final_epochs: Epochs of fine-tuning after the last source.
             `num_train_epochs` in `training_arguments` replaces those of `initial_epochs`, `finetune_epochs` and
             `final_epochs` that are not 0.
+        output: What the merge makes: a whole model, or one LoRA adapter of the base.
+            With `"adapter"` every source is a LoRA adapter. The base stays as it is, in the type of its files. Temporary
+            files and the result have the size of adapters. The result is exact: its rank is the sum of the ranks. Only the
+            head of a classifier is saved as a whole. Fine-tuning trains an adapter, see `lora`. The method `copy`,
+            `order: rank` and the alignment of layers need gradients of whole weights, so they are not available.
+        rank: Largest rank of a layer in an adapter that is the output; the sum of all ranks if left out.
+            The adapter is compressed at the end of the merge, by a singular value decomposition in the span of its factors
+            (Core Space, arXiv:2509.17786). The report holds the error.
         lora: Arguments of `peft.LoraConfig`, to fine-tune an adapter instead of all weights.
-            An example is `{r: 8, target_modules: all-linear}`. The adapter is merged into the model after each
-            fine-tune. The head is trained whole. Frozen layers are adapted too, unless `target_modules` leaves them
+            An example is `{r: 8, target_modules: all-linear}`, which is also the default with `output: adapter`. The
+            adapter is merged into the model after each fine-tune. The head is trained whole. Frozen layers are adapted too, unless `target_modules` leaves them
             out.
         order: Order in which the sources are merged.
             `"given"`: the order of the list. `"loss"`: the source with the lowest loss on the labels (and the evaluation
@@ -130,6 +138,8 @@ class GraspConfig:
     initial_epochs: float = 0
     finetune_epochs: float = 0
     final_epochs: float = 3
+    output: Literal["model", "adapter"] = "model"
+    rank: int | None = None
     lora: dict[str, Any] | None = None
     order: Literal["given", "loss", "rank"] = "loss"
     top: int | None = None
@@ -188,6 +198,22 @@ class GraspConfig:
                 "expected False unless method='copy' and published=False",
                 not self.accumulate_gradients or (self.method == "copy" and not self.published),
             ),
+            (
+                "rank",
+                "expected at least 1, and output='adapter'",
+                self.rank is None or (self.rank >= 1 and self.adapts),
+            ),
+            (
+                "method",
+                "expected 'weighted', 'average' or 'blend' with output='adapter', because it compares gradients of whole "
+                "weights",
+                not (self.adapts and self.method == "copy"),
+            ),
+            (
+                "order",
+                "expected 'loss' or 'given' with output='adapter', because it needs a gradient of whole weights",
+                not (self.adapts and self.order == "rank"),
+            ),
             ("lora", "expected null with published=True", self.lora is None or not self.published),
             (
                 "published",
@@ -210,6 +236,11 @@ class GraspConfig:
     def total_epochs(self, sources: int) -> float:
         """Return the epochs of fine-tuning in a whole merge of `sources` sources."""
         return self.initial_epochs + self.finetune_epochs * min(sources, self.top or sources) + self.final_epochs
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the result is an adapter of the base, and the base stays as it is."""
+        return self.output == "adapter"
 
     @property
     def learns(self) -> bool:

@@ -22,6 +22,7 @@ GROUPS = {
         "coefficient_lr",
     ),
     "Validation": ("gate",),
+    "Result": ("output", "rank"),
     "Fine-tuning": ("initial_epochs", "finetune_epochs", "final_epochs", "lora", "training_arguments"),
     "Sources": ("order", "top", "prefetch", "accepted_bases", "untie", "source_options", "trust_remote_code"),
     "Reproduction": ("seed", "published"),

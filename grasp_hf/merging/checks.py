@@ -81,7 +81,7 @@ def check_merge(
             "eval_dataset to turn it on."
         )
     keeps_mean = METHODS[config.method].counts_units
-    if len(sources) > 1 and keeps_mean and model.dtype in (torch.float16, torch.bfloat16):
+    if len(sources) > 1 and keeps_mean and not config.adapts and model.dtype in (torch.float16, torch.bfloat16):
         logger.warning(
             "the target is in %s: its mean is rounded after every source, so that later sources lose weight. Load the "
             "target in float32 (the default), and convert the merged model.",
@@ -169,5 +169,5 @@ def check_finetuning(step: Step, epochs: float) -> None:
         config,
         directory=step.scratch.directory,
     )
-    if config.lora is not None:
+    if config.lora is not None or config.adapts:
         overwrite_(movable_tensors(step.model), step.scratch.start)

@@ -25,6 +25,7 @@ from ..hub.reference import Source
 from ..methods.weighted import GRADIENT
 from ..models.batches import Collator, check_dataset, keep_model_columns
 from ..models.gradients import checkpointing, preserved_state
+from ..models.mixture import mixture_of
 from ..sources.load import LoadedSource, load_source
 from ..sources.placebo import Placebo
 from ..teaching.predictions import Predictions
@@ -86,6 +87,8 @@ class Run:
         self.model, self.config, self.samples = model, config, samples
         self._processing_class, self._base_of, self._base_token = processing_class, base_of, base_token
         self._placebo = placebo
+        if (mixture := mixture_of(model)) is not None:
+            mixture.protect()
         self.scratch = Scratch(directory, movable_tensors(model))
         if config.learns or config.compares_alone:
             self.scratch.base.copy_(movable_tensors(model))
@@ -215,7 +218,7 @@ class Run:
             whole: Whether each source must come as a whole, and not in shards.
         """
         undo_bytes = None
-        if not whole and METHODS[self.config.method].reads_once:
+        if not whole and not self.config.adapts and METHODS[self.config.method].reads_once:
             has_data = self.samples.train is not None or self.samples.validation is not None
             # With data, every step keeps a copy of the weights, so that a source that fails can be undone.
             undo_bytes = 0 if has_data else sum(tensor.nbytes for tensor in movable_tensors(self.model).values())

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from ..hub.reference import Source
 from ..methods.candidates import Candidate
 from ..record.card import declared_license
@@ -49,17 +47,17 @@ class Transfer:
     change: Change | None = None
 
     def report(
-        self, source: Source, tensors: Mapping[str, Tensor], finetuned: FinetuneReport | None, **end: Any
+        self, source: Source, weights: Mapping[str, int], finetuned: FinetuneReport | None, **end: Any
     ) -> StepReport:
         """Return the entry of the step for the record.
 
         Args:
             source: The source.
-            tensors: The tensors of the target.
+            weights: Number of weights behind each movable tensor of the target.
             finetuned: The fine-tuning after the source, if any.
             end: The fields `after`, `seconds` and `peak_memory` of the entry, which are known at the end of the step.
         """
-        sizes = {unit.name: sum(tensors[name].numel() for name in unit.tensors) for unit in self.units}
+        sizes = {unit.name: sum(weights[name] for name in unit.tensors) for unit in self.units}
         return StepReport(
             source=str(source.ref),
             sha=source.sha,

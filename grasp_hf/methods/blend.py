@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..models.batches import Batch
 from ..models.gradients import gradient_pass, preserved_state
+from ..models.mixture import mixture_of
 from ..tensors.mixing import Mix, blend_
 from ..tensors.placing import overwrite_
 from ..tensors.products import Scores, UnitProducts, cosine, mean_defined
@@ -185,6 +186,8 @@ def candidates(inputs: Inputs) -> dict[str, Candidate]:
         )
     mean = {unit: Mix.mean([mixes[unit] for mixes, _ in fits]) for unit in inputs.average}
     scores = {unit: mean_defined([own[unit] for _, own in fits]) for unit in inputs.average}
+    if mixture_of(inputs.model) is not None:  # the norm of a gradient needs the gradient of whole weights
+        scores = dict.fromkeys(scores)
     validated: list[Mixes] = [mixes for mixes, _ in fits] if labels.labels_validate else []
     if labels.samples.validation is not None:
         validated.append(mean)

@@ -8,6 +8,7 @@ from math import ceil
 
 from ..errors import NonFiniteError
 from ..models.gradients import mean_gradient, preserved_state
+from ..models.mixture import mixture_of
 from ..tensors.products import Scores, UnitProducts, cosine
 from .candidates import AVERAGE, Candidate, Inputs
 
@@ -24,10 +25,12 @@ def find_alignment(inputs: Inputs) -> Scores:
     """Return the cosine of `-g` and `S - T` in each unit: `g` is a gradient of the target `T`, `S` the source.
 
     A run computes the gradient once, after its first source: a gradient through an untrained head says little. Each source
-    is then read once, without a pass through it. The scores are `None` for the first source.
+    is then read once, without a pass through it. The scores are `None` for the first source, and in a mixture of adapters.
     """
     nothing: Scores = dict.fromkeys(inputs.average)
     labels, kept = inputs.labels, inputs.scratch.kept
+    if mixture_of(inputs.model) is not None:  # the norm of a gradient needs the gradient of whole weights
+        return nothing
     if labels.samples.train is None or all(fraction == 1 for fraction in inputs.average.values()):
         return nothing
     if GRADIENT not in kept:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import is_liger_kernel_available
@@ -24,6 +24,7 @@ from ..internals import (
     checkpoints_in_runtime_names,
     child_modules,
     forget_adapter_,
+    lora_variant,
     normalizes_batches,
     restore_child_modules_,
 )
@@ -31,6 +32,7 @@ from ..tensors.units import head_tensors, movable_tensors
 from .batches import Batch, Collator, is_class_ids
 from .classes import quiet_transformers
 from .gradients import preserved_randomness, preserved_state
+from .mixture import PLAIN_STARTS, Mixture, layer_shape, lora_blocks, lora_layers, mixture_of
 from .trainer_patches import (
     EpochStatistics,
     KeepCheckpoints,
@@ -183,21 +185,24 @@ def attach_lora(
 ) -> Iterator[PreTrainedModel | PeftModel]:
     """Yield a LoRA adapter on `model` for training, and merge it into the weights of `model` after the block.
 
-    All weights of the head are trained, unless some of them are tied. After the block, `model` has its own modules and
+    If a mixture is attached to `model`, the adapter becomes one more block of it, with the coefficient 1. All weights of the head are trained, unless some of them are tied. After the block, `model` has its own modules and
     parameters again. If the block raises, the training is lost.
 
     Args:
         model: The base model; it is changed in place.
         lora: Arguments of `peft.LoraConfig`, with the default `target_modules="all-linear"`. `None` yields `model`
-            itself, to train all weights.
+            itself, to train all weights, unless a mixture is attached to it.
         seed: Seeds the adapter's initial weights.
 
     Raises:
-        ConfigError: The adapter does not fit the model, or would train a copy of tied weights, which would be lost.
+        ConfigError: The adapter does not fit the model, or would train a copy of tied weights, which would be lost; or it
+            is no plain LoRA adapter, and `model` has a mixture.
     """
-    if lora is None:
+    mixture = mixture_of(model)
+    if lora is None and mixture is None:
         yield model
         return
+    lora = lora or {}
     children = {module: child_modules(module) for module in model.modules()}
     tensors = movable_tensors(model)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -205,7 +210,9 @@ def attach_lora(
     tied = {name for name, p in model.named_parameters(remove_duplicate=False) if holders[id(p)] > 1}
     defaults: dict[str, Any] = {"target_modules": "all-linear"}
     head = set() if model.can_generate() else {name.partition(".")[0] for name in head_tensors(model)}
-    if any(name.partition(".")[0] in head for name in tied):
+    if mixture is not None:
+        head = {*mixture.whole}
+    if any(name.startswith(f"{module}.") for name in tied for module in head):
         head = set()
     excluded = head | {name.rpartition(".")[0] for name in tied if "target_modules" not in lora}
     if head:
@@ -224,6 +231,11 @@ def attach_lora(
                 f"lora: it would train a copy of {lost[0].rpartition('.')[0]}, whose weights are tied to others, and "
                 "lose the copy afterwards; leave this module out of target_modules and modules_to_save"
             )
+        if mixture is not None:
+            _check_plain(adapter)
+            yield adapter
+            _add_to_mixture_(mixture, adapter)
+            return
         yield adapter
         merged = movable_tensors(adapter.merge_and_unload())
         for name, tensor in tensors.items():
@@ -235,6 +247,39 @@ def attach_lora(
             restore_child_modules_(module, own)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
+
+
+def _check_plain(adapter: PeftModel) -> None:
+    """Raise `ConfigError` unless an adapter only adds a low-rank change to linear layers and embeddings."""
+    config: Any = adapter.peft_config[str(adapter.active_adapter)]
+    start = config.init_lora_weights
+    if start not in PLAIN_STARTS:
+        raise ConfigError(
+            f"lora: init_lora_weights='{start}' changes the weights of the base; expected one of "
+            f"{', '.join(map(str, PLAIN_STARTS))} with output='adapter'"
+        )
+    for name, layer in lora_layers(adapter):
+        if (variant := lora_variant(layer)) or layer_shape(layer.get_base_layer()) is None:
+            raise ConfigError(
+                f"lora: it changes {name} by {variant or type(layer).__name__}; expected plain LoRA of linear layers and "
+                "embeddings with output='adapter'"
+            )
+
+
+@torch.no_grad()
+def _add_to_mixture_(mixture: Mixture, adapter: PeftModel) -> None:
+    """Change a mixture: add a trained adapter as a block with the coefficient 1, and take over the trained head."""
+    blocks = lora_blocks(adapter)
+    for name, factors in blocks.items():
+        if not all(torch.isfinite(factor).all() for factor in factors):
+            raise NonFiniteError(f"fine-tuning made {name} NaN or infinite; try a lower learning_rate")
+    slot = mixture.add(blocks)
+    for name in blocks:
+        mixture.layers[name].coefficients[slot] = 1.0
+    trained = get_peft_model_state_dict(adapter, save_embedding_layers=False)
+    for name, tensor in movable_tensors(mixture.model).items():
+        if (value := trained.get(f"base_model.model.{name}")) is not None and mixture.is_whole(name):
+            tensor.data.copy_(value)
 
 
 def _build_trainer(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
+from ..tensors.units import movable_tensors
 from .batches import Batch, batch_loss, labelled_terms
 
 if TYPE_CHECKING:
@@ -95,11 +96,12 @@ def preserved_randomness() -> Iterator[None]:
 def visit_gradients(model: torch.nn.Module, visit: Visit) -> Iterator[None]:
     """Inside the block, hand each gradient to `visit(name, gradient)` as soon as it is complete, and free it.
 
-    Every floating-point parameter takes part, even a frozen one. The model holds only the gradients that backward is
-    computing. When the block ends or raises, the model has no gradients and no hooks.
+    Every floating-point parameter that a merge may change takes part, even a frozen one. The model holds only the
+    gradients that backward is computing. When the block ends or raises, the model has no gradients and no hooks.
     """
     handles = []
-    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    movable = {name: t for name, t in movable_tensors(model).items() if isinstance(t, torch.nn.Parameter)}
+    frozen = [p for p in movable.values() if p.is_floating_point() and not p.requires_grad]
 
     def hook_for(name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
@@ -112,7 +114,7 @@ def visit_gradients(model: torch.nn.Module, visit: Visit) -> Iterator[None]:
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
-        for name, parameter in model.named_parameters():
+        for name, parameter in movable.items():
             parameter.grad = None
             if parameter.is_floating_point():
                 handles.append(parameter.register_post_accumulate_grad_hook(hook_for(name)))

@@ -17,6 +17,7 @@ from ..hub.reference import Source, reading, reads
 from ..internals import computed_patterns, initialize_
 from ..tensors.units import head_tensors, movable_tensors, tied_names
 from .classes import load_config, model_class, quiet_transformers
+from .mixture import Mixture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +38,7 @@ def load_target(
     seed: int,
     new_head: bool = False,
     needs_head: bool = False,
+    adapts: bool = False,
     **model_kwargs: Any,
 ) -> PreTrainedModel:
     """Load the model that a merge starts from.
@@ -50,6 +52,7 @@ def load_target(
         seed: Seeds the weights that the files do not hold.
         new_head: Whether to replace the head in the files with a fresh one.
         needs_head: Whether a fresh head is an error, because no data will train it.
+        adapts: Whether to freeze the model and attach a mixture of adapters to it.
         **model_kwargs: Further arguments of `from_pretrained`.
 
     Raises:
@@ -71,6 +74,8 @@ def load_target(
     model.name_or_path = model.config.name_or_path = source.ref.name
     if not source.trusted:  # the code of a stranger does not come along, so nothing may name it
         vars(model.config).pop("auto_map", None)
+    if adapts:
+        Mixture(model, fresh)
     return model
 
 

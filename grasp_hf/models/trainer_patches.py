@@ -10,7 +10,6 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
 from ..errors import ConfigError, GraspError
 from ..internals import forget_original_forward_, forward_hooks, restore_forward_hooks_
@@ -119,8 +118,8 @@ def keep_resumable_(arguments: TrainingArguments, *, evaluates: bool) -> None:
     """
     arguments.save_only_model = False
     arguments.save_total_limit = 3  # the best, the last and, until the next one is complete, the one before
-    if evaluates and arguments.save_strategy == SaveStrategy.BEST:
-        arguments.save_strategy = SaveStrategy.EPOCH
+    if evaluates and arguments.save_strategy == "best":
+        arguments.save_strategy = type(arguments.save_strategy)("epoch")
 
 
 def restore_buffers_(model: Any, checkpoint: Path) -> None:

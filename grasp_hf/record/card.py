@@ -50,7 +50,7 @@ TEXT = """---
 
 # {{ title }}
 
-{{ count }} merged into one `{{ model_class }}`, one at a time, with grasp_hf.{{ guided }}
+{{ count }} merged into one {{ made }}, one at a time, with grasp_hf.{{ guided }}
 
 ## Result
 
@@ -213,6 +213,30 @@ def usage(model: PreTrainedModel, model_id: str, *, with_pipeline: bool = True, 
     return "\n\n".join(blocks)
 
 
+def adapter_usage(model: PreTrainedModel, report: MergeReport, model_id: str) -> str:
+    """Return Markdown with Python that loads the base of an adapter and then the adapter."""
+    class_name, arguments = type(model).__name__, f'"{report.base_id}"'
+    if report.base_sha:
+        arguments += f', revision="{report.base_sha}"'
+    imports, config = class_name, ""
+    if not model.can_generate():  # the configuration names the classes, and the adapter holds the head
+        imports, config = f"AutoConfig, {class_name}", f'config = AutoConfig.from_pretrained("{model_id}")\n'
+        arguments += ", config=config, ignore_mismatched_sizes=True"
+    return (
+        "```python\n"
+        f"from peft import PeftModel\nfrom transformers import {imports}\n\n{config}"
+        f"base = {class_name}.from_pretrained({arguments})\n"
+        f'model = PeftModel.from_pretrained(base, "{model_id}")\n'
+        "```"
+    )
+
+
+def _adapter_of(model: PreTrainedModel, report: MergeReport) -> str:
+    """Return the name of the result: a LoRA adapter, with its rank and its base."""
+    rank = f" of rank {report.run.adapter.rank}" if report.run.adapter else ""
+    return f"LoRA adapter{rank} of {_link(report.base_name, report.base_sha)}, a `{type(model).__name__}`"
+
+
 def licence_section(report: MergeReport, gated: Collection[str] = ()) -> str:
     """Return the licence that the merge declares, the licence of every parent, and warnings about conflicts and gates."""
     licenses = parent_licenses(report)
@@ -268,16 +292,19 @@ def _list_included(report: MergeReport) -> str:
 def _metadata(model: PreTrainedModel, report: MergeReport, model_id: str) -> ModelCardData:
     task = task_of(type(model))
     rows = _evaluation_rows(report, task)
+    adapter, parents = report.makes_adapter, hub_ids(report)
+    if adapter:
+        parents = [report.base_id] if report.base_sha else []
     return ModelCardData(
-        base_model=hub_ids(report) or None,
-        base_model_relation="merge" if hub_ids(report) else None,
-        library_name="transformers",
+        base_model=parents or None,
+        base_model_relation=("adapter" if adapter else "merge") if parents else None,
+        library_name="peft" if adapter else "transformers",
         pipeline_tag=task,
         license=strictest(parent_licenses(report))[0],
         datasets=dataset_ids(report) or None,
         model_name=Path(model_id).name if rows else None,
         eval_results=rows or None,
-        tags=["merge", "grasp", "grasp_hf"],
+        tags=["merge", "grasp", "grasp_hf", *(["lora"] if adapter else [])],
     )
 
 
@@ -315,8 +342,10 @@ def model_card(
         template_str=TEXT,
         title=Path(model_id).name,
         count=f"{sum(step.moved > 0 for step in report.steps)} of {len(report.steps)} sources",
-        model_class=type(model).__name__,
-        usage=usage(model, model_id, with_pipeline=with_pipeline, max_length=_max_length(model, report)),
+        made=_adapter_of(model, report) if report.makes_adapter else f"`{type(model).__name__}`",
+        usage=adapter_usage(model, report, model_id)
+        if report.makes_adapter
+        else usage(model, model_id, with_pipeline=with_pipeline, max_length=_max_length(model, report)),
         method=f"`{method_name}`. {method.card}",
         guided=(WEIGHED if method.weighs else GUIDED) if method.needs_data else "",
         base=_link(report.base_name, report.base_sha),

@@ -255,6 +255,43 @@ class FinetuneReport:
 
 
 @dataclass
+class AdapterReport:
+    """The adapter that a merge has made.
+
+    Attributes:
+        rank: Largest rank of a layer.
+        exact_rank: Largest rank of a layer before the adapter was compressed.
+        error: Frobenius norm of the change by the compression over that of the adapter, over all layers; 0 without one.
+        worst: The layer with the largest relative error.
+        worst_error: Its relative error.
+        before: Loss (and accuracy) before the compression; empty if nothing was measured.
+        after: Loss (and accuracy) after it, on the same samples.
+    """
+
+    rank: int
+    exact_rank: int
+    error: float = 0.0
+    worst: str = ""
+    worst_error: float = 0.0
+    before: Evaluation = field(default_factory=dict)
+    after: Evaluation = field(default_factory=dict)
+
+    def sentence(self) -> str:
+        """Return the rank and the error as a sentence."""
+        if not self.rank:
+            return "the adapter changes no layer"
+        if self.rank == self.exact_rank:
+            return f"the adapter is exact: its rank is {self.rank}"
+        text = (
+            f"the adapter was compressed from rank {self.exact_rank} to {self.rank}: relative error {self.error:.2g}, at "
+            f"most {self.worst_error:.2g} ({self.worst})"
+        )
+        if self.before and self.after:
+            text += f"; loss {format_number(self.before['loss'])} before, {format_number(self.after['loss'])} after"
+        return text
+
+
+@dataclass
 class ControlReport:
     """The gain of the merge over a control: another model from the same start, labels and number of epochs.
 

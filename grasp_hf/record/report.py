@@ -12,8 +12,18 @@ import yaml
 
 from ..errors import ConfigError, describe, first_few
 from ..files import write_whole
+from ..hub.reference import SourceRef
 from .checks import check_record
-from .entries import ALONE, BEST_SOURCE, EVALUATION_DATA, ControlReport, Evaluation, FinetuneReport, Reason
+from .entries import (
+    ALONE,
+    BEST_SOURCE,
+    EVALUATION_DATA,
+    AdapterReport,
+    ControlReport,
+    Evaluation,
+    FinetuneReport,
+    Reason,
+)
 from .reading import read_change, read_finetuned, read_step, with_present_names
 from .redaction import names_of_paths
 from .step import Row, StepReport
@@ -31,6 +41,7 @@ class RunReport:
         data: Number of samples of each data set, and a digest of their content.
         ranking: The sources in the order of their estimated gain or loss; empty if they were not ranked.
         final: The fine-tuning after the last source; `None` if there was none.
+        adapter: The adapter that the merge has made; `None` if it makes a whole model.
         controls: The gain over each control; empty if none was asked for.
         test: Loss (and accuracy) on the test data; empty without test data.
         planned: All sources that the run was to merge, in order; empty for a run source by source.
@@ -43,6 +54,7 @@ class RunReport:
     data: dict[str, Any] = field(default_factory=dict)
     ranking: list[dict[str, Any]] = field(default_factory=list)
     final: FinetuneReport | None = None
+    adapter: AdapterReport | None = None
     controls: list[ControlReport] = field(default_factory=list)
     test: Evaluation = field(default_factory=dict)
     planned: list[str] = field(default_factory=list)
@@ -54,7 +66,7 @@ class RunReport:
 
     def after_source(self, data: dict[str, Any]) -> "RunReport":
         """Return the report after one more source, which used `data`, without the results of an earlier end."""
-        return replace(self, data=data, final=None, controls=[], test={})
+        return replace(self, data=data, final=None, adapter=None, controls=[], test={})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunReport":
@@ -70,7 +82,8 @@ class RunReport:
             )
             for control in values.get("controls", [earlier] if earlier else [])
         ]
-        return cls(**{**values, "final": read_finetuned(values.get("final")), "controls": controls})
+        final, adapter = read_finetuned(values.get("final")), values.get("adapter")
+        return cls(**{**values, "final": final, "adapter": adapter and AdapterReport(**adapter), "controls": controls})
 
     @property
     def control(self) -> ControlReport | None:
@@ -125,6 +138,16 @@ class MergeReport:
     def base_name(self) -> str:
         """The base for a reader: a Hub id as given, of a local folder its last part."""
         return self.base if self.base_sha else Path(self.base).name
+
+    @property
+    def makes_adapter(self) -> bool:
+        """Whether the result is an adapter of the base."""
+        return self.run.config.get("output") == "adapter"
+
+    @property
+    def base_id(self) -> str:
+        """The base without a revision: a Hub id, or a folder."""
+        return SourceRef.parse(self.base).name if self.base_sha else self.base
 
     @property
     def gated(self) -> list[str]:
@@ -258,6 +281,8 @@ class MergeReport:
         if self.run.final:
             first, *rest = self.run.final.sentences()
             found += [f"at the end: {first}", *rest]
+        if self.run.adapter:
+            found.append(self.run.adapter.sentence())
         return found
 
     def short_table(self) -> str:

@@ -17,10 +17,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from ..errors import ConfigError, OutputExistsError, describe
 from ..files import flush_tree, link_or_copy, replace_folder, workspace, write_whole
 from ..hub.companions import PROCESSOR_FILES, TOKENIZER_FILES, copy_companions
-from ..hub.reference import Source
+from ..hub.reference import FULL_WEIGHTS, Source
 from ..internals import saved_state
 from ..models.classes import quiet_transformers
+from ..models.mixture import mixture_of
 from ..models.padding import tokenizer_of
+from . import adapter
 from .card import model_card
 from .figures import save_figures
 from .report import MergeReport
@@ -163,14 +165,20 @@ def save_record(
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / REPORT_FILE, UNFINISHED)
     (directory / CONFIG_FILE).write_text(configuration, encoding="utf-8")
-    if base is not None:
-        from transformers import ProcessorMixin  # imports code of models, which only a merge needs
+    _remove_other_kind(directory, model)
+    if (mixture := mixture_of(model)) is not None:
+        adapter.save_adapter_config(directory, mixture, report.base_id, report.base_sha)
+        if weights:
+            adapter.save_adapter_weights(directory, mixture)
+    else:
+        if base is not None:
+            from transformers import ProcessorMixin  # imports code of models, which only a merge needs
 
-        tokenizer = TOKENIZER_FILES if tokenizer_of(processing_class) else ()
-        processor = PROCESSOR_FILES if isinstance(processing_class, ProcessorMixin) else ()
-        copy_companions(base, directory, saved=tokenizer + processor)
-    with quiet_transformers():
-        model.save_pretrained(directory, state_dict=None if weights else {})
+            tokenizer = TOKENIZER_FILES if tokenizer_of(processing_class) else ()
+            processor = PROCESSOR_FILES if isinstance(processing_class, ProcessorMixin) else ()
+            copy_companions(base, directory, saved=tokenizer + processor)
+        with quiet_transformers():
+            model.save_pretrained(directory, state_dict=None if weights else {})
     if processing_class is not None:
         processing_class.save_pretrained(directory)
     _save_card(directory, model, report, model_id, with_pipeline=processing_class is not None)
@@ -199,11 +207,24 @@ def _save_card(
         )
 
 
+def _remove_other_kind(directory: Path, model: PreTrainedModel) -> None:
+    """Remove the weights of an earlier merge of the other kind: a folder holds a whole model or an adapter, never both."""
+    patterns = [f"{name}*" for name in (*FULL_WEIGHTS, "model-*-of-*.safetensors")]
+    for pattern in patterns if mixture_of(model) is not None else [adapter.CONFIG, adapter.WEIGHTS]:
+        for path in directory.glob(pattern):
+            path.unlink()
+
+
 def saved_shards(directory: Path, model: PreTrainedModel, max_shard_size: int | str) -> Iterator[Path]:
     """Write the weights as `save_pretrained` does, one shard for each path that is asked for, and finally the index.
 
+    An adapter is one file.
+
     The files are those of `save_pretrained`, byte for byte. The caller may delete a shard before it asks for the next.
     """
+    if (mixture := mixture_of(model)) is not None:
+        yield adapter.save_adapter_weights(directory, mixture)
+        return
     state = saved_state(model)
     split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
     for name, tensors in split.filename_to_tensors.items():

@@ -199,7 +199,7 @@ def _is_settled(warning: warnings.WarningMessage) -> bool:
 
 
 def _apply_(base: PreTrainedModel, adapter: Source, directory: Path) -> AppliedAdapter:
-    config, weights = _in_runtime_names(base, for_inference(load_adapter_config(adapter)), adapter)
+    config, weights = in_runtime_names(base, for_inference(load_adapter_config(adapter)), adapter)
     mark = f".{parameter_prefix(config.peft_type)}"
     changed = _changed_modules(base, weights, mark)
     buffer = dict(_copy_into_file_(base, changed, directory / "adapted"))
@@ -219,7 +219,18 @@ def _apply_(base: PreTrainedModel, adapter: Source, directory: Path) -> AppliedA
 
 
 def adapted_model(base: PreTrainedModel, config: Any, weights: Mapping[str, Tensor], adapter: Source) -> PeftModel:
-    """Return `base` with an adapter around its layers, in eval mode; PEFT changes `base` in place.
+    """Return `base` with an adapter around its layers, in eval mode; arguments and errors are as for `fit_adapter`."""
+    adapted, weights = fit_adapter(base, config, weights, adapter)
+    set_peft_model_state_dict(adapted, weights)
+    return adapted.eval()
+
+
+def fit_adapter(
+    base: PreTrainedModel, config: Any, weights: Mapping[str, Tensor], adapter: Source
+) -> tuple[PeftModel, dict[str, Tensor]]:
+    """Return `base` with the layers of an adapter, and the adapter's weights for them, after a check that both fit.
+
+    PEFT changes `base` in place. The layers do not hold the weights yet.
 
     Args:
         base: The base model.
@@ -255,8 +266,7 @@ def adapted_model(base: PreTrainedModel, config: Any, weights: Mapping[str, Tens
             raise IncompatibleSourceError(
                 f"'{adapter.ref}' does not fit this model: {key}: got {got.dtype}, expected {wanted.dtype}"
             )
-    set_peft_model_state_dict(adapted, weights)
-    return adapted.eval()
+    return adapted, dict(weights)
 
 
 def _changed_modules(base: PreTrainedModel, weights: Collection[str], mark: str) -> set[str]:
@@ -358,7 +368,7 @@ def _module_of(key: str, modules: Collection[str]) -> str:
     return name
 
 
-def _in_runtime_names(base: PreTrainedModel, config: Any, adapter: Source) -> tuple[Any, dict[str, Tensor]]:
+def in_runtime_names(base: PreTrainedModel, config: Any, adapter: Source) -> tuple[Any, dict[str, Tensor]]:
     """Return the configuration and the weights of an adapter, with the modules' names in memory.
 
     An adapter that was trained under transformers 4 uses the names of that version (`attention.attention.query` of a

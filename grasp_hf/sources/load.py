@@ -16,6 +16,7 @@ from ..errors import GraspError, IncompatibleSourceError, NonFiniteError, descri
 from ..hub.pull import ShardedSource
 from ..hub.reference import Source, reading, reads
 from ..models.classes import load_config, quiet_transformers, wrong_number_of_labels
+from ..models.mixture import mixture_of
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
 from ..tensors.units import head_tensors, movable_tensors, tied_names
@@ -93,6 +94,11 @@ def load_source(
     with quiet_transformers():
         if source.kind == "adapter":
             files = _read_adapter(source, target, base, directory, accepted_bases, options, token)
+        elif mixture_of(target) is not None:
+            raise IncompatibleSourceError(
+                f"'{source.ref}' is a full model; expected a LoRA adapter with output='adapter'; use output='model', or "
+                "extract an adapter from it first"
+            )
         else:
             files = _read_full(source, target, directory, options)
     fit = _require_fit(source, files, target, processing_class, options)
@@ -205,6 +211,7 @@ def _read_adapter(
     if problems := problems or pattern_problems(config, [name for name, _ in target.named_modules()]):
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=problems)
     assert base is not None  # an unknown base is one of the problems
+    mixture = mixture_of(target)
     kwargs: dict[str, Any] = {}
     labels: list[str] | None = None
     try:
@@ -219,6 +226,12 @@ def _read_adapter(
                     raise wrong_number_of_labels(source, labels, classes)
                 labels = default_names(classes)
             kwargs = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        if mixture is not None:
+            from .factors import add_adapter_
+
+            base_config = load_config(base)
+            base_config.update(kwargs)
+            return add_adapter_(mixture, source, base_config, labels)
         model, fresh = load_pretrained(base, type(target), dtype=checkpoint_dtype(base), **kwargs)
         applied = apply_adapter_(model, source, directory)
     except GraspError:

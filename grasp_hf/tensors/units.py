@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 from ..internals import is_persistent
 
+DECLARED = "grasp_movable_tensors"  # attribute of a model that declares its movable tensors
 NUMBERED = re.compile(r".*?\.\d+(?=\.|$)")
 
 
@@ -36,8 +37,10 @@ def movable_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
 
     Runtime names are the names in `named_parameters()`. The names in a checkpoint file can differ, because
     transformers renames some tensors when it loads them. Non-persistent buffers, such as position ids, are not part
-    of a checkpoint and never move.
+    of a checkpoint and never move. A model may declare its movable tensors, see `declare_movable_`.
     """
+    if DECLARED in vars(model):
+        return dict(vars(model)[DECLARED])
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
@@ -57,6 +60,11 @@ def tied_names(model: torch.nn.Module) -> dict[str, str]:
     return {name: names[id(p)] for name, p in every if names[id(p)] != name}
 
 
+def declare_movable_(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Change `model`: from now on, `movable_tensors(model)` are `tensors`, the only ones that a merge may change."""
+    vars(model)[DECLARED] = dict(tensors)
+
+
 def partition(model: torch.nn.Module, unit: str) -> list[Unit]:
     """Divide the movable tensors of `model` into units.
 
@@ -68,9 +76,10 @@ def partition(model: torch.nn.Module, unit: str) -> list[Unit]:
     - `"tensor"`: one unit per parameter; a module with statistics is one unit.
     - `"parameter"`: one unit per parameter; statistics are in no unit.
     """
-    parameters = dict(model.named_parameters())
+    tensors = movable_tensors(model)
+    parameters = {name for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
     groups: dict[str, list[str]] = {}
-    for name in movable_tensors(model):
+    for name in tensors:
         module = name.rpartition(".")[0]
         numbered = NUMBERED.match(module) if unit == "layer" else None
         groups.setdefault(numbered[0] if numbered else module, []).append(name)

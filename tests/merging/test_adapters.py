@@ -1,0 +1,162 @@
+"""A merge whose output is an adapter: the same decisions and logits as a merge of weights, without a copy of the base."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from grasp_hf import GraspConfig, GraspMerger, MergeReport
+from tests.support.models import NO_TUNING, saved, saved_adapter, tiny_data, tiny_model
+
+BODY = {"vit": ["q_proj", "v_proj", "fc1"], "bert": ["query", "dense"], "gpt2": ["c_attn", "c_fc"]}
+BODY["llama"] = ["q_proj", "v_proj", "up_proj"]
+HEAD = {"modules_to_save": ["classifier"]}
+TOLERANCE: dict[str, Any] = {"atol": 1e-5, "rtol": 0}
+
+
+def model_of(kind: str, seed: int = 0) -> PreTrainedModel:
+    if kind != "llama":
+        return tiny_model(kind, seed)
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+    return LlamaForCausalLM(LlamaConfig(intermediate_size=32, num_key_value_heads=1, **sizes))
+
+
+def data_of(kind: str, samples: int, seed: int = 0) -> Any:
+    return tiny_data("gpt2" if kind == "llama" else kind, samples, seed)
+
+
+def sources(kind: str, folder: Path) -> tuple[str, list[str]]:
+    """Return a base, and three adapters of other ranks and layers; those of a classifier bring a head."""
+    base = saved(model_of(kind), folder / "base")
+    head = HEAD if kind in ("vit", "bert") else {}
+    chosen = [BODY[kind], BODY[kind][:2], BODY[kind]]
+    return base, [
+        saved_adapter(
+            model_of(kind),
+            base,
+            folder / f"adapter-{k}",
+            seed=k,
+            r=k + 1,
+            lora_alpha=4,
+            target_modules=chosen[k],
+            **head,
+        )
+        for k in range(3)
+    ]
+
+
+@torch.no_grad()
+def logits(model: Any, kind: str) -> Tensor:
+    inputs = {key: value for key, value in data_of(kind, 8, seed=9)[:8].items() if key != "labels"}
+    return model.eval()(**inputs).logits
+
+
+def merged(base: str, adapters: list[str], config: dict[str, Any], **data: Any) -> tuple[GraspMerger, MergeReport]:
+    merger = GraspMerger.from_pretrained(base, config=GraspConfig(**config))
+    return merger, merger.merge(adapters, **data)
+
+
+def decisions(report: MergeReport) -> list[Any]:
+    return [(step.source, step.accepted, step.reason, step.chosen) for step in report.steps]
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "average": {"method": "average", **NO_TUNING, "gate": False},
+    "average by modules": {"method": "average", "unit": "module", **NO_TUNING},
+    "weighted": {**NO_TUNING, "order": "loss"},
+    "blend": {"method": "blend", "num_batches": 3, "coefficient_lr": 0.3, **NO_TUNING},
+    "blend without gate": {"method": "blend", "num_batches": 3, "gate": False, **NO_TUNING},
+    "default": {"final_epochs": 2, "lora": {"r": 2}, "training_arguments": {"learning_rate": 3e-3}},
+    "between": {"method": "average", "order": "given", "finetune_epochs": 1, "final_epochs": 0, "lora": {"r": 2}},
+}
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert", "gpt2", "llama"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_merge_of_adapters_equals_the_merge_of_weights(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grasp_hf.methods.blend._find_fisher_mixes", lambda *_: None, raising=False)
+    base, adapters = sources(kind, tmp_path)
+    config = {"batch_size": 8, **CONFIGS[name]}
+    data: dict[str, Any] = {"train_dataset": data_of(kind, 24), "eval_dataset": data_of(kind, 12, seed=1)}
+    whole, expected = merged(base, adapters, config, **data)
+    merger, report = merged(base, adapters, {**config, "output": "adapter"}, **data)
+    torch.testing.assert_close(logits(merger.model, kind), logits(whole.model, kind), **TOLERANCE)
+    if any(step.accepted for step in report.steps):
+        assert not torch.allclose(logits(merger.model, kind), logits(model_of(kind), kind), atol=1e-4)
+    assert decisions(report) == decisions(expected)
+    for ours, theirs in zip(report.steps, expected.steps, strict=True):
+        assert ours.after == pytest.approx(theirs.after, abs=1e-5)
+        found = {unit.name: (unit.decision, unit.coefficient) for unit in ours.units}
+        for unit in theirs.units:
+            decision, coefficient = found[unit.name]
+            assert (decision, coefficient) == (unit.decision, pytest.approx(unit.coefficient, abs=1e-5))
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_the_card_names_the_base_and_its_code_loads_the_adapter(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapters = sources(kind, tmp_path)
+    config = {"method": "average", "output": "adapter", **NO_TUNING}
+    merger, _ = merged(base, adapters, config)
+    merger.save_pretrained(tmp_path / "merged")
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert card.data.library_name == "peft" and "lora" in card.data.tags
+    assert "merged into one LoRA adapter of rank" in card.text
+    code = card.text.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    torch.testing.assert_close(logits(scope["model"], kind), logits(merger.model, kind), **TOLERANCE)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 20])
+def test_an_adapter_is_compressed_to_the_best_one_of_its_rank(rank: int, tmp_path: Path) -> None:
+    base, adapters = sources("llama", tmp_path)
+    config = {"method": "average", "output": "adapter", **NO_TUNING}
+    exact = by_peft("llama", base, merged(base, adapters, config)[0], tmp_path / "exact")
+    merger, report = merged(base, adapters, {**config, "rank": rank}, eval_dataset=data_of("llama", 12))
+    found = by_peft("llama", base, merger, tmp_path / "compressed")
+    start = dict(model_of("llama").named_parameters())
+    lost, whole = 0.0, 0.0
+    for name, weights in exact.items():
+        values = torch.linalg.svdvals((weights - start[name]).double()) if weights.ndim == 2 else torch.zeros(1)
+        torch.testing.assert_close((found[name] - weights).norm(), values[rank:].norm().float(), atol=1e-5, rtol=0)
+        lost, whole = lost + float(values[rank:].square().sum()), whole + float(values.square().sum())
+    adapter = report.run.adapter
+    assert adapter is not None and adapter.exact_rank == 6 and adapter.rank == min(rank, 6)
+    assert adapter.error == pytest.approx((lost / whole) ** 0.5, abs=1e-6)
+    assert ("compressed from rank 6" in str(report)) == (rank < 6)
+    if rank < 6:
+        torch.testing.assert_close(adapter.after["loss"], merger.evaluate(data_of("llama", 12))["loss"])
+        assert adapter.before["loss"] != adapter.after["loss"]
+
+
+def by_peft(kind: str, base: str, merger: GraspMerger, folder: Path) -> dict[str, Tensor]:
+    """Return the weights of the base after PEFT merged a saved adapter into them."""
+    merger.save_pretrained(folder)
+    model = PeftModel.from_pretrained(type(merger.model).from_pretrained(base), str(folder)).merge_and_unload()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert", "gpt2", "llama"])
+def test_peft_loads_the_saved_adapter(kind: str, tmp_path: Path) -> None:
+    base, adapters = sources(kind, tmp_path)
+    config = {**CONFIGS["default"], "output": "adapter", "batch_size": 8}
+    merger, _ = merged(base, adapters, config, train_dataset=data_of(kind, 24))
+    merger.save_pretrained(tmp_path / "merged")
+    assert not [
+        path for path in (tmp_path / "merged").glob("*.safetensors") if path.name != "adapter_model.safetensors"
+    ]
+    loaded = PeftModel.from_pretrained(type(merger.model).from_pretrained(base), str(tmp_path / "merged"))
+    torch.testing.assert_close(logits(loaded, kind), logits(merger.model, kind), **TOLERANCE)
+    assert isinstance(loaded.peft_config["default"], LoraConfig)
+    torch.testing.assert_close(logits(loaded.merge_and_unload(), kind), logits(merger.model, kind), **TOLERANCE)
