@@ -412,8 +412,12 @@ class GraspMerger:
         given = {"train": samples.train, "eval": samples.validation, "unlabeled": samples.unlabeled}
         with repeatable():
             digests = {name: full_digest(dataset) for name, dataset in given.items() if dataset is not None}
+        if mixture_of(self.model) is None:
+            weights: Any = sum_of(movable_tensors(self.model))
+        else:  # a large base, which stays as it is
+            weights = local_files(self.base.ref) if self.base else None
         return {
-            "base": {"reference": self.report.base_reference, "weights": sum_of(movable_tensors(self.model))},
+            "base": {"reference": self.report.base_reference, "weights": weights},
             "earlier sources": len(self.report.steps),
             "sources": {reference: local_files(SourceRef.parse(reference)) for reference in references},
             "order of sources": list(references),

@@ -138,7 +138,7 @@ class Finetuning:
             train()
         else:
             self.trainings += 1
-            self.state.train(f"{TRAINING} {self.trainings}", movable_tensors(self.model), train)
+            self.state.train(f"{TRAINING} {self.trainings}", self.model, train)
 
     def _train_folds(self, start: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> FoldModels:
         samples = self.labels.samples

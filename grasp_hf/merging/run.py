@@ -25,7 +25,7 @@ from ..hub.reference import Source
 from ..methods.weighted import GRADIENT
 from ..models.batches import Collator, check_dataset, keep_model_columns
 from ..models.gradients import checkpointing, preserved_state
-from ..models.mixture import mixture_of
+from ..models.mixture import mixture_of, restore_state_, state_tensors
 from ..sources.load import LoadedSource, load_source
 from ..sources.placebo import Placebo
 from ..teaching.predictions import Predictions
@@ -138,14 +138,14 @@ class Run:
         values = {**values, "learned": self.labels.learned, "done": done}
         kept = (MERGE, CONTROLS)
         drop += [name for name in self.state.names() if name not in kept and (done or name.startswith(TRAINING))]
-        self.state.save(MERGE, values, movable_tensors(self.model), drop=drop)
+        self.state.save(MERGE, values, state_tensors(self.model), drop=drop)
 
     def restore(self) -> Any:
         """Change the model to the one that was saved last, and return the values; `None` if the state has no model."""
         if self.state is None or MERGE not in self.state:
             return None
         values = self.state.values(MERGE)
-        self.state.restore_(MERGE, movable_tensors(self.model))
+        restore_state_(self.model, self.state.tensors(MERGE))
         self.labels.learned = values["learned"]
         self.labels.changed()
         if GRADIENT in self.state:

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from ..errors import DiskFullError, StateError
 from ..files import flush, flush_tree, write_whole
+from ..models.mixture import restore_state_, state_tensors
 from ..tensors.placing import overwrite_
 from ..tensors.stored import file_sum, read_tensors, write_tensors
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..models.finetune import Checkpoints
 
 VERSION = 1
@@ -172,16 +175,16 @@ class RunState:
         """Remove the state, because the merge is done and delivered."""
         _empty(self.folder)
 
-    def train(self, name: str, tensors: Mapping[str, Tensor], train: Callable[[Checkpoints], None]) -> None:
-        """Change `tensors` by a training, or to its result if an earlier process has finished it.
+    def train(self, name: str, model: PreTrainedModel, train: Callable[[Checkpoints], None]) -> None:
+        """Change `model` by a training, or to its result if an earlier process has finished it.
 
         Args:
             name: Name of the entry.
-            tensors: The tensors of the model.
+            model: The target.
             train: Trains the model. It goes on from a checkpoint if there is one, and keeps new ones.
         """
         if name in self._entries:
-            self.restore_(name, tensors)
+            restore_state_(model, self.tensors(name))
             return
         folder, found = self.folder / TRAINING, self.values(CHECKPOINT)
         ours = found if found and found["training"] == name else None
@@ -202,7 +205,7 @@ class RunState:
 
         last = folder / ours["last"] if ours and (folder / ours["last"]).is_dir() else None
         train(Checkpoints(folder, last, keep, CHECKPOINT_SECONDS))
-        self.save(name, None, tensors, drop=[CHECKPOINT])
+        self.save(name, None, state_tensors(model), drop=[CHECKPOINT])
         shutil.rmtree(folder, ignore_errors=True)
 
     def _commit(self, entries: dict[str, dict[str, Any]]) -> None:

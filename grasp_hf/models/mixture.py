@@ -9,7 +9,7 @@ coefficient is `<dL/dW, D_k>` by the chain rule.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ SLOTS = 256  # blocks that a mixture can hold
 # Values of `init_lora_weights` that leave the weights of the base as they are.
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 ATTRIBUTE = "grasp_mixture"  # of a model with a mixture
+BLOCKS, PROTECTED = ("a", "b", "slots"), "protected slots"
 CHILD = "grasp_factors"  # name of the module that is added to each layer
 
 
@@ -106,6 +107,7 @@ class Mixture:
         base: The tensors of these modules before the merge, by name, on the CPU.
         fresh: Names of the tensors that the model's files lack.
         layers: The mixture of each layer that adapters can change, by the name of the layer.
+        protected: The slots of blocks that `add` keeps even if they have no coefficient.
     """
 
     def __init__(self, model: PreTrainedModel, fresh: Collection[str] = ()) -> None:
@@ -129,7 +131,7 @@ class Mixture:
         coefficients = {f"{name}.weight": layer.coefficients for name, layer in self.layers.items()}
         declare_movable_(model, {**coefficients, **own})
         vars(model)[ATTRIBUTE] = self
-        self._protected: set[int] = set()
+        self.protected = set[int]()
 
     def is_whole(self, name: str) -> bool:
         """Whether the tensor `name` of the model belongs to a module that moves whole."""
@@ -146,11 +148,11 @@ class Mixture:
 
     def protect(self) -> None:
         """Remove unused blocks, and let `add` keep the others, which the files of a run refer to."""
-        self._protected = self.used
+        self.protected = self.used
         self._remove_unused()
 
     def _remove_unused(self) -> None:
-        kept = self.used | self._protected
+        kept = self.used | self.protected
         for layer in self.layers.values():
             layer.keep(kept)
 
@@ -163,7 +165,7 @@ class Mixture:
         """
         if remove_unused:
             self._remove_unused()
-        taken = {slot for layer in self.layers.values() for slot in layer.slots.tolist()} | self._protected
+        taken = {slot for layer in self.layers.values() for slot in layer.slots.tolist()} | self.protected
         free = [slot for slot in range(SLOTS) if slot not in taken]
         if not free:
             raise ConfigError(
@@ -206,7 +208,7 @@ class Mixture:
         for layer in self.layers.values():
             layer.keep(())
             layer.coefficients.zero_()
-        self._protected = set()
+        self.protected = set()
         slot = self.add(found)
         for name in found:
             self.layers[name].coefficients[slot] = 1.0
@@ -214,6 +216,30 @@ class Mixture:
         relative = {name: errors[name] / norms[name] if norms[name] else 0.0 for name in found}
         worst = max(relative, key=lambda name: relative[name], default="")
         return lost / total if total else 0.0, worst, relative.get(worst, 0.0)
+
+
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return all tensors that a merge may change, with the blocks of a mixture; `restore_state_` takes them."""
+    tensors, mixture = movable_tensors(model), mixture_of(model)
+    if mixture is None:
+        return tensors
+    blocks = {f"{name} {part}": getattr(layer, part) for name, layer in mixture.layers.items() for part in BLOCKS}
+    return {**tensors, **blocks, PROTECTED: torch.tensor(sorted(mixture.protected), dtype=torch.long)}
+
+
+@torch.no_grad()
+def restore_state_(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Change `model` to the tensors that `state_tensors` returned in an earlier process."""
+    tensors, mixture = movable_tensors(model), mixture_of(model)
+    for name, value in values:
+        layer, _, part = name.rpartition(" ")
+        if name in tensors:
+            tensors[name].copy_(value)
+        elif mixture is not None and name == PROTECTED:
+            mixture.protected = {*value.tolist()}
+        elif mixture is not None:
+            device = mixture.layers[layer].coefficients.device
+            setattr(mixture.layers[layer], part, value.to(device))
 
 
 def mixture_of(model: nn.Module) -> Mixture | None:

@@ -14,6 +14,7 @@ MERGES: dict[str, dict[str, Any]] = {
     "blend, evaluated": {"method": "blend", "evaluates": True},
     "copy, ranked, fine-tuned between": {"method": "copy", "order": "rank", "finetune_epochs": 1, "initial_epochs": 1},
     "average with LoRA": {"method": "average", "lora": {"r": 2}},
+    "one adapter": {"output": "adapter", "rank": 3},
 }
 
 
@@ -21,7 +22,7 @@ MERGES: dict[str, dict[str, Any]] = {
 def test_a_merge_that_is_killed_goes_on_with_the_same_bits(name: str, tmp_path: Path) -> None:
     asked, whole, killed = MERGES[name], tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
-        write_world(folder)
+        write_world(folder, adapters=3 if "output" in asked else 1)
     assert run_process(whole, asked) == 0
     expected, changes = json.loads((whole / "result.json").read_text()), int((whole / "changes.txt").read_text())
     assert changes > 10

@@ -14,43 +14,40 @@ import torch
 
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.merging import state
+from grasp_hf.models.mixture import state_tensors
 from grasp_hf.tensors.stored import sum_of
-from grasp_hf.tensors.units import movable_tensors
 from tests.support.models import perturbed, saved, saved_adapter, tiny_data, tiny_model
 
 EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
 MODULE = "tests.support.resumable"
 
 
-def write_world(folder: Path, kind: str = "bert") -> None:
-    """Write a base model, two sources and, of a BERT, an adapter: `0` to `2`."""
-    base = tiny_model(kind)
+def write_world(folder: Path, *, adapters: int = 1) -> None:
+    """Write a base model and three sources `0` to `2`, of which the last ones are adapters."""
+    base = tiny_model("bert")
     name = saved(base, folder / "base")
-    for number in range(2):
+    for number in range(3 - adapters):
         saved(perturbed(deepcopy(base), number + 1), folder / str(number))
-    if kind == "bert":
-        saved_adapter(base, name, folder / "2", target_modules=["query"])
-    else:
-        saved(perturbed(deepcopy(base), 3), folder / "2")
+    for number in range(3 - adapters, 3):
+        saved_adapter(deepcopy(base), name, folder / str(number), seed=number, target_modules=["query", "dense"])
 
 
 def merge(folder: Path, asked: dict[str, Any]) -> None:
     """Merge the sources in `folder` into the base with the state in `folder/state`, and write `result.json`."""
     torch.set_num_threads(1)
     settings = dict(asked)
-    kind, evaluates = settings.pop("kind", "bert"), settings.pop("evaluates", False)
-    taught = settings.pop("taught", False)
+    evaluates, taught = settings.pop("evaluates", False), settings.pop("taught", False)
     state.CHECKPOINT_SECONDS = 0.0
     config = GraspConfig(**{"batch_size": 4, "num_batches": 2, "final_epochs": 2, **settings})
     merger = GraspMerger.from_pretrained(str(folder / "base"), config=config)
     report = merger.merge(
         [str(folder / number) for number in "012"],
-        train_dataset=tiny_data(kind, 12, seed=1),
-        eval_dataset=tiny_data(kind, 9, seed=2) if evaluates else None,
-        unlabeled_dataset=tiny_data(kind, 30, seed=3).remove_columns("labels") if taught else None,
+        train_dataset=tiny_data("bert", 12, seed=1),
+        eval_dataset=tiny_data("bert", 9, seed=2) if evaluates else None,
+        unlabeled_dataset=tiny_data("bert", 30, seed=3).remove_columns("labels") if taught else None,
         resume_from=folder / "state",
     )
-    found = {"weights": sum_of(movable_tensors(merger.model)), "report": without_times(asdict(report))}
+    found = {"weights": sum_of(state_tensors(merger.model)), "report": without_times(asdict(report))}
     (folder / "result.json").write_text(json.dumps(found))
 
 
