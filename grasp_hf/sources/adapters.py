@@ -195,7 +195,11 @@ def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> A
 def _is_settled(warning: warnings.WarningMessage) -> bool:
     """Whether a warning asks for nothing: a deprecated name, or tied weights, which `apply_adapter_` takes apart."""
     deprecated = issubclass(warning.category, FutureWarning | DeprecationWarning | PendingDeprecationWarning)
-    return deprecated or "tie_word_embeddings=True" in str(warning.message)
+    settled = (
+        "tie_word_embeddings=True",
+        "`base_model_name_or_path` was renamed",
+    )  # `adapter_problems` checks the base
+    return deprecated or any(text in str(warning.message) for text in settled)
 
 
 def _apply_(base: PreTrainedModel, adapter: Source, directory: Path) -> AppliedAdapter:

@@ -35,7 +35,6 @@ INPUTS = {
     "a number": pickled(NAME, 7),
     "numbers by name": pickled(NAME, {"classifier.weight": 1}),
     "tensors by number": pickled(NAME, {1: torch.ones(1)}),
-    "a sparse tensor": pickled(NAME, {"classifier.weight": torch.eye(3).to_sparse()}),
     "a nested dictionary": pickled(NAME, {"state_dict": {"classifier.weight": torch.ones(1)}}),
     "nothing": damaged(b""),
     "cut": damaged(b"PK\x03\x04" + bytes(40)),
