@@ -9,7 +9,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config.recipe import Recipe
-from ..errors import DataError
+from ..errors import DataError, first_few
+from ..files import LFS_ADVICE, lfs_pointers
 from ..internals import file_formats
 from ..sources.rows import label_names
 from .section import FILES, SPLITS, UNLABELED, DataSection
@@ -30,6 +31,8 @@ def load_splits(section: DataSection) -> DatasetDict:
     Raises:
         DataError: The data set cannot be loaded, has no split `train`, or has an empty split.
     """
+    if pointers := lfs_pointers(Path(), _file_names(section.data_files)):
+        raise DataError(f"{first_few(pointers)}: got {LFS_ADVICE}")
     try:
         if section.is_saved:
             if unused := [key for key in ("name", "revision", *FILES) if getattr(section, key) is not None]:
@@ -64,6 +67,13 @@ def load_splits(section: DataSection) -> DatasetDict:
     return DatasetDict({name: splits[name] for name in (*SPLITS, UNLABELED) if name in splits})
 
 
+def _file_names(value: Any) -> list[str]:
+    """Return the names of files in a value of `data_files`."""
+    if isinstance(value, dict | list):
+        return [name for item in (value.values() if isinstance(value, dict) else value) for name in _file_names(item)]
+    return [value] if isinstance(value, str) else []
+
+
 def _load_unlabeled(section: DataSection) -> Dataset:
     """Load the files that hold inputs without labels.
 
@@ -75,6 +85,8 @@ def _load_unlabeled(section: DataSection) -> Dataset:
             f"data.unlabeled: data set '{section.path}' has no split '{section.unlabeled}'; name one of its splits"
         )
     folder = isinstance(section.unlabeled, str) and Path(section.unlabeled).is_dir()
+    if pointers := lfs_pointers(Path(), _file_names(section.unlabeled)):
+        raise DataError(f"{first_few(pointers)}: got {LFS_ADVICE}")
     where = {"data_dir": section.unlabeled} if folder else {"data_files": section.unlabeled}
     try:
         options = {"drop_labels": True} if section.path in ("imagefolder", "audiofolder") else {}

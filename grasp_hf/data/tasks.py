@@ -65,8 +65,8 @@ def tokenize_texts(
         positions: The largest number of tokens that the model takes; `None` for no limit.
 
     Raises:
-        DataError: The tokenizer has no padding token, it adds more tokens than `max_length`, or a split has no text of
-            enough tokens.
+        DataError: The tokenizer has no padding token, it adds so many tokens that `max_length` leaves none for the text, or
+            a split has no text of enough tokens.
     """
     if tokenizer.pad_token is None:
         raise DataError(
@@ -74,6 +74,13 @@ def tokenize_texts(
             "pad_token in its tokenizer_config.json"
         )
     max_length = min(section.max_length, tokenizer.model_max_length, positions or section.max_length)
+
+    special = tokenizer.num_special_tokens_to_add()
+    if max_length <= special:
+        raise DataError(
+            f"data.max_length: got {max_length} tokens per text, of which the tokenizer adds {special} itself; expected at "
+            f"least {special + 1}"
+        )
 
     def tokenize(samples: dict[str, list]) -> dict[str, Any]:
         return tokenizer(samples[section.text], truncation=True, max_length=max_length)

@@ -22,7 +22,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     f"{CHAT_TEMPLATES}/*.jinja",
-    *TOKENIZERS,
 )
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -34,7 +33,13 @@ MODULES = (
     "modules.json"  # the list of the modules of a sentence-transformers model; each has a folder such as 1_Pooling
 )
 MODULE_FILE = re.compile(r"\d+_\w+/[\w.-]+\.(json|txt|safetensors|bin)")
-OTHER_FILES = ("generation_config.json", MODULES, "sentence_*_config.json", "config_sentence_transformers.json")
+OTHER_FILES = (
+    "generation_config.json",
+    *TOKENIZERS,  # a fast tokenizer is saved without them, and converters to other formats need them
+    MODULES,
+    "sentence_*_config.json",
+    "config_sentence_transformers.json",
+)
 
 
 def files_below(paths: Iterable[str]) -> list[str]:

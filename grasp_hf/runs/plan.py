@@ -21,6 +21,7 @@ from ..hub.licenses import strictest
 from ..hub.listing import Listing
 from ..hub.reference import Source, reading
 from ..models.classes import is_headless, load_config, model_class
+from ..models.padding import unify_padding_
 from ..models.processors import load_processing_class, required_processing_class
 from ..models.target import fresh_problems, fresh_tensors, untie_
 from ..record.card import declared_license
@@ -217,7 +218,10 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
         untie_(model)
     planned.partition = partition_lines(model, recipe.config.unit)
     has_labels = not planned.data_problems
-    return _Target(base, model, has_labels, load_processing_class(base), recipe.config, token)
+    processing_class = load_processing_class(base)
+    model.config.name_or_path = base.ref.name
+    unify_padding_(model, processing_class)
+    return _Target(base, model, has_labels, processing_class, recipe.config, token)
 
 
 def _take_labels_(config: PretrainedConfig, recipe: Recipe, base: Source, cls: type[PreTrainedModel]) -> list[str]:

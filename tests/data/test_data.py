@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedModel
 
 from grasp_hf import GraspConfig, Recipe
 from grasp_hf.data.digests import fingerprint
@@ -274,6 +274,30 @@ def test_texts_are_cut_where_the_model_has_no_more_positions(tmp_path: Path, cap
     encoded, _ = tokenize_texts(splits, part, tiny_tokenizer(), generates=False, positions=2)
     assert encoded["train"]["input_ids"][:] == [[3, 6], [7]] and encoded["test"]["input_ids"][:] == [[3]]
     assert "split 'train': 1 of 2 texts fill all 2 tokens; longer texts are cut" in caplog.text
+
+
+def test_a_length_that_leaves_no_token_for_the_text(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nred\nblue\n")
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
+    splits = DatasetDict(train=Dataset.from_dict({"text": ["red blue"], "labels": [1]}))
+    for length in (1, 2):
+        part = section(tmp_path, {"path": "csv", "data_files": "x.csv", "max_length": length})
+        message = (
+            f"data.max_length: got {length} tokens per text, of which the tokenizer adds 2 itself; expected at lea"
+        )
+        with pytest.raises(DataError, match=message):
+            tokenize_texts(splits, part, tokenizer, generates=False)
+    part = section(tmp_path, {"path": "csv", "data_files": "x.csv", "max_length": 3})
+    assert tokenize_texts(splits, part, tokenizer, generates=False)[0]["train"]["input_ids"][:] == [[2, 5, 3]]
+
+
+@pytest.mark.parametrize("key", ["data_files", "unlabeled"])
+def test_data_that_git_has_not_fetched(key: str, tmp_path: Path) -> None:
+    data = write_texts(tmp_path, "csv", {"train": ROWS})
+    (tmp_path / "more.csv").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    data |= {"unlabeled": "more.csv"} if key == "unlabeled" else {"data_files": ["train.csv", "more.csv"]}
+    with pytest.raises(DataError, match=r"more.csv: got a git-LFS pointer, not the file itself; run `git lfs pull`"):
+        load_splits(section(tmp_path, data))
 
 
 def test_a_saved_data_set_gets_no_files_beside_it(tmp_path: Path) -> None:

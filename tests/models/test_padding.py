@@ -23,6 +23,7 @@ from grasp_hf.data.section import DataSection
 from grasp_hf.data.tasks import LanguageModelCollator, tokenize_texts
 from grasp_hf.errors import DataError, IncompatibleSourceError
 from grasp_hf.models.padding import check_padding, max_tokens, unify_padding_
+from grasp_hf.runs.plan import plan
 from grasp_hf.runs.prepare import prepare
 from tests.support.models import NO_TUNING, WORDS
 
@@ -180,6 +181,9 @@ def test_positions_that_another_padding_token_would_move_are_refused(tmp_path: P
     )
     with pytest.raises(IncompatibleSourceError, match=message):
         GraspMerger.from_pretrained(str(tmp_path))
+    base, _ = plan(Recipe(base_model=str(tmp_path), sources=[str(tmp_path)], config=GraspConfig(method="average")))
+    assert len(base.problems) == 1
+    assert base.problems[0].startswith("the padding token of its config has the id 4")
 
 
 @pytest.mark.parametrize(
