@@ -229,13 +229,12 @@ class Run:
             keep_in=None if self.state is None else self.state.folder / DOWNLOADS,
         )
 
-    def load(self, located: Source, *, scratch: Scratch | None = None, check_finite: bool = True) -> LoadedSource:
+    def load(self, located: Source, *, scratch: Scratch | None = None) -> LoadedSource:
         """Read the tensors of a source by the names and shapes of the model.
 
         Args:
             located: The source.
             scratch: Temporary files for the source; if left out, those of the run, which hold one source at a time.
-            check_finite: Whether a weight that is NaN or infinite is an error.
         """
         directory = (scratch or self.scratch).source_folder()
         loaded = load_source(
@@ -246,7 +245,6 @@ class Run:
             processing_class=self._processing_class,
             accepted_bases=self.config.accepted_bases,
             options=self.config.options_of(str(located.ref)),
-            check_finite=check_finite,
             token=self._base_token,
         )
         if located.kind == "full":
