@@ -19,11 +19,11 @@ from ..models.classes import load_config, quiet_transformers, wrong_number_of_la
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
 from ..tensors.units import head_tensors, movable_tensors, tied_names
+from .adapter_limits import limit_problems
 from .architecture import architecture_problems
 from .checkpoint import drop_tied_, file_tensors, fill_tied_, runtime_tensors
 from .fit import Fit, SourceFiles, fit_source
 from .headers import header_tensors
-from .patterns import pattern_problems
 from .rows import class_tensors, default_names, label_names
 from .values import check_values
 
@@ -192,7 +192,8 @@ def _read_adapter(
 
     config = load_adapter_config(source)
     problems = adapter_problems(config, source, base, accepted_bases, token=token)
-    if problems := problems or pattern_problems(config, [name for name, _ in target.named_modules()]):
+    names = [name for name, _ in target.named_modules()]
+    if problems := problems or limit_problems(config, header_tensors(source) or file_tensors(source), names):
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=problems)
     assert base is not None  # an unknown base is one of the problems
     kwargs: dict[str, Any] = {}

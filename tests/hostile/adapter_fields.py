@@ -27,7 +27,6 @@ INPUTS = {
     "target_modules is empty": keys(FILE, target_modules=[]),
     "rank_pattern is a list": keys(FILE, rank_pattern=[1]),
     "bias is unknown": keys(FILE, bias="maybe"),
-    "dropout is beyond 1": keys(FILE, lora_dropout=7),
     "layers_to_transform is a text": keys(FILE, layers_to_transform="all"),
     "init_lora_weights is unknown": keys(FILE, init_lora_weights="none-such"),
 }
