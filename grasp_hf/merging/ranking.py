@@ -116,8 +116,7 @@ def rank_by_gain(run: Run, references: Sequence[str], *, finetuned: bool, token:
         tensors = movable_tensors(model.cpu())
 
         def read(source: Source) -> RankedSource:
-            loaded = run.load(source, check_finite=False)  # `rank_source` finds a weight that is not finite
-            return rank_source(source, loaded, gradient, tensors, units)
+            return rank_source(source, run.load(source), gradient, tensors, units)
 
         with run.puller(token, whole=True) as puller:
             rows = [*_read_each(run, "gain", references, puller, read)]

@@ -20,6 +20,7 @@ from ..data.digests import fingerprint
 from ..data.samples import Samples
 from ..files import interrupts_held, workspace
 from ..hub.companions import compare_modules
+from ..hub.digests import SourceDigests
 from ..hub.pull import Puller
 from ..hub.reference import Source
 from ..methods.weighted import GRADIENT
@@ -58,6 +59,7 @@ class Run:
         base_token: Hub token that the base was loaded with.
         placebo: Replaces every source by a placebo, for a control.
         state: The state of the merge on disk; `None` keeps none.
+        digests: Digests of local sources from earlier runs of the same merge.
 
     Attributes:
         labels: The labelled samples, with the losses of the model on them.
@@ -79,7 +81,9 @@ class Run:
         base_token: str | None,
         placebo: Placebo | None = None,
         state: RunState | None = None,
+        digests: SourceDigests | None = None,
     ) -> None:
+        self._digests = digests or SourceDigests()
         self.state = state
         self._given = samples
         if model.can_generate() and samples.unlabeled is not None and samples.train is not None:
@@ -232,14 +236,14 @@ class Run:
             keep_in=None if self.state is None else self.state.folder / DOWNLOADS,
         )
 
-    def load(self, located: Source, *, scratch: Scratch | None = None, check_finite: bool = True) -> LoadedSource:
+    def load(self, located: Source, *, scratch: Scratch | None = None) -> LoadedSource:
         """Read the tensors of a source by the names and shapes of the model.
 
         Args:
             located: The source.
             scratch: Temporary files for the source; if left out, those of the run, which hold one source at a time.
-            check_finite: Whether a weight that is NaN or infinite is an error.
         """
+        self._digests.check(located)
         directory = (scratch or self.scratch).source_folder()
         loaded = load_source(
             located,
@@ -249,7 +253,6 @@ class Run:
             processing_class=self._processing_class,
             accepted_bases=self.config.accepted_bases,
             options=self.config.options_of(str(located.ref)),
-            check_finite=check_finite,
             token=self._base_token,
         )
         if located.kind == "full":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,10 +13,10 @@ import transformers
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..errors import IncompatibleSourceError, first_few
+from ..errors import IncompatibleSourceError, NonFiniteError, first_few
 from ..hub.reference import Source, reading, reads
 from ..internals import computed_patterns, initialize_
-from ..tensors.units import head_tensors, movable_tensors, tied_names
+from ..tensors.units import head_tensors, largest_weight, movable_tensors, tied_names
 from .classes import load_config, model_class, quiet_transformers
 from .mixture import Mixture
 
@@ -67,6 +68,9 @@ def load_target(
         model, fresh = load_pretrained(source, cls, dtype=dtype, **model_kwargs)
         if problems := fresh_problems(model, fresh, needs_head=needs_head):
             raise IncompatibleSourceError(f"a merge cannot start from '{source.ref}'", problems=problems)
+        for name, tensor in movable_tensors(model).items():
+            if not math.isfinite(largest_weight(tensor)):
+                raise NonFiniteError(f"{name} holds NaN or infinite weights; expected finite ones", subject=source.ref)
         if new_head:
             fresh |= dict.fromkeys(_reinitialize_head_(model, source), "")
     if fresh:

@@ -27,13 +27,13 @@ from ..models.target import fresh_problems, fresh_tensors, untie_
 from ..record.card import declared_license
 from ..record.saving import read_record
 from ..record.text import markdown_table
+from ..sources.adapter_limits import limit_problems
 from ..sources.adapters import adapter_problems, load_adapter_config
 from ..sources.architecture import architecture_problems
 from ..sources.checkpoint import fill_tied_, runtime_tensors
 from ..sources.fit import SourceFiles, fit_source, tie_problems
 from ..sources.headers import header_tensors
 from ..sources.load import adapter_labels, saves_head
-from ..sources.patterns import pattern_problems
 from ..sources.rows import label_names, match_head
 from ..tensors.units import head_tensors, movable_tensors, partition
 from .costs import cost_lines
@@ -89,7 +89,7 @@ def plan(recipe: Recipe, *, token: str | None = None) -> list[PlannedSource]:
                 if planned.role == "base":
                     target = _plan_base(planned, one, recipe, token)
                 elif one.source.kind == "adapter":
-                    _plan_adapter(planned, one.source, target)
+                    _plan_adapter(planned, one, target)
                 else:
                     _plan_full(planned, one, target)
         except GraspError as error:
@@ -261,7 +261,8 @@ def _describe(planned: PlannedSource, config: PretrainedConfig, *, generates: bo
     planned.vocabulary = getattr(config.get_text_config(), "vocab_size", None)
 
 
-def _plan_adapter(planned: PlannedSource, adapter: Source, target: _Target | None) -> None:
+def _plan_adapter(planned: PlannedSource, found: _Found, target: _Target | None) -> None:
+    adapter = found.source
     config = load_adapter_config(adapter)
     planned.architecture = str(getattr(config.peft_type, "value", config.peft_type))
     planned.adapter_of = config.base_model_name_or_path
@@ -270,7 +271,7 @@ def _plan_adapter(planned: PlannedSource, adapter: Source, target: _Target | Non
     planned.problems += adapter_problems(
         config, adapter, target.adapters_base, target.settings.accepted_bases, token=target.token
     )
-    planned.problems += pattern_problems(config, [name for name, _ in target.model.named_modules()])
+    planned.problems += limit_problems(config, found.headers or {}, [name for name, _ in target.model.named_modules()])
     if target.has_labels and saves_head(config, target.model):
         options = target.settings.options_of(str(adapter.ref))
         labels = options.labels or adapter_labels(adapter, target.adapters_base)

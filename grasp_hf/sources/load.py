@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..config.sources import NO_OPTIONS, SourceOptions
-from ..errors import GraspError, IncompatibleSourceError, NonFiniteError, describe
+from ..errors import GraspError, IncompatibleSourceError, describe
 from ..hub.pull import ShardedSource
 from ..hub.reference import Source, reading, reads
 from ..models.classes import load_config, quiet_transformers, wrong_number_of_labels
@@ -20,12 +20,13 @@ from ..models.mixture import mixture_of
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
 from ..tensors.units import head_tensors, movable_tensors, tied_names
+from .adapter_limits import limit_problems
 from .architecture import architecture_problems
 from .checkpoint import drop_tied_, file_tensors, fill_tied_, runtime_tensors
 from .fit import Fit, SourceFiles, fit_source
 from .headers import header_tensors
-from .patterns import pattern_problems
 from .rows import class_tensors, default_names, label_names
+from .values import check_values
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -66,7 +67,6 @@ def load_source(
     processing_class: Any = None,
     accepted_bases: Collection[str] = (),
     options: SourceOptions = NO_OPTIONS,
-    check_finite: bool = True,
     token: str | None = None,
 ) -> LoadedSource:
     """Load one source with the target's names and shapes, and check that it fits.
@@ -79,7 +79,6 @@ def load_source(
         processing_class: The target's tokenizer; its tokens are matched with the source's by their strings.
         accepted_bases: Names of models that the user declares to be the same as `base`.
         options: What the user says about the source.
-        check_finite: Whether to read every weight once and check that it is finite.
         token: Hub token with which the base was loaded.
 
     Raises:
@@ -103,8 +102,7 @@ def load_source(
             files = _read_full(source, target, directory, options)
     fit = _require_fit(source, files, target, processing_class, options)
     tensors = fit.tensors
-    if check_finite:
-        _check_finite(source, tensors)
+    check_values(source.ref, tensors, movable_tensors(target))
     if fit.rows:
         targets = movable_tensors(target)
         own = {name: targets[name].detach() for name in fit.rows}
@@ -135,17 +133,22 @@ def _load_in_shards(
     fit = _require_fit(source, files, target, processing_class, options)
     if fit.rows:
         return None
-    return LoadedSource(fit.tensors, set(fit.tensors), fit.notes, _read_shards(source, names, fit.tensors))
+    return LoadedSource(
+        fit.tensors, set(fit.tensors), fit.notes, _read_shards(source, names, fit.tensors, movable_tensors(target))
+    )
 
 
 def _read_shards(
-    source: ShardedSource, names: Mapping[str, str], like: Mapping[str, Tensor]
+    source: ShardedSource, names: Mapping[str, str], like: Mapping[str, Tensor], target: Mapping[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of each shard that are in `like`; `names` maps names in files to runtime names."""
+    """Yield the tensors of each shard that are in `like`; `names` maps names in files to runtime names.
+
+    The values are compared with those of `target`.
+    """
     for path in source.shards():
         with reading(source.ref, f"{path.name} cannot be read"), safe_open(path, "pt") as weights:
             values = {names[key]: weights.get_tensor(key) for key in weights.keys() if names[key] in like}
-        _check_finite(source, values)
+        check_values(source.ref, values, target)
         yield values
         values.clear()  # a removed file occupies the disk until nothing maps it
 
@@ -157,19 +160,6 @@ def _require_fit(
     if fit.problems:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=fit.problems)
     return fit
-
-
-def _check_finite(source: Source, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not _is_finite(tensor):
-            raise NonFiniteError(f"{name} holds NaN or infinite weights; expected finite ones", subject=source.ref)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; a finite sum shows this in one pass, without a mask."""
-    if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float32)):
-        return True
-    return bool(torch.isfinite(tensor).all())
 
 
 def _read_full(
@@ -208,7 +198,8 @@ def _read_adapter(
 
     config = load_adapter_config(source)
     problems = adapter_problems(config, source, base, accepted_bases, token=token)
-    if problems := problems or pattern_problems(config, [name for name, _ in target.named_modules()]):
+    names = [name for name, _ in target.named_modules()]
+    if problems := problems or limit_problems(config, header_tensors(source) or file_tensors(source), names):
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=problems)
     assert base is not None  # an unknown base is one of the problems
     mixture = mixture_of(target)

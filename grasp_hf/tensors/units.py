@@ -112,3 +112,11 @@ def head_tensors(model: PreTrainedModel) -> set[str]:
     if model.can_generate() or len(children) < 2:
         return set()
     return {name for name in names if name.startswith(f"{children[-1]}.")}
+
+
+def largest_weight(tensor: Tensor) -> float:
+    """Return the largest absolute value of a tensor of floats, NaN if it holds one, and 0 for any other tensor."""
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return 0.0
+    low, high = torch.aminmax(tensor.detach())  # one pass at the speed of memory, unlike `sum` in half precision
+    return float("nan") if torch.isnan(low) else max(abs(float(low)), abs(float(high)))
