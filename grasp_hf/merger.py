@@ -23,6 +23,7 @@ from accelerate import Accelerator
 
 from .config.grasp import GraspConfig
 from .config.sources import require_entries
+from .data.classes import check_class_names
 from .data.digests import fingerprint, full_digest
 from .data.samples import Samples
 from .errors import ConfigError, GraspError
@@ -357,6 +358,7 @@ class GraspMerger:
         check_merge(self.model, self.config, self.report, sources, samples)
         if test_dataset is not None:
             check_dataset(test_dataset, "test_dataset")
+            check_class_names(self.model, test_dataset, "test_dataset")
         references, earlier = self._references(sources), len(self.report.steps)
         with self._open_state(resume_from) as state, self.open_run(samples, state=state) as run:
             if state is not None:
@@ -700,6 +702,7 @@ class GraspMerger:
     def judge(self, dataset: Any, *, data_collator: Collator | None = None) -> SampleLosses:
         """Return the losses of the present model on every sample of `dataset`; changes nothing."""
         check_dataset(dataset, "dataset")
+        check_class_names(self.model, dataset, "dataset")
         collator = collator_for(self.model, self.config, self.processing_class, data_collator)
         with preserved_state(self.model):
             self.model.to(Accelerator().device)

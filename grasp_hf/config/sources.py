@@ -50,6 +50,8 @@ class _Entry(SourceOptions):
 
     @property
     def reference(self) -> str:
+        if not self.subfolder and not self.revision:
+            return self.id
         name, _, revision = self.id.partition("@")
         name = f"{name}/{self.subfolder}" if self.subfolder else name
         revision = self.revision or revision
@@ -62,6 +64,9 @@ def option_problems(options: Any) -> list[str]:
         return []  # the check of types reports it
     found = []
     for name, values in options.items():
+        if not isinstance(values, Mapping):
+            found.append(f"source_options['{name}']: got {values!r}, expected a section with keys")
+            continue
         found += [f"source_options['{name}'].{problem}" for problem in _problems(SourceOptions, values)]
     return found
 
@@ -103,9 +108,7 @@ def split_entries(entries: Iterable[Any]) -> tuple[list[Any], dict[str, dict[str
     return references, options, problems
 
 
-def _problems(cls: type[SourceOptions], values: Any) -> list[str]:
-    if not isinstance(values, Mapping):
-        return [f" got {values!r}, expected a section with keys"]
+def _problems(cls: type[SourceOptions], values: Mapping[str, Any]) -> list[str]:
     found = value_problems(cls, dict(values))
     for key in ("labels", "accept"):
         listed = values.get(key)

@@ -16,6 +16,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ..config.grasp import GraspConfig
 from ..config.methods import METHODS
+from ..data.classes import check_class_names
 from ..data.digests import fingerprint
 from ..data.samples import Samples
 from ..files import interrupts_held, workspace
@@ -187,6 +188,7 @@ class Run:
                 if not self._has_finite_loss:
                     for name, dataset in samples.items():
                         if dataset is not None:
+                            check_class_names(self.model, dataset, name)
                             check_loss(self.labels, dataset, name)
                 self._has_finite_loss = True
                 yield step
