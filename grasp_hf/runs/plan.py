@@ -18,17 +18,20 @@ from ..hub.download import cached_bytes, look_up
 from ..hub.licenses import strictest
 from ..hub.listing import Listing
 from ..hub.reference import Source
+from ..merging.checks import check_continues_adapter
 from ..models.classes import is_headless, load_config, model_class
+from ..models.mixture import whole_modules
 from ..models.processors import load_processing_class, required_processing_class
 from ..models.target import fresh_problems, fresh_tensors
 from ..record.card import declared_license
 from ..record.saving import read_record
 from ..record.text import markdown_table
-from ..sources.adapters import adapter_problems, load_adapter_config
+from ..sources.adapters import PREFIX, adapter_problems, load_adapter_config
 from ..sources.checkpoint import runtime_tensors
+from ..sources.factors import block_problems
 from ..sources.fit import SourceFiles, architecture_problems, fit_source, tie_problems
 from ..sources.headers import header_tensors
-from ..sources.load import adapter_labels, saves_head
+from ..sources.load import FULL_MODEL, adapter_labels, saves_head
 from ..sources.rows import label_names, match_head
 from ..tensors.units import head_tensors, movable_tensors, partition
 from .costs import cost_lines
@@ -174,6 +177,7 @@ class _Target:
         processing_class: Tokenizer or image processor of the base; `None` if it has none.
         accepted_bases: Setting of the recipe.
         token: Hub token.
+        whole: Names of the modules that move whole in a merge of adapters; `None` in a merge of weights.
     """
 
     base: Source
@@ -182,6 +186,7 @@ class _Target:
     processing_class: Any
     accepted_bases: list[str]
     token: str | None = field(repr=False)
+    whole: list[str] | None = None
 
     @property
     def adapters_base(self) -> Source:
@@ -196,7 +201,13 @@ def _without_weights(target: _Target, config: PretrainedConfig) -> PreTrainedMod
 
 
 def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str | None) -> _Target:
-    base = found.source
+    base, record = found.source, read_record(found.source.folder)
+    start = found
+    if base.kind == "adapter":
+        check_continues_adapter(base, recipe.config, record)
+        assert record is not None
+        source, listing = look_up(record.base_reference, token=token, trusted=recipe.config.trust_remote_code)
+        start = _Found(source, listing, header_tensors(source, listing, token=token))
     config = load_config(base)
     planned.architecture = config.model_type
     cls = model_class(config, recipe.task, str(base.ref))
@@ -206,10 +217,17 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
         planned.data_problems = _take_labels_(config, recipe, base, cls)
     with torch.device("meta"):
         model = cls(config)
-    planned.problems += fresh_problems(model, _missing_tensors(found, model, config), needs_head=not needs_data)
+    missing = _missing_tensors(start, model, config)
+    saved: set[str] = set()
+    if base.kind == "adapter":  # it holds its head
+        saved = {name.removeprefix(PREFIX) for name in found.headers or ()}
+    fresh = {name: shape for name, shape in missing.items() if name not in saved}
+    planned.problems += fresh_problems(model, fresh, needs_head=not needs_data)
     planned.partition = partition_lines(model, recipe.config.unit)
     has_labels = not planned.data_problems
-    return _Target(base, model, has_labels, load_processing_class(base), recipe.config.accepted_bases, token)
+    processing_class = load_processing_class(base)
+    whole = whole_modules(model, missing) if recipe.config.adapts else None
+    return _Target(base, model, has_labels, processing_class, recipe.config.accepted_bases, token, whole)
 
 
 def _take_labels_(config: PretrainedConfig, recipe: Recipe, base: Source, cls: type[PreTrainedModel]) -> list[str]:
@@ -258,6 +276,8 @@ def _plan_adapter(planned: PlannedSource, adapter: Source, target: _Target | Non
     planned.problems += adapter_problems(
         config, adapter, target.adapters_base, target.accepted_bases, token=target.token
     )
+    if target.whole is not None:
+        planned.problems += block_problems(config, target.whole)
     if target.has_labels and saves_head(config, target.model):
         labels = adapter_labels(adapter, target.adapters_base)
         model = _without_weights(target, load_config(target.adapters_base))
@@ -272,6 +292,8 @@ def _plan_full(planned: PlannedSource, found: _Found, target: _Target | None) ->
     if target is None:
         return
     planned.problems += architecture_problems(config, target.model)
+    if target.whole is not None:
+        planned.problems.append(FULL_MODEL)
     if planned.problems:
         return
     model = _without_weights(target, config)
