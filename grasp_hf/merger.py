@@ -33,7 +33,7 @@ from .hub.download import locate
 from .hub.pull import Puller, ShardedSource
 from .hub.push import Destination, push_merge
 from .hub.reference import Source, SourceRef, local_files
-from .merging.checks import check_config, check_finetuning, check_merge, check_units
+from .merging.checks import check_config, check_continues_adapter, check_finetuning, check_merge, check_units
 from .merging.ranking import RankedSource, rank_by_gain, rank_for_merge
 from .merging.run import Run, collator_for
 from .merging.state import RunState
@@ -50,6 +50,7 @@ from .record.entries import AdapterReport, ControlReport, Evaluation, Reason
 from .record.report import MergeReport, RunReport, StepReport
 from .record.saving import check_output, read_record, save_merge, save_record, saved_shards
 from .record.text import WIDTH, wrap
+from .sources.load import load_mixture_
 from .sources.placebo import Placebo
 from .tensors.mapped import MappedTensors
 from .tensors.placing import overwrite_
@@ -249,28 +250,36 @@ class GraspMerger:
             ref = SourceRef.parse(str(Path(ref.name, subfolder)))
         else:
             ref = replace(ref, revision=ref.revision or revision, subfolder=ref.subfolder or subfolder)
-        base = locate(ref, token=token, trusted=(config or GraspConfig()).trust_remote_code)
-        seed = (config or GraspConfig()).seed
-        labels = (config or GraspConfig()).options_of(str(ref)).labels
-        if labels and "id2label" not in model_kwargs:
+        config = config or GraspConfig()
+        merged = base = locate(ref, token=token, trusted=config.trust_remote_code)
+        record = None if new_head else read_record(merged.folder)
+        continued = EarlierMerge(record, merged, token) if record else None
+        labels = config.options_of(str(ref)).labels
+        if merged.kind == "adapter":
+            check_continues_adapter(merged, config, record, new_head=new_head)
+            assert continued is not None
+            base = continued.base()
+            names = load_config(merged)
+            model_kwargs = {"id2label": names.id2label, "label2id": names.label2id, **model_kwargs}
+        elif labels and "id2label" not in model_kwargs:
             named = load_config(base, labels)
             model_kwargs |= {"id2label": named.id2label, "label2id": named.label2id}
-        needs_head = not (config or GraspConfig()).needs_data
-        adapts = (config or GraspConfig()).adapts
         model = load_target(
             base,
             task=task,
-            dtype=dtype or ("auto" if adapts else torch.float32),
-            seed=seed,
+            dtype=dtype or ("auto" if config.adapts else torch.float32),
+            seed=config.seed,
             new_head=new_head,
-            needs_head=needs_head,
-            adapts=adapts,
+            needs_head=not config.needs_data and merged.kind == "full",
+            adapts=config.adapts,
             **model_kwargs,
         )
-        merger = cls(model, config, processing_class=load_processing_class(base), base=base)
+        if merged.kind == "adapter":
+            load_mixture_(model, merged, base, accepted_bases=config.accepted_bases, token=token)
+        merger = cls(model, config, processing_class=load_processing_class(merged), base=base)
         merger._token = token
-        if not new_head and (record := read_record(base.folder)):
-            merger._continued = EarlierMerge(record, base, token)
+        if continued is not None:
+            merger._continued = continued
             merger._pushed = merger._continued.pushed
             merger.report = merger._continued.begin(merger.report.run)
             merger._started = True

@@ -12,7 +12,8 @@ import torch
 from ..config.grasp import GraspConfig
 from ..config.methods import METHODS
 from ..data.samples import Samples
-from ..errors import ConfigError, DataError, NonFiniteLossError, first_line
+from ..errors import ConfigError, DataError, IncompatibleSourceError, NonFiniteLossError, first_line
+from ..hub.reference import Source
 from ..models.batches import batch_loss, labelled_terms
 from ..models.gradients import preserved_state
 from ..models.padding import check_padding
@@ -34,6 +35,29 @@ def check_config(config: Any) -> None:
     """Raise `ConfigError` unless `config` is a configuration or `None`."""
     if config is not None and not isinstance(config, GraspConfig):
         raise ConfigError(f"config: got a {type(config).__name__}, expected a GraspConfig: GraspConfig(**…)")
+
+
+def check_continues_adapter(
+    merged: Source, config: GraspConfig, record: MergeReport | None, *, new_head: bool = False
+) -> None:
+    """Raise an error unless an adapter can be the start of a merge: it must be the result of an earlier one.
+
+    Args:
+        merged: The adapter.
+        config: How to merge.
+        record: The record of the earlier merge; `None` if there is none.
+        new_head: Whether the merge needs a new head.
+    """
+    if new_head:
+        raise IncompatibleSourceError(
+            f"the labels of the data are not those of '{merged.ref}', an adapter with its own head; start from its base"
+        )
+    if record is None:
+        raise IncompatibleSourceError(
+            f"'{merged.ref}' is an adapter; expected a full model to start from, with the adapter as a source"
+        )
+    if not config.adapts:
+        raise ConfigError(f"output: got 'model', but '{merged.ref}' is an adapter; expected 'adapter'")
 
 
 def check_sources(sources: Any) -> None:

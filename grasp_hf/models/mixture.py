@@ -113,8 +113,7 @@ class Mixture:
     def __init__(self, model: PreTrainedModel, fresh: Collection[str] = ()) -> None:
         self.model = model
         tensors = movable_tensors(model)
-        head = set() if model.can_generate() else head_tensors(model)
-        self.whole = _outermost({name.rpartition(".")[0] for name in {*head, *fresh}}, head)
+        self.whole = whole_modules(model, fresh)
         self.fresh = {*fresh}
         own = {name: tensor for name, tensor in tensors.items() if self.is_whole(name)}
         self.base = {name: tensor.detach().cpu().clone() for name, tensor in own.items()}
@@ -306,7 +305,8 @@ def _add_mixture(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) 
     return (output + layer(arguments[0])).to(output.dtype) if layer.rank else output
 
 
-def _outermost(modules: Collection[str], head: Collection[str]) -> list[str]:
-    """Return the modules to train whole: the first parts of the names in the head, and others as they are."""
-    parts = {name.partition(".")[0] if any(key.startswith(f"{name}.") for key in head) else name for name in modules}
+def whole_modules(model: PreTrainedModel, fresh: Collection[str]) -> list[str]:
+    """Return the names of the modules that move whole: the head of a classifier, and those with `fresh` tensors."""
+    head = set() if model.can_generate() else head_tensors(model)
+    parts = {name.partition(".")[0] if name in head else name.rpartition(".")[0] for name in {*head, *fresh}}
     return sorted(name for name in parts if not any(name.startswith(f"{other}.") for other in parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -40,7 +41,9 @@ def save_adapter_config(directory: Path, mixture: Mixture, base: str, revision: 
         revision: Commit of the base on the Hub.
     """
     adapter_config(mixture, base, revision).save_pretrained(str(directory))
-    mixture.model.config.save_pretrained(directory)
+    config = copy.deepcopy(mixture.model.config)
+    config.architectures = [type(mixture.model).__name__]
+    config.save_pretrained(directory)
 
 
 def save_adapter_weights(directory: Path, mixture: Mixture) -> Path:

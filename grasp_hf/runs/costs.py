@@ -34,12 +34,21 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     adapters = any(row.kind == "adapter" for row in sources)
     temporary = weights * (_temporary_copies(config, adapters) if config.needs_data else adapters)
     factor, how = _memory_factor(config)
+    memory = factor * weights
+    if config.adapts:
+        # The base in its own type, and every adapter in float32. Files hold the next source and one of training.
+        blocks = sum(4 * (row.parameters or row.num_bytes // 4) for row in sources)
+        memory, how = (
+            base.num_bytes + blocks,
+            "the base as it is, and the adapters; more for the training of an adapter",
+        )
+        temporary = max((2 * row.num_bytes for row in sources), default=0)
     seconds = download / DOWNLOAD_RATE
     lines = [f"download: {format_size(download)}, {_duration(seconds)} at {DOWNLOAD_RATE / 1e6:.0f} MB/s"]
     if ordering:
         lines.append(f"  of it, to compare the sources: {format_size(ordering)}; they are then downloaded again")
     lines.append(f"disk at most: {format_size(disk)} of models, {format_size(temporary)} of temporary files")
-    lines.append(f"memory: about {format_size(factor * weights)} and activations ({how})")
+    lines.append(f"memory: about {format_size(memory)} and activations ({how})")
     return lines
 
 

@@ -17,6 +17,8 @@ from ..files import find_folder
 from ..hub.download import locate
 from ..hub.reference import Source
 from ..internals import saved_state
+from ..models.mixture import mixture_of
+from ..record.adapter import adapter_weights
 from ..record.redaction import without_secrets
 from ..record.report import MergeReport
 from ..record.saving import CONFIG_FILE, read_record
@@ -150,7 +152,8 @@ def reproduce(merged: str, overrides: Sequence[str] = (), *, token: str | None =
 
 def _differences(model: Any, earlier: dict[str, torch.Tensor]) -> dict[str, float]:
     """Return the largest difference of each tensor that differs; infinity if it is missing or has another shape."""
-    made = saved_state(model)
+    mixture = mixture_of(model)
+    made = saved_state(model) if mixture is None else adapter_weights(mixture)
     found = dict.fromkeys(made.keys() ^ earlier.keys(), float("inf"))
     for name in made.keys() & earlier.keys():
         ours, theirs = made[name].cpu(), earlier[name]

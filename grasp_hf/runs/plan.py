@@ -20,7 +20,9 @@ from ..hub.download import cached_bytes, look_up
 from ..hub.licenses import strictest
 from ..hub.listing import Listing
 from ..hub.reference import Source, reading
+from ..merging.checks import check_continues_adapter
 from ..models.classes import is_headless, load_config, model_class
+from ..models.mixture import whole_modules
 from ..models.padding import unify_padding_
 from ..models.processors import load_processing_class, required_processing_class
 from ..models.target import fresh_problems, fresh_tensors, untie_
@@ -28,12 +30,13 @@ from ..record.card import declared_license
 from ..record.saving import read_record
 from ..record.text import markdown_table
 from ..sources.adapter_limits import limit_problems
-from ..sources.adapters import adapter_problems, load_adapter_config
+from ..sources.adapters import PREFIX, adapter_problems, load_adapter_config
 from ..sources.architecture import architecture_problems
 from ..sources.checkpoint import fill_tied_, runtime_tensors
+from ..sources.factors import block_problems
 from ..sources.fit import SourceFiles, fit_source, tie_problems
 from ..sources.headers import header_tensors
-from ..sources.load import adapter_labels, saves_head
+from ..sources.load import FULL_MODEL, adapter_labels, saves_head
 from ..sources.rows import label_names, match_head
 from ..tensors.units import head_tensors, movable_tensors, partition
 from .costs import cost_lines
@@ -181,6 +184,7 @@ class _Target:
         processing_class: Tokenizer or image processor of the base; `None` if it has none.
         settings: Settings of the recipe.
         token: Hub token.
+        whole: Names of the modules that move whole in a merge of adapters; `None` in a merge of weights.
     """
 
     base: Source
@@ -189,6 +193,7 @@ class _Target:
     processing_class: Any
     settings: GraspConfig
     token: str | None = field(repr=False)
+    whole: list[str] | None = None
 
     @property
     def adapters_base(self) -> Source:
@@ -203,7 +208,13 @@ def _without_weights(target: _Target, config: PretrainedConfig) -> PreTrainedMod
 
 
 def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str | None) -> _Target:
-    base = found.source
+    base, record = found.source, read_record(found.source.folder)
+    start = found
+    if base.kind == "adapter":
+        check_continues_adapter(base, recipe.config, record)
+        assert record is not None
+        source, listing = look_up(record.base_reference, token=token, trusted=recipe.config.trust_remote_code)
+        start = _Found(source, listing, header_tensors(source, listing, token=token))
     config = load_config(base, recipe.config.options_of(str(base.ref)).labels)
     planned.architecture = config.model_type
     cls = model_class(config, recipe.task, str(base.ref))
@@ -213,7 +224,12 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
         planned.data_problems = _take_labels_(config, recipe, base, cls)
     with torch.device("meta"):
         model = cls(config)
-    planned.problems += fresh_problems(model, _missing_tensors(found, model, config), needs_head=not needs_data)
+    missing = _missing_tensors(start, model, config)
+    saved: set[str] = set()
+    if base.kind == "adapter":  # it holds its head
+        saved = {name.removeprefix(PREFIX) for name in found.headers or ()}
+    fresh = {name: shape for name, shape in missing.items() if name not in saved}
+    planned.problems += fresh_problems(model, fresh, needs_head=not needs_data)
     if recipe.config.untie:
         untie_(model)
     planned.partition = partition_lines(model, recipe.config.unit)
@@ -221,7 +237,8 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
     processing_class = load_processing_class(base)
     model.config.name_or_path = base.ref.name
     unify_padding_(model, processing_class)
-    return _Target(base, model, has_labels, processing_class, recipe.config, token)
+    whole = whole_modules(model, missing) if recipe.config.adapts else None
+    return _Target(base, model, has_labels, processing_class, recipe.config, token, whole)
 
 
 def _take_labels_(config: PretrainedConfig, recipe: Recipe, base: Source, cls: type[PreTrainedModel]) -> list[str]:
@@ -272,6 +289,8 @@ def _plan_adapter(planned: PlannedSource, found: _Found, target: _Target | None)
         config, adapter, target.adapters_base, target.settings.accepted_bases, token=target.token
     )
     planned.problems += limit_problems(config, found.headers or {}, [name for name, _ in target.model.named_modules()])
+    if target.whole is not None:
+        planned.problems += block_problems(config, target.whole)
     if target.has_labels and saves_head(config, target.model):
         options = target.settings.options_of(str(adapter.ref))
         labels = options.labels or adapter_labels(adapter, target.adapters_base)
@@ -288,6 +307,8 @@ def _plan_full(planned: PlannedSource, found: _Found, target: _Target | None) ->
     if target is None:
         return
     planned.problems += architecture_problems(config, target.model, str(source.ref), options.accept)
+    if target.whole is not None:
+        planned.problems.append(FULL_MODEL)
     if planned.problems:
         return
     model = _without_weights(target, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..models.classes import load_config, quiet_transformers, wrong_number_of_la
 from ..models.mixture import mixture_of
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
+from ..tensors.placing import overwrite_
 from ..tensors.units import head_tensors, movable_tensors, tied_names
 from .adapter_limits import limit_problems
 from .architecture import architecture_problems
@@ -31,6 +33,9 @@ from .values import check_values
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
+
+
+FULL_MODEL = "it is a full model, expected a LoRA adapter with output='adapter'; merge it with output='model'"
 
 
 @dataclass
@@ -94,10 +99,7 @@ def load_source(
         if source.kind == "adapter":
             files = _read_adapter(source, target, base, directory, accepted_bases, options, token)
         elif mixture_of(target) is not None:
-            raise IncompatibleSourceError(
-                f"'{source.ref}' is a full model; expected a LoRA adapter with output='adapter'; use output='model', or "
-                "extract an adapter from it first"
-            )
+            raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=[FULL_MODEL])
         else:
             files = _read_full(source, target, directory, options)
     fit = _require_fit(source, files, target, processing_class, options)
@@ -111,6 +113,17 @@ def load_source(
             match.fill_(buffer[name], own[name], tensors[name])
         tensors |= buffer
     return LoadedSource(tensors, files.candidates & set(tensors), fit.notes, ranks=files.ranks)
+
+
+def load_mixture_(
+    target: PreTrainedModel, adapter: Source, base: Source, *, accepted_bases: Collection[str], token: str | None
+) -> None:
+    """Change `target`, which has an empty mixture, to its base with one adapter; arguments as for `load_source`."""
+    with tempfile.TemporaryDirectory(prefix="grasp_hf-") as directory:
+        loaded = load_source(
+            adapter, target, base=base, directory=Path(directory), accepted_bases=accepted_bases, token=token
+        )
+        overwrite_(movable_tensors(target), loaded.tensors)
 
 
 def _load_in_shards(

@@ -49,7 +49,7 @@ def sentence_model(folder: Path, seed: int, pooling: str = "mean") -> str:
         folder
     )
     tiny_tokenizer().save_pretrained(folder)
-    modes = {"pooling_mode_cls_token": pooling == "cls", "pooling_mode_mean_tokens": pooling == "mean"}
+    modes: dict[str, Any] = {"pooling_mode_cls_token": pooling == "cls", "pooling_mode_mean_tokens": pooling == "mean"}
     dense = {"in_features": 16, "out_features": 4, "bias": False, "activation_function": "torch.nn.Identity"}
     files: dict[str, Any] = dict(
         zip(

@@ -1,16 +1,22 @@
 """A merge whose output is an adapter: the same decisions and logits as a merge of weights, without a copy of the base."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from grasp_hf import GraspConfig, GraspMerger, MergeReport
+from grasp_hf.cli import main
+from grasp_hf.runs.lineage import reproduce
+from tests.support.hub.server import HubServer
 from tests.support.models import NO_TUNING, saved, saved_adapter, tiny_data, tiny_model
 
 BODY = {"vit": ["q_proj", "v_proj", "fc1"], "bert": ["query", "dense"], "gpt2": ["c_attn", "c_fc"]}
@@ -160,3 +166,58 @@ def test_peft_loads_the_saved_adapter(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded, kind), logits(merger.model, kind), **TOLERANCE)
     assert isinstance(loaded.peft_config["default"], LoraConfig)
     torch.testing.assert_close(logits(loaded.merge_and_unload(), kind), logits(merger.model, kind), **TOLERANCE)
+
+
+def test_an_adapter_that_was_merged_is_continued(tmp_path: Path) -> None:
+    """Merging one source more into a saved adapter gives the mean of all."""
+    base, adapters = sources("vit", tmp_path)
+    config = {"method": "average", "output": "adapter", **NO_TUNING}
+    at_once, _ = merged(base, adapters, config)
+    first, _ = merged(base, adapters[:2], config)
+    first.save_pretrained(tmp_path / "merged")
+    again, report = merged(str(tmp_path / "merged"), adapters[2:], config)
+    assert [step.name for step in report.steps] == ["adapter-0", "adapter-1", "adapter-2"]
+    torch.testing.assert_close(logits(again.model, "vit"), logits(at_once.model, "vit"), **TOLERANCE)
+    again.save_pretrained(tmp_path / "again")
+    loaded = PeftModel.from_pretrained(type(again.model).from_pretrained(base), str(tmp_path / "again"))
+    torch.testing.assert_close(logits(loaded, "vit"), logits(at_once.model, "vit"), **TOLERANCE)
+
+
+def test_an_adapter_is_pushed_appended_to_and_reproduced(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    monkeypatch.chdir(tmp_path)
+    base, adapters = sources("llama", tmp_path)
+    sha = hub.add_repo("org/adapted-base", base)
+    for number, folder in enumerate(adapters):
+        config = json.loads(Path(folder, "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = "org/adapted-base"
+        Path(folder, "adapter_config.json").write_text(json.dumps(config))
+        hub.add_repo(f"org/adapted-{number}", folder)
+    settings: dict[str, Any] = {"method": "average", "output": "adapter", **NO_TUNING}
+    recipe = {"base_model": "org/adapted-base", "sources": ["org/adapted-0", "org/adapted-1"], **settings}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["merge", "recipe.yaml", "--output", "out", "--push-to-hub", "alice/adapted"]) == 0
+    pushed = Path(huggingface_hub.snapshot_download("alice/adapted"))
+    assert {path.suffix for path in pushed.iterdir()} >= {".safetensors", ".json", ".md"}
+    assert not (pushed / "model.safetensors").exists()
+    card = ModelCard.load(pushed / "README.md").data
+    assert (card.base_model, card.base_model_relation) == (["org/adapted-base"], "adapter")
+    config = json.loads((pushed / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/adapted-base", sha)
+
+    assert not reproduce("alice/adapted").differences
+    assert main(["append", "alice/adapted", "org/adapted-2", "--output", "appended"]) == 0
+    whole, _ = merged(base, adapters_of(base, adapters), {**settings, "output": "model"})
+    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), "appended")
+    torch.testing.assert_close(logits(loaded, "llama"), logits(whole.model, "llama"), **TOLERANCE)
+
+
+def adapters_of(base: str, adapters: list[str]) -> list[str]:
+    """Return the adapters after they were changed to name `base`."""
+    for folder in adapters:
+        config = json.loads(Path(folder, "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = base
+        Path(folder, "adapter_config.json").write_text(json.dumps(config))
+    return adapters
