@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -60,19 +61,29 @@ def without_times(values: Any) -> Any:
 
 def watched(folder: Path, asked: dict[str, Any], kill_at: int) -> None:
     """Merge, and kill this process before its change number `kill_at` of a name below the state; 0 only counts them."""
+    changes = count_changes(f"{folder.name}/state", kill_at)
+    merge(folder, asked)
+    (folder / "changes.txt").write_text(str(changes()))
+
+
+def count_changes(place: str, kill_at: int) -> Callable[[], int]:
+    """Count the changes of a name, and the openings of a file to write, of paths that contain `place`.
+
+    Returns:
+        A function that returns the number so far. The process kills itself before the change number `kill_at`.
+    """
     count = 0
 
     def watch(name: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
         opens = name == "open" and isinstance(arguments[1], str) and arguments[1] != "r"
-        if (name in EVENTS or opens) and f"{folder.name}/state" in str(arguments[0]):
+        if (name in EVENTS or opens) and place in str(arguments[0]):
             count += 1
             if count == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
-    merge(folder, asked)
-    (folder / "changes.txt").write_text(str(count))
+    return lambda: count
 
 
 def run_process(folder: Path, asked: dict[str, Any], kill_at: int = 0) -> int:
