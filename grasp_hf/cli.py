@@ -158,7 +158,7 @@ def _merge(options: argparse.Namespace) -> int:
     if not measures_itself and not options.recipe.config.compares_alone:
         raise ConfigError(f"{NOT_COMPARED}; or set gate and final_epochs, and no other epochs")
     with to.checked() as state:
-        merger, sources, data = _prepare_merge(options.recipe, options)
+        merger, sources, data = _prepare_merge(options.recipe, options, state.folder)
         if not measures_itself and merger.report.finetuned and data.validation is None:
             raise ConfigError(f"{NOT_COMPARED}; or a split 'validation', because the model has learned the labels")
         merge_sources(merger, sources, data, to, state, control=options.control)
@@ -178,7 +178,7 @@ def _append(options: argparse.Namespace) -> int:
     to = _delivery(options)
     with to.checked() as state:
         recipe = append_recipe(options.merged, options.sources, options.overrides)
-        merger, sources, data = _prepare_merge(recipe, options)
+        merger, sources, data = _prepare_merge(recipe, options, state.folder)
         if not merger.report.continues:
             raise ConfigError(f"the data has other labels than '{options.merged}'; start a new merge from it")
         merge_sources(merger, sources, data, to, state)
@@ -192,14 +192,21 @@ def _delivery(options: argparse.Namespace) -> Delivery:
     return Delivery(output, options.push_to_hub, options.private, options.create_pr, fresh)
 
 
-def _prepare_merge(recipe: Recipe, options: argparse.Namespace) -> tuple[GraspMerger, list[str], Samples]:
+def _prepare_merge(
+    recipe: Recipe, options: argparse.Namespace, state_folder: Path
+) -> tuple[GraspMerger, list[str], Samples]:
     """Return what `prepare` does, if the plan has no problems and the Hub accepts the repository."""
     from .hub.push import Destination, create_repo
+    from .record.text import wrap
+    from .runs.costs import disk_warnings, estimate
     from .runs.plan import plan, problem_list
     from .runs.prepare import prepare
 
-    if problems := problem_list(plan(recipe)):
+    rows = plan(recipe)
+    if problems := problem_list(rows):
         raise ConfigError("nothing was merged, because of these problems", problems=problems)
+    for text in disk_warnings(estimate(rows, recipe.config), state_folder.parent):
+        logging.getLogger(__name__).warning("%s", wrap(text, "", "  "))
     if options.push_to_hub:
         create_repo(Destination(options.push_to_hub, private=options.private or None))
     return prepare(recipe)

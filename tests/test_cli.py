@@ -33,7 +33,7 @@ from grasp_hf.record.entries import ALONE, BEST_SOURCE, PLACEBO, Reason
 from grasp_hf.record.report import RunReport
 from grasp_hf.record.saving import read_record
 from grasp_hf.record.text import format_size
-from grasp_hf.runs.costs import cost_lines
+from grasp_hf.runs.costs import cost_lines, disk_warnings, estimate
 from grasp_hf.runs.plan import plan, plan_table
 from grasp_hf.runs.planned import PlannedSource
 from grasp_hf.runs.prepare import prepare
@@ -262,7 +262,7 @@ def test_a_plan_lists_all_problems_of_all_sources(world: Path, capsys: pytest.Ca
         ("resnet", "different architecture: got resnet, expected vit"),
         ("stray", "it is an adapter of 'org/elsewhere', expected an adapter of '"),
         ("empty", "holds no config.json and no adapter_config.json"),
-        ("damaged", "adapter_model.safetensors cannot be read as safetensors"),
+        ("damaged", "adapter_config.json cannot be used: JSONDecodeError: "),
         ("nowhere", "is neither an existing folder nor a Hub id"),
     ]
     assert len(problems) == len(expected)
@@ -294,7 +294,7 @@ def test_a_plan_names_each_model_once(world: Path) -> None:
     base, damaged, fine = plan(Recipe.from_yaml(recipe))
     assert base.problems == [] and fine.problem_lines() == []
     assert base.problem_lines() == ["data: the data set has no column 'animal' for labels; found image, label"]
-    assert damaged.problems[0].startswith("model.safetensors cannot be read as safetensors: ")
+    assert damaged.problems[0].startswith("config.json cannot be used: JSONDecodeError: ")
     assert damaged.problem_lines() == [f"{world / 'damaged'}: {damaged.problems[0]}"]
     assert [row.row()["problems"] for row in (base, damaged, fine)] == ["1", "1", "none"]
 
@@ -430,7 +430,16 @@ def test_the_temporary_files_of_a_plan_are_copies_of_the_target(config: dict[str
     base = PlannedSource("base", "base", "full", num_bytes=10**9)
     line = cost_lines([base], GraspConfig(**config))[1]
     size = f"{copies}.00 GB" if copies else "0.0 MB"
-    assert line.endswith(f"of models, {size} of temporary files")
+    assert f"of models, {size} of temporary files, " in line
+
+
+def test_a_disk_that_may_be_too_small_is_named_before_the_merge(tmp_path: Path) -> None:
+    base = PlannedSource("base", "base", "full", num_bytes=10**15)
+    (text,) = disk_warnings(estimate([base], GraspConfig(method="average", order="given", final_epochs=0)), tmp_path)
+    assert "1000000.00 GB for the base model (HF_HOME)" in text and "the state of the merge is kept" in text
+    assert f"the disk of '{tmp_path}'" in text or "HF_HOME" in text
+    small = PlannedSource("base", "base", "full", num_bytes=1000)
+    assert disk_warnings(estimate([small], GraspConfig()), tmp_path / "missing" / "folder") == []
 
 
 @pytest.mark.parametrize("command", ["plan", "rank"])

@@ -117,7 +117,7 @@ def keep_resumable_(arguments: TrainingArguments, *, evaluates: bool) -> None:
     With evaluation data every epoch keeps one, because the Trainer knows the best epoch only by its checkpoints.
     """
     arguments.save_only_model = False
-    arguments.save_total_limit = 3  # the best, the last and, until the next one is complete, the one before
+    arguments.save_total_limit = 2  # the best or the one before, and the last
     if evaluates and arguments.save_strategy == "best":
         arguments.save_strategy = type(arguments.save_strategy)("epoch")
 

@@ -1,6 +1,12 @@
 """Estimates of the download, the disk and the memory that a merge needs."""
 
 import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..config.grasp import GraspConfig
 from ..config.methods import METHODS
@@ -10,8 +16,33 @@ from .planned import PlannedSource
 DOWNLOAD_RATE = 50e6  # bytes per second, assumed
 
 
-def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
-    """Return lines with estimates of the download, the disk and the memory of a merge.
+@dataclass(frozen=True)
+class Costs:
+    """What a merge needs, in bytes; upper bounds.
+
+    Attributes:
+        download: Bytes to download.
+        ordering: Those of them that only serve to compare the sources.
+        cache: Disk for the base model, in the user's Hugging Face cache.
+        models: Disk for the sources that are there at one time, beside the output.
+        state: Disk for the state of the merge and for its result, beside the output.
+        temporary: Disk for temporary files, in `TMPDIR`.
+        memory: Memory without activations.
+        memory_of: What the memory is for.
+    """
+
+    download: int
+    ordering: int
+    cache: int
+    models: int
+    state: int
+    temporary: int
+    memory: float
+    memory_of: str
+
+
+def estimate(rows: list[PlannedSource], config: GraspConfig) -> Costs:
+    """Return what a merge needs.
 
     The factors of memory are those that `python -m tests.benchmarks.memory` measures; they do not include activations.
 
@@ -24,32 +55,75 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     largest = sorted((row.bytes_to_download for row in sources), reverse=True)
     weighs = METHODS[config.method].weighs
     ordering = sum(largest) if config.order != "given" or weighs else 0
-    if (
-        config.order == "rank" and weighs
-    ):  # first the estimated gains of all, then the predictions of those that are merged
-        ordering += sum(largest[: config.top])
+    if config.order == "rank" and weighs:
+        ordering += sum(largest[: config.top])  # after the estimated gains of all, the predictions of those to merge
     ordering = ordering if len(sources) > 1 else 0
-    download = base.bytes_to_download + ordering + sum(largest[: config.top])
-    disk = sum(largest[: 2 if config.prefetch else 1]) + base.bytes_to_download
     adapters = any(row.kind == "adapter" for row in sources)
     temporary = weights * (_temporary_copies(config, adapters) if config.needs_data else adapters)
     factor, how = _memory_factor(config)
     memory = factor * weights
     if config.adapts:
         # The base in its own type, and every adapter in float32. Files hold the next source and one of training.
-        blocks = sum(4 * (row.parameters or row.num_bytes // 4) for row in sources)
+        weights = sum(4 * (row.parameters or row.num_bytes // 4) for row in sources)
         memory, how = (
-            base.num_bytes + blocks,
+            base.num_bytes + weights,
             "the base as it is, and the adapters; more for the training of an adapter",
         )
         temporary = max((2 * row.num_bytes for row in sources), default=0)
-    seconds = download / DOWNLOAD_RATE
-    lines = [f"download: {format_size(download)}, {_duration(seconds)} at {DOWNLOAD_RATE / 1e6:.0f} MB/s"]
-    if ordering:
-        lines.append(f"  of it, to compare the sources: {format_size(ordering)}; they are then downloaded again")
-    lines.append(f"disk at most: {format_size(disk)} of models, {format_size(temporary)} of temporary files")
-    lines.append(f"memory: about {format_size(memory)} and activations ({how})")
+    return Costs(
+        download=base.bytes_to_download + ordering + sum(largest[: config.top]),
+        ordering=ordering,
+        cache=base.bytes_to_download,
+        models=sum(largest[: 2 if config.prefetch else 1]),
+        state=weights * (2 + _state_copies(config)),
+        temporary=temporary,
+        memory=memory,
+        memory_of=how,
+    )
+
+
+def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
+    """Return lines with estimates of the download, the disk and the memory of a merge; arguments as for `estimate`."""
+    costs = estimate(rows, config)
+    seconds = costs.download / DOWNLOAD_RATE
+    lines = [f"download: {format_size(costs.download)}, {_duration(seconds)} at {DOWNLOAD_RATE / 1e6:.0f} MB/s"]
+    if costs.ordering:
+        lines.append(f"  of it, to compare the sources: {format_size(costs.ordering)}; they are then downloaded again")
+    lines.append(
+        f"disk at most: {format_size(costs.models + costs.cache)} of models, {format_size(costs.temporary)} of temporary "
+        f"files, {format_size(costs.state)} of state and result"
+    )
+    lines.append(f"memory: about {format_size(costs.memory)} and activations ({costs.memory_of})")
     return lines
+
+
+def disk_warnings(costs: Costs, beside: Path) -> list[str]:
+    """Return a sentence for each disk whose free space is below what a merge may need.
+
+    Args:
+        costs: What the merge needs.
+        beside: Folder beside the output, which may be missing.
+    """
+    needs: dict[int, list[tuple[str, Path, int]]] = {}
+    for what, folder, size in (
+        ("the base model (HF_HOME)", Path(HF_HUB_CACHE), costs.cache),
+        ("sources, state and result", beside, costs.models + costs.state),
+        ("temporary files (TMPDIR)", Path(tempfile.gettempdir()), costs.temporary),
+    ):
+        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if size:
+            needs.setdefault(place.stat().st_dev, []).append((what, place, size))
+    found = []
+    for own in needs.values():
+        needed, free = sum(size for _, _, size in own), shutil.disk_usage(own[0][1]).free
+        if needed > free:
+            parts = ", ".join(f"{format_size(size)} for {what}" for what, _, size in own)
+            found.append(
+                f"the disk of '{own[0][1]}' has {format_size(free)} free, and the merge may need {format_size(needed)}: "
+                f"{parts}; free some space, or set TMPDIR, HF_HOME or --output to a larger disk. If the disk fills up, the "
+                "state of the merge is kept"
+            )
+    return found
 
 
 def _temporary_copies(config: GraspConfig, adapters: bool) -> int:
@@ -63,6 +137,14 @@ def _temporary_copies(config: GraspConfig, adapters: bool) -> int:
     longest = max(config.initial_epochs, config.finetune_epochs, config.final_epochs)
     training = folds + min(2, math.ceil(longest)) if _trains(config) else 0  # the best epoch and the next one
     return kept + max(transfer, ranking, training)
+
+
+def _state_copies(config: GraspConfig) -> int:
+    """Return the largest number of copies of the target in the state, besides the last two steps."""
+    if not _trains(config):
+        return 0
+    trainings = 2 * (1 + config.compares_alone) + 1 if config.gate else 1  # two folds, also without sources; a student
+    return trainings + METHODS[config.method].stores_gradients
 
 
 def _trains(config: GraspConfig) -> bool:

@@ -174,13 +174,13 @@ def run_commands(moments: int, seed: int, directory: Path, hub: HubServer) -> li
     def fresh(name: str) -> Path:
         folder = directory / name
         folder.mkdir()
-        if earlier.exists():
+        if (earlier / "merged").exists():
             shutil.copytree(earlier / "merged", folder / "merged")
         return folder
 
     def downloads(since: int) -> Counter[str]:
-        paths = [path for method, path in hub.requests[since:] if method == "GET" and "/lfs/" in path]
-        return Counter(paths)
+        whole = (own for own in hub.exchanges[since:] if own.method == "GET" and own.range is None)  # not the headers
+        return Counter(own.path for own in whole if "/lfs/" in own.path)
 
     start_command(
         ["merge", str(directory / "recipe.yaml"), "--output", "merged", "seed=1"], fresh("earlier"), 0
@@ -251,7 +251,8 @@ def merge_larger(folder: Path, keeps: bool) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 1024}
-    config = BertConfig(num_attention_heads=4, num_labels=3, **sizes)
+    sizes |= {"num_attention_heads": 4, "id2label": dict(enumerate("abc"))}
+    config = BertConfig(**sizes)
     for number in range(4):
         perturbed(BertForSequenceClassification(config), number).save_pretrained(folder / f"{number}")
         tiny_tokenizer().save_pretrained(folder / f"{number}")
