@@ -173,9 +173,8 @@ def mutate_value(value: Any, chance: random.Random) -> Any:
         elif kind < 0.75:
             del container[key]
         elif isinstance(container, dict):
-            container[chance.choice([*KEYS, str(chance.choice(VALUES))])] = chance.choice(
-                [*VALUES, container.get(key)]
-            )
+            new = chance.choice([*KEYS, str(chance.choice(VALUES))])
+            container[new] = deepcopy(chance.choice([*VALUES, container[key]]))
         else:
             container.insert(chance.randrange(len(container) + 1), deepcopy(chance.choice([*VALUES, container[key]])))
     return deepcopy(chance.choice(VALUES)) if chance.random() < 0.02 else value
@@ -479,7 +478,7 @@ def main() -> None:
 
     signal.signal(signal.SIGALRM, too_long)
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+        os.chdir(folder)  # so that a file of a random name lands there
         fuzzer = Fuzzer(Path(folder))
         names, often = [*fuzzer.kinds], [weight for weight, _ in fuzzer.kinds.values()]
         read, refused, failed, seconds = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
