@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Self
 
 LONGEST_NAME = 200  # characters
+MOST_PROBLEMS = 50  # shown in a message; the others are in `problems`
 LONGEST = 2_000  # characters of a problem; a stranger's file may name a tensor in megabytes
 # Control characters, those that change the direction of writing, line separators and halves of characters.
 CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -70,8 +71,12 @@ class GraspError(Exception):
     def __init__(self, message: str = "", *, subject: object = None, problems: Sequence[str] = ()) -> None:
         _redact_causes_(sys.exception())
         problems = [printable(problem)[:LONGEST] for problem in problems]
-        message = printable(message)[: 10 * LONGEST]
-        text = f"{message}:\n- " + "\n- ".join(problems) if problems else message
+        message = printable(message)
+        listed = problems[:MOST_PROBLEMS]
+        if len(problems) > MOST_PROBLEMS:
+            listed.append(f"and {len(problems) - MOST_PROBLEMS} more")
+        text = f"{message}:\n- " + "\n- ".join(listed) if problems else message
+        text = text[: 10 * LONGEST]
         super().__init__(text if subject is None else f"'{one_line(subject)}': {text}")
         self.subject = None if subject is None else str(subject)
         self._without_subject = text

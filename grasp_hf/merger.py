@@ -28,7 +28,6 @@ from .data.digests import fingerprint, full_digest
 from .data.samples import Samples
 from .errors import ConfigError, GraspError
 from .files import interrupts_held, workspace
-from .hub.digests import SourceDigests
 from .hub.download import locate
 from .hub.pull import Puller, ShardedSource
 from .hub.push import Destination, push_merge
@@ -191,7 +190,6 @@ class GraspMerger:
         self._pushed: tuple[str, str] | None = None  # repository and commit of the pushed version that this continues
         self._token: str | None = None  # Hub token that the base was loaded with
         self._placebo: Placebo | None = None
-        self._digests = SourceDigests()  # shared with the controls, which read the sources too
         if Accelerator().num_processes > 1:
             raise GraspError("grasp_hf runs in one process for now; start it without a launcher")
 
@@ -734,7 +732,6 @@ class GraspMerger:
             base_token=self._token,
             placebo=self._placebo,
             state=state,
-            digests=self._digests,
         ) as run:
             yield run
 

@@ -51,8 +51,11 @@ def check_sizes(ref: object, sizes: Mapping[str, int]) -> None:
 def check_folder(ref: object, folder: Path) -> None:
     """Raise `IncompatibleSourceError` if the configuration files in a folder are too large, or name too large numbers.
 
-    A config that is no JSON object is refused too.
+    A config that is no JSON object is refused too, and so is a pipe or a device, which a library would read for ever.
     """
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise IncompatibleSourceError(f"{path.name} is neither a file nor a folder", subject=ref)
     patterns = [*SIZES, "*.json", "*.md", "*.yaml", "*.jinja"]
     names = {path for pattern in patterns if pattern != "*" for path in folder.glob(pattern) if path.is_file()}
     check_sizes(ref, {path.name: path.stat().st_size for path in sorted(names)})

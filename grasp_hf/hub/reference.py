@@ -9,8 +9,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
-from safetensors import safe_open
-
 from ..errors import (
     LONGEST_NAME,
     GraspError,
@@ -21,6 +19,7 @@ from ..errors import (
     one_line,
 )
 from ..files import LFS_ADVICE, find_folder, lfs_pointers
+from ..tensors.safetensors_files import read_header
 from .limits import check_folder
 
 INDEX = ".index.json"
@@ -183,7 +182,6 @@ class Source:
         if files is None:
             with reading(ref, "its folder cannot be read"):
                 files = sorted(path.name for path in folder.iterdir() if path.is_file())
-                check_folder(ref, folder)
         kind: Literal["full", "adapter"] = "adapter" if "adapter_config.json" in files else "full"
         problem = None
         if kind == "full" and "config.json" not in files:
@@ -200,7 +198,9 @@ class Source:
             raise SourceNotFoundError(f"'{ref}' {problem}; found: {', '.join(files) or 'no files'}{advice}")
         source = cls(ref, folder, sha, kind)
         if on_disk:
-            _refuse_pointers(source)
+            with reading(ref, "its folder cannot be read"):
+                _refuse_pointers(source)
+                check_folder(ref, folder)
         return source
 
     @property
@@ -239,8 +239,8 @@ class Source:
         for path in self.weight_files:
             if path.suffix != ".safetensors":
                 continue
-            with reading(self.ref, f"{path.name} cannot be read as safetensors"), safe_open(path, "pt") as file:
-                found |= {file.get_slice(name).get_dtype() for name in file.keys()}
+            with reading(self.ref, f"{path.name} cannot be read as safetensors"):
+                found |= {dtype for _, dtype, _ in read_header(path)}
         return found
 
     def float_dtypes(self) -> set[str]:

@@ -60,7 +60,6 @@ class Run:
         base_token: Hub token that the base was loaded with.
         placebo: Replaces every source by a placebo, for a control.
         state: The state of the merge on disk; `None` keeps none.
-        digests: Digests of local sources from earlier runs of the same merge.
 
     Attributes:
         labels: The labelled samples, with the losses of the model on them.
@@ -82,9 +81,8 @@ class Run:
         base_token: str | None,
         placebo: Placebo | None = None,
         state: RunState | None = None,
-        digests: SourceDigests | None = None,
     ) -> None:
-        self._digests = digests or SourceDigests()
+        self._digests = SourceDigests()
         self.state = state
         self._given = samples
         if model.can_generate() and samples.unlabeled is not None and samples.train is not None:

@@ -133,8 +133,11 @@ def declared_license(folder: Path) -> str | None:
 
 def _read_card(folder: Path, limit: int | None = None) -> str:
     """Return the first `limit` characters of the card in `folder`; empty if there is no card."""
+    path = folder / "README.md"
     try:
-        with open(folder / "README.md", encoding="utf-8", errors="replace") as file:
+        if not path.is_file():
+            return ""
+        with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(limit)
     except OSError:
         return ""

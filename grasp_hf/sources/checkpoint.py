@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import IncompatibleSourceError, first_few
 from ..hub.reference import Source, reads
 from ..internals import collect_, convert, in_loading_order, runtime_name, weight_conversions
 from ..tensors.mapped import MappedTensors
+from ..tensors.safetensors_files import map_tensors
 from ..tensors.units import movable_tensors, tied_names
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ def file_tensors(source: Source) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in source.weight_files:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as weights:
-                tensors |= {name: weights.get_tensor(name) for name in weights.keys()}
+            tensors |= map_tensors(path)
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             if not isinstance(loaded, Mapping):

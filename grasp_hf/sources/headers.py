@@ -1,30 +1,16 @@
 """The names, shapes and dtypes of weights, read from the headers of their files; no weight is read."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from safetensors import safe_open
 from torch import Tensor
 
 from ..hub.client import hub_errors, retry
 from ..hub.listing import Listing
 from ..hub.reference import Source, reading, reads
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "BOOL": torch.bool,
-}  # any other dtype is shown as bytes; only F64, F32, F16 and BF16 are merged
+from ..tensors.safetensors_files import DTYPES, read_header
 
 
 @reads("the headers of its weight files cannot be used")
@@ -46,7 +32,9 @@ def header_tensors(
     for name in names:
         rows = _read_remote_header(listing, name, token) if listing else _read_local_header(source, name)
         found |= {
-            key: torch.empty(shape, dtype=DTYPES.get(dtype, torch.uint8), device="meta") for key, dtype, shape in rows
+            # Any other dtype is shown as bytes; only F64, F32, F16 and BF16 are merged.
+            key: torch.empty(shape, dtype=DTYPES.get(dtype, torch.uint8), device="meta")
+            for key, dtype, shape in rows
         }
     return found
 
@@ -62,7 +50,5 @@ def _read_remote_header(listing: Listing, name: str, token: str | None) -> Itera
 
 
 def _read_local_header(source: Source, name: str) -> Iterable[tuple[str, str, list[int]]]:
-    problem = f"{name.rpartition('/')[2]} cannot be read as safetensors"
-    with reading(source.ref, problem), safe_open(name, "pt") as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}
-        return [(key, part.get_dtype(), part.get_shape()) for key, part in slices.items()]
+    with reading(source.ref, f"{Path(name).name} cannot be read as safetensors"):
+        return read_header(Path(name))

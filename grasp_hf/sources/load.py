@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..config.sources import NO_OPTIONS, SourceOptions
@@ -21,6 +20,7 @@ from ..models.mixture import mixture_of
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
 from ..tensors.placing import overwrite_
+from ..tensors.safetensors_files import map_tensors
 from ..tensors.units import head_tensors, movable_tensors, tied_names
 from .adapter_limits import limit_problems
 from .architecture import architecture_problems
@@ -159,8 +159,10 @@ def _read_shards(
     The values are compared with those of `target`.
     """
     for path in source.shards():
-        with reading(source.ref, f"{path.name} cannot be read"), safe_open(path, "pt") as weights:
-            values = {names[key]: weights.get_tensor(key) for key in weights.keys() if names[key] in like}
+        with reading(source.ref, f"{path.name} cannot be read"):
+            found = map_tensors(path)
+            values = {names[key]: tensor for key, tensor in found.items() if names[key] in like}
+            del found
         check_values(source.ref, values, target)
         yield values
         values.clear()  # a removed file occupies the disk until nothing maps it

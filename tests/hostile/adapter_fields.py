@@ -6,6 +6,7 @@ from tests.hostile.kit import keys, main, text
 
 MODEL = "adapter"
 FILE = "adapter_config.json"
+SAYS = "its adapter_config.json cannot be used: …"
 ERROR = r"adapter_config\.json (cannot be used|holds)|cannot be (applied|merged|read|planned)|it is an adapter of|does not fit"
 ONLY_MERGE = True  # the plan does not apply adapters
 INPUTS = {

@@ -4,6 +4,7 @@ import sys
 
 from tests.hostile.kit import keys, main
 
+SAYS = "its config.json cannot be used: …"
 ERROR = r"cannot be (used|read|planned|merged)|different "
 INPUTS = {
     "id2label is a list": keys("config.json", id2label=["a"]),

@@ -7,6 +7,7 @@ from typing import Any
 
 from tests.hostile.kit import Damage, main
 
+SAYS = "model.safetensors.index.json lists '../good/model.safetensors', expected only files in its own folder"
 ERROR = r"index\.json (cannot be read|lists|holds)|is not complete"
 
 

@@ -4,6 +4,7 @@ import sys
 
 from tests.hostile.kit import main, text
 
+SAYS = "config.json holds null, expected an object with keys"
 ERROR = r"config\.json (cannot be used|holds)"
 VALUES = {
     "null": "null",

@@ -37,7 +37,7 @@ def modules() -> dict[str, ModuleType]:
     """Return the modules of all kinds, by name."""
     names = [found.name for found in pkgutil.iter_modules(tests.hostile.__path__)]
     loaded = {name: importlib.import_module(f"tests.hostile.{name}") for name in names if name != "__main__"}
-    return {name: module for name, module in loaded.items() if hasattr(module, "INPUTS")}
+    return {name: module for name, module in loaded.items() if hasattr(module, "SAYS")}
 
 
 @dataclass
@@ -124,8 +124,14 @@ def check(module: ModuleType, bench: Bench, name: str) -> tuple[list[str], str]:
     return problems, error
 
 
-def main(module: ModuleType) -> None:
-    """Print what each input of a kind gets."""
+def main(module: ModuleType | None = None) -> None:
+    """Print what each input of a kind gets; without a kind, the table of all kinds."""
+    if module is None:
+        print("| kind | inputs | an error |\n|---|---|---|")
+        for name, kind in modules().items():
+            what = " ".join(str(kind.__doc__).split()).rstrip(".")
+            print(f"| {what} ([`{name}`](hostile/{name}.py)) | {len(kind.INPUTS)} | {kind.SAYS} |")
+        return
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), getattr(module, "MODEL", "bert"))
         for name in module.INPUTS:
@@ -175,3 +181,7 @@ def safetensors(header: Mapping[str, Any] | bytes, body: bytes = b"") -> Damage:
             path.write_bytes(len(content).to_bytes(8, "little") + content + body)
 
     return change
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tests.hostile.kit import Damage, main
 
+SAYS = "tokenizer.json has 3,000 MB, expected at most 100 MB"
 ERROR = r"has [\d,]+ MB, expected at most \d+ MB"
 
 

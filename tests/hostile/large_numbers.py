@@ -4,6 +4,7 @@ import sys
 
 from tests.hostile.kit import keys, main
 
+SAYS = "config.json holds num_hidden_layers: 1,000,000, expected at most 10,000"
 ERROR = r"config\.json holds .*expected at most|more than \d+ levels|cannot be (planned|merged|read|used)"
 INPUTS = {
     "a billion labels": keys("config.json", num_labels=10**9),

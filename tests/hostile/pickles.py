@@ -9,6 +9,7 @@ import torch
 
 from tests.hostile.kit import Damage, main, pickled
 
+SAYS = "its weights cannot be read: TypeError: pytorch_model.bin holds list, expected tensors by their names"
 ERROR = r"its weights cannot be read|tensors of the target are not in the source|not in its files"
 ONLY_MERGE = True
 NAME = "pytorch_model.bin"

@@ -6,6 +6,7 @@ from tests.hostile.kit import keys, main
 
 MODEL = "adapter"
 FILE = "adapter_config.json"
+SAYS = "r: got 5000000, but its file holds ranks of at most 2"
 ERROR = r"its file holds ranks of at most 2"
 INPUTS = {
     "r": keys(FILE, r=5_000_000),

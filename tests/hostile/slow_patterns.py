@@ -6,6 +6,9 @@ from tests.hostile.kit import keys, main
 
 MODEL = "adapter"
 FILE = "adapter_config.json"
+SAYS = (
+    "target_modules: the expression … takes longer than 3 s to find its modules; list the names of the modules instead"
+)
 ERROR = r"takes longer than 3 s to find its modules|more than 100,000 characters"
 SLOW = r"((([a-z]+)*|[a-z._0-9]*)*)*!"
 INPUTS = {

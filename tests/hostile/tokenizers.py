@@ -6,6 +6,7 @@ from pathlib import Path
 from tests.hostile.kit import Damage, keys, main, raw, text
 
 MODEL = "gpt2"
+SAYS = "its tokenizer (tokenizer.json) cannot be read: …"
 ERROR = r"its tokens cannot be matched|shares no token|its tokenizer"
 
 

@@ -4,6 +4,7 @@ import sys
 
 from tests.hostile.kit import Damage, main, raw, safetensors
 
+SAYS = "model.safetensors cannot be read as safetensors: …"
 ERROR = r"model\.safetensors cannot be read as safetensors|tensors of the target are not in the source|are not in its files"
 NAME = "classifier.weight"
 

@@ -54,7 +54,7 @@ def sentence_model(folder: Path, seed: int, pooling: str = "mean") -> str:
     files: dict[str, Any] = dict(
         zip(
             SENTENCE_FILES,
-            (MODULES, {"max_seq_length": 16}, PROMPTS, {"word_embedding_dimension": 16} | modes, dense),
+            (MODULES, {"max_seq_length": 16}, PROMPTS, {**modes, "word_embedding_dimension": 16}, dense),
             strict=False,
         )
     )
