@@ -244,6 +244,14 @@ def adapted_model(base: PreTrainedModel, config: Any, weights: Mapping[str, Tens
     return adapted.eval()
 
 
+def load_adapted(base: PreTrainedModel, adapter: Source) -> PeftModel:
+    """Return `base` with an adapter around its layers, which are not merged; `base` is changed in place."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `apply_adapter_` returns them
+        config, weights = _in_runtime_names(base, for_inference(load_adapter_config(adapter)), adapter)
+        return adapted_model(base, config, weights, adapter)
+
+
 def _changed_modules(base: PreTrainedModel, weights: Collection[str], mark: str) -> set[str]:
     """Return the names of the modules of `base` that the file of an adapter names.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import IncompatibleSourceError, NonFiniteError
 from ..hub.pull import ShardedSource
 from ..hub.reference import UNREADABLE, Source
+from ..models.batches import Batch
 from ..models.classes import load_config, quiet_transformers
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
@@ -21,10 +22,11 @@ from ..tensors.units import head_tensors, movable_tensors, tied_names
 from .checkpoint import drop_tied_, file_tensors, fill_tied_, runtime_tensors
 from .fit import Fit, SourceFiles, architecture_problems, fit_source
 from .headers import header_tensors
+from .identity import check_identity, fits_twice
 from .rows import class_tensors, label_names
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 
@@ -61,6 +63,8 @@ def load_source(
     processing_class: Any = None,
     accepted_bases: Collection[str] = (),
     check_finite: bool = True,
+    check: bool = False,
+    data: Callable[[], Batch] | None = None,
     token: str | None = None,
 ) -> LoadedSource:
     """Load one source with the target's names and shapes, and check that it fits.
@@ -73,6 +77,8 @@ def load_source(
         processing_class: The target's tokenizer; its tokens are matched with the source's by their strings.
         accepted_bases: Names of models that the user declares to be the same as `base`.
         check_finite: Whether to read every weight once and check that it is finite.
+        check: Whether to compare the source with the merge that takes it whole, on one batch, if memory allows.
+        data: Returns a batch of the user's data, for that comparison.
         token: Hub token with which the base was loaded.
 
     Raises:
@@ -93,6 +99,11 @@ def load_source(
     tensors = fit.tensors
     if check_finite:
         _check_finite(source, tensors)
+    if check and files.reference is None:
+        fit.notes.append("not compared with its own library, because the memory does not hold it twice")
+    elif check and files.reference:
+        with quiet_transformers():
+            fit.notes += check_identity(source, files.reference, files.tensors, target, data)
     if fit.rows:
         targets = movable_tensors(target)
         own = {name: targets[name].detach() for name in fit.rows}
@@ -177,7 +188,10 @@ def _read_full(
         with torch.device("meta"):
             model = type(target)(config)
         fill_tied_(tensors, model, expected)
-    return SourceFiles(tensors, set(tensors), label_names(config), problems + architecture)
+    files = SourceFiles(tensors, set(tensors), label_names(config), problems + architecture)
+    if headers is None and fits_twice(source):
+        files.reference = lambda: load_pretrained(source, type(target), dtype=checkpoint_dtype(source))[0]
+    return files
 
 
 def _read_adapter(
@@ -189,7 +203,14 @@ def _read_adapter(
     token: str | None,
 ) -> SourceFiles:
     # Imported here, because peft takes seconds to import and a merge of full models does not need it.
-    from .adapters import adapter_problems, apply_adapter_, count_saved_classes, load_adapter_config, type_problem
+    from .adapters import (
+        adapter_problems,
+        apply_adapter_,
+        count_saved_classes,
+        load_adapted,
+        load_adapter_config,
+        type_problem,
+    )
 
     config = load_adapter_config(source)
     if problems := adapter_problems(config, source, base, accepted_bases, token=token):
@@ -230,7 +251,11 @@ def _read_adapter(
     for pair in [*tied_names(applied.model).items(), *tied_names(target).items()]:
         touched |= set(pair if touched.intersection(pair) else ())
     problems = drop_tied_(own, target)
-    return SourceFiles(own, touched & own.keys(), labels, problems, applied.ranks, applied.notes)
+
+    def reference() -> PeftModel:
+        return load_adapted(load_pretrained(base, type(target), dtype=checkpoint_dtype(base), **kwargs)[0], source)
+
+    return SourceFiles(own, touched & own.keys(), labels, problems, applied.ranks, applied.notes, reference)
 
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:
