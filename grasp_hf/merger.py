@@ -190,6 +190,7 @@ class GraspMerger:
         self._pushed: tuple[str, str] | None = None  # repository and commit of the pushed version that this continues
         self._token: str | None = None  # Hub token that the base was loaded with
         self._placebo: Placebo | None = None
+        self._checked: set[str] = set()
         if Accelerator().num_processes > 1:
             raise GraspError("grasp_hf runs in one process for now; start it without a launcher")
 
@@ -732,6 +733,7 @@ class GraspMerger:
             base_token=self._token,
             placebo=self._placebo,
             state=state,
+            checked=self._checked,
         ) as run:
             yield run
 

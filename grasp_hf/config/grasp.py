@@ -113,6 +113,9 @@ class GraspConfig:
             true` (its tokens have the numbers that they have in the target, so its own tokenizer is not read) and
             `accept` (settings of its config whose difference from the target's you accept, such as
             `text_config.rope_parameters`). In a recipe, the entries of `sources` can hold these keys.
+        check: Whether to compare each source with the merge that takes it whole, on one batch.
+            The source runs in its own library, transformers or PEFT. A difference is an error. A full source that comes in
+            shards, or that two copies of do not fit in the memory, is not compared.
         trust_remote_code: References whose own Python code may run.
             The code defines their configuration and model classes. Read it first.
         seed: Seeds the shuffling of the batches, fine-tuning, and the weights of a new head.
@@ -147,6 +150,7 @@ class GraspConfig:
     accepted_bases: list[str] = field(default_factory=list)
     untie: bool = False
     source_options: dict[str, Any] = field(default_factory=dict)
+    check: bool = True
     trust_remote_code: list[str] = field(default_factory=list)
     seed: int = 42
     published: bool = False

@@ -24,7 +24,7 @@ GROUPS = {
     "Validation": ("gate",),
     "Result": ("output", "rank"),
     "Fine-tuning": ("initial_epochs", "finetune_epochs", "final_epochs", "lora", "training_arguments"),
-    "Sources": ("order", "top", "prefetch", "accepted_bases", "untie", "source_options", "trust_remote_code"),
+    "Sources": ("order", "top", "prefetch", "accepted_bases", "untie", "source_options", "check", "trust_remote_code"),
     "Reproduction": ("seed", "published"),
 }
 TYPES = {

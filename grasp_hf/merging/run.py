@@ -25,7 +25,7 @@ from ..hub.digests import SourceDigests
 from ..hub.pull import Puller
 from ..hub.reference import Source
 from ..methods.weighted import GRADIENT
-from ..models.batches import Collator, check_dataset, keep_model_columns
+from ..models.batches import Batch, Collator, check_dataset, keep_model_columns
 from ..models.gradients import checkpointing, preserved_state
 from ..models.mixture import mixture_of, restore_state_, state_tensors
 from ..sources.load import LoadedSource, load_source
@@ -60,6 +60,7 @@ class Run:
         base_token: Hub token that the base was loaded with.
         placebo: Replaces every source by a placebo, for a control.
         state: The state of the merge on disk; `None` keeps none.
+        checked: References and commits of the sources that were compared with their own library; grows.
 
     Attributes:
         labels: The labelled samples, with the losses of the model on them.
@@ -81,6 +82,7 @@ class Run:
         base_token: str | None,
         placebo: Placebo | None = None,
         state: RunState | None = None,
+        checked: set[str] | None = None,
     ) -> None:
         self._digests = SourceDigests()
         self.state = state
@@ -92,6 +94,7 @@ class Run:
         self._placebo = placebo
         if (mixture := mixture_of(model)) is not None:
             mixture.protect()
+        self._checked = set() if checked is None else checked
         self.scratch = Scratch(directory, movable_tensors(model))
         if config.learns or config.compares_alone:
             self.scratch.base.copy_(movable_tensors(model))
@@ -245,6 +248,7 @@ class Run:
         """
         self._digests.check(located)
         directory = (scratch or self.scratch).source_folder()
+        name = f"{located.ref}@{located.sha}"
         loaded = load_source(
             located,
             self.model,
@@ -253,13 +257,21 @@ class Run:
             processing_class=self._processing_class,
             accepted_bases=self.config.accepted_bases,
             options=self.config.options_of(str(located.ref)),
+            check=self.config.check and name not in self._checked,
+            data=self._some_inputs if self.samples.train is not None else None,
             token=self._base_token,
         )
+        self._checked.add(name)
         if located.kind == "full":
             loaded.notes += compare_modules(located, self._base_of(located))
         if self._placebo:
             return self._placebo.replace(loaded, str(located.ref), self.model, directory)
         return loaded
+
+    def _some_inputs(self) -> Batch:
+        """Return the inputs of two samples."""
+        batch = self.labels.collator([self.samples.train[index] for index in range(min(2, len(self.samples.train)))])
+        return {name: value for name, value in batch.items() if name != "labels"}
 
     def describe_data(self) -> dict[str, Any]:
         """Return the number of samples and a digest of each split, for the record; only the first call reads the data."""

@@ -273,6 +273,14 @@ def fit_adapter(
     return adapted, dict(weights)
 
 
+def load_adapted(base: PreTrainedModel, adapter: Source) -> PeftModel:
+    """Return `base` with an adapter around its layers, which are not merged; `base` is changed in place."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `apply_adapter_` returns them
+        config, weights = in_runtime_names(base, for_inference(load_adapter_config(adapter)), adapter)
+        return adapted_model(base, config, weights, adapter)
+
+
 def _changed_modules(base: PreTrainedModel, weights: Collection[str], mark: str) -> set[str]:
     """Return the names of the modules of `base` that the file of an adapter names.
 

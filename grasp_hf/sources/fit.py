@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ class SourceFiles:
         problems: Problems that were found while reading.
         ranks: Rank of the difference to the base, for each tensor that a LoRA adapter changes.
         notes: Remarks for the report.
+        reference: Loads the source with its own library; `None` if that takes more memory than there is.
     """
 
     tensors: dict[str, Tensor]
@@ -59,6 +60,7 @@ class SourceFiles:
     problems: list[str] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    reference: Callable[[], Any] | None = None
 
 
 def fit_source(

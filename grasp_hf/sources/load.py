@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from ..config.sources import NO_OPTIONS, SourceOptions
 from ..errors import GraspError, IncompatibleSourceError, describe
 from ..hub.pull import ShardedSource
 from ..hub.reference import Source, reading, reads
+from ..models.batches import Batch
 from ..models.classes import load_config, quiet_transformers, wrong_number_of_labels
 from ..models.mixture import mixture_of
 from ..models.target import checkpoint_dtype, load_pretrained
@@ -27,11 +28,12 @@ from .architecture import architecture_problems
 from .checkpoint import drop_tied_, file_tensors, fill_tied_, runtime_tensors
 from .fit import Fit, SourceFiles, fit_source
 from .headers import header_tensors
+from .identity import check_identity, fits_twice
 from .rows import class_tensors, default_names, label_names
 from .values import check_values
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 
@@ -72,6 +74,8 @@ def load_source(
     processing_class: Any = None,
     accepted_bases: Collection[str] = (),
     options: SourceOptions = NO_OPTIONS,
+    check: bool = False,
+    data: Callable[[], Batch] | None = None,
     token: str | None = None,
 ) -> LoadedSource:
     """Load one source with the target's names and shapes, and check that it fits.
@@ -84,6 +88,8 @@ def load_source(
         processing_class: The target's tokenizer; its tokens are matched with the source's by their strings.
         accepted_bases: Names of models that the user declares to be the same as `base`.
         options: What the user says about the source.
+        check: Whether to compare the source with the merge that takes it whole, on one batch, if memory allows.
+        data: Returns a batch of the user's data, for that comparison.
         token: Hub token with which the base was loaded.
 
     Raises:
@@ -105,6 +111,11 @@ def load_source(
     fit = _require_fit(source, files, target, processing_class, options)
     tensors = fit.tensors
     check_values(source.ref, tensors, movable_tensors(target))
+    if check and files.reference is None and mixture_of(target) is None:
+        fit.notes.append("not compared with its own library, because the memory does not hold it twice")
+    elif check and files.reference:
+        with quiet_transformers():
+            fit.notes += check_identity(source, files.reference, files.tensors, target, data)
     if fit.rows:
         targets = movable_tensors(target)
         own = {name: targets[name].detach() for name in fit.rows}
@@ -196,7 +207,10 @@ def _read_full(
         with torch.device("meta"):
             model = type(target)(config)
         fill_tied_(tensors, model, expected)
-    return SourceFiles(tensors, set(tensors), label_names(config), problems + architecture)
+    files = SourceFiles(tensors, set(tensors), label_names(config), problems + architecture)
+    if headers is None and fits_twice(source):
+        files.reference = lambda: load_pretrained(source, type(target), dtype=checkpoint_dtype(source))[0]
+    return files
 
 
 def _read_adapter(
@@ -209,7 +223,14 @@ def _read_adapter(
     token: str | None,
 ) -> SourceFiles:
     # Imported here, because peft takes seconds to import and a merge of full models does not need it.
-    from .adapters import adapter_problems, apply_adapter_, count_saved_classes, load_adapter_config, type_problem
+    from .adapters import (
+        adapter_problems,
+        apply_adapter_,
+        count_saved_classes,
+        load_adapted,
+        load_adapter_config,
+        type_problem,
+    )
 
     config = load_adapter_config(source)
     problems = adapter_problems(config, source, base, accepted_bases, token=token)
@@ -262,7 +283,11 @@ def _read_adapter(
     for pair in [*tied_names(applied.model).items(), *tied_names(target).items()]:
         touched |= set(pair if touched.intersection(pair) else ())
     problems = drop_tied_(own, target)
-    return SourceFiles(own, touched & own.keys(), labels, problems, applied.ranks, applied.notes)
+
+    def reference() -> PeftModel:
+        return load_adapted(load_pretrained(base, type(target), dtype=checkpoint_dtype(base), **kwargs)[0], source)
+
+    return SourceFiles(own, touched & own.keys(), labels, problems, applied.ranks, applied.notes, reference)
 
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:

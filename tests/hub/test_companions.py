@@ -50,7 +50,12 @@ def sentence_model(folder: Path, seed: int, pooling: str = "mean") -> str:
     )
     tiny_tokenizer().save_pretrained(folder)
     modes: dict[str, Any] = {"pooling_mode_cls_token": pooling == "cls", "pooling_mode_mean_tokens": pooling == "mean"}
-    dense = {"in_features": 16, "out_features": 4, "bias": False, "activation_function": "torch.nn.Identity"}
+    dense: dict[str, Any] = {
+        "in_features": 16,
+        "out_features": 4,
+        "bias": False,
+        "activation_function": "torch.nn.Identity",
+    }
     files: dict[str, Any] = dict(
         zip(
             SENTENCE_FILES,

@@ -22,7 +22,8 @@ CONFIG = GraspConfig(method="average", **NO_TUNING)
 
 def merged_logits(base: Path, source: Path) -> Tensor:
     merger = GraspMerger.from_pretrained(str(base), config=CONFIG)
-    merger.merge([str(source)])
+    notes = merger.merge([str(source)]).steps[0].notes
+    assert not [note for note in notes if note.startswith("not compared")]
     return family_logits(merger.model)
 
 
