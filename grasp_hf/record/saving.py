@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,11 +131,29 @@ def save_record(
         tokenizer = TOKENIZER_FILES if tokenizer_of(processing_class) else ()
         processor = PROCESSOR_FILES if isinstance(processing_class, ProcessorMixin) else ()
         copy_companions(base, directory, saved=tokenizer + processor)
-    with quiet_transformers():
+    with quiet_transformers(), _settings_of_generation(model, directory):
         model.save_pretrained(directory, state_dict=None if weights else {})
     if processing_class is not None:
         processing_class.save_pretrained(directory)
     report.to_json(directory / REPORT_FILE)
+
+
+@contextmanager
+def _settings_of_generation(model: PreTrainedModel, directory: Path) -> Iterator[None]:
+    """Write the settings of generation after the block, in which `save_pretrained` writes defaults.
+
+    transformers loads a temperature without sampling, as many published models have it, and refuses to save it.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None or not model.can_generate():
+        yield
+        return
+    model.generation_config = type(settings)()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+    settings.to_json_file(directory / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 def saved_shards(directory: Path, model: PreTrainedModel, max_shard_size: int | str) -> Iterator[Path]:
