@@ -29,9 +29,7 @@ PROCESSOR_FILES = (
     "video_preprocessor_config.json",
     "chat_template.json",
 )
-MODULES = (
-    "modules.json"  # the list of the modules of a sentence-transformers model; each has a folder such as 1_Pooling
-)
+MODULES = "modules.json"  # lists the modules of a sentence-transformers model, which have folders such as 1_Pooling
 MODULE_FILE = re.compile(r"\d+_\w+/[\w.-]+\.(json|txt|safetensors|bin)")
 OTHER_FILES = (
     "generation_config.json",

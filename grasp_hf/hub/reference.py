@@ -280,6 +280,10 @@ def _advice(ref: SourceRef, files: Sequence[str], below: Sequence[str]) -> str:
     everything = [*files, *below]
     if models := _model_folders(below):
         return f"; a model or adapter is in {first_few(models)}: name the one to use, such as '{ref.below(models[0])}'"
+    if any(name.endswith("zero_to_fp32.py") for name in everything):
+        return "; DeepSpeed has saved a part of the weights for each process: join them with its zero_to_fp32.py"
+    if any("pytorch_model_fsdp" in name for name in everything):
+        return "; FSDP has saved a part of the weights for each process: join them with `accelerate merge-weights`"
     if any(name.endswith(".gguf") for name in everything):
         return "; a GGUF file has quantized weights: name the float model that it was made from"
     if any(name.endswith((".onnx", ".h5", ".msgpack")) for name in everything):

@@ -38,7 +38,7 @@ def unify_padding_(model: PreTrainedModel, processing_class: Any) -> None:
         IncompatibleSourceError: The model counts its positions from the id of its padding token, or ignores that id in its
             loss, and the tokenizer has another one.
     """
-    tokenizer, config = tokenizer_of(processing_class), model.config.get_text_config()
+    tokenizer, config = tokenizer_of(processing_class), _text_config(model)
     if tokenizer is None:
         return
     own, rows = getattr(config, "pad_token_id", None), _token_rows(model) or len(tokenizer)
@@ -57,9 +57,15 @@ def unify_padding_(model: PreTrainedModel, processing_class: Any) -> None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
     if own != chosen:
         logger.info("padding: the token %r with the id %d, instead of %s", tokenizer.pad_token, chosen, own)
-    for named in (model.config, config, getattr(model, "generation_config", None)):
-        if named is not None:
-            named.pad_token_id = chosen
+    model.config.pad_token_id = config.pad_token_id = chosen
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and generation.pad_token_id in (None, own):  # a model of sounds generates other tokens
+        generation.pad_token_id = chosen
+
+
+def _text_config(model: PreTrainedModel) -> Any:
+    """Return the config of the tokens that a model takes; one that it generates may have tokens of its own."""
+    return getattr(model.config, "text_config", None) or model.config
 
 
 def _padding_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -87,7 +93,7 @@ def position_offset(model: PreTrainedModel) -> int:
 
 def max_tokens(model: PreTrainedModel) -> int | None:
     """Return the largest number of tokens that a model takes; `None` for no limit."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    positions = getattr(_text_config(model), "max_position_embeddings", None) or 0
     return positions - position_offset(model) if positions > 0 else None  # the config of an XLNet says -1
 
 

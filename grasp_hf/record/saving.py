@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +178,7 @@ def save_record(
             tokenizer = TOKENIZER_FILES if tokenizer_of(processing_class) else ()
             processor = PROCESSOR_FILES if isinstance(processing_class, ProcessorMixin) else ()
             copy_companions(base, directory, saved=tokenizer + processor)
-        with quiet_transformers():
+        with quiet_transformers(), _settings_of_generation(model, directory):
             model.save_pretrained(directory, state_dict=None if weights else {})
     if processing_class is not None:
         processing_class.save_pretrained(directory)
@@ -213,6 +214,24 @@ def _remove_other_kind(directory: Path, model: PreTrainedModel) -> None:
     for pattern in patterns if mixture_of(model) is not None else [adapter.CONFIG, adapter.WEIGHTS]:
         for path in directory.glob(pattern):
             path.unlink()
+
+
+@contextmanager
+def _settings_of_generation(model: PreTrainedModel, directory: Path) -> Iterator[None]:
+    """Write the settings of generation after the block, in which `save_pretrained` writes defaults.
+
+    transformers loads a temperature without sampling, as many published models have it, and refuses to save it.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None or not model.can_generate():
+        yield
+        return
+    model.generation_config = type(settings)()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+    settings.to_json_file(directory / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 def saved_shards(directory: Path, model: PreTrainedModel, max_shard_size: int | str) -> Iterator[Path]:

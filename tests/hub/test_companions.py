@@ -17,6 +17,7 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPProcessor,
+    pipeline,
 )
 
 from grasp_hf import GraspConfig, GraspMerger
@@ -127,12 +128,14 @@ def test_a_pushed_sentence_model_stays_one(hub: HubServer, tmp_path: Path, monke
         assert (source.folder / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
 
 
-def test_a_language_model_keeps_its_templates_and_its_settings_of_generation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("samples", [True, False])
+def test_a_language_model_keeps_its_templates_and_its_settings_of_generation(samples: bool, tmp_path: Path) -> None:
     base = Path(saved(tiny_model("gpt2"), tmp_path / "base"))
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"default": "{{ messages[0] }}", "tool_use": "{{ tools }}"}
     tokenizer.save_pretrained(base)
-    settings = json.loads((base / "generation_config.json").read_text()) | {"temperature": 0.3, "do_sample": True}
+    # transformers loads a temperature without sampling, and refuses to save it
+    settings = json.loads((base / "generation_config.json").read_text()) | {"temperature": 0.3, "do_sample": samples}
     (base / "generation_config.json").write_text(json.dumps(settings))
     assert {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"} <= files_in(base)
     merger = GraspMerger.from_pretrained(str(base), config=MEAN)
@@ -140,7 +143,10 @@ def test_a_language_model_keeps_its_templates_and_its_settings_of_generation(tmp
     merger.save_pretrained(tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
     found = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
-    assert (found["temperature"], found["do_sample"]) == (0.3, True)
+    assert (found["temperature"], found.get("do_sample", False)) == (0.3, samples)
+    assert merger.model.generation_config is not None and merger.model.generation_config.temperature == 0.3
+    run = pipeline("text-generation", str(tmp_path / "merged"))
+    assert len(run(["red small", "blue"], batch_size=2, max_new_tokens=2)) == 2
 
 
 def test_a_model_of_pictures_and_texts_keeps_both_processors(tmp_path: Path) -> None:

@@ -142,6 +142,28 @@ def test_the_folders_of_a_training_run_are_named(vit: str, tmp_path: Path) -> No
     inspect(tmp_path / "run" / "checkpoint-1000")
 
 
+@pytest.mark.parametrize(
+    ("file", "advice"),
+    [
+        (
+            "zero_to_fp32.py",
+            "DeepSpeed has saved a part of the weights for each process: join them with its zero_to_fp32",
+        ),
+        (
+            "pytorch_model_fsdp_0/__0_0.distcp",
+            "FSDP has saved a part of the weights .*: join them with `accelerate merge",
+        ),
+    ],
+)
+@pytest.mark.parametrize("folder", [".", "checkpoint-5"])
+def test_weights_in_parts_are_named(file: str, advice: str, folder: str, tmp_path: Path) -> None:
+    for name in ("config.json", file):
+        (tmp_path / folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / folder / name).write_text("{}")
+    with pytest.raises(SourceNotFoundError, match=f"holds no .*; {advice}"):
+        inspect(tmp_path)
+
+
 def test_the_folders_of_named_adapters_are_named(tmp_path: Path) -> None:
     model = tiny_model("vit")
     saved_adapter(model, "org/base", tmp_path / "both" / "french", target_modules=["q_proj"])

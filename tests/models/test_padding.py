@@ -149,6 +149,14 @@ def test_the_token_of_config_and_tokenizer(
         assert model.generation_config is not None and model.generation_config.pad_token_id == expected
 
 
+def test_a_model_that_generates_other_tokens_than_it_reads_keeps_their_padding() -> None:
+    model = model_of("gpt2", AutoModelForCausalLM, pad_token_id=None)
+    assert model.generation_config is not None
+    model.generation_config.pad_token_id = 11
+    unify_padding_(model, tokenizer())
+    assert (model.config.pad_token_id, model.generation_config.pad_token_id) == (1, 11)
+
+
 def test_a_language_model_without_a_token_runs_in_batches_after_a_merge_without_data(tmp_path: Path) -> None:
     model = model_of("gpt2", AutoModelForCausalLM, pad_token_id=None)
     model.save_pretrained(tmp_path / "base")
