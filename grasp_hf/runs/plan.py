@@ -286,8 +286,8 @@ def _plan_full(planned: PlannedSource, found: _Found, target: _Target | None) ->
         tensors = {name: tensor for name, tensor in movable_tensors(model).items() if name not in lacking}
         read = SourceFiles(tensors, set(tensors), labels)
     else:
-        tensors, problems = runtime_tensors(found.headers, target.model, Path())
-        read = SourceFiles(tensors, set(tensors), labels, problems)
+        tensors, problems, notes = runtime_tensors(found.headers, target.model, Path())
+        read = SourceFiles(tensors, set(tensors), labels, problems, notes=notes)
     fit = fit_source(source, read, target.model, target.processing_class, options)
     planned.problems += fit.problems + tie_problems(target.model, model)
     planned.notes += fit.notes

@@ -13,7 +13,7 @@ from ..errors import first_few
 from ..hub.reference import Source
 from ..internals import tied_names
 from ..models.processors import load_processing_class
-from ..models.target import is_computed
+from ..models.target import TRAINED_LATER, is_computed
 from ..tensors.units import head_tensors, movable_tensors
 from .rows import RowMatch, RowMatches, match_head, match_tokens, token_tensors, vocabulary
 
@@ -48,6 +48,7 @@ class SourceFiles:
         labels: Label names by class id; `None` for a language model.
         problems: Problems that were found while reading.
         ranks: Rank of the difference to the base, for each tensor that a LoRA adapter changes.
+        notes: Remarks for the report.
     """
 
     tensors: dict[str, Tensor]
@@ -55,6 +56,7 @@ class SourceFiles:
     labels: list[str] | None
     problems: list[str] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def fit_source(
@@ -81,9 +83,25 @@ def fit_source(
     problems = [*files.problems, *tensor_problems(targets, tensors, {*missing, *head.left_out, *matches})]
     problems += head.problems + tokens.problems
     missing = [name for name in missing if not is_computed(target, name)]
+    stay = untrained_parts(missing, targets)
+    missing = [name for name in missing if name not in stay]
+    notes = [*files.notes, *head.notes, *tokens.notes]
+    if stay and source.kind == "full":
+        notes.append(f"{len(stay)} tensors stay, because the source was trained without them: {first_few(stay)}")
     if missing and source.kind == "full":
         problems.append(f"{len(missing)} tensors are not in its files, starting with {min(missing)}")
-    return Fit(tensors, matches, [*head.notes, *tokens.notes], problems)
+    return Fit(tensors, matches, notes, problems)
+
+
+def untrained_parts(missing: Collection[str], targets: Collection[str]) -> list[str]:
+    """Return those of the `missing` tensors that other tasks do not train: a whole pooler, or a token for masks."""
+
+    def part_of(name: str) -> str:
+        found = TRAINED_LATER.search(name)
+        return name[: found.start(2)] + found[2].partition(".")[0] if found else ""
+
+    present = {part_of(name) for name in targets if name not in missing}
+    return [name for name in missing if part_of(name) not in present | {""}]
 
 
 def match_vocabularies(

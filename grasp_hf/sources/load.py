@@ -182,10 +182,10 @@ def _read_full(
     source.float_dtypes()
     try:
         raw = file_tensors(source) if headers is None else headers
-        tensors, problems = runtime_tensors(raw, target, directory)
+        tensors, problems, notes = runtime_tensors(raw, target, directory)
     except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be read: {error}") from error
-    return SourceFiles(tensors, set(tensors), label_names(config), problems + architecture)
+    return SourceFiles(tensors, set(tensors), label_names(config), problems + architecture, notes=notes)
 
 
 def _read_adapter(
