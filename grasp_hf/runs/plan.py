@@ -31,7 +31,7 @@ from ..sources.architecture import architecture_problems
 from ..sources.checkpoint import runtime_tensors
 from ..sources.fit import SourceFiles, fit_source, tie_problems
 from ..sources.headers import header_tensors
-from ..sources.load import adapter_labels, saves_head
+from ..sources.load import adapter_labels, saves_head, training_problems
 from ..sources.rows import label_names, match_head
 from ..tensors.units import head_tensors, movable_tensors, partition
 from .costs import cost_lines
@@ -261,8 +261,9 @@ def _plan_adapter(planned: PlannedSource, adapter: Source, target: _Target | Non
     planned.problems += adapter_problems(
         config, adapter, target.adapters_base, target.settings.accepted_bases, token=target.token
     )
+    options = target.settings.options_of(str(adapter.ref))
+    planned.problems += training_problems(adapter, target.model, options)
     if target.has_labels and saves_head(config, target.model):
-        options = target.settings.options_of(str(adapter.ref))
         labels = options.labels or adapter_labels(adapter, target.adapters_base)
         model = _without_weights(target, load_config(target.adapters_base))
         planned.notes += match_head(target.model, movable_tensors(model), labels).notes

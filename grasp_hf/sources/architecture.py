@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from ..config.sources import recipe_entry
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -30,7 +32,7 @@ IRRELEVANT = re.compile(
             # What else is returned, and how the same numbers are computed and stored.
             r"output_(attentions|hidden_states|past|router_logits|scores)|return_dict\w*|use_cache",
             r"tie_last_hidden_states|(torch_)?dtype|_?(attn|experts)_implementation\w*|chunk_size_(feed_forward|lm_head)",
-            r"pretraining_tp|use_mamba_kernels|use_mambapy|disable_custom_kernels",
+            r"pretraining_tp|quantization_config|use_mamba_kernels|use_mambapy|disable_custom_kernels",
             # Training. ESM scales its embeddings by `token_dropout`, and SpeechT5 drops units in eval mode too.
             r"(?!token_dropout$|speech_decoder_prenet_dropout$)"
             r"\w*(dropout|pdrop|layer_?drop|drop_?path|drop_rate|drop_connect)\w*",
@@ -99,7 +101,7 @@ def architecture_problems(
         f"different {path}: got {_show(got)}, expected {_show(expected)}" for path, (got, expected) in refused.items()
     ]
     if problems:
-        advice = f"sources: [{{id: {reference}, accept: [{', '.join(refused)}]}}]"
+        advice = recipe_entry(reference, accept=[*refused])
         problems[-1] += f"; if the weights are to be merged all the same, accept this for the source: {advice}"
     return problems
 

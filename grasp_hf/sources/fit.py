@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..config.sources import NO_OPTIONS, SourceOptions
+from ..config.sources import NO_OPTIONS, SourceOptions, recipe_entry
 from ..errors import first_few
 from ..hub.reference import Source
 from ..internals import tied_names
@@ -122,7 +122,7 @@ def match_vocabularies(
     if got is None:
         problem = (
             "it holds no tokenizer that can be read, so its tokens cannot be matched with the target's; add its tokenizer "
-            f"files, or say that both are the same: sources: [{{id: {source.ref}, same_tokenizer: true}}]"
+            f"files, or say that both are the same: {recipe_entry(str(source.ref), same_tokenizer=True)}"
         )
         return RowMatches(problems=[problem])
     return match_tokens(target, expected, tensors, got)

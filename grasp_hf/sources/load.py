@@ -16,7 +16,7 @@ from ..errors import IncompatibleSourceError, NonFiniteError
 from ..hub.pull import ShardedSource
 from ..hub.reference import UNREADABLE, Source
 from ..internals import tied_names
-from ..models.classes import load_config, quiet_transformers, wrong_number_of_labels
+from ..models.classes import load_config, quiet_transformers, read_config, wrong_number_of_labels
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
 from ..tensors.units import head_tensors, movable_tensors
@@ -201,7 +201,8 @@ def _read_adapter(
     from .adapters import adapter_problems, apply_adapter_, count_saved_classes, load_adapter_config, type_problem
 
     config = load_adapter_config(source)
-    if problems := adapter_problems(config, source, base, accepted_bases, token=token):
+    problems = adapter_problems(config, source, base, accepted_bases, token=token)
+    if problems := problems + training_problems(source, target, options):
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=problems)
     assert base is not None  # an unknown base is one of the problems
     kwargs: dict[str, Any] = {}
@@ -242,9 +243,24 @@ def _read_adapter(
     return SourceFiles(own, touched, labels, ranks=applied.ranks)
 
 
+def training_problems(adapter: Source, target: PreTrainedModel, options: SourceOptions) -> list[str]:
+    """List the settings that an adapter was trained with and that differ from the target's.
+
+    PEFT does not read the config.json that some tools save beside an adapter, but it says how the base model was set, for
+    example with scaled positions.
+    """
+    try:
+        config = read_config(adapter)
+    except IncompatibleSourceError:  # there is none, or it is of no use to PEFT either
+        return []
+    if config.model_type != target.config.model_type:  # `adapter_problems` compares the base models
+        return []
+    return architecture_problems(config, target, str(adapter.ref), options.accept)
+
+
 def adapter_labels(adapter: Source, base: Source) -> list[str]:
     """Return the label names in the config.json of an adapter; if it has none, those of its base model."""
-    return label_names(load_config(adapter if (adapter.folder / "config.json").is_file() else base))
+    return label_names(read_config(adapter if (adapter.folder / "config.json").is_file() else base))
 
 
 def saves_head(config: PeftConfig, target: PreTrainedModel) -> bool:
