@@ -288,7 +288,7 @@ def _plan_full(planned: PlannedSource, found: _Found, target: _Target | None) ->
         read = SourceFiles(tensors, set(tensors), labels)
     else:
         tensors, problems, notes = runtime_tensors(found.headers, target.model, Path())
-        read = SourceFiles(tensors, set(tensors), labels, problems, notes=notes)
+        read = SourceFiles(tensors, set(tensors), labels, problems, notes=notes, problem_type=config.problem_type)
     fit = fit_source(source, read, target.model, target.processing_class, options)
     planned.problems += fit.problems + tie_problems(target.model, model)
     planned.notes += fit.notes

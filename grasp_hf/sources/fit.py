@@ -49,6 +49,7 @@ class SourceFiles:
         problems: Problems that were found while reading.
         ranks: Rank of the difference to the base, for each tensor that a LoRA adapter changes.
         notes: Remarks for the report.
+        problem_type: What the head was trained for, such as `multi_label_classification`; `None` if the config does not say.
     """
 
     tensors: dict[str, Tensor]
@@ -57,6 +58,7 @@ class SourceFiles:
     problems: list[str] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    problem_type: str | None = None
 
 
 def fit_source(
@@ -72,7 +74,7 @@ def fit_source(
     """
     targets = movable_tensors(target)
     brings_head = source.kind == "full" or bool(files.candidates & head_tensors(target))
-    head = match_head(target, files.tensors, files.labels, brings=brings_head)
+    head = match_head(target, files.tensors, files.labels, brings=brings_head, problem_type=files.problem_type)
     if options.same_tokenizer:
         tokens = RowMatches(notes=["vocabulary: tokens matched by their numbers, because the user says so"])
     else:

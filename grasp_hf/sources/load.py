@@ -185,7 +185,9 @@ def _read_full(
         tensors, problems, notes = runtime_tensors(raw, target, directory)
     except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be read: {error}") from error
-    return SourceFiles(tensors, set(tensors), label_names(config), problems + architecture, notes=notes)
+    problems += architecture
+    labels = label_names(config)
+    return SourceFiles(tensors, set(tensors), labels, problems, notes=notes, problem_type=config.problem_type)
 
 
 def _read_adapter(
