@@ -15,6 +15,7 @@ from ..internals import tied_names
 from ..models.processors import load_processing_class
 from ..models.target import TRAINED_LATER, is_computed
 from ..tensors.units import head_tensors, movable_tensors
+from .preparation import preparation_notes
 from .rows import RowMatch, RowMatches, match_head, match_tokens, token_tensors, vocabulary
 
 if TYPE_CHECKING:
@@ -114,20 +115,28 @@ def match_vocabularies(
     `tensors` are the tensors of `source`; `processing_class` is the target's tokenizer or processor.
     """
     expected = vocabulary(processing_class)
-    if source.kind == "adapter" or not token_tensors(target):  # an adapter has the vocabulary of its base model
+    if source.kind == "adapter":  # an adapter has the vocabulary of its base model
         return RowMatches()
+    if not token_tensors(target):
+        has_pictures = hasattr(processing_class, "image_mean")
+        return RowMatches(
+            notes=preparation_notes(processing_class, load_processing_class(source)) if has_pictures else []
+        )
     if expected is None:
         return RowMatches(
             notes=["vocabulary: tokens matched by their numbers, because the target's tokenizer is unknown"]
         )
-    got = vocabulary(load_processing_class(source))
+    own = load_processing_class(source)
+    got = vocabulary(own)
     if got is None:
         problem = (
             "it holds no tokenizer that can be read, so its tokens cannot be matched with the target's; add its tokenizer "
             f"files, or say that both are the same: {recipe_entry(str(source.ref), same_tokenizer=True)}"
         )
         return RowMatches(problems=[problem])
-    return match_tokens(target, expected, tensors, got)
+    matched = match_tokens(target, expected, tensors, got)
+    matched.notes += preparation_notes(processing_class, own)
+    return matched
 
 
 def tie_problems(target: PreTrainedModel, source: PreTrainedModel) -> list[str]:
