@@ -90,6 +90,16 @@ def computed_patterns(model: PreTrainedModel) -> list[str]:
     return [*(model._keys_to_ignore_on_save or ()), *(model._keys_to_ignore_on_load_missing or ())]
 
 
+def ignored_patterns(model: PreTrainedModel) -> list[str]:
+    """Return regular expressions for the names of tensors in files that `from_pretrained` leaves out without a word.
+
+    They belong to buffers that older versions saved, or to parts that the model does not have. The class keeps them in a
+    private attribute, and `from_pretrained` adds those of buffers that many models have.
+    """
+    buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()} & {"inv_freq", "position_ids"}
+    return [*(model._keys_to_ignore_on_load_unexpected or ()), *(rf"(^|\.){name}$" for name in sorted(buffers))]
+
+
 def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the tensors of `model` as `save_pretrained` writes them: under their names in files, tied tensors once.
 

@@ -15,6 +15,7 @@ from huggingface_hub.utils import close_session
 from packaging.requirements import Requirement
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model, load_peft_weights
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -96,6 +97,26 @@ def test_no_other_normalisation_is_taken_for_a_batch_norm() -> None:
 
 
 # transformers
+
+
+def test_tensors_that_loading_leaves_out_without_a_word(tmp_path: Path) -> None:
+    class Ignoring(BertForSequenceClassification):
+        _keys_to_ignore_on_load_unexpected = [r"old\.head"]
+
+    config: Any = tiny_model("bert").config
+    model = Ignoring(config)
+    assert internals.ignored_patterns(model) == [r"old\.head", r"(^|\.)position_ids$"], gone(
+        "_keys_to_ignore_on_load_unexpected"
+    )
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    further = ("old.head.weight", "bert.embeddings.position_ids", "bert.new.weight")
+    save_file(
+        {**tensors, **{name: torch.zeros(2) for name in further}}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    loaded: Any = Ignoring.from_pretrained(tmp_path, output_loading_info=True)
+    assert {*loaded[1]["unexpected_keys"]} == {"bert.new.weight"}, gone("the patterns that from_pretrained adds")
+    assert r"(^|\.)inv_freq$" in internals.ignored_patterns(tiny_model("gpt_neox"))
 
 
 def test_computed_tensors_are_neither_saved_nor_missed(tmp_path: Path) -> None:

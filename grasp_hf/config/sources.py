@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ..errors import ConfigError
 from .checks import plain_value, value_problems
@@ -34,6 +37,16 @@ class SourceOptions:
 
 
 NO_OPTIONS = SourceOptions()
+
+
+def recipe_entry(reference: str, **options: Any) -> str:
+    """Return a line of a recipe that names a source with options, for the advice in an error.
+
+    >>> recipe_entry("org/name", same_tokenizer=True)
+    'sources: [{id: org/name, same_tokenizer: true}]'
+    """
+    entry = {"id": reference, **options}
+    return f"sources: [{yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=math.inf).strip()}]"
 
 
 def _normalized(reference: str) -> str:

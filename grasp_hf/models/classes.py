@@ -46,6 +46,23 @@ def load_config(source: Source, labels: Sequence[str] | None = None) -> Pretrain
         IncompatibleSourceError: The source is an adapter, its config.json cannot be read, transformers does not have
             its architecture, its weights are quantized, or `labels` are too few or too many.
     """
+    config = read_config(source)
+    if getattr(config, "quantization_config", None):
+        raise IncompatibleSourceError(
+            "its weights are quantized, expected float weights; name the float model that it was made from, or "
+            "dequantize it and save it first",
+            subject=source.ref,
+        )
+    if labels is not None:
+        if len(labels) != config.num_labels and not is_headless(config):
+            raise wrong_number_of_labels(source, labels, config.num_labels or 0)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: number for number, name in enumerate(labels)}
+    return config
+
+
+def read_config(source: Source) -> PretrainedConfig:
+    """Return the same as `load_config`, also for quantized weights, and for the base model in an adapter's folder."""
     if source.kind == "adapter" and not (source.folder / "config.json").is_file():
         raise IncompatibleSourceError(f"'{source.ref}' is an adapter; expected a full model")
     try:
@@ -58,17 +75,6 @@ def load_config(source: Source, labels: Sequence[str] | None = None) -> Pretrain
                 f"trust_remote_code: ['{source.ref}']"
             ) from error
         raise
-    if getattr(config, "quantization_config", None):
-        raise IncompatibleSourceError(
-            "its weights are quantized, expected float weights; name the float model that it was made from, or "
-            "dequantize it and save it first",
-            subject=source.ref,
-        )
-    if labels is not None:
-        if len(labels) != config.num_labels and not is_headless(config):
-            raise wrong_number_of_labels(source, labels, config.num_labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: number for number, name in enumerate(labels)}
     return config
 
 

@@ -36,7 +36,7 @@ from ..sources.checkpoint import fill_tied_, runtime_tensors
 from ..sources.factors import block_problems
 from ..sources.fit import SourceFiles, fit_source, tie_problems
 from ..sources.headers import header_tensors
-from ..sources.load import FULL_MODEL, adapter_labels, saves_head
+from ..sources.load import FULL_MODEL, adapter_labels, saves_head, training_problems
 from ..sources.rows import label_names, match_head
 from ..tensors.units import head_tensors, movable_tensors, partition
 from .costs import cost_lines
@@ -291,8 +291,9 @@ def _plan_adapter(planned: PlannedSource, found: _Found, target: _Target | None)
     planned.problems += limit_problems(config, found.headers or {}, [name for name, _ in target.model.named_modules()])
     if target.whole is not None:
         planned.problems += block_problems(config, target.whole)
+    options = target.settings.options_of(str(adapter.ref))
+    planned.problems += training_problems(adapter, target.model, options)
     if target.has_labels and saves_head(config, target.model):
-        options = target.settings.options_of(str(adapter.ref))
         labels = options.labels or adapter_labels(adapter, target.adapters_base)
         model = _without_weights(target, load_config(target.adapters_base))
         planned.notes += match_head(target.model, movable_tensors(model), labels).notes
@@ -318,9 +319,9 @@ def _plan_full(planned: PlannedSource, found: _Found, target: _Target | None) ->
         tensors = {name: tensor for name, tensor in movable_tensors(model).items() if name not in lacking}
         read = SourceFiles(tensors, set(tensors), labels)
     else:
-        tensors, problems = runtime_tensors(found.headers, target.model, Path())
+        tensors, problems, notes = runtime_tensors(found.headers, target.model, Path())
         fill_tied_(tensors, model, movable_tensors(target.model))
-        read = SourceFiles(tensors, set(tensors), labels, problems)
+        read = SourceFiles(tensors, set(tensors), labels, problems, notes=notes, problem_type=config.problem_type)
     fit = fit_source(source, read, target.model, target.processing_class, options)
     planned.problems += fit.problems + tie_problems(target.model, model)
     planned.notes += fit.notes

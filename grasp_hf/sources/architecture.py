@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from ..config.sources import recipe_entry
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -30,7 +32,7 @@ IRRELEVANT = re.compile(
             # What else is returned, and how the same numbers are computed and stored.
             r"output_(attentions|hidden_states|past|router_logits|scores)|return_dict\w*|use_cache",
             r"tie_last_hidden_states|(torch_)?dtype|_?(attn|experts)_implementation\w*|chunk_size_(feed_forward|lm_head)",
-            r"pretraining_tp|use_mamba_kernels|use_mambapy|disable_custom_kernels",
+            r"pretraining_tp|quantization_config|use_mamba_kernels|use_mambapy|disable_custom_kernels",
             # Training. ESM scales its embeddings by `token_dropout`, and SpeechT5 drops units in eval mode too.
             r"(?!token_dropout$|speech_decoder_prenet_dropout$)"
             r"\w*(dropout|pdrop|layer_?drop|drop_?path|drop_rate|drop_connect)\w*",
@@ -96,10 +98,10 @@ def architecture_problems(
         if not any(f"{path}.".startswith(f"{name}.") for name in accepted)
     }
     problems = [
-        f"different {path}: got {_show(got)}, expected {_show(expected)}" for path, (got, expected) in refused.items()
+        f"different {path}: got {show(got)}, expected {show(expected)}" for path, (got, expected) in refused.items()
     ]
     if problems:
-        advice = f"sources: [{{id: {reference}, accept: [{', '.join(refused)}]}}]"
+        advice = recipe_entry(reference, accept=[*refused])
         problems[-1] += f"; if the weights are to be merged all the same, accept this for the source: {advice}"
     return problems
 
@@ -143,7 +145,7 @@ def _differences(
             nested = "model_type" in ours and "model_type" in theirs
             inside = None if nested else field or str(key)
             yield from _differences(_with_rope_defaults(ours), _with_rope_defaults(theirs), f"{name}.", inside)
-        elif not _same(ours, theirs) and not _same_activation(ours, theirs):
+        elif not values_equal(ours, theirs) and not _same_activation(ours, theirs):
             yield _Difference(name, field or str(key), (ours, theirs))
 
 
@@ -174,9 +176,10 @@ def _with_rope_defaults(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return ROPE_DEFAULTS | given
 
 
-def _same(got: Any, expected: Any) -> bool:
+def values_equal(got: Any, expected: Any) -> bool:
+    """Whether two values of a configuration are equal; numbers may differ by rounding."""
     if isinstance(got, list) and isinstance(expected, list):
-        return len(got) == len(expected) and all(map(_same, got, expected))
+        return len(got) == len(expected) and all(map(values_equal, got, expected))
     if isinstance(got, int | float) and isinstance(expected, int | float):
         return got == expected or math.isclose(got, expected, rel_tol=1e-6)
     return bool(got == expected)
@@ -229,7 +232,7 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     """Return a value of a stranger's config as short text without control characters; a word without quotes."""
     if isinstance(value, str) and re.fullmatch(r"[\w.-]{1,80}", value, re.ASCII):
         return value

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from ..errors import IncompatibleSourceError, first_few
 from ..hub.reference import Source, reads
-from ..internals import collect_, convert, in_loading_order, runtime_name, weight_conversions
+from ..internals import (
+    collect_,
+    convert,
+    ignored_patterns,
+    in_loading_order,
+    runtime_name,
+    weight_conversions,
+)
 from ..tensors.mapped import MappedTensors
 from ..tensors.safetensors_files import map_tensors
 from ..tensors.units import movable_tensors, tied_names
@@ -47,7 +54,7 @@ def file_tensors(source: Source) -> dict[str, Tensor]:
 
 def runtime_tensors(
     raw: Mapping[str, Tensor], target: PreTrainedModel, directory: Path
-) -> tuple[dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """Return the tensors `raw` of a file under the names of `movable_tensors(target)`.
 
     The names are changed as `from_pretrained` changes them, but without a second model: only page cache is used.
@@ -55,8 +62,8 @@ def runtime_tensors(
     `directory`, or left on the meta device if the target is there.
 
     Returns:
-        The tensors, and a list of problems: tensors of layers that the target does not have, and different tensors
-        that are tied in the target.
+        The tensors, a list of problems (tensors inside the target's base model that the target does not have, and
+        different tensors that are tied in the target), and notes on other tensors that are left out.
 
     Raises:
         IncompatibleSourceError: A tensor that must be fused with others is missing or has another shape.
@@ -66,21 +73,19 @@ def runtime_tensors(
     expected = target.state_dict()
     found: dict[str, Tensor] = {}
     fused: dict[str, WeightConverter] = {}
-    without_place: list[str] = []
+    without_place: dict[str, Tensor] = {}
     for key in in_loading_order(raw):
         name, pattern = runtime_name(key, renamings, converters, target.base_model_prefix, expected)
         if name not in expected:
-            without_place.append(name)
+            without_place[name] = raw[key]
         elif pattern is None:
             found[name] = raw[key]
         else:
             collect_(fused.setdefault(name, deepcopy(by_pattern[pattern])), name, key, pattern, raw[key])
     found |= _fuse(fused, target, expected, directory)
-    prefix = f"{target.base_model_prefix}."  # missing in the files of a model without a head
-    with_prefix = [name if name.startswith(prefix) else prefix + name for name in without_place]
-    problems = _extra_layer_problems(with_prefix, expected) or _extra_layer_problems(without_place, expected)
+    problems, notes = _without_place(without_place, target)
     problems += drop_tied_(found, target)
-    return {name: found[name] for name in movable_tensors(target) if name in found}, problems
+    return {name: found[name] for name in movable_tensors(target) if name in found}, problems, notes
 
 
 def drop_tied_(tensors: dict[str, Tensor], target: PreTrainedModel) -> list[str]:
@@ -143,12 +148,32 @@ def _fuse(
     return buffer
 
 
-def _extra_layer_problems(names: Collection[str], expected: Collection[str]) -> list[str]:
-    """Return a problem that lists the names of additional layers: they differ from expected names only in numbers."""
+def _without_place(tensors: Mapping[str, Tensor], target: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Return a problem and a note that list the tensors of a source that the target has no place for.
 
-    def without_numbers(name: str) -> str:
-        return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    A tensor inside the target's base model, such as a bias or one more layer, is a problem, because the source computes
+    something with it that the target cannot. Other tensors belong to another task, such as another head, and are left
+    out. Tensors that the model computes itself, and those that transformers ignores, are not listed.
 
-    kinds = {without_numbers(name) for name in expected}
-    extra = [name for name in names if re.search(r"\.\d+\.", name) and without_numbers(name) in kinds]
-    return [f"{len(extra)} tensors of the source are not in the target: {first_few(extra)}"] if extra else []
+    Args:
+        tensors: The tensors, by runtime name.
+        target: The target.
+    """
+    ignored = [re.compile(pattern) for pattern in ignored_patterns(target)]
+    modules = {name for name, _ in target.named_modules()}
+    prefix = f"{target.base_model_prefix}." if target.base_model is not target else ""
+    inside: list[str] = []
+    outside: list[str] = []
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or any(pattern.search(name) for pattern in ignored):
+            continue
+        # The files of a model without a head lack the prefix.
+        full = name if name.startswith(prefix) else prefix + name
+        module = full.rpartition(".")[0]
+        while module not in modules:
+            module = module.rpartition(".")[0]
+        within = f"{module}.".startswith(prefix) and module != prefix.removesuffix(".")
+        (inside if within else outside).append(full if within else name)
+    problems = [f"{len(inside)} tensors of the source are not in the target: {first_few(inside)}"] if inside else []
+    notes = [f"{len(outside)} tensors have no place in the target and are left out: {first_few(outside)}"]
+    return problems, notes if outside else []

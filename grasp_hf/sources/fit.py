@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config.sources import NO_OPTIONS, SourceOptions
+from ..config.sources import NO_OPTIONS, SourceOptions, recipe_entry
 from ..errors import IncompatibleSourceError, first_few
 from ..hub.reference import Source
-from ..models.processors import read_processing_class
-from ..models.target import FLOATING, is_computed
+from ..models.processors import load_processing_class, read_processing_class
+from ..models.target import FLOATING, TRAINED_LATER, is_computed
 from ..tensors.units import head_tensors, movable_tensors, tied_names
+from .preparation import preparation_notes
 from .rows import RowMatch, RowMatches, match_head, match_tokens, token_tensors, vocabulary
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class SourceFiles:
         ranks: Rank of the difference to the base, for each tensor that a LoRA adapter changes.
         notes: Remarks for the report.
         reference: Loads the source with its own library; `None` if that takes more memory than there is.
+        problem_type: What the head was trained for, such as `multi_label_classification`; `None` if the config does not say.
     """
 
     tensors: dict[str, Tensor]
@@ -61,6 +63,7 @@ class SourceFiles:
     ranks: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     reference: Callable[[], Any] | None = None
+    problem_type: str | None = None
 
 
 def fit_source(
@@ -76,7 +79,7 @@ def fit_source(
     """
     targets = movable_tensors(target)
     brings_head = source.kind == "full" or bool(files.candidates & head_tensors(target))
-    head = match_head(target, files.tensors, files.labels, brings=brings_head)
+    head = match_head(target, files.tensors, files.labels, brings=brings_head, problem_type=files.problem_type)
     if options.same_tokenizer:
         tokens = RowMatches(notes=["vocabulary: tokens matched by their numbers, because the user says so"])
     else:
@@ -87,9 +90,25 @@ def fit_source(
     problems = [*files.problems, *tensor_problems(targets, tensors, {*missing, *head.left_out, *matches})]
     problems += head.problems + tokens.problems
     missing = [name for name in missing if not is_computed(target, name)]
+    stay = untrained_parts(missing, targets)
+    missing = [name for name in missing if name not in stay]
+    notes = [*files.notes, *head.notes, *tokens.notes]
+    if stay and source.kind == "full":
+        notes.append(f"{len(stay)} tensors stay, because the source was trained without them: {first_few(stay)}")
     if missing and source.kind == "full":
         problems.append(f"{len(missing)} tensors are not in its files, starting with {min(missing)}")
-    return Fit(tensors, matches, [*files.notes, *head.notes, *tokens.notes], problems)
+    return Fit(tensors, matches, notes, problems)
+
+
+def untrained_parts(missing: Collection[str], targets: Collection[str]) -> list[str]:
+    """Return those of the `missing` tensors that other tasks do not train: a whole pooler, or a token for masks."""
+
+    def part_of(name: str) -> str:
+        found = TRAINED_LATER.search(name)
+        return name[: found.start(2)] + found[2].partition(".")[0] if found else ""
+
+    present = {part_of(name) for name in targets if name not in missing}
+    return [name for name in missing if part_of(name) not in present | {""}]
 
 
 def match_vocabularies(
@@ -100,23 +119,31 @@ def match_vocabularies(
     `tensors` are the tensors of `source`; `processing_class` is the target's tokenizer or processor.
     """
     expected = vocabulary(processing_class)
-    if source.kind == "adapter" or not token_tensors(target):  # an adapter has the vocabulary of its base model
+    if source.kind == "adapter":  # an adapter has the vocabulary of its base model
         return RowMatches()
+    if not token_tensors(target):
+        has_pictures = hasattr(processing_class, "image_mean")
+        return RowMatches(
+            notes=preparation_notes(processing_class, load_processing_class(source)) if has_pictures else []
+        )
     if expected is None:
         return RowMatches(
             notes=["vocabulary: tokens matched by their numbers, because the target's tokenizer is unknown"]
         )
     try:
-        got = vocabulary(read_processing_class(source))
+        own = read_processing_class(source)
     except IncompatibleSourceError as error:
         return RowMatches(problems=error.problems_of(str(source.ref)))
+    got = vocabulary(own)
     if got is None:
         problem = (
             "it holds no tokenizer, so its tokens cannot be matched with the target's; add its tokenizer "
-            f"files, or say that both are the same: sources: [{{id: {source.ref}, same_tokenizer: true}}]"
+            f"files, or say that both are the same: {recipe_entry(str(source.ref), same_tokenizer=True)}"
         )
         return RowMatches(problems=[problem])
-    return match_tokens(target, expected, tensors, got)
+    matched = match_tokens(target, expected, tensors, got)
+    matched.notes += preparation_notes(processing_class, own)
+    return matched
 
 
 def tie_problems(target: PreTrainedModel, source: PreTrainedModel) -> list[str]:

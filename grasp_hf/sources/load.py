@@ -16,7 +16,7 @@ from ..errors import GraspError, IncompatibleSourceError, describe
 from ..hub.pull import ShardedSource
 from ..hub.reference import Source, reading, reads
 from ..models.batches import Batch
-from ..models.classes import load_config, quiet_transformers, wrong_number_of_labels
+from ..models.classes import load_config, quiet_transformers, read_config, wrong_number_of_labels
 from ..models.mixture import mixture_of
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
@@ -201,13 +201,20 @@ def _read_full(
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=architecture)
     source.float_dtypes()
     raw = file_tensors(source) if headers is None else headers
-    tensors, problems = runtime_tensors(raw, target, directory)
+    tensors, problems, notes = runtime_tensors(raw, target, directory)
     expected = movable_tensors(target)
     if not expected.keys() <= tensors.keys():
         with torch.device("meta"):
             model = type(target)(config)
         fill_tied_(tensors, model, expected)
-    files = SourceFiles(tensors, set(tensors), label_names(config), problems + architecture)
+    files = SourceFiles(
+        tensors,
+        set(tensors),
+        label_names(config),
+        problems + architecture,
+        notes=notes,
+        problem_type=config.problem_type,
+    )
     if headers is None and fits_twice(source):
         files.reference = lambda: load_pretrained(source, type(target), dtype=checkpoint_dtype(source))[0]
     return files
@@ -235,6 +242,7 @@ def _read_adapter(
     config = load_adapter_config(source)
     problems = adapter_problems(config, source, base, accepted_bases, token=token)
     names = [name for name, _ in target.named_modules()]
+    problems += training_problems(source, target, options)
     if problems := problems or limit_problems(config, header_tensors(source) or file_tensors(source), names):
         raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=problems)
     assert base is not None  # an unknown base is one of the problems
@@ -290,9 +298,24 @@ def _read_adapter(
     return SourceFiles(own, touched & own.keys(), labels, problems, applied.ranks, applied.notes, reference)
 
 
+def training_problems(adapter: Source, target: PreTrainedModel, options: SourceOptions) -> list[str]:
+    """List the settings that an adapter was trained with and that differ from the target's.
+
+    PEFT does not read the config.json that some tools save beside an adapter, but it says how the base model was set, for
+    example with scaled positions.
+    """
+    try:
+        config = read_config(adapter)
+    except IncompatibleSourceError:  # there is none, or it is of no use to PEFT either
+        return []
+    if config.model_type != target.config.model_type:  # `adapter_problems` compares the base models
+        return []
+    return architecture_problems(config, target, str(adapter.ref), options.accept)
+
+
 def adapter_labels(adapter: Source, base: Source) -> list[str]:
     """Return the label names in the config.json of an adapter; if it has none, those of its base model."""
-    return label_names(load_config(adapter if (adapter.folder / "config.json").is_file() else base))
+    return label_names(read_config(adapter if (adapter.folder / "config.json").is_file() else base))
 
 
 def saves_head(config: PeftConfig, target: PreTrainedModel) -> bool:

@@ -137,7 +137,12 @@ def token_tensors(model: PreTrainedModel) -> set[str]:
 
 
 def match_head(
-    target: PreTrainedModel, source: Mapping[str, Tensor], labels: Sequence[str] | None, *, brings: bool = True
+    target: PreTrainedModel,
+    source: Mapping[str, Tensor],
+    labels: Sequence[str] | None,
+    *,
+    brings: bool = True,
+    problem_type: str | None = None,
 ) -> RowMatches:
     """Match the classes of two heads by their names; by their numbers if neither head names its classes.
 
@@ -149,6 +154,7 @@ def match_head(
         source: The source's own tensors, with its own number of classes.
         labels: The source's label names by class id; `None` for a language model.
         brings: Whether the source brings a head; an adapter may bring none.
+        problem_type: The `problem_type` in the source's config. The logits of heads with other types mean other things.
     """
     if target.can_generate():  # a language model has no classes, although its config names two
         return RowMatches()
@@ -158,6 +164,9 @@ def match_head(
     tensors = movable_tensors(target)
     if names and not any(tensors[name].ndim and len(tensors[name]) == len(expected) for name in names):
         return RowMatches()  # a head without classes, such as that of a masked language model
+    if problem_type and target.config.problem_type not in (problem_type, None):
+        note = f"head stays: it was trained for {problem_type}, expected {target.config.problem_type}"
+        return RowMatches(left_out=names, notes=[note])
     by_number = are_numbers(expected) and are_numbers(labels)
     if by_number and len(labels) == len(expected):
         # Other models have default names but no classes.

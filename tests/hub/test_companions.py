@@ -57,13 +57,8 @@ def sentence_model(folder: Path, seed: int, pooling: str = "mean") -> str:
         "bias": False,
         "activation_function": "torch.nn.Identity",
     }
-    files: dict[str, Any] = dict(
-        zip(
-            SENTENCE_FILES,
-            (MODULES, {"max_seq_length": 16}, PROMPTS, {**modes, "word_embedding_dimension": 16}, dense),
-            strict=False,
-        )
-    )
+    contents: list[Any] = [MODULES, {"max_seq_length": 16}, PROMPTS, {**modes, "word_embedding_dimension": 16}, dense]
+    files = dict(zip(SENTENCE_FILES, contents, strict=False))
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content))

@@ -59,8 +59,9 @@ from transformers import (
 
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError, merge_pretrained
 from grasp_hf.config.recipe import Recipe
+from grasp_hf.runs.plan import plan
 from grasp_hf.sources.architecture import architecture_problems
-from tests.support.models import NO_TUNING, copied, saved, tiny_model
+from tests.support.models import NO_TUNING, copied, saved, saved_adapter, tiny_model
 
 SMALL: dict[str, Any] = {
     "vocab_size": 50,
@@ -411,3 +412,22 @@ def test_a_setting_that_only_code_of_another_model_reads_has_no_effect() -> None
     for name in ("rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping", "summary_type"):
         assert not architecture_problems(changed(target.config, {name: 8}), target, "org/x")
     assert architecture_problems(changed(target.config, {"layer_norm_eps": 8.0}), target, "org/x")
+
+
+def test_the_settings_that_an_adapter_was_trained_with_are_compared(tmp_path: Path) -> None:
+    """Some tools save the config.json of the base beside an adapter, also of a base that was loaded in 4 bits."""
+    base = saved(tiny_llama(), tmp_path / "base")
+    adapter = Path(saved_adapter(tiny_llama(), base, tmp_path / "adapter", target_modules=["q_proj"]))
+    values = json.loads((tmp_path / "base/config.json").read_text())
+    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}, "use_cache": False}
+    for harmless in ("{", json.dumps(values | quantized), json.dumps(values | {"model_type": "unheard-of"})):
+        (adapter / "config.json").write_text(harmless)
+        assert mean(base, str(adapter)).report.steps[0].moved
+    scaled = values | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}
+    (adapter / "config.json").write_text(json.dumps(scaled))
+    with pytest.raises(IncompatibleSourceError, match="different rope_parameters.factor: got 4.0, expected None"):
+        mean(base, str(adapter))
+    recipe = {"base_model": base, "sources": [str(adapter)], "method": "average", **NO_TUNING}
+    (_, row) = plan(Recipe.from_dict(recipe))
+    assert row.problems[0].startswith("different rope_parameters.factor: got 4.0")
+    assert mean(base, {"id": str(adapter), "accept": ["rope_parameters"]}).report.steps[0].moved

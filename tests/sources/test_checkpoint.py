@@ -18,9 +18,11 @@ from tests.support.models import KINDS, NO_TUNING, perturbed, saved, tiny_model
 
 
 def read(folder: Path | str, kind: str, scratch: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return the tensors of a file by their names in memory, and the problems and notes."""
     scratch.mkdir(exist_ok=True)
     raw = file_tensors(Source.inspect(SourceRef(str(folder)), Path(folder)))
-    return runtime_tensors(raw, tiny_model(kind), scratch)
+    tensors, problems, notes = runtime_tensors(raw, tiny_model(kind), scratch)
+    return tensors, problems + notes
 
 
 @pytest.mark.parametrize("shards", ["1GB", "5KB"], ids=["one-file", "shards"])
@@ -95,7 +97,10 @@ def test_tensors_that_the_target_does_not_have(tmp_path: Path) -> None:
     further = {name.replace(".1.", ".2."): tensors[name].clone(), "cls.predictions.bias": torch.zeros(50)}
     save_file(tensors | further, folder / "model.safetensors", {"format": "pt"})
     _, problems = read(folder, "bert", tmp_path / "scratch")
-    assert problems == ["1 tensors of the source are not in the target: bert.encoder.layer.2.output.dense.bias"]
+    assert problems == [
+        "1 tensors of the source are not in the target: bert.encoder.layer.2.output.dense.bias",
+        "1 tensors have no place in the target and are left out: cls.predictions.bias",
+    ]
 
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

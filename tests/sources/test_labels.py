@@ -99,6 +99,23 @@ def test_the_head_of_a_masked_language_model_has_no_classes(tmp_path: Path) -> N
     torch.testing.assert_close(logits(merger.model), logits(fine))
 
 
+def test_a_head_that_was_trained_for_another_kind_of_labels_stays(tmp_path: Path) -> None:
+    kinds = ("single_label_classification", "multi_label_classification", "regression", None)
+    for kind in kinds:
+        model = bert(PETS)
+        model.config.problem_type = kind
+        saved(model, tmp_path / f"base-{kind}")
+        saved(perturbed(model, 1), tmp_path / f"fine-{kind}")
+    for kind in kinds:
+        for other in kinds:
+            merger = GraspMerger.from_pretrained(str(tmp_path / f"base-{kind}"), config=GraspConfig(**MEAN))
+            notes = " ".join(merger.merge([str(tmp_path / f"fine-{other}")]).steps[0].notes)
+            differ = None not in (kind, other) and kind != other
+            assert (f"head stays: it was trained for {other}, expected {kind}" in notes) == differ
+            moved = not torch.equal(merger.model.get_parameter("classifier.weight"), bert(PETS).classifier.weight)
+            assert moved != differ
+
+
 def test_a_recipe_names_the_labels_of_a_source(tmp_path: Path) -> None:
     saved(bert(PETS), tmp_path / "base")
     fine = perturbed(bert(numbers(3)), 1)

@@ -13,7 +13,14 @@ import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, ViTForImageClassification
+from transformers import (
+    AutoConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    ViTForImageClassification,
+)
 
 import grasp_hf.merging.run
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError, merge_pretrained
@@ -160,6 +167,73 @@ def test_a_checkpoint_that_lacks_a_layer(folders: dict[str, str], tmp_path: Path
     other = with_tensors(folders["bert"], tmp_path / "other", {"bert.pooler.dense.bias": None})
     with pytest.raises(IncompatibleSourceError, match="1 tensors are not in its files.*bert.pooler.dense.bias$"):
         read(other, folders["bert"])
+
+
+def test_weights_that_the_target_has_no_place_for(folders: dict[str, str], tmp_path: Path) -> None:
+    """Inside the base model they are refused; those of another task are left out with a note; old buffers are ignored."""
+    value = torch.ones(16)
+    for number, name in enumerate(
+        (
+            "bert.encoder.layer.0.attention.self.query.scale",
+            "bert.encoder.layer.1.adapter.down.weight",
+            "bert.embeddings.task_embeddings.weight",
+            "bert.pooler.norm.weight",
+            "encoder.layer.1.more.bias",
+        )
+    ):
+        other = with_tensors(folders["bert"], tmp_path / f"inside-{number}", {name: value})
+        whole = name if name.startswith("bert.") else f"bert.{name}"
+        with pytest.raises(IncompatibleSourceError, match=f"1 tensors of the source are not in the target: {whole}$"):
+            read(other, folders["bert"])
+    further = {name: value.clone() for name in ("cls.predictions.bias", "bert.more.weight", "relation.weight")}
+    old: dict[str, torch.Tensor | None] = {
+        "bert.embeddings.position_ids": torch.arange(16),
+        "bert.encoder.layer.0.mask": torch.ones(2, dtype=torch.bool),
+    }
+    loaded = read(with_tensors(folders["bert"], tmp_path / "outside", {**further, **old}), folders["bert"])
+    first = loaded.notes[0]
+    assert first.startswith(
+        "3 tensors have no place in the target and are left out: bert.more.weight, cls.predictions."
+    )
+    notes = read(with_tensors(folders["bert"], tmp_path / "old", old), folders["bert"]).notes
+    assert not [note for note in notes if "left out" in note]
+
+
+def test_a_bias_of_a_layer_without_one_is_refused_by_its_setting_and_by_its_name(tmp_path: Path) -> None:
+    small: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    base = saved(LlamaForCausalLM(LlamaConfig(**small, intermediate_size=32)), tmp_path / "base")
+    biased = LlamaForCausalLM(LlamaConfig(**small, intermediate_size=32, attention_bias=True, mlp_bias=True))
+    source = saved(biased, tmp_path / "source")
+    with pytest.raises(IncompatibleSourceError) as caught:
+        read(source, base)
+    problems = caught.value.problems
+    assert problems[0].startswith("7 tensors of the source are not in the target: model.layers.0.mlp.down_proj.bias")
+    assert problems[1] == "different attention_bias: got True, expected False"
+    assert problems[2].startswith("different mlp_bias: got True, expected False; ")
+    with pytest.raises(
+        IncompatibleSourceError, match="(?s)different attention_bias: got False, .* 7 tensors are not in its"
+    ):
+        read(base, source)
+
+
+def test_a_source_of_another_task_keeps_the_pooler_and_the_head_of_the_target(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    config: Any = tiny_model("bert").config
+    masked = saved(BertForMaskedLM(config), tmp_path / "masked")
+    loaded = read(masked, folders["bert"])
+    left_out, head, _, pooler = loaded.notes
+    assert left_out.startswith("5 tensors have no place in the target and are left out: cls.predictions.bias")
+    assert head == "head stays: the source has none"
+    assert pooler == (
+        "2 tensors stay, because the source was trained without them: bert.pooler.dense.weight, bert.pooler.dense.bias"
+    )
+    assert not [name for name in loaded.candidates if "pooler" in name or "classifier" in name]
+    expected = movable_tensors(BertForMaskedLM.from_pretrained(masked))
+    for name in loaded.candidates:
+        assert torch.equal(loaded.tensors[name], expected[name])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -597,7 +671,7 @@ def test_headers_show_which_tensors_would_be_random(kind: str, tmp_path: Path) -
     for folder, lacking in ((whole, 0), (part, 1)):
         with torch.device("meta"):
             planned = type(model)(model.config)
-        found, _ = runtime_tensors(header_tensors(folder_source(folder)) or {}, planned, Path())
+        found, _, _ = runtime_tensors(header_tensors(folder_source(folder)) or {}, planned, Path())
         loaded: Any = type(model).from_pretrained(folder, output_loading_info=True)
         info = loaded[1]
         assert fresh_tensors(planned, found) == dict.fromkeys(info["missing_keys"], "")
