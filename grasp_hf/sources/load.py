@@ -231,7 +231,7 @@ def _read_adapter(
             return add_adapter_(mixture, source, base_config, labels, directory)
         model, fresh = load_pretrained(base, type(target), dtype=checkpoint_dtype(base), **kwargs)
         applied = apply_adapter_(model, source, directory)
-    except IncompatibleSourceError:
+    except (IncompatibleSourceError, NonFiniteError):
         raise
     except NotImplementedError as error:
         raise IncompatibleSourceError(type_problem(config), subject=source.ref) from error
