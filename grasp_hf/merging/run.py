@@ -126,7 +126,7 @@ class Run:
         checkpoints = bool(asked.get("gradient_checkpointing") or asked.get("activation_checkpointing"))
         can_fail = sharded or any(dataset is not None for dataset in samples.values())
         step = Step(self.model, self.config, self.labels, self.scratch, can_fail=can_fail)
-        with preserved_state(self.model), checkpointing(self.model, checkpoints):
+        with self._unused_blocks_removed(), preserved_state(self.model), checkpointing(self.model, checkpoints):
             self.model.to(Accelerator().device)
             if not can_fail:
                 yield step
@@ -145,6 +145,15 @@ class Run:
                 # Without this, an exception that the caller keeps would also keep the source or the optimizer in memory.
                 traceback.clear_frames(error.__traceback__)
                 raise
+
+    @contextmanager
+    def _unused_blocks_removed(self) -> Iterator[None]:
+        """Remove after the block what a mixture holds of adapters that are not in the model."""
+        try:
+            yield
+        finally:
+            if (mixture := mixture_of(self.model)) is not None:
+                mixture.remove_unused()
 
     @contextmanager
     def trial(self) -> Iterator[Step]:

@@ -20,7 +20,7 @@ from ..hub.listing import Listing
 from ..hub.reference import Source
 from ..merging.checks import check_continues_adapter
 from ..models.classes import is_headless, load_config, model_class
-from ..models.mixture import whole_modules
+from ..models.mixture import block_problems, whole_modules
 from ..models.processors import load_processing_class, required_processing_class
 from ..models.target import fresh_problems, fresh_tensors
 from ..record.card import declared_license
@@ -28,7 +28,6 @@ from ..record.saving import read_record
 from ..record.text import markdown_table
 from ..sources.adapters import PREFIX, adapter_problems, load_adapter_config
 from ..sources.checkpoint import runtime_tensors
-from ..sources.factors import block_problems
 from ..sources.fit import SourceFiles, architecture_problems, fit_source, tie_problems
 from ..sources.headers import header_tensors
 from ..sources.load import FULL_MODEL, adapter_labels, saves_head
