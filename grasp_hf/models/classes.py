@@ -36,8 +36,12 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_config(source: Source) -> PretrainedConfig:
-    """Return the model configuration of a full source.
+def load_config(source: Source, *, quantized: bool = False) -> PretrainedConfig:
+    """Return the model configuration of a full source, or of an adapter that has one.
+
+    Args:
+        source: The source.
+        quantized: Whether its weights may be quantized: those of a base of adapters, which stays as it is.
 
     Raises:
         IncompatibleSourceError: The source is an adapter, its config.json cannot be read, transformers does not have
@@ -54,7 +58,7 @@ def load_config(source: Source) -> PretrainedConfig:
                 f"trust_remote_code: ['{source.ref}']"
             ) from error
         raise IncompatibleSourceError(f"its config.json cannot be used: {error}", subject=source.ref) from error
-    if getattr(config, "quantization_config", None):
+    if not quantized and getattr(config, "quantization_config", None):
         raise IncompatibleSourceError(
             "its weights are quantized, expected float weights; name the float model that it was made from, or "
             "dequantize it and save it first",
