@@ -59,6 +59,7 @@ class SourceFiles:
         labels: Label names by class id; `None` if the classes have no names.
         problems: Problems that were found while reading.
         ranks: Rank of the difference to the base, for each tensor that a LoRA adapter changes.
+        notes: Remarks for the report.
     """
 
     tensors: dict[str, Tensor]
@@ -66,6 +67,7 @@ class SourceFiles:
     labels: list[str] | None
     problems: list[str] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def fit_source(source: Source, files: SourceFiles, target: PreTrainedModel, processing_class: Any) -> Fit:
@@ -85,7 +87,7 @@ def fit_source(source: Source, files: SourceFiles, target: PreTrainedModel, proc
     missing = [name for name in missing if not is_computed(target, name)]
     if missing and source.kind == "full":
         problems.append(f"{len(missing)} tensors are not in its files, starting with {min(missing)}")
-    return Fit(tensors, matches, [*head.notes, *tokens.notes], problems)
+    return Fit(tensors, matches, [*files.notes, *head.notes, *tokens.notes], problems)
 
 
 def match_vocabularies(

@@ -94,6 +94,7 @@ def load_source(
     with quiet_transformers():
         if source.kind == "adapter":
             files = _read_adapter(source, target, base, directory, accepted_bases, token)
+            files.notes += accepted_notes(source, {*accepted_bases} - {base.ref.name if base else ""})
         elif mixture_of(target) is not None:
             raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=[FULL_MODEL])
         else:
@@ -251,6 +252,16 @@ def _read_adapter(
     touched = {name for name in own if inside(name, applied.touched)}
     touched |= {name for alias, name in ties.items() if inside(alias, applied.touched)}
     return SourceFiles(own, touched, labels, ranks=applied.ranks)
+
+
+def accepted_notes(adapter: Source, accepted_bases: Collection[str]) -> list[str]:
+    """Return a note for the report if an adapter was trained on another base, such as a quantized one, that the user accepts."""
+    from .adapters import load_adapter_config
+
+    config = load_adapter_config(adapter)
+    named = config.base_model_name_or_path
+    names = {named, f"{named}@{config.revision}"} & set(accepted_bases)
+    return [f"trained on '{named}', which accepted_bases declares to be the base"] if names else []
 
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:
