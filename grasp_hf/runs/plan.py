@@ -22,7 +22,7 @@ from ..hub.listing import Listing
 from ..hub.reference import Source, reading
 from ..merging.checks import check_continues_adapter
 from ..models.classes import is_headless, load_config, model_class
-from ..models.mixture import whole_modules
+from ..models.mixture import block_problems, whole_modules
 from ..models.padding import unify_padding_
 from ..models.processors import load_processing_class, required_processing_class
 from ..models.target import fresh_problems, fresh_tensors, untie_
@@ -33,7 +33,6 @@ from ..sources.adapter_limits import limit_problems
 from ..sources.adapters import PREFIX, adapter_problems, load_adapter_config
 from ..sources.architecture import architecture_problems
 from ..sources.checkpoint import fill_tied_, runtime_tensors
-from ..sources.factors import block_problems
 from ..sources.fit import SourceFiles, fit_source, tie_problems
 from ..sources.headers import header_tensors
 from ..sources.load import FULL_MODEL, adapter_labels, saves_head, training_problems
@@ -215,7 +214,9 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
         assert record is not None
         source, listing = look_up(record.base_reference, token=token, trusted=recipe.config.trust_remote_code)
         start = _Found(source, listing, header_tensors(source, listing, token=token))
-    config = load_config(base, recipe.config.options_of(str(base.ref)).labels)
+        planned.num_bytes += listing.num_bytes if listing else source.num_bytes
+        planned.cached_bytes += cached_bytes(listing) if listing else source.num_bytes
+    config = load_config(base, recipe.config.options_of(str(base.ref)).labels, quantized=recipe.config.adapts)
     planned.architecture = config.model_type
     cls = model_class(config, recipe.task, str(base.ref))
     _describe(planned, config, generates=cls.can_generate())
@@ -263,6 +264,8 @@ def _take_labels_(config: PretrainedConfig, recipe: Recipe, base: Source, cls: t
 
 def _missing_tensors(found: _Found, model: PreTrainedModel, config: PretrainedConfig) -> dict[str, str]:
     """Return the tensors that `model` would initialise; for pickled weights, those that the configuration lacks."""
+    if getattr(config, "quantization_config", None):  # the files have other tensors than the model without it
+        return {}
     if found.headers is None:
         return dict.fromkeys(head_tensors(model), "") if is_headless(config) else {}
     return fresh_tensors(model, runtime_tensors(found.headers, model, Path())[0])
@@ -295,7 +298,7 @@ def _plan_adapter(planned: PlannedSource, found: _Found, target: _Target | None)
     planned.problems += training_problems(adapter, target.model, options)
     if target.has_labels and saves_head(config, target.model):
         labels = options.labels or adapter_labels(adapter, target.adapters_base)
-        model = _without_weights(target, load_config(target.adapters_base))
+        model = _without_weights(target, load_config(target.adapters_base, quantized=True))
         planned.notes += match_head(target.model, movable_tensors(model), labels).notes
 
 

@@ -104,6 +104,7 @@ def load_source(
     with quiet_transformers():
         if source.kind == "adapter":
             files = _read_adapter(source, target, base, directory, accepted_bases, options, token)
+            files.notes += accepted_notes(source, {*accepted_bases} - {base.ref.name if base else ""})
         elif mixture_of(target) is not None:
             raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=[FULL_MODEL])
         else:
@@ -264,7 +265,7 @@ def _read_adapter(
         if mixture is not None:
             from .factors import add_adapter_
 
-            base_config = load_config(base)
+            base_config = load_config(base, quantized=True)
             base_config.update(kwargs)
             return add_adapter_(mixture, source, base_config, labels)
         model, fresh = load_pretrained(base, type(target), dtype=checkpoint_dtype(base), **kwargs)
@@ -313,9 +314,20 @@ def training_problems(adapter: Source, target: PreTrainedModel, options: SourceO
     return architecture_problems(config, target, str(adapter.ref), options.accept)
 
 
+def accepted_notes(adapter: Source, accepted_bases: Collection[str]) -> list[str]:
+    """Return a note for the report if an adapter was trained on another base, such as a quantized one, that the user accepts."""
+    from .adapters import load_adapter_config
+
+    config = load_adapter_config(adapter)
+    named = config.base_model_name_or_path
+    names = {named, f"{named}@{config.revision}"} & set(accepted_bases)
+    return [f"trained on '{named}', which accepted_bases declares to be the base"] if names else []
+
+
 def adapter_labels(adapter: Source, base: Source) -> list[str]:
     """Return the label names in the config.json of an adapter; if it has none, those of its base model."""
-    return label_names(read_config(adapter if (adapter.folder / "config.json").is_file() else base))
+    named = adapter if (adapter.folder / "config.json").is_file() else base
+    return label_names(read_config(named))
 
 
 def saves_head(config: PeftConfig, target: PreTrainedModel) -> bool:
