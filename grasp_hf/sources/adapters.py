@@ -215,6 +215,7 @@ def adapted_model(base: PreTrainedModel, config: Any, weights: Mapping[str, Tens
     Raises:
         IncompatibleSourceError: The weights are not those that the configuration asks for on this model.
     """
+    config.base_model_name_or_path = base.name_or_path  # PEFT warns of another name
     adapted = get_peft_model(base, config)
     weights = repack_experts(weights, expert_layers(adapted), stored_options(adapter))
     # To save embedding layers, PEFT would ask the Hub about the base model.
@@ -244,11 +245,18 @@ def adapted_model(base: PreTrainedModel, config: Any, weights: Mapping[str, Tens
     return adapted.eval()
 
 
-def load_adapted(base: PreTrainedModel, adapter: Source) -> PeftModel:
-    """Return `base` with an adapter around its layers, which are not merged; `base` is changed in place."""
+def load_adapted(base: PreTrainedModel, adapter: Source, directory: Path) -> PeftModel:
+    """Return `base` with an adapter around its layers, which are not merged; `base` is changed in place.
+
+    Weights in half precision that the adapter changes are copied into a file in `directory`, in float32.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `apply_adapter_` returns them
         config, weights = _in_runtime_names(base, for_inference(load_adapter_config(adapter)), adapter)
+        if any(parameter.dtype.itemsize < 4 for parameter in base.parameters()):
+            changed = _changed_modules(base, weights, f".{parameter_prefix(config.peft_type)}")
+            _copy_into_file_(base, changed, directory / "reference")
+            (directory / "reference").unlink()  # the disk space is free as soon as nothing maps the file
         return adapted_model(base, config, weights, adapter)
 
 
