@@ -195,10 +195,7 @@ def apply_adapter_(base: PreTrainedModel, adapter: Source, directory: Path) -> A
 def _is_settled(warning: warnings.WarningMessage) -> bool:
     """Whether a warning asks for nothing: a deprecated name, or tied weights, which `apply_adapter_` takes apart."""
     deprecated = issubclass(warning.category, FutureWarning | DeprecationWarning | PendingDeprecationWarning)
-    settled = (
-        "tie_word_embeddings=True",
-        "`base_model_name_or_path` was renamed",
-    )  # `adapter_problems` checks the base
+    settled = ("tie_word_embeddings", "`base_model_name_or_path` was renamed")  # `adapter_problems` checks the base
     return deprecated or any(text in str(warning.message) for text in settled)
 
 
@@ -245,8 +242,9 @@ def fit_adapter(
     Raises:
         IncompatibleSourceError: The weights are not those that the configuration asks for on this model.
     """
+    config.base_model_name_or_path = base.name_or_path  # PEFT warns of another name
     adapted = get_peft_model(base, config)
-    weights = repack_experts(weights, expert_layers(adapted), stored_options(adapter))
+    weights = repack_experts(_without_copies(weights), expert_layers(adapted), stored_options(adapter))
     # To save embedding layers, PEFT would ask the Hub about the base model.
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     found = adapter_weights_in_runtime_names(adapted, weights)
@@ -264,7 +262,7 @@ def fit_adapter(
         if sized and got.shape != wanted.shape:
             raise IncompatibleSourceError(
                 f"'{adapter.ref}' does not fit this model: {key}: got shape {tuple(got.shape)}, expected "
-                f"{tuple(wanted.shape)}"
+                f"{tuple(wanted.shape)}{_added_tokens(base, wanted, got)}"
             )
         if got.is_floating_point() != wanted.is_floating_point():
             raise IncompatibleSourceError(
@@ -273,11 +271,39 @@ def fit_adapter(
     return adapted, dict(weights)
 
 
-def load_adapted(base: PreTrainedModel, adapter: Source) -> PeftModel:
-    """Return `base` with an adapter around its layers, which are not merged; `base` is changed in place."""
+def _without_copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights without those of replaced embeddings that PEFT saves under a second name and does not load."""
+
+    def is_copy(key: str) -> bool:
+        first = weights.get(key.replace(".modules_to_save.", "."))
+        return ".modules_to_save." in key and first is not None and torch.equal(first, weights[key])
+
+    return {key: weight for key, weight in weights.items() if not is_copy(key)}
+
+
+def _added_tokens(base: PreTrainedModel, wanted: Tensor, got: Tensor) -> str:
+    """Return the advice for an adapter whose trainer added tokens to the base; empty if the shapes show no such thing."""
+    rows, tokens = len(wanted), getattr(base.config.get_text_config(), "vocab_size", None)
+    if rows != tokens or got.shape[1:] != wanted.shape[1:]:
+        return ""
+    return (
+        f"; the base has {rows} tokens, and the adapter belongs to {len(got)}: merge it into its resized base, save the "
+        "result with its tokenizer, and name that model as the source"
+    )
+
+
+def load_adapted(base: PreTrainedModel, adapter: Source, directory: Path) -> PeftModel:
+    """Return `base` with an adapter around its layers, which are not merged; `base` is changed in place.
+
+    Weights in half precision that the adapter changes are copied into a file in `directory`, in float32.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `apply_adapter_` returns them
         config, weights = in_runtime_names(base, for_inference(load_adapter_config(adapter)), adapter)
+        if any(parameter.dtype.itemsize < 4 for parameter in base.parameters()):
+            changed = _changed_modules(base, weights, f".{parameter_prefix(config.peft_type)}")
+            _copy_into_file_(base, changed, directory / "reference")
+            (directory / "reference").unlink()  # the disk space is free as soon as nothing maps the file
         return adapted_model(base, config, weights, adapter)
 
 

@@ -294,7 +294,8 @@ def _read_adapter(
     problems = drop_tied_(own, target)
 
     def reference() -> PeftModel:
-        return load_adapted(load_pretrained(base, type(target), dtype=checkpoint_dtype(base), **kwargs)[0], source)
+        plain, _ = load_pretrained(base, type(target), dtype=checkpoint_dtype(base), **kwargs)
+        return load_adapted(plain, source, directory)
 
     return SourceFiles(own, touched & own.keys(), labels, problems, applied.ranks, applied.notes, reference)
 

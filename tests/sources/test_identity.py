@@ -147,7 +147,7 @@ def test_a_source_without_a_head_is_compared_below_it(tmp_path: Path, caplog: py
     base = saved(tiny_model("vit"), tmp_path / "base")
     model: Any = tiny_model("vit", seed=1)
     body = saved(model.vit, tmp_path / "body")
-    with caplog.at_level(logging.INFO, logger="grasp_hf"):
+    with caplog.at_level(logging.DEBUG, logger="grasp_hf"):
         assert merge(base, body) == ["head stays: the source has none"]
     assert re.search(r"body' computes the same when merged \(\d+\.\d s\)", caplog.text)
 

@@ -102,6 +102,37 @@ def test_an_adapter_of_both_sides_of_a_tie(name: str, untie: bool, base: str, tm
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("saved", [[], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
+def test_embeddings_that_an_adapter_brings_along(saved: list[str], base: str, tmp_path: Path) -> None:
+    """PEFT can save the embeddings of the base with an adapter, trained ones under two names."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=saved)
+    adapted = peft.get_peft_model(Qwen2ForCausalLM.from_pretrained(base), config)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
+    assert any("embed_tokens" in key for key in load_file(tmp_path / "adapter/adapter_model.safetensors"))
+    expected = logits(
+        peft.PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(base), str(tmp_path / "adapter"))
+    )
+    merger = merged(base, str(tmp_path / "adapter"), untie=False)
+    assert merger.report.steps[0].notes == []
+    torch.testing.assert_close(logits(merger.model), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("saved", [None, ["embed_tokens", "lm_head"]], ids=str)
+def test_an_adapter_of_a_resized_base_is_refused_with_advice(saved: Any, base: str, tmp_path: Path) -> None:
+    model = Qwen2ForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(53)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(
+        IncompatibleSourceError,
+        match=r"got shape \(53, 16\), expected \(50, 16\); the base has 50 tokens, and the adapter belongs to 53: merge it",
+    ):
+        merged(base, str(tmp_path / "adapter"), untie=False)
+
+
 def test_an_untied_merge_is_saved_as_two_matrices(base: str, tmp_path: Path) -> None:
     adapter, expected = adapter_of(base, tmp_path / "adapter", **ONE_SIDE["LoRA of the output layer"])
     merged(base, adapter, untie=True).save_pretrained(tmp_path / "out")
