@@ -100,7 +100,8 @@ def max_tokens(model: PreTrainedModel) -> int | None:
 def check_padding(model: PreTrainedModel, batch: Batch) -> None:
     """Compare the prediction for the most padded text of a batch with that for the text alone.
 
-    Only batches with `input_ids` and `attention_mask` are compared, and only logits. The model must be in eval mode.
+    Only batches with `input_ids` are compared, and only logits. Without an `attention_mask`, texts count as padded if two of
+    them end in two padding tokens or more: one could be a token of the text. The model must be in eval mode.
 
     Raises:
         DataError: The predictions differ, so that the merged model would depend on the texts that share a batch. Or the text
@@ -108,7 +109,13 @@ def check_padding(model: PreTrainedModel, batch: Batch) -> None:
     """
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.ndim}
-    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or ids.ndim != 2 or mask.shape != ids.shape:
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        return
+    if mask is None:
+        pad = getattr(_text_config(model), "pad_token_id", None)
+        padding = (ids == (-1 if pad is None else pad)).flip(1).cumprod(1).flip(1)
+        mask = 1 - padding if int((padding.sum(1) > 1).sum()) > 1 else None
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         return
     if any(len(value) != len(ids) for value in tensors.values()):  # such as the patches of several pictures
         return
@@ -142,5 +149,5 @@ def check_padding(model: PreTrainedModel, batch: Batch) -> None:
                 f"padding changes what the {type(model).__name__} predicts: its logits for a text of {len(kept)} tokens "
                 f"differ by {difference:.2g} (of {scale:.2g}) between the text alone and a batch that fills it up to "
                 f"{ids.shape[1]}. Expected the same, as pipelines take texts alone: pad on the other side (padding_side of "
-                "the tokenizer), or set batch_size to 1"
+                "the tokenizer), give an attention_mask, or set batch_size to 1"
             )

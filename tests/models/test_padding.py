@@ -268,6 +268,19 @@ def test_the_card_shows_a_pipeline_that_cuts_long_texts_where_the_merge_cut_them
             assert torch.allclose(torch.tensor([found["neg"], found["pos"]]), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "same"), [("bert", False), ("roberta", False), ("gpt2", True), ("llama", True)])
+def test_padding_without_a_mask(kind: str, same: bool) -> None:
+    """A model that looks to the right sees it; a single token at the end may belong to the text."""
+    model, used = model_of(kind), tokenizer()
+    ids = batch_of(TEXTS, used)["input_ids"]
+    if same:
+        check_padding(model, {"input_ids": ids})
+    else:
+        with pytest.raises(DataError, match="padding changes what .*, give an attention_mask, or set batch_size to 1"):
+            check_padding(model, {"input_ids": ids})
+    check_padding(model, {"input_ids": torch.tensor([[4, 5, 1], [4, 1, 1], [4, 5, 6]])})
+
+
 def test_a_merge_begins_with_the_check(tmp_path: Path) -> None:
     model_of("gpt2").save_pretrained(tmp_path)
     used = tokenizer(padding_side="left")
