@@ -27,12 +27,13 @@ SIZES = {
 WEIGHTS = ("*.safetensors", "*.bin")
 LARGEST_COUNTS = {  # largest number in a field of a config, by the word in the name of the field
     "label": 250_000,
-    "layer": 10_000,
-    "block": 10_000,
-    "stage": 10_000,
-    "depth": 10_000,
+    "layer": 2_000,
+    "block": 2_000,
+    "stage": 2_000,
+    "depth": 2_000,
     "expert": 10_000,
 }
+MOST_EXPERTS = 200_000  # in all layers together
 NO_COUNT = re.compile("size|dim|token|capacity|length|rank|factor|coef|width|norm|drop|scale|prob|id$")
 DEEPEST = 100  # levels of lists and objects
 
@@ -82,25 +83,34 @@ def read_object(path: Path, ref: object) -> dict[str, Any]:
     return values
 
 
-def _count_problems(values: Any, key: str = "", depth: int = 0) -> Iterator[str]:
-    """Yield a problem for each number of labels, layers or experts that is too large, at any depth."""
+def _count_problems(values: dict[str, Any]) -> Iterator[str]:
+    """Yield a problem for each number of labels, layers or experts in a config that is too large, and for their product."""
+    largest: dict[str, float] = {}
+    for word, key, count in _counts(values, "", 0):
+        if word == "levels":
+            yield f"more than {DEEPEST} levels"
+        elif not count <= LARGEST_COUNTS[word]:
+            yield f"{key}: {count:,}, expected at most {LARGEST_COUNTS[word]:,}"
+        else:
+            largest[word] = max(largest.get(word, 1), count)
+    experts = largest.get("expert", 1) * largest.get("layer", 1)
+    if experts > MOST_EXPERTS:
+        yield f"{experts:,} experts in all layers, expected at most {MOST_EXPERTS:,}"
+
+
+def _counts(value: Any, key: str, depth: int) -> Iterator[tuple[str, str, float]]:
+    """Yield word, field and number for each number in a config, at any depth, that counts something."""
     if depth > DEEPEST:
-        yield f"more than {DEEPEST} levels"
+        yield "levels", key, depth
         return
-    limit = next((limit for word, limit in LARGEST_COUNTS.items() if word in key), None)
-    if limit is not None and NO_COUNT.search(key):
-        limit = None
-    if isinstance(values, dict):
-        if limit is not None and len(values) > limit:
-            yield f"{len(values):,} entries in {key}, expected at most {limit:,}"
-        for name, item in values.items():
-            # The keys and values of a table of labels are names and class ids.
-            inner = key if name.isdigit() else name
-            yield from _count_problems(item, "" if "label2id" in key else inner, depth + 1)
-    elif isinstance(values, list):
-        if limit is not None and len(values) > limit:
-            yield f"{len(values):,} entries in {key}, expected at most {limit:,}"
-        for item in values:
-            yield from _count_problems(item, key, depth + 1)
-    elif isinstance(values, int | float) and limit is not None and values > limit:
-        yield f"{key}: {values:,}, expected at most {limit:,}"
+    word = None if NO_COUNT.search(key) else next((word for word in LARGEST_COUNTS if word in key), None)
+    if isinstance(value, dict | list):
+        if word:
+            yield word, f"entries in {key}", len(value)
+        if "label2id" in key:
+            return  # its numbers are class ids
+        for name, item in value.items() if isinstance(value, dict) else [("", item) for item in value]:
+            if not isinstance(item, str):
+                yield from _counts(item, key if not name or name.isdigit() else name, depth + 1)
+    elif word and isinstance(value, int | float):
+        yield word, key, value
