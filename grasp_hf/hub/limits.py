@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..errors import IncompatibleSourceError, describe
+from ..errors import IncompatibleSourceError, describe, first_few
 
 MB = 1_000_000
 # Largest size in bytes of a file, by pattern of its name; the first pattern that matches counts.
@@ -60,11 +60,33 @@ def check_folder(ref: object, folder: Path) -> None:
     patterns = [*SIZES, "*.json", "*.md", "*.yaml", "*.jinja"]
     names = {path for pattern in patterns if pattern != "*" for path in folder.glob(pattern) if path.is_file()}
     check_sizes(ref, {path.name: path.stat().st_size for path in sorted(names)})
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            _check_keys(folder / name, ref)
     for name in ("config.json", "adapter_config.json"):
         if (folder / name).is_file():
             values = read_object(folder / name, ref)
             for problem in _count_problems(values):
                 raise IncompatibleSourceError(f"{name} holds {problem}", subject=ref)
+
+
+def _check_keys(path: Path, ref: object) -> None:
+    """Raise `IncompatibleSourceError` if a key in a JSON file has control characters: tokenizers prints unknown keys."""
+    try:
+        found = [json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, RecursionError):
+        return  # the error of the library says more
+    while found:
+        value = found.pop()
+        if isinstance(value, dict):
+            if wrong := [key for key in value if not key.isprintable()]:
+                raise IncompatibleSourceError(
+                    f"{path.name} holds the key {first_few(wrong, 1)}, expected no control characters in it",
+                    subject=ref,
+                )
+            found += value.values()
+        elif isinstance(value, list):
+            found += value
 
 
 def read_object(path: Path, ref: object) -> dict[str, Any]:
