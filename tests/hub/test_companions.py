@@ -49,7 +49,11 @@ def sentence_model(folder: Path, seed: int, pooling: str = "mean") -> str:
         folder
     )
     tiny_tokenizer().save_pretrained(folder)
-    modes: dict[str, Any] = {"pooling_mode_cls_token": pooling == "cls", "pooling_mode_mean_tokens": pooling == "mean"}
+    pooling_config: dict[str, Any] = {
+        "word_embedding_dimension": 16,
+        "pooling_mode_cls_token": pooling == "cls",
+        "pooling_mode_mean_tokens": pooling == "mean",
+    }
     dense: dict[str, Any] = {
         "in_features": 16,
         "out_features": 4,
@@ -59,7 +63,7 @@ def sentence_model(folder: Path, seed: int, pooling: str = "mean") -> str:
     files: dict[str, Any] = dict(
         zip(
             SENTENCE_FILES,
-            (MODULES, {"max_seq_length": 16}, PROMPTS, {**modes, "word_embedding_dimension": 16}, dense),
+            (MODULES, {"max_seq_length": 16}, PROMPTS, pooling_config, dense),
             strict=False,
         )
     )
