@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..errors import IncompatibleSourceError, describe
+from ..errors import IncompatibleSourceError, describe, first_few
 
 MB = 1_000_000
 # Largest size in bytes of a file, by pattern of its name; the first pattern that matches counts.
@@ -27,12 +27,13 @@ SIZES = {
 WEIGHTS = ("*.safetensors", "*.bin")
 LARGEST_COUNTS = {  # largest number in a field of a config, by the word in the name of the field
     "label": 250_000,
-    "layer": 10_000,
-    "block": 10_000,
-    "stage": 10_000,
-    "depth": 10_000,
+    "layer": 2_000,
+    "block": 2_000,
+    "stage": 2_000,
+    "depth": 2_000,
     "expert": 10_000,
 }
+MOST_EXPERTS = 200_000  # in all layers together
 NO_COUNT = re.compile("size|dim|token|capacity|length|rank|factor|coef|width|norm|drop|scale|prob|id$")
 DEEPEST = 100  # levels of lists and objects
 
@@ -59,11 +60,33 @@ def check_folder(ref: object, folder: Path) -> None:
     patterns = [*SIZES, "*.json", "*.md", "*.yaml", "*.jinja"]
     names = {path for pattern in patterns if pattern != "*" for path in folder.glob(pattern) if path.is_file()}
     check_sizes(ref, {path.name: path.stat().st_size for path in sorted(names)})
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            _check_keys(folder / name, ref)
     for name in ("config.json", "adapter_config.json"):
         if (folder / name).is_file():
             values = read_object(folder / name, ref)
             for problem in _count_problems(values):
                 raise IncompatibleSourceError(f"{name} holds {problem}", subject=ref)
+
+
+def _check_keys(path: Path, ref: object) -> None:
+    """Raise `IncompatibleSourceError` if a key in a JSON file has control characters: tokenizers prints unknown keys."""
+    try:
+        found = [json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, RecursionError):
+        return  # the error of the library says more
+    while found:
+        value = found.pop()
+        if isinstance(value, dict):
+            if wrong := [key for key in value if not key.isprintable()]:
+                raise IncompatibleSourceError(
+                    f"{path.name} holds the key {first_few(wrong, 1)}, expected no control characters in it",
+                    subject=ref,
+                )
+            found += value.values()
+        elif isinstance(value, list):
+            found += value
 
 
 def read_object(path: Path, ref: object) -> dict[str, Any]:
@@ -82,25 +105,34 @@ def read_object(path: Path, ref: object) -> dict[str, Any]:
     return values
 
 
-def _count_problems(values: Any, key: str = "", depth: int = 0) -> Iterator[str]:
-    """Yield a problem for each number of labels, layers or experts that is too large, at any depth."""
+def _count_problems(values: dict[str, Any]) -> Iterator[str]:
+    """Yield a problem for each number of labels, layers or experts in a config that is too large, and for their product."""
+    largest: dict[str, float] = {}
+    for word, key, count in _counts(values, "", 0):
+        if word == "levels":
+            yield f"more than {DEEPEST} levels"
+        elif not count <= LARGEST_COUNTS[word]:
+            yield f"{key}: {count:,}, expected at most {LARGEST_COUNTS[word]:,}"
+        else:
+            largest[word] = max(largest.get(word, 1), count)
+    experts = largest.get("expert", 1) * largest.get("layer", 1)
+    if experts > MOST_EXPERTS:
+        yield f"{experts:,} experts in all layers, expected at most {MOST_EXPERTS:,}"
+
+
+def _counts(value: Any, key: str, depth: int) -> Iterator[tuple[str, str, float]]:
+    """Yield word, field and number for each number in a config, at any depth, that counts something."""
     if depth > DEEPEST:
-        yield f"more than {DEEPEST} levels"
+        yield "levels", key, depth
         return
-    limit = next((limit for word, limit in LARGEST_COUNTS.items() if word in key), None)
-    if limit is not None and NO_COUNT.search(key):
-        limit = None
-    if isinstance(values, dict):
-        if limit is not None and len(values) > limit:
-            yield f"{len(values):,} entries in {key}, expected at most {limit:,}"
-        for name, item in values.items():
-            # The keys and values of a table of labels are names and class ids.
-            inner = key if name.isdigit() else name
-            yield from _count_problems(item, "" if "label2id" in key else inner, depth + 1)
-    elif isinstance(values, list):
-        if limit is not None and len(values) > limit:
-            yield f"{len(values):,} entries in {key}, expected at most {limit:,}"
-        for item in values:
-            yield from _count_problems(item, key, depth + 1)
-    elif isinstance(values, int | float) and limit is not None and values > limit:
-        yield f"{key}: {values:,}, expected at most {limit:,}"
+    word = None if NO_COUNT.search(key) else next((word for word in LARGEST_COUNTS if word in key), None)
+    if isinstance(value, dict | list):
+        if word:
+            yield word, f"entries in {key}", len(value)
+        if "label2id" in key:
+            return  # its numbers are class ids
+        for name, item in value.items() if isinstance(value, dict) else [("", item) for item in value]:
+            if not isinstance(item, str):
+                yield from _counts(item, key if not name or name.isdigit() else name, depth + 1)
+    elif word and isinstance(value, int | float):
+        yield word, key, value

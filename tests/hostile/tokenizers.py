@@ -7,7 +7,7 @@ from tests.hostile.kit import Damage, keys, main, raw, text
 
 MODEL = "gpt2"
 SAYS = "its tokenizer (tokenizer.json) cannot be read: …"
-ERROR = r"its tokens cannot be matched|shares no token|its tokenizer"
+ERROR = r"its tokens cannot be matched|shares no token|its tokenizer|expected no control characters"
 
 
 def replaced(old: str, new: str) -> Damage:
@@ -31,6 +31,9 @@ INPUTS = {
     "ids beyond 32 bits": replaced('"red": 3', f'"red": {2**40}'),
     "vocabulary is a list": replaced('"vocab": {', '"vocab": [1], "other": {'),
     "settings are a list": text("tokenizer_config.json", "[]"),
+    "a key that a terminal would obey": keys(
+        "tokenizer_config.json", added_tokens_decoder={"9": {"content": "x", "\x1b]0;title\x07": True}}
+    ),
     "settings are deep": text("tokenizer_config.json", "[" * 100_000),
 }
 

@@ -17,7 +17,6 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPProcessor,
-    pipeline,
 )
 
 from grasp_hf import GraspConfig, GraspMerger
@@ -50,15 +49,24 @@ def sentence_model(folder: Path, seed: int, pooling: str = "mean") -> str:
         folder
     )
     tiny_tokenizer().save_pretrained(folder)
-    modes: dict[str, Any] = {"pooling_mode_cls_token": pooling == "cls", "pooling_mode_mean_tokens": pooling == "mean"}
+    pooling_config: dict[str, Any] = {
+        "word_embedding_dimension": 16,
+        "pooling_mode_cls_token": pooling == "cls",
+        "pooling_mode_mean_tokens": pooling == "mean",
+    }
     dense: dict[str, Any] = {
         "in_features": 16,
         "out_features": 4,
         "bias": False,
         "activation_function": "torch.nn.Identity",
     }
-    contents: list[Any] = [MODULES, {"max_seq_length": 16}, PROMPTS, {**modes, "word_embedding_dimension": 16}, dense]
-    files = dict(zip(SENTENCE_FILES, contents, strict=False))
+    files: dict[str, Any] = dict(
+        zip(
+            SENTENCE_FILES,
+            (MODULES, {"max_seq_length": 16}, PROMPTS, pooling_config, dense),
+            strict=False,
+        )
+    )
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content))
@@ -123,14 +131,12 @@ def test_a_pushed_sentence_model_stays_one(hub: HubServer, tmp_path: Path, monke
         assert (source.folder / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
 
 
-@pytest.mark.parametrize("samples", [True, False])
-def test_a_language_model_keeps_its_templates_and_its_settings_of_generation(samples: bool, tmp_path: Path) -> None:
+def test_a_language_model_keeps_its_templates_and_its_settings_of_generation(tmp_path: Path) -> None:
     base = Path(saved(tiny_model("gpt2"), tmp_path / "base"))
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"default": "{{ messages[0] }}", "tool_use": "{{ tools }}"}
     tokenizer.save_pretrained(base)
-    # transformers loads a temperature without sampling, and refuses to save it
-    settings = json.loads((base / "generation_config.json").read_text()) | {"temperature": 0.3, "do_sample": samples}
+    settings = json.loads((base / "generation_config.json").read_text()) | {"temperature": 0.3, "do_sample": True}
     (base / "generation_config.json").write_text(json.dumps(settings))
     assert {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"} <= files_in(base)
     merger = GraspMerger.from_pretrained(str(base), config=MEAN)
@@ -138,10 +144,7 @@ def test_a_language_model_keeps_its_templates_and_its_settings_of_generation(sam
     merger.save_pretrained(tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
     found = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
-    assert (found["temperature"], found.get("do_sample", False)) == (0.3, samples)
-    assert merger.model.generation_config is not None and merger.model.generation_config.temperature == 0.3
-    run = pipeline("text-generation", str(tmp_path / "merged"))
-    assert len(run(["red small", "blue"], batch_size=2, max_new_tokens=2)) == 2
+    assert (found["temperature"], found["do_sample"]) == (0.3, True)
 
 
 def test_a_model_of_pictures_and_texts_keeps_both_processors(tmp_path: Path) -> None:
