@@ -179,7 +179,7 @@ class Run:
         can_fail = sharded or any(dataset is not None for dataset in samples.values())
         state = self.state if resumable else None
         step = Step(self.model, self.config, self.labels, self.scratch, can_fail=can_fail, state=state)
-        with preserved_state(self.model), checkpointing(self.model, checkpoints):
+        with self._unused_blocks_removed(), preserved_state(self.model), checkpointing(self.model, checkpoints):
             self.model.to(Accelerator().device)
             if not can_fail:
                 yield step
@@ -199,6 +199,15 @@ class Run:
                 # Without this, an exception that the caller keeps would also keep the source or the optimizer in memory.
                 traceback.clear_frames(error.__traceback__)
                 raise
+
+    @contextmanager
+    def _unused_blocks_removed(self) -> Iterator[None]:
+        """Remove after the block what a mixture holds of adapters that are not in the model."""
+        try:
+            yield
+        finally:
+            if (mixture := mixture_of(self.model)) is not None:
+                mixture.remove_unused()
 
     @contextmanager
     def trial(self) -> Iterator[Step]:

@@ -32,7 +32,7 @@ from ..tensors.units import head_tensors, movable_tensors
 from .batches import Batch, Collator, is_class_ids
 from .classes import quiet_transformers
 from .gradients import preserved_randomness, preserved_state
-from .mixture import PLAIN_STARTS, Mixture, layer_shape, lora_blocks, lora_layers, mixture_of
+from .mixture import Mixture, block_problems, layer_shape, lora_blocks, lora_layers, mixture_of
 from .trainer_patches import (
     EpochStatistics,
     KeepCheckpoints,
@@ -223,7 +223,10 @@ def attach_lora(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             try:
-                adapter = get_peft_model(model, LoraConfig(**(defaults | lora)))
+                config = LoraConfig(**(defaults | lora))
+                if mixture is not None and (problems := block_problems(config, mixture.whole)):
+                    raise ConfigError("the fine-tuning of an adapter", problems=[f"lora: {text}" for text in problems])
+                adapter = get_peft_model(model, config)
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"lora: cannot be applied to a {type(model).__name__}: {error}") from error
         if lost := sorted(tied - dict(model.named_parameters(remove_duplicate=False)).keys()):
@@ -232,7 +235,7 @@ def attach_lora(
                 "lose the copy afterwards; leave this module out of target_modules and modules_to_save"
             )
         if mixture is not None:
-            _check_plain(adapter)
+            _check_layers(adapter)
             yield adapter
             _add_to_mixture_(mixture, adapter)
             return
@@ -249,15 +252,8 @@ def attach_lora(
             parameter.requires_grad_(trainable[name])
 
 
-def _check_plain(adapter: PeftModel) -> None:
-    """Raise `ConfigError` unless an adapter only adds a low-rank change to linear layers and embeddings."""
-    config: Any = adapter.peft_config[str(adapter.active_adapter)]
-    start = config.init_lora_weights
-    if start not in PLAIN_STARTS:
-        raise ConfigError(
-            f"lora: init_lora_weights='{start}' changes the weights of the base; expected one of "
-            f"{', '.join(map(str, PLAIN_STARTS))} with output='adapter'"
-        )
+def _check_layers(adapter: PeftModel) -> None:
+    """Raise `ConfigError` unless an adapter only makes low-rank changes of linear layers and embeddings."""
     for name, layer in lora_layers(adapter):
         if (variant := lora_variant(layer)) or layer_shape(layer.get_base_layer()) is None:
             raise ConfigError(

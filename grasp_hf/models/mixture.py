@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_few
 from ..internals import is_transposed, lora_factors
 from ..tensors.units import declare_movable_, head_tensors, movable_tensors
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 SLOTS = 256  # blocks that a mixture can hold
@@ -29,6 +29,16 @@ SLOTS = 256  # blocks that a mixture can hold
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 ATTRIBUTE = "grasp_mixture"  # of a model with a mixture
 BLOCKS, PROTECTED = ("a", "b", "slots"), "protected slots"
+# Fields of `peft.LoraConfig` that make an adapter more than a low-rank change of layers.
+NOT_LOW_RANK = {
+    "use_dora": "DoRA rescales whole weights by their norms",
+    "lora_bias": "biases are no low-rank change",
+    "bias": "biases are no low-rank change",
+    "target_parameters": "single parameters, such as fused experts, are no layers",
+    "trainable_token_indices": "single tokens are no low-rank change",
+    "layer_replication": "the layers are those of the base",
+}
+ADVICE = "merge it with output='model'"
 CHILD = "grasp_factors"  # name of the module that is added to each layer
 
 
@@ -132,6 +142,11 @@ class Mixture:
         vars(model)[ATTRIBUTE] = self
         self.protected = set[int]()
 
+    @property
+    def layer_names(self) -> dict[str, str]:
+        """The name of the layer behind each movable tensor that is a vector of coefficients."""
+        return {f"{name}.weight": name for name in self.layers}
+
     def is_whole(self, name: str) -> bool:
         """Whether the tensor `name` of the model belongs to a module that moves whole."""
         return any(name.startswith(f"{module}.") for module in self.whole)
@@ -148,9 +163,10 @@ class Mixture:
     def protect(self) -> None:
         """Remove unused blocks, and let `add` keep the others, which the files of a run refer to."""
         self.protected = self.used
-        self._remove_unused()
+        self.remove_unused()
 
-    def _remove_unused(self) -> None:
+    def remove_unused(self) -> None:
+        """Remove the blocks that have no coefficient now, and had none when the run began."""
         kept = self.used | self.protected
         for layer in self.layers.values():
             layer.keep(kept)
@@ -163,7 +179,7 @@ class Mixture:
             remove_unused: Whether to remove first the blocks without a coefficient, such as those of rejected sources.
         """
         if remove_unused:
-            self._remove_unused()
+            self.remove_unused()
         taken = {slot for layer in self.layers.values() for slot in layer.slots.tolist()} | self.protected
         free = [slot for slot in range(SLOTS) if slot not in taken]
         if not free:
@@ -283,6 +299,45 @@ def lora_blocks(adapted: PeftModel) -> dict[str, Factors]:
         a, b, scaling = lora_factors(layer)
         found[name] = Factors(a.detach().float().clone(), b.detach().float() * scaling)
     return found
+
+
+def block_problems(config: PeftConfig, whole: Collection[str]) -> list[str]:
+    """List the problems in an adapter's configuration that keep it from being a block of a mixture.
+
+    Args:
+        config: The configuration.
+        whole: Names of the modules of the target that move whole, such as its head.
+    """
+    from peft import PeftType  # imported late, because peft takes seconds and full models do not need it
+
+    kind = PeftType(config.peft_type)
+    if kind != PeftType.LORA:
+        return [f"it is an adapter of type {kind.value}, expected LoRA with output='adapter'; {ADVICE}"]
+    problems = []
+    values: dict[str, Any] = vars(config)
+    if values["init_lora_weights"] not in PLAIN_STARTS:
+        problems.append(
+            f"its init_lora_weights '{values['init_lora_weights']}' also changes the weights of the base, which stay as they "
+            f"are with output='adapter'; {ADVICE}, or convert it (path_initial_model_for_weight_conversion of PEFT)"
+        )
+    for field, meaning in NOT_LOW_RANK.items():
+        if values.get(field) not in (None, False, [], {}, "none"):
+            problems.append(
+                f"{field}: got {values[field]!r}, expected none with output='adapter', because {meaning}; {ADVICE}"
+            )
+    ends = tuple(whole)
+    saved = [name for name in values["modules_to_save"] or () if not any(_is_end(name, end) for end in ends)]
+    if saved:
+        problems.append(
+            f"it replaces whole modules ({first_few(saved)}), expected low-rank changes and the head of a classifier with "
+            f"output='adapter'; {ADVICE}"
+        )
+    return problems
+
+
+def _is_end(name: str, module: str) -> bool:
+    """Whether `name` names `module`, a module around it, or one inside it by the first part of its name."""
+    return module == name or module.endswith(f".{name}") or name.startswith(f"{module}.")
 
 
 def layer_shape(module: nn.Module) -> tuple[int, int] | None:

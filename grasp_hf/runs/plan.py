@@ -22,7 +22,7 @@ from ..hub.listing import Listing
 from ..hub.reference import Source, reading
 from ..merging.checks import check_continues_adapter
 from ..models.classes import is_headless, load_config, model_class
-from ..models.mixture import whole_modules
+from ..models.mixture import block_problems, whole_modules
 from ..models.padding import unify_padding_
 from ..models.processors import load_processing_class, required_processing_class
 from ..models.target import fresh_problems, fresh_tensors, untie_
@@ -33,7 +33,6 @@ from ..sources.adapter_limits import limit_problems
 from ..sources.adapters import PREFIX, adapter_problems, load_adapter_config
 from ..sources.architecture import architecture_problems
 from ..sources.checkpoint import fill_tied_, runtime_tensors
-from ..sources.factors import block_problems
 from ..sources.fit import SourceFiles, fit_source, tie_problems
 from ..sources.headers import header_tensors
 from ..sources.load import FULL_MODEL, adapter_labels, saves_head

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from ..errors import IncompatibleSourceError, NonFiniteError, first_few
 from ..hub.reference import Source
 from ..internals import adapter_weights_in_runtime_names, lora_factors, lora_variant
 from ..models.classes import quiet_transformers
-from ..models.mixture import PLAIN_STARTS, Factors, Mixture, layer_shape, lora_layers
+from ..models.mixture import ADVICE, Factors, Mixture, block_problems, layer_shape, lora_layers
 from .adapter_options import for_inference
 from .adapters import PREFIX, fit_adapter, in_runtime_names, load_adapter_config
 from .fit import SourceFiles
@@ -21,16 +21,6 @@ from .fit import SourceFiles
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Fields of `peft.LoraConfig` that make an adapter more than a low-rank change of layers.
-NOT_LOW_RANK = {
-    "use_dora": "DoRA rescales whole weights by their norms",
-    "lora_bias": "biases are no low-rank change",
-    "bias": "biases are no low-rank change",
-    "target_parameters": "single parameters, such as fused experts, are no layers",
-    "trainable_token_indices": "single tokens are no low-rank change",
-    "layer_replication": "the layers are those of the base",
-}
-ADVICE = "merge it with output='model'"
 FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
 
@@ -93,43 +83,6 @@ def _check_base_weights(mixture: Mixture, stored: Mapping[str, Tensor], source: 
                 f"'{source.ref}' holds {name}, a weight of its base, with other values than the base; output='adapter' "
                 f"keeps the base as it is; {ADVICE}"
             )
-
-
-def block_problems(config: PeftConfig, whole: Collection[str]) -> list[str]:
-    """List the problems in an adapter's configuration that keep it from being a block of a mixture.
-
-    Args:
-        config: The configuration.
-        whole: Names of the modules of the target that move whole, such as its head.
-    """
-    kind = PeftType(config.peft_type)
-    if kind != PeftType.LORA:
-        return [f"it is an adapter of type {kind.value}, expected LoRA with output='adapter'; {ADVICE}"]
-    problems = []
-    values: dict[str, Any] = vars(config)
-    if values["init_lora_weights"] not in PLAIN_STARTS:
-        problems.append(
-            f"its init_lora_weights '{values['init_lora_weights']}' also changes the weights of the base, which stay as they "
-            f"are with output='adapter'; {ADVICE}, or convert it (path_initial_model_for_weight_conversion of PEFT)"
-        )
-    for field, meaning in NOT_LOW_RANK.items():
-        if values.get(field) not in (None, False, [], {}, "none"):
-            problems.append(
-                f"{field}: got {values[field]!r}, expected none with output='adapter', because {meaning}; {ADVICE}"
-            )
-    ends = tuple(whole)
-    saved = [name for name in values["modules_to_save"] or () if not any(_is_end(name, end) for end in ends)]
-    if saved:
-        problems.append(
-            f"it replaces whole modules ({first_few(saved)}), expected low-rank changes and the head of a classifier with "
-            f"output='adapter'; {ADVICE}"
-        )
-    return problems
-
-
-def _is_end(name: str, module: str) -> bool:
-    """Whether `name` names `module`, a module around it, or one inside it by the first part of its name."""
-    return module == name or module.endswith(f".{name}") or name.startswith(f"{module}.")
 
 
 def _take_blocks(adapted: PeftModel, weights: dict[str, Tensor], source: Source) -> Iterator[tuple[str, Factors]]:

@@ -10,11 +10,13 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from grasp_hf import GraspConfig, GraspMerger, MergeReport
 from grasp_hf.cli import main
+from grasp_hf.errors import ConfigError, IncompatibleSourceError
 from grasp_hf.runs.lineage import reproduce
 from tests.support.hub.server import HubServer
 from tests.support.models import NO_TUNING, saved, saved_adapter, tiny_data, tiny_model
@@ -181,6 +183,121 @@ def test_an_adapter_that_was_merged_is_continued(tmp_path: Path) -> None:
     again.save_pretrained(tmp_path / "again")
     loaded = PeftModel.from_pretrained(type(again.model).from_pretrained(base), str(tmp_path / "again"))
     torch.testing.assert_close(logits(loaded, "vit"), logits(at_once.model, "vit"), **TOLERANCE)
+
+
+@pytest.mark.parametrize("placebo", [False, True])
+def test_controls_equal_those_of_a_merge_of_weights(placebo: bool, tmp_path: Path) -> None:
+    base, adapters = sources("llama", tmp_path)
+    data: dict[str, Any] = {"train_dataset": data_of("llama", 24)}
+    found = []
+    for output in ("model", "adapter"):
+        config = GraspConfig(output=output, batch_size=8, final_epochs=1, lora={"r": 2})
+        merger = GraspMerger.from_pretrained(base, config=config)
+        before = logits(merger.model, "llama")
+        losses = merger.control_merge(adapters, data_of("llama", 16, 5), config, placebo=placebo, **data)
+        assert torch.equal(logits(merger.model, "llama"), before)
+        alone = merger.finetuned_alone(3, data_of("llama", 16, 5), **data)
+        assert torch.equal(logits(merger.model, "llama"), before)
+        merger.merge(adapters, **data)
+        found.append((losses.losses, alone.losses, logits(merger.model, "llama")))
+    for whole, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, whole, atol=1e-5, rtol=0)
+
+
+def test_what_is_undone_leaves_nothing_in_the_adapter(tmp_path: Path) -> None:
+    """A source that harms is undone and its block is removed; an adapter without any source loads and changes nothing."""
+    base, adapters = sources("llama", tmp_path)
+    trained = GraspMerger.from_pretrained(
+        base,
+        config=GraspConfig(output="adapter", final_epochs=8, batch_size=4, training_arguments={"learning_rate": 0.03}),
+    )
+    data: dict[str, Any] = {"train_dataset": data_of("llama", 24), "eval_dataset": data_of("llama", 24)}
+    trained.merge(adapters[:1], **data)
+    trained.save_pretrained(tmp_path / "trained")
+    harmful = {"method": "average", "output": "adapter", **NO_TUNING}
+    merger, report = merged(str(tmp_path / "trained"), [str(save_large(base, tmp_path))], harmful, **data)
+    assert not report.steps[-1].accepted
+    assert torch.equal(logits(merger.model, "llama"), logits(trained.model, "llama"))
+    merger.save_pretrained(tmp_path / "again")
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("trained", "again")]
+    assert [{key: value.shape for key, value in file.items()} for file in files][0] == {
+        key: value.shape for key, value in files[1].items()
+    }
+    none, report = merged(base, [str(tmp_path / "large")], {**harmful}, **data)
+    assert not report.steps[0].accepted
+    none.save_pretrained(tmp_path / "none")
+    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(tmp_path / "none"))
+    torch.testing.assert_close(logits(loaded, "llama"), logits(model_of("llama"), "llama"))
+
+
+def save_large(base: str, folder: Path) -> Path:
+    """Write an adapter with a large random change."""
+    config: dict[str, Any] = {"r": 4, "lora_alpha": 400, "target_modules": ["lm_head"]}
+    return Path(saved_adapter(model_of("llama"), base, folder / "large", seed=9, **config))
+
+
+def test_an_error_leaves_the_mixture_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapters = sources("llama", tmp_path)
+    config = GraspConfig(output="adapter", batch_size=8, order="given", finetune_epochs=1, final_epochs=0)
+    merger = GraspMerger.from_pretrained(base, config=config)
+    data = {"train_dataset": data_of("llama", 24)}
+    merger.merge(adapters[:1], **data)
+    before = logits(merger.model, "llama")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grasp_hf.merging.step.Finetuning.run", fail)
+        with pytest.raises(KeyboardInterrupt):
+            merger.merge(adapters[1:2], **data)
+    assert torch.equal(logits(merger.model, "llama"), before)
+    merger.merge(adapters[1:2], **data)
+    assert not torch.allclose(logits(merger.model, "llama"), before, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "copy"}, "method: got 'copy'.*gradients of whole weights"),
+        ({"order": "rank"}, "order: got 'rank'"),
+        ({"rank": 0}, "rank: got 0"),
+        ({"rank": 4, "output": "model"}, "rank: got 4.*output='adapter'"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        GraspConfig(**{"output": "adapter", **settings})
+
+
+@pytest.mark.parametrize(
+    "lora", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True}, {"bias": "all"}]
+)
+def test_fine_tuning_by_more_than_plain_lora_is_refused_before_the_first_source(
+    lora: dict[str, Any], tmp_path: Path
+) -> None:
+    base, adapters = sources("vit", tmp_path)
+    before = dict(model_of("vit").named_parameters())
+    merger = GraspMerger.from_pretrained(base, config=GraspConfig(output="adapter", lora=lora))
+    with pytest.raises(ConfigError, match="lora: .*expected none|lora: .*also changes"):
+        merger.merge(adapters, train_dataset=data_of("vit", 12))
+    found = dict(merger.model.named_parameters())
+    assert not merger.report.steps and all(torch.equal(found[name], value) for name, value in before.items())
+
+
+def test_other_verbs_say_that_they_need_whole_weights(tmp_path: Path) -> None:
+    base, adapters = sources("llama", tmp_path)
+    merger = GraspMerger.from_pretrained(base, config=GraspConfig(output="adapter"))
+    with pytest.raises(ConfigError, match="cannot be ranked by gain"):
+        merger.rank(adapters, train_dataset=data_of("llama", 8))
+    with pytest.raises(ConfigError, match="got 'model', but the model holds a mixture"):
+        GraspMerger(merger.model)
+    with pytest.raises(IncompatibleSourceError, match="is an adapter; expected a full model to start from"):
+        GraspMerger.from_pretrained(adapters[0], config=GraspConfig(output="adapter"))
+    merger.merge(adapters[:1], train_dataset=data_of("llama", 8))
+    merger.save_pretrained(tmp_path / "merged")
+    with pytest.raises(ConfigError, match="output: got 'model', but .* is an adapter; expected 'adapter'"):
+        GraspMerger.from_pretrained(str(tmp_path / "merged"))
 
 
 def test_an_adapter_is_pushed_appended_to_and_reproduced(
