@@ -39,7 +39,7 @@ from .merging.state import RunState
 from .models.batches import Collator, check_dataset
 from .models.classes import load_config
 from .models.gradients import preserved_state
-from .models.mixture import Mixture, count_weights, mixture_of
+from .models.mixture import Mixture, count_weights, mixture_of, type_of_weights
 from .models.padding import unify_padding_
 from .models.processors import load_processing_class
 from .models.target import load_target, untie_
@@ -539,7 +539,9 @@ class GraspMerger:
                 after = self.evaluate(validation, data_collator=samples.collator)
             if self.report.run.final and after:
                 self.report.run.final = replace(self.report.run.final, after=after)
-        found = AdapterReport(mixture.rank, exact, error, worst, worst_error, before, after)
+        found = AdapterReport(
+            mixture.rank, exact, type_of_weights(self.model), error, worst, worst_error, before, after
+        )
         self.report.run.adapter = found
         logger.info(wrap(found.sentence(), "", "    "))
 

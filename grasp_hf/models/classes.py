@@ -35,12 +35,13 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_config(source: Source, labels: Sequence[str] | None = None) -> PretrainedConfig:
-    """Return the model configuration of a full source.
+def load_config(source: Source, labels: Sequence[str] | None = None, *, quantized: bool = False) -> PretrainedConfig:
+    """Return the model configuration of a full source, or of an adapter that has one.
 
     Args:
         source: The source.
         labels: Names of its classes by class id, instead of those in its config.json.
+        quantized: Whether its weights may be quantized: those of a base of adapters, which stays as it is.
 
     Raises:
         IncompatibleSourceError: The source is an adapter, its config.json cannot be read, transformers does not have
@@ -58,7 +59,7 @@ def load_config(source: Source, labels: Sequence[str] | None = None) -> Pretrain
                 f"trust_remote_code: ['{source.ref}']"
             ) from error
         raise
-    if getattr(config, "quantization_config", None):
+    if not quantized and getattr(config, "quantization_config", None):
         raise IncompatibleSourceError(
             "its weights are quantized, expected float weights; name the float model that it was made from, or "
             "dequantize it and save it first",

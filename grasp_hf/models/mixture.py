@@ -286,6 +286,16 @@ def count_weights(model: nn.Module) -> dict[str, int]:
     return {name: own.get(name, tensor.numel()) for name, tensor in movable_tensors(model).items()}
 
 
+def type_of_weights(model: PreTrainedModel) -> str:
+    """Return the type of the weights of `model` for the record, such as `bfloat16`, `4 bits` or `8 bits`."""
+    found: Any = getattr(model.config, "quantization_config", None)
+    if found is None:
+        return str(model.dtype).removeprefix("torch.")
+    values = found if isinstance(found, dict) else found.to_dict()
+    bits = next((bits for bits in (4, 8) if values.get(f"load_in_{bits}bit")), None)
+    return f"{bits} bits" if bits else str(values.get("quant_method", "a quantized type"))
+
+
 def lora_layers(adapted: PeftModel) -> Iterator[tuple[str, Any]]:
     """Yield the layers of a LoRA adapter in memory by their names in the base model."""
     modules: Any = adapted.get_base_model().named_modules()

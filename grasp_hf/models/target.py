@@ -62,7 +62,7 @@ def load_target(
     """
     if source.kind == "adapter":
         raise IncompatibleSourceError(f"'{source.ref}' is an adapter; expected a full model to start from")
-    cls = model_class(load_config(source), task, str(source.ref))
+    cls = model_class(load_config(source, quantized=adapts), task, str(source.ref))
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, fresh = load_pretrained(source, cls, dtype=dtype, **model_kwargs)

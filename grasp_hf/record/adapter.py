@@ -42,6 +42,8 @@ def save_adapter_config(directory: Path, mixture: Mixture, base: str, revision: 
     """
     adapter_config(mixture, base, revision).save_pretrained(str(directory))
     config = copy.deepcopy(mixture.model.config)
+    if hasattr(config, "quantization_config"):  # that of the base in this run; the adapter is not quantized
+        del config.quantization_config
     config.architectures = [type(mixture.model).__name__]
     config.save_pretrained(directory)
 

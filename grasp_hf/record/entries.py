@@ -261,6 +261,7 @@ class AdapterReport:
     Attributes:
         rank: Largest rank of a layer.
         exact_rank: Largest rank of a layer before the adapter was compressed.
+        base: Type of the weights of the base during the merge, such as `bfloat16` or `4 bits`.
         error: Frobenius norm of the change by the compression over that of the adapter, over all layers; 0 without one.
         worst: The layer with the largest relative error.
         worst_error: Its relative error.
@@ -270,6 +271,7 @@ class AdapterReport:
 
     rank: int
     exact_rank: int
+    base: str = ""
     error: float = 0.0
     worst: str = ""
     worst_error: float = 0.0
@@ -280,11 +282,12 @@ class AdapterReport:
         """Return the rank and the error as a sentence."""
         if not self.rank:
             return "the adapter changes no layer"
+        base = f", made on the base in {self.base}" if self.base else ""
         if self.rank == self.exact_rank:
-            return f"the adapter is exact: its rank is {self.rank}"
+            return f"the adapter is exact: its rank is {self.rank}{base}"
         text = (
             f"the adapter was compressed from rank {self.exact_rank} to {self.rank}: relative error {self.error:.2g}, at "
-            f"most {self.worst_error:.2g} ({self.worst})"
+            f"most {self.worst_error:.2g} ({self.worst}){base}"
         )
         if self.before and self.after:
             text += f"; loss {format_number(self.before['loss'])} before, {format_number(self.after['loss'])} after"

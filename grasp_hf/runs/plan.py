@@ -214,7 +214,7 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
         assert record is not None
         source, listing = look_up(record.base_reference, token=token, trusted=recipe.config.trust_remote_code)
         start = _Found(source, listing, header_tensors(source, listing, token=token))
-    config = load_config(base, recipe.config.options_of(str(base.ref)).labels)
+    config = load_config(base, recipe.config.options_of(str(base.ref)).labels, quantized=recipe.config.adapts)
     planned.architecture = config.model_type
     cls = model_class(config, recipe.task, str(base.ref))
     _describe(planned, config, generates=cls.can_generate())
@@ -262,6 +262,8 @@ def _take_labels_(config: PretrainedConfig, recipe: Recipe, base: Source, cls: t
 
 def _missing_tensors(found: _Found, model: PreTrainedModel, config: PretrainedConfig) -> dict[str, str]:
     """Return the tensors that `model` would initialise; for pickled weights, those that the configuration lacks."""
+    if getattr(config, "quantization_config", None):  # the files have other tensors than the model without it
+        return {}
     if found.headers is None:
         return dict.fromkeys(head_tensors(model), "") if is_headless(config) else {}
     return fresh_tensors(model, runtime_tensors(found.headers, model, Path())[0])
@@ -293,7 +295,7 @@ def _plan_adapter(planned: PlannedSource, found: _Found, target: _Target | None)
     if target.has_labels and saves_head(config, target.model):
         options = target.settings.options_of(str(adapter.ref))
         labels = options.labels or adapter_labels(adapter, target.adapters_base)
-        model = _without_weights(target, load_config(target.adapters_base))
+        model = _without_weights(target, load_config(target.adapters_base, quantized=True))
         planned.notes += match_head(target.model, movable_tensors(model), labels).notes
 
 

@@ -47,7 +47,7 @@ def prepare(recipe: Recipe, *, token: str | None = None) -> tuple[GraspMerger, l
 
     section = DataSection.from_recipe(recipe)
     base = locate(start, token=token, trusted=recipe.config.trust_remote_code)
-    config = load_config(base, recipe.config.options_of(str(base.ref)).labels)
+    config = load_config(base, recipe.config.options_of(str(base.ref)).labels, quantized=recipe.config.adapts)
     cls = model_class(config, recipe.task, str(base.ref))
     check_prepared(cls, base)
     required_processing_class(base)

@@ -256,7 +256,7 @@ def _read_adapter(
         if mixture is not None:
             from .factors import add_adapter_
 
-            base_config = load_config(base)
+            base_config = load_config(base, quantized=True)
             base_config.update(kwargs)
             return add_adapter_(mixture, source, base_config, labels)
         model, fresh = load_pretrained(base, type(target), dtype=checkpoint_dtype(base), **kwargs)
@@ -292,7 +292,8 @@ def _read_adapter(
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:
     """Return the label names in the config.json of an adapter; if it has none, those of its base model."""
-    return label_names(load_config(adapter if (adapter.folder / "config.json").is_file() else base))
+    named = adapter if (adapter.folder / "config.json").is_file() else base
+    return label_names(load_config(named, quantized=True))
 
 
 def saves_head(config: PeftConfig, target: PreTrainedModel) -> bool:

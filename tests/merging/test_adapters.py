@@ -12,12 +12,14 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from grasp_hf import GraspConfig, GraspMerger, MergeReport
 from grasp_hf.cli import main
+from grasp_hf.config.recipe import Recipe
 from grasp_hf.errors import ConfigError, IncompatibleSourceError
 from grasp_hf.runs.lineage import reproduce
+from grasp_hf.runs.plan import plan, problem_list
 from tests.support.hub.server import HubServer
 from tests.support.models import NO_TUNING, saved, saved_adapter, tiny_data, tiny_model
 
@@ -338,3 +340,46 @@ def adapters_of(base: str, adapters: list[str]) -> list[str]:
         config["base_model_name_or_path"] = base
         Path(folder, "adapter_config.json").write_text(json.dumps(config))
     return adapters
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base_stays_quantized(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="a quantized base needs bitsandbytes")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+    config = LlamaConfig(intermediate_size=64, **sizes)
+    base = saved(LlamaForCausalLM(config), tmp_path / "base")
+    quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    stored = LlamaForCausalLM.from_pretrained(base, quantization_config=quantization)
+    stored.save_pretrained(tmp_path / "stored")
+    adapters = [
+        saved_adapter(
+            LlamaForCausalLM(config),
+            str(tmp_path / "stored"),
+            tmp_path / f"{seed}",
+            seed=seed,
+            target_modules=BODY["llama"],
+        )
+        for seed in (1, 2)
+    ]
+    recipe = Recipe.from_dict(
+        {
+            "base_model": str(tmp_path / "stored"),
+            "sources": adapters,
+            "output": "adapter",
+            "method": "average",
+            **NO_TUNING,
+        }
+    )
+    assert not problem_list(plan(recipe))
+    settings = GraspConfig(output="adapter", batch_size=8, final_epochs=1, rank=3, lora={"r": 2})
+    merger = GraspMerger.from_pretrained(str(tmp_path / "stored"), config=settings)
+    report = merger.merge(adapters, train_dataset=data_of("llama", 16), eval_dataset=data_of("llama", 16))
+    assert report.run.adapter and report.run.adapter.base == f"{bits} bits" and report.run.adapter.rank <= 3
+    assert type(merger.model.get_submodule("model.layers.0.mlp.up_proj")).__name__.startswith(f"Linear{bits}bit")
+    merger.save_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    again = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "stored"), str(tmp_path / "merged"))
+    torch.testing.assert_close(logits(again, "llama"), logits(merger.model, "llama"), **TOLERANCE)
+    with pytest.raises(IncompatibleSourceError, match="its weights are quantized"):
+        GraspMerger.from_pretrained(str(tmp_path / "stored"))
