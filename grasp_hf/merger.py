@@ -102,7 +102,8 @@ def merge_pretrained(
         from_pretrained_kwargs: Keyword arguments of `GraspMerger.from_pretrained`.
 
     Returns:
-        The merged model.
+        The merged model; with `output="adapter"` the base, whose forward pass adds the adapter. `GraspMerger` can save the
+        adapter.
 
     Example:
         >>> model = merge_pretrained("org/base", ["org/a", "org/lora-b@v1.0"], train_dataset=train)  # doctest: +SKIP
@@ -140,7 +141,8 @@ class GraspMerger:
         base: The files that the model was loaded from, so that its adapters can be merged; `from_pretrained` sets it.
 
     Attributes:
-        model: The target, a plain `PreTrainedModel`.
+        model: The target, a plain `PreTrainedModel`. With `output="adapter"` its own weights are those of the base, and its
+            forward pass adds the adapter.
         report: The record of the merge so far.
     """
 
@@ -750,7 +752,7 @@ class GraspMerger:
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the model, its tokenizer or processor, the card, the resolved configuration and the report.
 
-        The folder loads with `from_pretrained` of the model's class. An earlier merge in it is replaced.
+        The folder loads with `from_pretrained` of the model's class, an adapter with `peft.PeftModel.from_pretrained`. An earlier merge in it is replaced.
 
         Raises:
             OutputExistsError: The folder holds something that is not a merge.

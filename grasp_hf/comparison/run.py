@@ -89,6 +89,10 @@ def compare(
         raise ConfigError("seeds: expected at least one, got none")
     for seed in seeds:  # the configuration checks the range of a seed
         replace(recipe.config, seed=seed)
+    if recipe.config.adapts:
+        raise ConfigError(
+            "output: got 'adapter', expected 'model' in a comparison, because many of its methods mix whole weights"
+        )
     if recipe.base_model is None:
         raise ConfigError(
             "base_model: expected one in a comparison, because without it the first source is the base, and rows such "

@@ -214,6 +214,8 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
         assert record is not None
         source, listing = look_up(record.base_reference, token=token, trusted=recipe.config.trust_remote_code)
         start = _Found(source, listing, header_tensors(source, listing, token=token))
+        planned.num_bytes += listing.num_bytes if listing else source.num_bytes
+        planned.cached_bytes += cached_bytes(listing) if listing else source.num_bytes
     config = load_config(base, recipe.config.options_of(str(base.ref)).labels, quantized=recipe.config.adapts)
     planned.architecture = config.model_type
     cls = model_class(config, recipe.task, str(base.ref))

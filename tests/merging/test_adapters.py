@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreT
 
 from grasp_hf import GraspConfig, GraspMerger, MergeReport
 from grasp_hf.cli import main
+from grasp_hf.comparison.run import compare
 from grasp_hf.config.recipe import Recipe
 from grasp_hf.errors import ConfigError, IncompatibleSourceError
 from grasp_hf.runs.lineage import reproduce
@@ -300,6 +301,14 @@ def test_other_verbs_say_that_they_need_whole_weights(tmp_path: Path) -> None:
     merger.save_pretrained(tmp_path / "merged")
     with pytest.raises(ConfigError, match="output: got 'model', but .* is an adapter; expected 'adapter'"):
         GraspMerger.from_pretrained(str(tmp_path / "merged"))
+
+
+def test_a_comparison_needs_whole_weights(tmp_path: Path) -> None:
+    base, adapters = sources("llama", tmp_path)
+    recipe = Recipe.from_dict({"base_model": base, "sources": adapters, "output": "adapter"})
+    with pytest.raises(ConfigError, match="output: got 'adapter', expected 'model' in a comparison"):
+        compare(recipe, tmp_path / "comparison")
+    assert not (tmp_path / "comparison").exists()
 
 
 def test_an_adapter_is_pushed_appended_to_and_reproduced(
