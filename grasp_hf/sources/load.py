@@ -104,6 +104,7 @@ def load_source(
     with quiet_transformers():
         if source.kind == "adapter":
             files = _read_adapter(source, target, base, directory, accepted_bases, options, token)
+            files.notes += other_base_notes(source, base)
         elif mixture_of(target) is not None:
             raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=[FULL_MODEL])
         else:
@@ -288,6 +289,16 @@ def _read_adapter(
         return load_adapted(load_pretrained(base, type(target), dtype=checkpoint_dtype(base), **kwargs)[0], source)
 
     return SourceFiles(own, touched & own.keys(), labels, problems, applied.ranks, applied.notes, reference)
+
+
+def other_base_notes(adapter: Source, base: Source | None) -> list[str]:
+    """Return a note for the report if an adapter was trained on another base, such as a quantized one, that was accepted."""
+    from .adapters import load_adapter_config, names_folder
+
+    named = load_adapter_config(adapter).base_model_name_or_path or ""
+    if base is None or named == base.ref.name or names_folder(named, adapter, base):
+        return []
+    return [f"trained on '{named}', which accepted_bases declares to be the base"]
 
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:

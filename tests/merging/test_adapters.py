@@ -21,6 +21,7 @@ from grasp_hf.config.recipe import Recipe
 from grasp_hf.errors import ConfigError, IncompatibleSourceError
 from grasp_hf.runs.lineage import reproduce
 from grasp_hf.runs.plan import plan, problem_list
+from grasp_hf.tensors.mapped import MappedTensors
 from tests.support.hub.server import HubServer
 from tests.support.models import NO_TUNING, saved, saved_adapter, tiny_data, tiny_model
 
@@ -301,6 +302,41 @@ def test_other_verbs_say_that_they_need_whole_weights(tmp_path: Path) -> None:
     merger.save_pretrained(tmp_path / "merged")
     with pytest.raises(ConfigError, match="output: got 'model', but .* is an adapter; expected 'adapter'"):
         GraspMerger.from_pretrained(str(tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("output", ["model", "adapter"])
+def test_the_report_names_another_base_that_an_adapter_was_trained_on(output: str, tmp_path: Path) -> None:
+    base, adapters = sources("llama", tmp_path)
+    adapters_of("org/base-in-4-bits", adapters[:1])
+    settings = {"method": "average", "accepted_bases": ["org/base-in-4-bits"], "output": output, **NO_TUNING}
+    _, report = merged(base, adapters, settings)
+    note = "trained on 'org/base-in-4-bits', which accepted_bases declares to be the base"
+    assert [step.notes for step in report.steps] == [[note], [], []]
+    assert note in " ".join(report.conclusions())
+
+
+def test_temporary_files_are_small_and_the_base_is_never_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+    model = LlamaForCausalLM(LlamaConfig(intermediate_size=512, **sizes)).bfloat16()
+    base = saved(model, tmp_path / "base")
+    adapter = saved_adapter(model, base, tmp_path / "adapter", r=8, target_modules="all-linear")
+    written: dict[Path, int] = {}
+    make = MappedTensors.__init__
+
+    def count(self: MappedTensors, path: Path, like: Any) -> None:
+        make(self, path, like)
+        written[path] = path.stat().st_size
+
+    monkeypatch.setattr(MappedTensors, "__init__", count)
+    settings = GraspConfig(output="adapter", batch_size=4, final_epochs=1, lora={"r": 2})
+    merger = GraspMerger.from_pretrained(base, config=settings)
+    merger.merge([adapter], train_dataset=data_of("llama", 8), eval_dataset=data_of("llama", 8))
+    assert len(written) >= 5
+    assert sum(written.values()) <= Path(adapter, "adapter_model.safetensors").stat().st_size
+    assert sum(written.values()) < Path(base, "model.safetensors").stat().st_size / 10
 
 
 def test_a_comparison_needs_whole_weights(tmp_path: Path) -> None:
