@@ -105,7 +105,7 @@ def adapter_problems(
         )
     elif {named, f"{named}@{config.revision}"} & set(accepted_bases):
         pass
-    elif named != base.ref.name and not _names_folder(named, adapter, base):
+    elif named != base.ref.name and not names_folder(named, adapter, base):
         problems += _base_problems(named, base, accepted_bases, token)
     elif config.revision and base.sha and not _names_commit(named, config.revision, base, token):
         revised = f"{named}@{config.revision}"
@@ -148,7 +148,7 @@ def _can_merge(kind: PeftType) -> bool:
     return any(layer.merge is not BaseTunerLayer.merge for layer in layers)
 
 
-def _names_folder(name: str, adapter: Source, base: Source) -> bool:
+def names_folder(name: str, adapter: Source, base: Source) -> bool:
     """Whether `name` is the folder of `base`, relative to the working directory or to the adapter's folder."""
     folders = filter(None, map(find_folder, (name, str(adapter.folder / name))))
     return bool(name) and any(folder.samefile(base.folder) for folder in folders)

@@ -104,14 +104,18 @@ def load_source(
     with quiet_transformers():
         if source.kind == "adapter":
             files = _read_adapter(source, target, base, directory, accepted_bases, options, token)
-            files.notes += accepted_notes(source, {*accepted_bases} - {base.ref.name if base else ""})
+            files.notes += other_base_notes(source, base)
         elif mixture_of(target) is not None:
             raise IncompatibleSourceError(f"'{source.ref}' cannot be merged", problems=[FULL_MODEL])
         else:
             files = _read_full(source, target, directory, options)
     fit = _require_fit(source, files, target, processing_class, options)
     tensors = fit.tensors
-    check_values(source.ref, tensors, movable_tensors(target))
+    mixture, own_tensors = mixture_of(target), movable_tensors(target)
+    # A vector of coefficients is no weight: its values are compared with nothing.
+    check_values(
+        source.ref, tensors, own_tensors if mixture is None else {name: own_tensors[name] for name in mixture.base}
+    )
     if check and files.reference is None and mixture_of(target) is None:
         fit.notes.append("not compared with its own library, because the memory does not hold it twice")
     elif check and files.reference:
@@ -315,14 +319,14 @@ def training_problems(adapter: Source, target: PreTrainedModel, options: SourceO
     return architecture_problems(config, target, str(adapter.ref), options.accept)
 
 
-def accepted_notes(adapter: Source, accepted_bases: Collection[str]) -> list[str]:
-    """Return a note for the report if an adapter was trained on another base, such as a quantized one, that the user accepts."""
-    from .adapters import load_adapter_config
+def other_base_notes(adapter: Source, base: Source | None) -> list[str]:
+    """Return a note for the report if an adapter was trained on another base, such as a quantized one, that was accepted."""
+    from .adapters import load_adapter_config, names_folder
 
-    config = load_adapter_config(adapter)
-    named = config.base_model_name_or_path
-    names = {named, f"{named}@{config.revision}"} & set(accepted_bases)
-    return [f"trained on '{named}', which accepted_bases declares to be the base"] if names else []
+    named = load_adapter_config(adapter).base_model_name_or_path or ""
+    if base is None or named == base.ref.name or names_folder(named, adapter, base):
+        return []
+    return [f"trained on '{named}', which accepted_bases declares to be the base"]
 
 
 def adapter_labels(adapter: Source, base: Source) -> list[str]:
