@@ -48,11 +48,12 @@ IRRELEVANT = re.compile(
 CHOOSES_LAYER_TYPES = re.compile("max_window_layers|use_sliding_window|_?sliding_window_pattern")
 # Exceptions to `IRRELEVANT`: a setting, and what the code of the models contains in which it matters.
 MATTERS = {
-    "pad_token_id": re.compile(r"padding_idx \+|pad_token_id \+"),  # positions are counted from it (RoBERTa and kin)
-    "mask_token_id": re.compile(r"\.token_dropout\b"),  # ESM
-    "eos_token_id": re.compile(
-        r"if self\.eos_token_id == 2\b"
-    ),  # CLIP finds the last token of a text in another way then
+    # RoBERTa and kin count positions from it.
+    "pad_token_id": re.compile(r"padding_idx \+|pad_token_id \+"),
+    # ESM scales its embeddings by the share of masked tokens.
+    "mask_token_id": re.compile(r"\.token_dropout\b"),
+    # CLIP finds the last token of a text in another way if it is 2.
+    "eos_token_id": re.compile(r"if self\.eos_token_id == 2\b"),
     # Switch Transformers and kin scale the output of the decoder.
     "tie_word_embeddings": re.compile(r"if self\.config\.tie_word_embeddings:\s+(#.*\s+)*\w+ = "),
 }

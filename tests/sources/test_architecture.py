@@ -2,11 +2,13 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import (
     AlbertConfig,
@@ -345,6 +347,71 @@ def test_settings_without_effect_are_no_problem(kind: str, changes: dict[str, An
     assert architecture_problems(other, target, "org/x") == []
     if "image_token_index" not in changes:
         assert torch.allclose(output(target), output(built(kind, other)), rtol=1e-5, atol=1e-5)
+
+
+def variants(value: Any) -> list[Any]:
+    """Return other values of the same kind, most of which a config accepts."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value * 2, value // 2]
+    if isinstance(value, float):
+        return [value * 1.7 + 0.3]
+    if isinstance(value, str):
+        return ["relu", "group", "mean"]
+    if isinstance(value, list):
+        return [value[::-1], ["full_attention"] * len(value)]
+    if isinstance(value, dict):
+        return [value | {key: other} for key, inside in value.items() for other in variants(inside)[:1]]
+    return [True, 4, 0.5]
+
+
+def fields_of(config: PretrainedConfig, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield path and value of each field at any depth, without those that only name something."""
+    for name, value in config.to_dict().items():
+        inside = getattr(config, name, None)
+        if isinstance(inside, PretrainedConfig):
+            yield from fields_of(inside, f"{path}{name}.")
+        elif name not in ("architectures", "id2label", "label2id", "model_type", "transformers_version", "vocab_size"):
+            yield path + name, value
+
+
+def output_of(kind: str, config: PretrainedConfig, weights: dict[str, Tensor]) -> Tensor | None:
+    """Return the output for these weights; `None` if no model of this config takes them."""
+    try:
+        model: Any = MODELS[kind][0](copy.deepcopy(config))
+        if {name: value.shape for name, value in model.state_dict().items()} != {
+            name: value.shape for name, value in weights.items()
+        }:
+            return None
+        model.load_state_dict(weights)
+        return output(model)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_no_field_changes_the_output_without_being_refused(kind: str) -> None:
+    """Each field gets other values, one at a time; the output of the same weights tells whether it matters."""
+    config = MODELS[kind][1]
+    target = built(kind, config)
+    weights, before, refused = target.state_dict(), output(target), 0
+    # The weights show a tie. A causal classifier reads the last token before the padding of the tokenizer at hand.
+    skipped = {"tie_word_embeddings"} | ({"pad_token_id"} if kind == "llama classifier" else set())
+    for path, value in fields_of(config):
+        if path.rpartition(".")[2] in skipped:
+            continue
+        for other in variants(value):
+            try:
+                made = changed(config, {path: other})
+            except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError):
+                continue
+            after = output_of(kind, made, weights)
+            if after is None or (before.shape == after.shape and torch.allclose(before, after, 1e-3, 1e-3, True)):
+                continue
+            assert architecture_problems(made, target, "org/x"), f"{path}={other!r}"
+            refused += 1
+    assert refused > 1
 
 
 def test_settings_that_a_class_sets_itself_are_no_problem() -> None:
