@@ -39,7 +39,7 @@ def check_values(ref: object, tensors: Mapping[str, Tensor], target: Mapping[str
             continue
         if overall is None:
             overall = max(map(largest_weight, target.values()), default=0.0)
-        if largest > LARGEST_OVERALL * overall:
+        if overall and largest > LARGEST_OVERALL * overall:  # a target of zeros has no scale
             raise IncompatibleSourceError(
                 f"{name}: its largest weight is {largest:.3g}, that of the target {own:.3g} (of all its tensors "
                 f"{overall:.3g}); expected at most {LARGEST_FACTOR:,} times as much, or {LARGEST_OVERALL} times that of all: "
