@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from peft import PeftModel, PeftType
@@ -70,14 +70,6 @@ def normalizes_batches(model: nn.Module) -> bool:
 
 
 # transformers: models and their configurations
-
-
-def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """Return the main name of each tied weight: `{"lm_head.weight": "transformer.wte.weight"}`.
-
-    transformers documents no list of tied weights, and `named_parameters()` does not say which name is the main one.
-    """
-    return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
 
 
 def computed_patterns(model: PreTrainedModel) -> list[str]:
@@ -359,6 +351,36 @@ def lora_rank(module: Any) -> int | None:
         return None
     (rank,) = module.r.values()
     return int(rank)
+
+
+class ExpertLayer(NamedTuple):
+    """A parameter of fused experts that a LoRA adapts.
+
+    Attributes:
+        shape: Its shape, with the number of experts first.
+        is_transposed: Whether the model says that it holds its weights by input.
+        reads_second: Whether PEFT takes the second dimension as the one that `lora_A` belongs to.
+    """
+
+    shape: tuple[int, int, int]
+    is_transposed: bool
+    reads_second: bool
+
+
+def expert_layers(adapted: PeftModel) -> dict[str, ExpertLayer]:
+    """Return the parameters of several fused experts that a LoRA adapts, by the name of PEFT's module around each.
+
+    PEFT wraps such a parameter in an undocumented layer, which alone knows how it packs the experts.
+    """
+    from peft.tuners.lora import ParamWrapper
+
+    found = {}
+    modules: Iterator[tuple[str, Any]] = adapted.named_modules()
+    for name, module in modules:
+        if isinstance(module, ParamWrapper) and module.num_experts > 1:
+            transposed = bool(getattr(module.get_base_layer(), "is_transposed", False))
+            found[name] = ExpertLayer(tuple(module.get_param().shape), transposed, module._did_swap_in_out_features)
+    return found
 
 
 def matching_pattern(patterns: Collection[str], name: str) -> str:

@@ -39,7 +39,7 @@ from .models.batches import Collator, check_dataset
 from .models.classes import load_config
 from .models.gradients import preserved_state
 from .models.processors import load_processing_class
-from .models.target import load_target
+from .models.target import load_target, untie_
 from .record.card import declared_license
 from .record.earlier import EarlierMerge
 from .record.entries import ControlReport, Evaluation, Reason
@@ -159,6 +159,8 @@ class GraspMerger:
         check_config(config)
         self.model = model
         self.config = config or GraspConfig()
+        if self.config.untie:
+            untie_(model)
         self.processing_class = processing_class
         self.base = base
         versions = {name: version(name) for name in PACKAGES}
@@ -174,6 +176,7 @@ class GraspMerger:
         self._pushed: tuple[str, str] | None = None  # repository and commit of the pushed version that this continues
         self._token: str | None = None  # Hub token that the base was loaded with
         self._placebo: Placebo | None = None
+        self._checked: set[str] = set()
         if Accelerator().num_processes > 1:
             raise GraspError("grasp_hf runs in one process for now; start it without a launcher")
 
@@ -590,6 +593,7 @@ class GraspMerger:
             base_of=self._base_of,
             base_token=self._token,
             placebo=self._placebo,
+            checked=self._checked,
         ) as run:
             yield run
 

@@ -26,7 +26,7 @@ import grasp_hf
 from grasp_hf import GraspConfig, GraspMerger
 from grasp_hf.cli import main
 from grasp_hf.comparison.methods import METHODS
-from grasp_hf.config.arguments import COMMANDS, EXIT_CODES
+from grasp_hf.config.arguments import COMMANDS, EXIT_CODES, parse
 from grasp_hf.config.recipe import Recipe
 from grasp_hf.errors import ConfigError, DataError, IncompatibleSourceError, SourceNotFoundError
 from grasp_hf.record.entries import ALONE, BEST_SOURCE, PLACEBO, Reason
@@ -895,3 +895,16 @@ def test_a_file_instead_of_the_folder_of_a_demo(tmp_path: Path, capsys: pytest.C
     (tmp_path / "file").touch()
     assert main(["demo", "--output", str(tmp_path / "file")]) == 1
     assert f"error: '{tmp_path / 'file'}' is a file; name a new folder with --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["merge", "recipe.yaml", "--output", "out", "--no-check", "seed=1"],
+        ["append", "org/merged", "org/source", "--output", "out", "--no-check", "seed=1"],
+        ["rank", "--no-check", "recipe.yaml", "seed=1"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_no_check_is_an_override(arguments: list[str]) -> None:
+    assert sorted(parse(arguments, "0").overrides) == ["check=false", "seed=1"]

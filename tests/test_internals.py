@@ -99,12 +99,6 @@ def test_no_other_normalisation_is_taken_for_a_batch_norm() -> None:
 # transformers
 
 
-def test_tied_names() -> None:
-    expected = {"lm_head.weight": "transformer.wte.weight"}
-    assert internals.tied_names(tiny_model("gpt2")) == expected, gone("get_expanded_tied_weights_keys")
-    assert internals.tied_names(tiny_model("vit")) == {}, gone("get_expanded_tied_weights_keys")
-
-
 def test_tensors_that_loading_leaves_out_without_a_word(tmp_path: Path) -> None:
     class Ignoring(BertForSequenceClassification):
         _keys_to_ignore_on_load_unexpected = [r"old\.head"]
@@ -420,6 +414,21 @@ def test_a_layer_of_plain_lora_has_a_rank(dora: bool, rank: int | None) -> None:
     assert internals.lora_rank(adapted) is None
 
 
+def test_layers_of_fused_experts_are_known() -> None:
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj", "experts.gate_up_proj"]
+    )
+    layers = internals.expert_layers(get_peft_model(tiny_model("mixtral"), config))
+    shapes = {"base_layer": (2, 64, 16), "experts": (2, 16, 32)}
+    prefix = "base_model.model.model.layers.0.mlp.experts"
+    assert {key: layer.shape for key, layer in layers.items() if key.startswith(prefix)} == {
+        f"{prefix}.base_layer": shapes["base_layer"],
+        prefix: shapes["experts"],
+    }
+    assert all(layer.reads_second and not layer.is_transposed for layer in layers.values())
+    assert not internals.expert_layers(get_peft_model(tiny_model("bert"), LoraConfig(target_modules=["query"])))
+
+
 def test_ranks_follow_the_same_patterns_in_peft() -> None:
     patterns = {r"layer\.1\..*query": 3}
     config = LoraConfig(r=2, target_modules=["query"], rank_pattern=patterns)
@@ -540,7 +549,6 @@ WRAPPED = {
     "SUPPORTED_TASKS",
     "active_peft_config",
     "add_tensor",
-    "get_expanded_tied_weights_keys",
     "model_accepts_loss_kwargs",
     "tuner_layer_cls",
     "unload_and_optionally_merge_module",
@@ -637,7 +645,6 @@ def test_private_upstream_names_are_used_in_one_file() -> None:
         "model._weight_conversions = []",
         "vars(model).pop('_weight_conversions')",
         "getattr(model, '_weight_conversions', None)",
-        "model.get_expanded_tied_weights_keys(all_submodels=True)",
         "pipelines.SUPPORTED_TASKS",
     ],
 )

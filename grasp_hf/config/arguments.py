@@ -88,6 +88,8 @@ def parse(arguments: Sequence[str] | None, version: str) -> argparse.Namespace:
         command.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command not in WITHOUT_OVERRIDES:
         options.overrides += _overrides_among_values(command, options) + rest
+        if getattr(options, "no_check", False):
+            options.overrides.append("check=false")
         _separate_sources(command, options)
     if options.command in ("merge", "append") and not options.push_to_hub:
         for name in ("private", "create_pr"):
@@ -150,6 +152,10 @@ def _parser(version: str) -> argparse.ArgumentParser:
     for name in ("plan", "rank", "merge", "compare"):
         parsers[name].add_argument("recipe", help="a YAML file, see recipes/")
         parsers[name].add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the recipe")
+    for name in ("rank", "merge", "append", "reproduce", "compare"):
+        parsers[name].add_argument(
+            "--no-check", action="store_true", help="do not compare each source with its own library (check=false)"
+        )
     for name, content in (("plan", "all that is known"), ("rank", "the ranking, with every unit,")):
         parsers[name].add_argument("--json", type=Path, metavar="FILE", help=f"also write {content} to FILE")
     for name in ("append", "reproduce"):

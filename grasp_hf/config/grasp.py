@@ -102,6 +102,12 @@ class GraspConfig:
             true` (its tokens have the numbers that they have in the target, so its own tokenizer is not read) and
             `accept` (settings of its config whose difference from the target's you accept, such as
             `text_config.rope_parameters`). In a recipe, the entries of `sources` can hold these keys.
+        untie: Whether tied weights, such as those of an embedding and an output layer, become two parameters.
+            A source may then change one of them alone. The saved model is larger, and its config says that the weights
+            are not tied.
+        check: Whether to compare each source with the merge that takes it whole, on one batch.
+            The source runs in its own library, transformers or PEFT. A difference is an error. A full source that comes in
+            shards, or that two copies of do not fit in the memory, is not compared.
         trust_remote_code: References whose own Python code may run.
             The code defines their configuration and model classes. Read it first.
         seed: Seeds the shuffling of the batches, fine-tuning, and the weights of a new head.
@@ -133,6 +139,8 @@ class GraspConfig:
     prefetch: bool = True
     accepted_bases: list[str] = field(default_factory=list)
     source_options: dict[str, Any] = field(default_factory=dict)
+    untie: bool = False
+    check: bool = True
     trust_remote_code: list[str] = field(default_factory=list)
     seed: int = 42
     published: bool = False

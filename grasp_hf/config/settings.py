@@ -23,7 +23,7 @@ GROUPS = {
     ),
     "Validation": ("gate",),
     "Fine-tuning": ("initial_epochs", "finetune_epochs", "final_epochs", "lora", "training_arguments"),
-    "Sources": ("order", "top", "prefetch", "accepted_bases", "source_options", "trust_remote_code"),
+    "Sources": ("order", "top", "prefetch", "accepted_bases", "source_options", "untie", "check", "trust_remote_code"),
     "Reproduction": ("seed", "published"),
 }
 TYPES = {

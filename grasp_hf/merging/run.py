@@ -22,7 +22,7 @@ from ..data.samples import Samples
 from ..files import interrupts_held, workspace
 from ..hub.pull import Puller
 from ..hub.reference import Source
-from ..models.batches import Collator, check_dataset, keep_model_columns
+from ..models.batches import Batch, Collator, check_dataset, keep_model_columns
 from ..models.gradients import checkpointing, preserved_state
 from ..sources.load import LoadedSource, load_source
 from ..sources.placebo import Placebo
@@ -51,6 +51,7 @@ class Run:
         base_of: Returns, for a source that is an adapter, the base model that the adapter must belong to.
         base_token: Hub token that the base was loaded with.
         placebo: Replaces every source by a placebo, for a control.
+        checked: References and commits of the sources that were compared with their own library; grows.
 
     Attributes:
         labels: The labelled samples, with the losses of the model on them.
@@ -71,6 +72,7 @@ class Run:
         base_of: Callable[[Source], Source | None],
         base_token: str | None,
         placebo: Placebo | None = None,
+        checked: set[str] | None = None,
     ) -> None:
         self._given = samples
         if model.can_generate() and samples.unlabeled is not None and samples.train is not None:
@@ -78,6 +80,7 @@ class Run:
         self.model, self.config, self.samples = model, config, samples
         self._processing_class, self._base_of, self._base_token = processing_class, base_of, base_token
         self._placebo = placebo
+        self._checked = set() if checked is None else checked
         self.scratch = Scratch(directory, movable_tensors(model))
         if config.learns or config.compares_alone:
             self.scratch.base.copy_(movable_tensors(model))
@@ -186,6 +189,7 @@ class Run:
             check_finite: Whether a weight that is NaN or infinite is an error.
         """
         directory = (scratch or self.scratch).source_folder()
+        name = f"{located.ref}@{located.sha}"
         loaded = load_source(
             located,
             self.model,
@@ -195,11 +199,19 @@ class Run:
             accepted_bases=self.config.accepted_bases,
             options=self.config.options_of(str(located.ref)),
             check_finite=check_finite,
+            check=self.config.check and name not in self._checked,
+            data=self._some_inputs if self.samples.train is not None else None,
             token=self._base_token,
         )
+        self._checked.add(name)
         if self._placebo:
             return self._placebo.replace(loaded, str(located.ref), self.model, directory)
         return loaded
+
+    def _some_inputs(self) -> Batch:
+        """Return the inputs of two samples."""
+        batch = self.labels.collator([self.samples.train[index] for index in range(min(2, len(self.samples.train)))])
+        return {name: value for name, value in batch.items() if name != "labels"}
 
     def describe_data(self) -> dict[str, Any]:
         """Return the number of samples and a digest of each split, for the record; only the first call reads the data."""

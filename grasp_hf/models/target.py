@@ -8,12 +8,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import transformers
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..errors import IncompatibleSourceError, first_few
 from ..hub.reference import UNREADABLE, Source
-from ..internals import computed_patterns, initialize_, tied_names
-from ..tensors.units import head_tensors, movable_tensors
+from ..internals import computed_patterns, initialize_
+from ..tensors.units import head_tensors, movable_tensors, tied_names
 from .classes import load_config, model_class, quiet_transformers
 
 if TYPE_CHECKING:
@@ -67,6 +69,19 @@ def load_target(
         logger.warning("%s: these weights are new and must be trained: %s", source.ref, ", ".join(sorted(fresh)))
     model.name_or_path = model.config.name_or_path = source.ref.name
     return model
+
+
+def untie_(model: PreTrainedModel) -> None:
+    """Change `model` so that each tied weight has a parameter of its own, and its configs say so."""
+    ties = tied_names(model)
+    for alias, name in ties.items():
+        module_name, _, key = alias.rpartition(".")
+        tensor = model.get_parameter(name)
+        setattr(model.get_submodule(module_name), key, Parameter(tensor.detach().clone(), tensor.requires_grad))
+    for module in model.modules():
+        if ties and isinstance(module, transformers.PreTrainedModel):
+            module.all_tied_weights_keys = {}
+            module.config.tie_word_embeddings = False
 
 
 def fresh_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -32,7 +32,7 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     download = base.bytes_to_download + ordering + sum(largest[: config.top])
     disk = sum(largest[: 2 if config.prefetch else 1]) + base.bytes_to_download
     adapters = any(row.kind == "adapter" for row in sources)
-    temporary = weights * (_temporary_copies(config, adapters) if config.needs_data else 0)
+    temporary = weights * (_temporary_copies(config, adapters) if config.needs_data else adapters)
     factor, how = _memory_factor(config)
     seconds = download / DOWNLOAD_RATE
     lines = [f"download: {format_size(download)}, {_duration(seconds)} at {DOWNLOAD_RATE / 1e6:.0f} MB/s"]

@@ -22,13 +22,13 @@ from ..hub.listing import Listing
 from ..hub.reference import Source
 from ..models.classes import is_headless, load_config, model_class
 from ..models.processors import load_processing_class, required_processing_class
-from ..models.target import fresh_problems, fresh_tensors
+from ..models.target import fresh_problems, fresh_tensors, untie_
 from ..record.card import declared_license
 from ..record.saving import read_record
 from ..record.text import markdown_table
 from ..sources.adapters import adapter_problems, load_adapter_config
 from ..sources.architecture import architecture_problems
-from ..sources.checkpoint import runtime_tensors
+from ..sources.checkpoint import fill_tied_, runtime_tensors
 from ..sources.fit import SourceFiles, fit_source, tie_problems
 from ..sources.headers import header_tensors
 from ..sources.load import adapter_labels, saves_head, training_problems
@@ -210,6 +210,8 @@ def _plan_base(planned: PlannedSource, found: _Found, recipe: Recipe, token: str
     with torch.device("meta"):
         model = cls(config)
     planned.problems += fresh_problems(model, _missing_tensors(found, model, config), needs_head=not needs_data)
+    if recipe.config.untie:
+        untie_(model)
     planned.partition = partition_lines(model, recipe.config.unit)
     has_labels = not planned.data_problems
     return _Target(base, model, has_labels, load_processing_class(base), recipe.config, token)
@@ -288,6 +290,7 @@ def _plan_full(planned: PlannedSource, found: _Found, target: _Target | None) ->
         read = SourceFiles(tensors, set(tensors), labels)
     else:
         tensors, problems, notes = runtime_tensors(found.headers, target.model, Path())
+        fill_tied_(tensors, model, movable_tensors(target.model))
         read = SourceFiles(tensors, set(tensors), labels, problems, notes=notes, problem_type=config.problem_type)
     fit = fit_source(source, read, target.model, target.processing_class, options)
     planned.problems += fit.problems + tie_problems(target.model, model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,17 +15,9 @@ from torch import Tensor
 
 from ..errors import IncompatibleSourceError, first_few
 from ..hub.reference import Source
-from ..internals import (
-    collect_,
-    convert,
-    ignored_patterns,
-    in_loading_order,
-    runtime_name,
-    tied_names,
-    weight_conversions,
-)
+from ..internals import collect_, convert, ignored_patterns, in_loading_order, runtime_name, weight_conversions
 from ..tensors.mapped import MappedTensors
-from ..tensors.units import movable_tensors
+from ..tensors.units import movable_tensors, tied_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, WeightConverter
@@ -79,11 +71,48 @@ def runtime_tensors(
             collect_(fused.setdefault(name, deepcopy(by_pattern[pattern])), name, key, pattern, raw[key])
     found |= _fuse(fused, target, expected, directory)
     problems, notes = _without_place(without_place, target)
-    for alias, name in tied_names(target).items():
-        other = found.pop(alias, None)
-        if other is not None and not (found.setdefault(name, other).is_meta or torch.equal(found[name], other)):
-            problems.append(f"{alias} and {name} differ, but they are tied in the target")
+    problems += drop_tied_(found, target)
     return {name: found[name] for name in movable_tensors(target) if name in found}, problems, notes
+
+
+def drop_tied_(tensors: dict[str, Tensor], target: PreTrainedModel) -> list[str]:
+    """Leave each tensor that is tied in the target only under its main name, and return the problems.
+
+    Two tensors that are one in the target must be equal. The rounding of PEFT, which merges each of them, may differ.
+    """
+    problems = []
+    for alias, name in tied_names(target).items():
+        other = tensors.pop(alias, None)
+        if other is None:
+            continue
+        one = tensors.setdefault(name, other)
+        if not (one.is_meta or torch.equal(one, other) or _equal_but_for_rounding(one, other)):
+            problems.append(
+                f"{alias} and {name} differ, but they are tied in the target, so they cannot hold two values; "
+                "let each have its own with untie: true"
+            )
+    return problems
+
+
+def _equal_but_for_rounding(one: Tensor, other: Tensor) -> bool:
+    same_kind = one.shape == other.shape and one.dtype == other.dtype == torch.float32
+    return same_kind and torch.allclose(one, other, rtol=1e-6, atol=1e-7 * float(other.abs().max()))
+
+
+def fill_tied_(tensors: dict[str, Tensor], source: PreTrainedModel, names: Collection[str]) -> None:
+    """Add the tied tensors of a source under those of `names` that its files leave out.
+
+    They are two tensors in a target that is not tied.
+
+    Args:
+        tensors: The source's tensors, by runtime name.
+        source: The source's model, which may be without weights.
+        names: Runtime names of the target's tensors.
+    """
+    for alias, name in tied_names(source).items():
+        held = tensors.get(name, tensors.get(alias))
+        if held is not None:
+            tensors |= {key: held for key in (name, alias) if key in names and key not in tensors}
 
 
 @torch.no_grad()

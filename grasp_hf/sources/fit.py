@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..config.sources import NO_OPTIONS, SourceOptions, recipe_entry
 from ..errors import first_few
 from ..hub.reference import Source
-from ..internals import tied_names
 from ..models.processors import load_processing_class
-from ..models.target import TRAINED_LATER, is_computed
-from ..tensors.units import head_tensors, movable_tensors
+from ..models.target import FLOATING, TRAINED_LATER, is_computed
+from ..tensors.units import head_tensors, movable_tensors, tied_names
 from .preparation import preparation_notes
 from .rows import RowMatch, RowMatches, match_head, match_tokens, token_tensors, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
 @dataclass
@@ -51,6 +53,7 @@ class SourceFiles:
         ranks: Rank of the difference to the base, for each tensor that a LoRA adapter changes.
         notes: Remarks for the report.
         problem_type: What the head was trained for, such as `multi_label_classification`; `None` if the config does not say.
+        reference: Loads the source with its own library; `None` if that takes more memory than there is.
     """
 
     tensors: dict[str, Tensor]
@@ -60,6 +63,7 @@ class SourceFiles:
     ranks: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     problem_type: str | None = None
+    reference: Callable[[], Any] | None = None
 
 
 def fit_source(
@@ -140,16 +144,18 @@ def match_vocabularies(
 
 
 def tie_problems(target: PreTrainedModel, source: PreTrainedModel) -> list[str]:
-    """Return a problem that lists the weights that are tied in only one of two models; empty if there are none."""
+    """Return a problem that lists the weights that are tied in the target and not in the source; empty if there are none."""
     ties, others = (tied_names(model) for model in (target, source))
-    pairs = sorted(f"{a} = {b}" for a, b in set(ties.items()) ^ set(others.items()))
-    return [f"weights are tied in one model but not in the other: {first_few(pairs)}"] if pairs else []
+    pairs = sorted(f"{a} = {b}" for a, b in set(ties.items()) - set(others.items()))
+    if not pairs:
+        return []
+    return [f"weights are tied in the target but not in the source: {first_few(pairs)}; untie them with untie: true"]
 
 
 def tensor_problems(
     target: Mapping[str, Tensor], source: Mapping[str, Tensor], ignored: Collection[str] = ()
 ) -> list[str]:
-    """List the names and shapes that keep the tensors of a source from replacing the target's.
+    """List the names, shapes and dtypes that keep the tensors of a source from replacing the target's.
 
     `ignored` are names of target tensors that need no counterpart of the same shape.
     """
@@ -165,4 +171,21 @@ def tensor_problems(
         for name, tensor in target.items()
         if name in source and name not in ignored and source[name].shape != tensor.shape
     ]
+    problems += [
+        f"{name}: got weights of dtype {_dtype_name(source[name])}, expected {_dtype_name(tensor)}"
+        for name, tensor in target.items()
+        if name in source and not _is_kind_of(source[name], tensor)
+    ]
     return problems
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    """Return the dtype of a tensor, without its module; a layout other than the usual one is named too."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return name if tensor.layout == torch.strided else f"{name} ({str(tensor.layout).removeprefix('torch.')})"
+
+
+def _is_kind_of(source: Tensor, target: Tensor) -> bool:
+    """Whether the values of a source can replace the target's: real numbers, or integers and booleans."""
+    kind = FLOATING.values() if target.is_floating_point() else INTEGERS
+    return source.layout == torch.strided and source.dtype in kind

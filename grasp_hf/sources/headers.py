@@ -19,11 +19,15 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
+    "I8": torch.int8,
     "BOOL": torch.bool,
-}  # any other dtype is read as bytes, because only the shape matters
+}  # any other dtype is shown as bytes; only F64, F32, F16 and BF16 are merged
 
 
 def header_tensors(

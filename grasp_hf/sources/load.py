@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,19 +15,20 @@ from ..config.sources import NO_OPTIONS, SourceOptions
 from ..errors import IncompatibleSourceError, NonFiniteError
 from ..hub.pull import ShardedSource
 from ..hub.reference import UNREADABLE, Source
-from ..internals import tied_names
+from ..models.batches import Batch
 from ..models.classes import load_config, quiet_transformers, read_config, wrong_number_of_labels
 from ..models.target import checkpoint_dtype, load_pretrained
 from ..tensors.mapped import MappedTensors
-from ..tensors.units import head_tensors, movable_tensors
+from ..tensors.units import head_tensors, movable_tensors, tied_names
 from .architecture import architecture_problems
-from .checkpoint import file_tensors, runtime_tensors
+from .checkpoint import drop_tied_, file_tensors, fill_tied_, runtime_tensors
 from .fit import Fit, SourceFiles, fit_source
 from .headers import header_tensors
+from .identity import check_identity, fits_twice
 from .rows import class_tensors, default_names, label_names
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 
@@ -65,6 +66,8 @@ def load_source(
     accepted_bases: Collection[str] = (),
     options: SourceOptions = NO_OPTIONS,
     check_finite: bool = True,
+    check: bool = False,
+    data: Callable[[], Batch] | None = None,
     token: str | None = None,
 ) -> LoadedSource:
     """Load one source with the target's names and shapes, and check that it fits.
@@ -78,6 +81,8 @@ def load_source(
         accepted_bases: Names of models that the user declares to be the same as `base`.
         options: What the user says about the source.
         check_finite: Whether to read every weight once and check that it is finite.
+        check: Whether to compare the source with the merge that takes it whole, on one batch, if memory allows.
+        data: Returns a batch of the user's data, for that comparison.
         token: Hub token with which the base was loaded.
 
     Raises:
@@ -98,6 +103,15 @@ def load_source(
     tensors = fit.tensors
     if check_finite:
         _check_finite(source, tensors)
+    if check and source.kind == "full" and options.accept:
+        fit.notes.append(
+            f"not compared with its own library, because it is accepted that it differs: {options.accept}"
+        )
+    elif check and files.reference is None:
+        fit.notes.append("not compared with its own library, because the memory does not hold it twice")
+    elif check and files.reference:
+        with quiet_transformers():
+            fit.notes += check_identity(source, files.reference, files.tensors, target, data)
     if fit.rows:
         targets = movable_tensors(target)
         own = {name: targets[name].detach() for name in fit.rows}
@@ -121,7 +135,7 @@ def _load_in_shards(
     with quiet_transformers():
         files = _read_full(source, target, Path(), options, headers)
     runtime_names = {id(tensor): name for name, tensor in files.tensors.items()}
-    one_to_one = set(runtime_names) == set(map(id, headers.values()))
+    one_to_one = set(runtime_names) == set(map(id, headers.values())) and len(files.tensors) == len(headers)
     if not one_to_one or any(tensor.dtype == torch.uint8 for tensor in headers.values()):
         return None
     names = {key: runtime_names[id(tensor)] for key, tensor in headers.items()}
@@ -185,9 +199,17 @@ def _read_full(
         tensors, problems, notes = runtime_tensors(raw, target, directory)
     except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be read: {error}") from error
+    expected = movable_tensors(target)
+    if not architecture and not expected.keys() <= tensors.keys():
+        with torch.device("meta"):
+            model = type(target)(config)
+        fill_tied_(tensors, model, expected)
     problems += architecture
     labels = label_names(config)
-    return SourceFiles(tensors, set(tensors), labels, problems, notes=notes, problem_type=config.problem_type)
+    files = SourceFiles(tensors, set(tensors), labels, problems, notes=notes, problem_type=config.problem_type)
+    if headers is None and fits_twice(source):
+        files.reference = lambda: load_pretrained(source, type(target), dtype=checkpoint_dtype(source))[0]
+    return files
 
 
 def _read_adapter(
@@ -200,7 +222,14 @@ def _read_adapter(
     token: str | None,
 ) -> SourceFiles:
     # Imported here, because peft takes seconds to import and a merge of full models does not need it.
-    from .adapters import adapter_problems, apply_adapter_, count_saved_classes, load_adapter_config, type_problem
+    from .adapters import (
+        adapter_problems,
+        apply_adapter_,
+        count_saved_classes,
+        load_adapted,
+        load_adapter_config,
+        type_problem,
+    )
 
     config = load_adapter_config(source)
     problems = adapter_problems(config, source, base, accepted_bases, token=token)
@@ -226,7 +255,7 @@ def _read_adapter(
     except IncompatibleSourceError:
         raise
     except NotImplementedError as error:
-        raise IncompatibleSourceError(type_problem(config), subject=source.ref) from error
+        raise IncompatibleSourceError(f"{type_problem(config)}: {error}", subject=source.ref) from error
     except UNREADABLE as error:
         raise IncompatibleSourceError(f"'{source.ref}' cannot be applied to '{base.ref}': {error}") from error
 
@@ -239,10 +268,17 @@ def _read_adapter(
         for name, tensor in movable_tensors(applied.model).items()
         if name not in fresh or inside(name, applied.whole)
     }
-    ties = tied_names(target)
+    fill_tied_(own, applied.model, movable_tensors(target))
     touched = {name for name in own if inside(name, applied.touched)}
-    touched |= {name for alias, name in ties.items() if inside(alias, applied.touched)}
-    return SourceFiles(own, touched, labels, ranks=applied.ranks)
+    for pair in [*tied_names(applied.model).items(), *tied_names(target).items()]:
+        touched |= set(pair if touched.intersection(pair) else ())
+    problems = drop_tied_(own, target)
+
+    def reference() -> PeftModel:
+        plain, _ = load_pretrained(base, type(target), dtype=checkpoint_dtype(base), **kwargs)
+        return load_adapted(plain, source, directory)
+
+    return SourceFiles(own, touched & own.keys(), labels, problems, applied.ranks, applied.notes, reference=reference)
 
 
 def training_problems(adapter: Source, target: PreTrainedModel, options: SourceOptions) -> list[str]:

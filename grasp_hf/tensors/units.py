@@ -46,6 +46,17 @@ def movable_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def tied_names(model: torch.nn.Module) -> dict[str, str]:
+    """Return the name in `movable_tensors` of each tied weight: `{"lm_head.weight": "transformer.wte.weight"}`.
+
+    A config can call weights tied whose values differ in the files; transformers then loads two parameters, which are
+    not tied.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: names[id(p)] for name, p in every if names[id(p)] != name}
+
+
 def partition(model: torch.nn.Module, unit: str) -> list[Unit]:
     """Divide the movable tensors of `model` into units.
 

@@ -19,7 +19,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
-FILES = (Path(__file__).parent / "README.md", ROOT / "README.md", ROOT / "recipes" / "README.md")
+FILES = (
+    Path(__file__).parent / "README.md",
+    ROOT / "README.md",
+    ROOT / "recipes" / "README.md",
+    ROOT / "tests" / "README.md",
+)
 PROGRAM = ["python", "-m"]
 PACKAGE = "tests"
 BEGIN = re.compile(r"^<!-- begin: (.+) -->$")

@@ -40,7 +40,6 @@ ADAPTERS: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "LoRA of the head": ("vit", lambda: peft.LoraConfig(target_modules=["q_proj", "classifier"])),
     "LoRA of embeddings": ("bert", lambda: peft.LoraConfig(target_modules=["word_embeddings", "query"])),
-    "LoRA of tied embeddings": ("gpt2", lambda: peft.LoraConfig(target_modules=["wte", "c_fc"])),
     "LoRA of transposed layers": ("gpt2", lambda: peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)),
     "LoRA of tokens": ("gpt2", lambda: peft.LoraConfig(target_modules=["c_attn"], trainable_token_indices=[1, 7])),
     "LoRA of fused experts": (

@@ -85,7 +85,6 @@ ADAPTERS: dict[str, tuple[str, Callable[[], Any]]] = {
     "rank pattern": ("vit", lambda: peft.LoraConfig(r=2, target_modules=BODY, rank_pattern={"fc1": 3})),
     "DoRA": ("vit", lambda: peft.LoraConfig(r=2, target_modules=BODY, use_dora=True)),
     "embeddings": ("bert", lambda: peft.LoraConfig(r=2, target_modules=["word_embeddings", "query"])),
-    "tied embeddings": ("gpt2", lambda: peft.LoraConfig(r=2, target_modules=["wte", "c_fc"])),
     "convolutions": ("resnet", lambda: peft.LoraConfig(r=2, target_modules=["convolution"])),
 }
 

@@ -3,7 +3,7 @@
 import pytest
 
 from grasp_hf.sources.fit import tensor_problems, tie_problems
-from grasp_hf.tensors.units import Unit, head_tensors, movable_tensors, partition
+from grasp_hf.tensors.units import Unit, head_tensors, movable_tensors, partition, tied_names
 from tests.support.models import KINDS, LABELS, tiny_model
 
 NORMALIZATION = "resnet.embedder.embedder.normalization"
@@ -51,6 +51,11 @@ def test_weight_and_bias_of_a_module_are_one_unit() -> None:
 def test_tied_weights_appear_once_and_position_ids_never() -> None:
     assert "lm_head.weight" not in movable_tensors(tiny_model("gpt2"))
     assert not [name for name in movable_tensors(tiny_model("bert")) if "position_ids" in name]
+
+
+def test_a_tied_weight_has_a_main_name() -> None:
+    assert tied_names(tiny_model("gpt2")) == {"lm_head.weight": "transformer.wte.weight"}
+    assert tied_names(tiny_model("vit")) == {}
 
 
 def test_the_head_consists_of_the_tensors_outside_the_base_model() -> None:
