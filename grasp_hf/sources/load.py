@@ -116,7 +116,11 @@ def load_source(
     check_values(
         source.ref, tensors, own_tensors if mixture is None else {name: own_tensors[name] for name in mixture.base}
     )
-    if check and files.reference is None and mixture_of(target) is None:
+    if check and source.kind == "full" and options.accept:
+        fit.notes.append(
+            f"not compared with its own library, because it is accepted that it differs: {options.accept}"
+        )
+    elif check and files.reference is None and mixture is None:
         fit.notes.append("not compared with its own library, because the memory does not hold it twice")
     elif check and files.reference:
         with quiet_transformers():
@@ -208,7 +212,7 @@ def _read_full(
     raw = file_tensors(source) if headers is None else headers
     tensors, problems, notes = runtime_tensors(raw, target, directory)
     expected = movable_tensors(target)
-    if not expected.keys() <= tensors.keys():
+    if not architecture and not expected.keys() <= tensors.keys():
         with torch.device("meta"):
             model = type(target)(config)
         fill_tied_(tensors, model, expected)
@@ -301,7 +305,7 @@ def _read_adapter(
         plain, _ = load_pretrained(base, type(target), dtype=checkpoint_dtype(base), **kwargs)
         return load_adapted(plain, source, directory)
 
-    return SourceFiles(own, touched & own.keys(), labels, problems, applied.ranks, applied.notes, reference)
+    return SourceFiles(own, touched & own.keys(), labels, problems, applied.ranks, applied.notes, reference=reference)
 
 
 def training_problems(adapter: Source, target: PreTrainedModel, options: SourceOptions) -> list[str]:

@@ -438,7 +438,11 @@ def test_every_difference_is_listed_with_a_way_to_accept_it_in_a_recipe(tmp_path
         "rope_parameters.rope_theta",
     ]
     merger = GraspMerger.from_pretrained(base, config=read.config)
-    assert merger.merge(read.sources).steps[0].moved
+    step = merger.merge(read.sources).steps[0]
+    assert (
+        step.moved
+        and "it is accepted that it differs: ['rms_norm_eps', 'rope_parameters.rope_theta']" in step.notes[-1]
+    )
     accepted = {"id": source, "accept": ["rms_norm_eps", "rope_parameters"]}
     assert merge_pretrained(base, [accepted], config=GraspConfig(method="average", **NO_TUNING)) is not None
 

@@ -105,8 +105,8 @@ def test_a_difference_in_a_full_source_is_an_error(tmp_path: Path, monkeypatch: 
     real, name = load.runtime_tensors, "bert.encoder.layer.0.attention.self.query.weight"
 
     def wrong(*arguments: Any) -> Any:
-        tensors, problems, _ = real(*arguments)
-        return tensors | {name: tensors[name].T.contiguous()}, problems
+        tensors, problems, notes = real(*arguments)
+        return tensors | {name: tensors[name].T.contiguous()}, problems, notes
 
     monkeypatch.setattr(load, "runtime_tensors", wrong)
     with pytest.raises(IncompatibleSourceError, match=r"begins in bert.encoder.layer.0.attention.self.query"):
