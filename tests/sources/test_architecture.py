@@ -491,7 +491,7 @@ def test_the_settings_that_an_adapter_was_trained_with_are_compared(tmp_path: Pa
     adapter = Path(saved_adapter(tiny_llama(), base, tmp_path / "adapter", target_modules=["q_proj"]))
     values = json.loads((tmp_path / "base/config.json").read_text())
     quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}, "use_cache": False}
-    for harmless in ("{", json.dumps(values | quantized), json.dumps(values | {"model_type": "unheard-of"})):
+    for harmless in (json.dumps(values | quantized), json.dumps(values | {"model_type": "unheard-of"})):
         (adapter / "config.json").write_text(harmless)
         assert mean(base, str(adapter)).report.steps[0].moved
     scaled = values | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}
