@@ -31,7 +31,9 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     ordering = ordering if len(sources) > 1 else 0
     download = base.bytes_to_download + ordering + sum(largest[: config.top])
     disk = sum(largest[: 2 if config.prefetch else 1]) + base.bytes_to_download
-    adapters = any(row.kind == "adapter" for row in sources)
+    # An adapter's weights are merged in a file in float32; a half-precision base is compared with a second such file.
+    adapters = int(any(row.kind == "adapter" for row in sources))
+    adapters *= 1 + (config.check and bool({"bfloat16", "float16"} & set(base.dtypes)))
     temporary = weights * (_temporary_copies(config, adapters) if config.needs_data else adapters)
     factor, how = _memory_factor(config)
     seconds = download / DOWNLOAD_RATE
@@ -43,8 +45,11 @@ def cost_lines(rows: list[PlannedSource], config: GraspConfig) -> list[str]:
     return lines
 
 
-def _temporary_copies(config: GraspConfig, adapters: bool) -> int:
-    """Return the largest number of copies of the target in the temporary files of a merge with data."""
+def _temporary_copies(config: GraspConfig, adapters: int) -> int:
+    """Return the largest number of copies of the target in the temporary files of a merge with data.
+
+    `adapters` is the number of those for one adapter; 0 if there are no adapters.
+    """
     kept = 1 + (config.learns or config.compares_alone)  # the target before the step, and before the merge
     fisher = 2 if config.gate and config.learns else 0  # two files of Fisher information
     # The weights before a fine-tuning, a fold model, and the mean of the fold models, with and without the sources.
