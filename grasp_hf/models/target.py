@@ -13,12 +13,13 @@ import transformers
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..errors import IncompatibleSourceError, NonFiniteError, first_few
+from ..errors import ConfigError, IncompatibleSourceError, NonFiniteError, first_few
 from ..hub.reference import Source, reading, reads
 from ..internals import computed_patterns, initialize_
 from ..tensors.units import head_tensors, largest_weight, movable_tensors, tied_names
 from .classes import load_config, model_class, quiet_transformers
 from .mixture import Mixture
+from .probe import probe, probe_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,8 +85,13 @@ def load_target(
 
 
 def untie_(model: PreTrainedModel) -> None:
-    """Change `model` so that each tied weight has a parameter of its own, and its configs say so."""
+    """Change `model` so that each tied weight has a parameter of its own, and its configs say so.
+
+    Raises:
+        ConfigError: The architecture computes something else when its weights are not tied.
+    """
     ties = tied_names(model)
+    before = _output(model) if ties and model.device.type != "meta" else None
     for alias, name in ties.items():
         module_name, _, key = alias.rpartition(".")
         tensor = model.get_parameter(name)
@@ -94,6 +100,21 @@ def untie_(model: PreTrainedModel) -> None:
         if ties and isinstance(module, transformers.PreTrainedModel):
             module.all_tied_weights_keys = {}
             module.config.tie_word_embeddings = False
+    if before is not None and not torch.equal(before, _output(model)):
+        raise ConfigError(
+            f"untie: a {type(model).__name__} computes something else when its weights are not tied; leave untie out"
+        )
+
+
+def _output(model: PreTrainedModel) -> Tensor:
+    """Return the output of a model on one random batch; an empty tensor if the batch does not fit the model."""
+    training = model.training
+    try:
+        return probe(model, {name: tensor.to(model.device) for name, tensor in probe_batch(model, 0).items()})
+    except Exception:  # a model shows by any error that it needs other inputs, or has no weights
+        return torch.empty(0)
+    finally:
+        model.train(training)
 
 
 def fresh_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -58,7 +58,9 @@ def estimate(rows: list[PlannedSource], config: GraspConfig) -> Costs:
     if config.order == "rank" and weighs:
         ordering += sum(largest[: config.top])  # after the estimated gains of all, the predictions of those to merge
     ordering = ordering if len(sources) > 1 else 0
-    adapters = any(row.kind == "adapter" for row in sources)
+    # An adapter's weights are merged in a file in float32; a half-precision base is compared with a second such file.
+    adapters = int(any(row.kind == "adapter" for row in sources))
+    adapters *= 1 + (config.check and bool({"bfloat16", "float16"} & set(base.dtypes)))
     temporary = weights * (_temporary_copies(config, adapters) if config.needs_data else adapters)
     factor, how = _memory_factor(config)
     memory = factor * weights
@@ -126,8 +128,11 @@ def disk_warnings(costs: Costs, beside: Path) -> list[str]:
     return found
 
 
-def _temporary_copies(config: GraspConfig, adapters: bool) -> int:
-    """Return the largest number of copies of the target in the temporary files of a merge with data."""
+def _temporary_copies(config: GraspConfig, adapters: int) -> int:
+    """Return the largest number of copies of the target in the temporary files of a merge with data.
+
+    `adapters` is the number of those for one adapter; 0 if there are no adapters.
+    """
     kept = 1 + (config.learns or config.compares_alone)  # the target before the step, and before the merge
     # The weights before a fine-tuning, a fold model, and the mean of the fold models, with and without the sources.
     folds = 3 + config.compares_alone if config.gate and _trains(config) else 0

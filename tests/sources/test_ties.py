@@ -9,10 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
 
 from grasp_hf import GraspConfig, GraspMerger, IncompatibleSourceError
 from grasp_hf.config.recipe import Recipe
+from grasp_hf.errors import ConfigError
 from grasp_hf.models.target import untie_
 from grasp_hf.runs.plan import plan, problem_list
 from grasp_hf.tensors.units import tied_names
@@ -158,6 +167,15 @@ def test_every_tie_of_a_model_is_undone() -> None:
     assert len(tied_names(model)) == 2  # the weight and the bias of the decoder
     untie_(model)
     assert not tied_names(model)
+
+
+def test_an_architecture_that_scales_tied_weights_stays_tied() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    config: Any = UMT5Config(**sizes, decoder_start_token_id=0)
+    model = UMT5ForConditionalGeneration(config)
+    assert tied_names(model)
+    with pytest.raises(ConfigError, match="untie: a UMT5ForConditionalGeneration computes something else"):
+        untie_(model)
 
 
 def test_files_whose_tied_names_differ_are_two_matrices(base: str, tmp_path: Path) -> None:
