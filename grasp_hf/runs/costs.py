@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import constants
 
 from ..config.grasp import GraspConfig
 from ..config.methods import METHODS
@@ -108,7 +108,7 @@ def disk_warnings(costs: Costs, beside: Path) -> list[str]:
     """
     needs: dict[int, list[tuple[str, Path, int]]] = {}
     for what, folder, size in (
-        ("the base model (HF_HOME)", Path(HF_HUB_CACHE), costs.cache),
+        ("the base model (HF_HOME)", Path(constants.HF_HUB_CACHE), costs.cache),
         ("sources, state and result", beside, costs.models + costs.state),
         ("temporary files (TMPDIR)", Path(tempfile.gettempdir()), costs.temporary),
     ):
