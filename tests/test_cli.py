@@ -836,6 +836,9 @@ def test_a_merge_in_the_folder_where_it_is_saved(world: Path, monkeypatch: pytes
     assert "\n# here\n" in Path("README.md").read_text()
 
 
+LONG: dict[str, Any] = {"finetune_epochs": 0, "final_epochs": 2}  # all training is at the end
+
+
 def merging(world: Path, *options: str, max_steps: int = -1, **settings: Any) -> subprocess.Popen[str]:
     """Start a merge of one source in a new process."""
     training = {"use_cpu": True, "max_steps": max_steps}
@@ -848,7 +851,7 @@ def merging(world: Path, *options: str, max_steps: int = -1, **settings: Any) ->
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_job_goes_on_when_it_is_started_again(number: signal.Signals, world: Path) -> None:
     """Schedulers and containers stop a job by SIGTERM; a lack of memory or a lost machine is like SIGKILL."""
-    with merging(world, final_epochs=2, max_steps=4000) as process:
+    with merging(world, **LONG, max_steps=4000) as process:
         assert process.stdout and any(line.startswith("1/1 fine-1: ") for line in process.stdout)
         process.send_signal(number)
         printed, errors = process.communicate(timeout=60)
@@ -859,18 +862,18 @@ def test_a_stopped_job_goes_on_when_it_is_started_again(number: signal.Signals, 
         kept = f"what was done is kept in '{world / 'merged.partial'}': the same command goes on after 1 of 1 sources"
         assert kept in printed
     assert not (world / "merged").exists(), "the output is the whole merge or nothing"
-    with merging(world, final_epochs=2, max_steps=40) as process:
+    with merging(world, **LONG, max_steps=40) as process:
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and "holds the state of another merge" in errors
     assert "- config.training_arguments.max_steps: the state has 4000, this merge 40" in errors
-    with merging(world, "--fresh", final_epochs=2, max_steps=4) as process:
+    with merging(world, "--fresh", **LONG, max_steps=4) as process:
         process.communicate(timeout=120)
     assert process.returncode == 0 and not (world / "merged.partial").exists()
     AutoModelForImageClassification.from_pretrained(world / "merged")
 
 
 def test_a_second_merge_into_a_folder_is_told_of_the_first(world: Path) -> None:
-    with merging(world, final_epochs=2, max_steps=100_000) as process:
+    with merging(world, **LONG, max_steps=100_000) as process:
         assert process.stdout and any(line.startswith("1/1 fine-1: ") for line in process.stdout)
         with merging(world) as second:
             _, errors = second.communicate(timeout=60)

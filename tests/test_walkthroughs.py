@@ -175,10 +175,11 @@ def test_the_readmes_python_uses_public_names_only() -> None:
             assert set(names.split(", ")) <= set(grasp_hf.__all__)
 
 
-def test_the_readmes_recipe_is_a_recipe() -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
-    recipe = Recipe.from_dict(yaml.safe_load(block))
-    assert recipe.config.training_arguments == {"learning_rate": 2.0e-5}
+def test_the_readmes_recipes_are_recipes() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    plain, adapters = (Recipe.from_dict(yaml.safe_load(block)).config for block in blocks)
+    assert plain.training_arguments == {"learning_rate": 2.0e-5}
+    assert adapters.adapts and adapters.rank == 32
 
 
 def test_the_readmes_commands_are_the_ones_that_are_checked() -> None:

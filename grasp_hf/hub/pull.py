@@ -20,7 +20,7 @@ from .download import cached_bytes, cached_source, fetch, fetch_source, locate, 
 from .listing import Listing
 from .reference import Source, SourceRef
 
-PATIENCE = 1.5  # seconds to wait for a download that was told to stop
+PATIENCE = 5.0  # seconds to wait for a download that was told to stop
 
 Pulled = tuple[Source, Path | None]  # a source, and the folder to remove after its use
 Result = TypeVar("Result")

@@ -58,7 +58,7 @@ class RunState:
     @classmethod
     @contextmanager
     def open(cls, folder: Path, *, fresh: bool = False) -> Iterator[RunState]:
-        """Yield the state in `folder`, locked for this process; a folder that stays empty is removed.
+        """Yield the state in `folder`, locked for this process; a folder without an entry is removed.
 
         The operating system releases the lock of a process that dies.
 
@@ -86,7 +86,7 @@ class RunState:
                 _empty(folder)
             yield cls(folder)
         finally:
-            if {path.name for path in folder.glob("*")} <= {LOCK}:
+            if {path.name for path in folder.glob("*")} <= {LOCK, IDENTITY}:  # nothing was done
                 shutil.rmtree(folder, ignore_errors=True)
             lock.release()
 

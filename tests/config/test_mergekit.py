@@ -342,7 +342,8 @@ def test_a_linear_merge_is_the_mean(models: list[Path], tmp_path: Path, capsys: 
     found = merged(tmp_path, {"models": entries, "merge_method": "linear", "dtype": "bfloat16"})
     assert_mean(found, models)
     output = capsys.readouterr()
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.out.splitlines()[2:5]]
+    lines = [line for line in output.out.splitlines() if line.startswith("|")]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:5]]
     assert [row[:2] for row in table] == [["base", "m0"], ["source", "m1"], ["source", "m2"]]
     assert (
         output.err.count("mergekit.yaml is a mergekit configuration; these keys are not used: dtype: bfloat16\n") == 2
