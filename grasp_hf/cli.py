@@ -39,7 +39,7 @@ NOT_COMPARED = (
 def run() -> None:
     """Run the command line and leave: the entry point of `grasp-hf`.
 
-    A scheduler or a container stops a job with SIGTERM: what was merged until then is saved, as after Ctrl-C.
+    A scheduler or a container stops a job with SIGTERM, which counts as Ctrl-C. The state of a merge stays on the disk.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)

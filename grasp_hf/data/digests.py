@@ -27,12 +27,15 @@ def fingerprint(dataset: Any) -> dict[str, Any] | None:
 
 def full_digest(dataset: Any) -> str:
     """Return one hash of all samples in their order, with their labels; pictures are hashed as files."""
-    found = hashlib.sha256()
-    if hasattr(dataset, "with_format"):
-        dataset = dataset.with_format(None)
-    for index in range(len(dataset)):
-        _update(found, dataset[index])
-    return f"{len(dataset)} samples, {found.hexdigest()[:16]}"
+    found, count = hashlib.sha256(), len(dataset)
+    if hasattr(dataset, "with_format"):  # rows of a `datasets.Dataset` are read many at a time
+        rows = dataset.with_format(None)
+        for start in range(0, count, SAMPLES):
+            _update(found, rows[start : start + SAMPLES])
+    else:
+        for index in range(count):
+            _update(found, dataset[index])
+    return f"{count} samples, {found.hexdigest()[:16]}"
 
 
 def _update(found: Any, value: Any) -> None:
@@ -43,6 +46,9 @@ def _update(found: Any, value: Any) -> None:
         for name in sorted(value):
             found.update(str(name).encode())
             _update(found, value[name])
+    elif isinstance(value, list) and value and is_picture(value[0]):
+        for picture in value:
+            found.update(picture_bytes(picture))
     elif hasattr(value, "numpy"):
         found.update(value.detach().cpu().contiguous().numpy().tobytes())
     elif hasattr(value, "tobytes"):
