@@ -208,7 +208,8 @@ def _prepare_merge(
     for text in disk_warnings(estimate(rows, recipe.config), state_folder.parent):
         logging.getLogger(__name__).warning("%s", wrap(text, "", "  "))
     if options.push_to_hub:
-        create_repo(Destination(options.push_to_hub, private=options.private or None))
+        created = create_repo(Destination(options.push_to_hub, private=options.private or None))
+        logging.getLogger(__name__).info("the repository '%s' exists; the merge is pushed to it at the end", created)
     return prepare(recipe)
 
 
