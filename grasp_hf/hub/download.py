@@ -235,6 +235,7 @@ def _link(found: Path, listing: Listing, path: str, cache_dir: Path) -> Path:
     folder = cache_dir / listing.cache_name / "snapshots" / listing.sha
     link = folder / path
     link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)  # of a process that was killed
     link.symlink_to(found.resolve())
     return link
 

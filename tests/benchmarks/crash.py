@@ -71,8 +71,8 @@ def run_command(folder: Path, arguments: list[str], kill_at: int) -> None:
     from tests.support.resumable import count_changes
 
     os.chdir(folder)
-    with open(os.devnull, "w") as nothing:
-        sys.stdout = sys.stderr = nothing
+    with open(folder.parent / f"{folder.name}.log", "a") as log:
+        sys.stdout = sys.stderr = log
         changes = count_changes(str(folder), kill_at)
         code = main(arguments)
     (folder.parent / f"{folder.name}.changes").write_text(str(changes()))
@@ -102,7 +102,9 @@ def kill_and_resume(start: Start, folder: Path, moment: float, changes: int, sec
     process = start(folder, 0)
     process.join()
     if process.exitcode != 0:
-        raise SystemExit(f"{folder}: the resumed process ended with {process.exitcode}")
+        log = folder.parent / f"{folder.name}.log"
+        printed = log.read_text()[-3000:] if log.exists() else ""
+        raise SystemExit(f"{folder}: the resumed process ended with {process.exitcode}\n{printed}")
     return kills
 
 

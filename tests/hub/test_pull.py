@@ -416,6 +416,23 @@ def test_a_source_in_the_users_cache_is_read_there(
     assert cached.exists() and files_in(home) == before
 
 
+def test_downloads_that_are_kept_are_used_again(
+    hub: HubServer, folders: dict[str, Path], home: Path, tmp_path: Path
+) -> None:
+    """A part of the files may be links to those in the user's cache."""
+    hf_hub_download(SIX[0], "config.json")
+    kept = tmp_path / "kept"
+    for attempt in range(2):
+        since = len(hub.requests)
+        with pytest.raises(KeyError, match="stop"), Puller(keep_in=kept) as puller, puller.pull(SIX[0]) as source:
+            check_weights(source, folders[SIX[0]])
+            raise KeyError("stop")
+        assert any("/lfs/" in path for _, path in hub.requests[since:]) == (attempt == 0)
+    with Puller(keep_in=kept) as puller, puller.pull(SIX[0]) as source:
+        check_weights(source, folders[SIX[0]])
+    assert not [*kept.iterdir()], "used files are removed"
+
+
 def test_a_damaged_file_in_the_users_cache_is_not_used(hub: HubServer, folders: dict[str, Path], home: Path) -> None:
     cached = Path(hf_hub_download(SIX[0], "model.safetensors"))
     content = bytearray(cached.read_bytes())
